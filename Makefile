@@ -1,0 +1,36 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv and builds first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test bench lint format clean
+
+demo: .venv/installed
+	$(BIN)/python -m dropinf demo
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python bench/run.py
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf .venv build *.egg-info dropinf/_C*.so dropinf/_build_failure.txt
+
+# Without build isolation, so that the extension is built against the torch that is installed.
+.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade -c constraints.txt setuptools wheel ninja pybind11 torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	touch $@

@@ -1,0 +1,39 @@
+"""python -m dropinf: the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import dropinf
+
+
+def main() -> None:
+    """Parse the arguments and run the command."""
+    parser = argparse.ArgumentParser(prog="python -m dropinf", description=dropinf.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="find wrong labels in handwritten digits (a minute)")
+    demo.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("dropinf-demo.png"),
+        help="where to draw the most suspicious digits (default: %(default)s)",
+    )
+    commands.add_parser("backends", help="which backends are here, and why others are not")
+    arguments = parser.parse_args()
+    if arguments.command == "backends":
+        for name, state in dropinf.backends().items():
+            print(f"{name:12}{state}")
+        return
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        parser.error(f"the demo needs {error.name}: pip install 'dropinf[demo]'")
+    from dropinf import demo as quickstart
+
+    quickstart.main(arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Which backends are here, why the others are not, and which one a call gets."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from dropinf import reference
+
+try:
+    importlib.import_module("dropinf._C")  # registers the ops
+    _why_no_cpu = ""
+except ImportError as error:
+    _failure = Path(__file__).with_name("_build_failure.txt")
+    _why_no_cpu = _failure.read_text().strip() if _failure.exists() else str(error)
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_STATES = {
+    "cpu": f"not available: {_why_no_cpu}" if _why_no_cpu else "available",
+    "reference": "available",
+    "cuda": "not available: this version has no CUDA kernels; 'reference' takes CUDA tensors",
+    "triton": "not available: this version has no Triton kernels",
+}
+
+
+class BackendError(RuntimeError):
+    """A backend that was named cannot take this call."""
+
+
+def backends() -> dict[str, str]:
+    """Every backend, with "available" or the reason why it is not."""
+    return dict(_STATES)
+
+
+def _native(op: str) -> Callable:
+    return lambda *args: getattr(torch.ops.dropinf, op)(*args)
+
+
+# op -> its backends, the preferred one first. Each writes into `out`, the last argument.
+KERNELS: dict[str, dict[str, Callable]] = {
+    "sampled_outer": {"cpu": _native("sampled_outer"), "reference": reference.sampled_outer},
+    "sampled_embedding": {"reference": reference.sampled_embedding},
+    "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
+}
+
+
+def kernel(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    out_dtype: torch.dtype,
+) -> Callable:
+    """The kernel for a call on `device` with inputs of `dtypes` and an output of `out_dtype`.
+
+    A named `backend` is taken or refused; None takes the first that can take the call.
+
+    Raises:
+        BackendError: the named backend is unknown, not available, or cannot take the call.
+    """
+    kernels = KERNELS[op]
+    call = (device, dtypes, out_dtype)
+    if backend is None:
+        return next(k for name, k in kernels.items() if not _obstacle(op, name, *call))
+    obstacle = _obstacle(op, backend, *call)
+    if obstacle:
+        here = [name for name in kernels if not _obstacle(op, name, *call)]
+        raise BackendError(f"{op}: backend '{backend}' is {obstacle}. Here: {str(here)[1:-1]}.")
+    return kernels[backend]
+
+
+def _obstacle(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    out_dtype: torch.dtype,
+) -> str | None:
+    """Why `backend` cannot take the call, or None if it can."""
+    state = _STATES.get(backend)
+    if state is None:
+        return "unknown"
+    if state != "available":
+        return state
+    if backend not in KERNELS[op]:
+        return "not written for this op"
+    if backend == "cpu" and device.type != "cpu":
+        return f"not for tensors on {device}"
+    wrong = [d for d in dtypes if d not in _CPU_DTYPES]
+    if backend == "cpu" and wrong:
+        return f"for float32, bfloat16 and float16, not {wrong[0]}"
+    if backend == "cpu" and out_dtype != torch.float32:
+        return f"for a float32 out, not {out_dtype}"
+    return None

@@ -1,0 +1,223 @@
+"""The ops: check the arguments, pick the backend, call. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dropinf.dispatch import kernel
+
+
+def sampled_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    *,
+    sign: Tensor | None = None,
+    bias: bool = False,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled entries of each example's weight gradient.
+
+    out[b, k] = scale * sum_t dy[b, t, o_idx[k]] * x[b, t, i_idx[k]]
+
+    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx, i_idx] * scale, without the [B, O, I] tensor.
+
+    Args:
+        x: [B, T, I] layer input, float32, bfloat16 or float16 (float64 on `reference`).
+        dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
+        o_idx, i_idx: [r] int32, fastest when sorted by (o, i); or [r, s] with `sign`.
+        sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates.
+        bias: let i_idx = I name the layer's bias, a virtual input column of ones.
+        scale: factor of every entry.
+        out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or index ranges disagree.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "sampled_outer"
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
+    B, T = x.shape[:2]
+    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    _floating(op, "x", x)
+    _same(op, "dy", dy, x.dtype, x.device)
+    coordinates = 1 if sign is None else 2
+    for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
+        _same(op, name, index, torch.int32, x.device)
+        if index.dim() != coordinates or index.shape != o_idx.shape:
+            wanted = "[r] without sign" if sign is None else "[r, s] with sign"
+            raise ValueError(
+                f"{op}: o_idx and i_idx must both be {wanted}, "
+                f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
+            )
+    if sign is not None:
+        _same(op, "sign", sign, torch.int8, x.device)
+        if sign.shape != o_idx.shape:
+            raise ValueError(
+                f"{op}: sign must have o_idx's shape {tuple(o_idx.shape)}, got {tuple(sign.shape)}"
+            )
+        sign = sign.contiguous()
+    out = _output(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
+    call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
+    call(
+        _unit_stride(x),
+        _unit_stride(dy),
+        o_idx.contiguous(),
+        i_idx.contiguous(),
+        sign,
+        bias,
+        scale,
+        out,
+    )
+    return out
+
+
+def sampled_embedding(
+    ids: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled entries of each example's embedding gradient.
+
+    out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]]
+
+    Equal to sampled_outer(one_hot(ids), dy, o_idx, i_idx, scale=scale), without the one-hot
+    tensor: a lookup is a linear layer without a bias whose input is one-hot.
+
+    Args:
+        ids: [B, T] int64 or int32 looked-up indices; a negative one contributes nothing.
+        dy: [B, T, O] gradient of the summed loss at the lookup's output, O the embedding's width.
+        o_idx: [r] int32 columns.
+        i_idx: [r] int32 sorted rows of the embedding table.
+        scale, out, backend: as in `sampled_outer`.
+
+    Returns:
+        [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "sampled_embedding"
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: ids must be [B, T] int64 or int32, got {_describe(ids)}")
+    B, T = ids.shape
+    if dy.dim() != 3 or dy.shape[:2] != ids.shape:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    _floating(op, "dy", dy)
+    _same(op, "ids", ids, ids.dtype, dy.device)
+    for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
+        _same(op, name, index, torch.int32, dy.device)
+        if index.dim() != 1 or index.shape != o_idx.shape:
+            raise ValueError(
+                f"{op}: o_idx and i_idx must both be [r], "
+                f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
+            )
+    out = _output(op, out, (B, o_idx.shape[0]), dy.dtype, dy.device)
+    kernel(op, backend, dy.device, (dy.dtype,), out.dtype)(ids, dy, o_idx, i_idx, scale, out)
+    return out
+
+
+def gather_grads(
+    grads: Sequence[Tensor | None],
+    indices: Sequence[Tensor],
+    *,
+    scales: Sequence[float] | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled entries of L gradient buffers, straight into one packed row.
+
+    Equal to cat([g.flatten()[i] * c for g, i, c in zip(grads, indices, scales)]), without the
+    flattened copies and the L parts.
+
+    Args:
+        grads: L gradients of any shape and strides, dtypes may differ; None counts as zeros.
+        indices: L tensors [r_l] int64, positions in the flattened gradient.
+        scales: L factors; None is 1 for each.
+        out: [R] floating point to write into, R the sum of the r_l; any stride.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        [R] float32 (float64 if a gradient is float64): `out`, if it was given.
+
+    Raises:
+        ValueError: lengths, dtypes, devices or index ranges disagree, or a gradient is sparse.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "gather_grads"
+    scales = [1.0] * len(indices) if scales is None else scales
+    if not len(grads) == len(indices) == len(scales):
+        raise ValueError(
+            f"{op}: grads, indices and scales must be equally long, "
+            f"got {len(grads)}, {len(indices)} and {len(scales)}"
+        )
+    device = indices[0].device if indices else torch.device("cpu")
+    for l, (grad, index) in enumerate(zip(grads, indices, strict=True)):
+        _same(op, f"indices[{l}]", index, torch.int64, device)
+        if index.dim() != 1:
+            raise ValueError(f"{op}: indices[{l}] must be [r], got {tuple(index.shape)}")
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
+                "so build the embedding with sparse=False"
+            )
+        _floating(op, f"grads[{l}]", grad)
+        _same(op, f"grads[{l}]", grad, grad.dtype, device)
+    dtypes = {g.dtype for g in grads if g is not None}
+    widest = torch.float64 if torch.float64 in dtypes else torch.float32
+    out = _output(op, out, (sum(len(i) for i in indices),), widest, device)
+    call = kernel(op, backend, device, tuple(dtypes), out.dtype)
+    call(list(grads), [i.contiguous() for i in indices], list(scales), out)
+    return out
+
+
+def _floating(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+
+
+def _same(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(f"{op}: {name} must be {dtype} on {device}, got {_describe(tensor)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _output(
+    op: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if out is None:
+        dtype = torch.promote_types(dtype, torch.float32)
+        return torch.empty(shape, dtype=dtype, device=device)
+    if out.shape != shape or out.device != device or not out.is_floating_point():
+        raise ValueError(
+            f"{op}: out must be floating point {shape} on {device}, got {_describe(out)}"
+        )
+    return out
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x itself, or a copy where its last dimension is not contiguous (an expanded gradient)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

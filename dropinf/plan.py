@@ -1,0 +1,233 @@
+"""Plan: every layer's kept coordinates and its place in a row."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dropinf.compress import Dropout, Full
+
+_COMPRESSIONS = {c.__name__: c for c in (Dropout, Full)}
+_FORMAT = "dropinf plan 1"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of a block: where its entries stand in a row, and which they are."""
+
+    name: str  # full name in the model, as in named_parameters()
+    shape: tuple[int, ...]
+    offset: int  # of its first entry in the row
+    index: Tensor  # [r] int64, sorted positions in the flattened parameter
+    scale: float
+
+    @property
+    def entries(self) -> slice:
+        """Where its entries stand in a row."""
+        return slice(self.offset, self.offset + len(self.index))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: a module with parameters of its own, which share one set of coordinates.
+
+    The coordinates 0 .. P - 1 count through the flattened parameters, one after the other.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    P: int
+    r: int
+    offset: int  # of its first entry in the row
+
+    @property
+    def entries(self) -> slice:
+        """Where its entries stand in a row."""
+        return slice(self.offset, self.offset + self.r)
+
+
+class Plan:
+    """The coordinates that every row keeps; a pure function of layer shapes and compression.
+
+    Attributes:
+        compression: what chose the coordinates.
+        blocks: one `Block` a layer, in the order of the model's modules.
+        width: R, entries in a row.
+        fingerprint: 16 hexadecimal digits; two plans with equal ones make comparable rows.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, Sequence[tuple[str, tuple[int, ...]]]]],
+        compression: Dropout | Full,
+    ) -> None:
+        """From (layer name, [(parameter name, shape), ...]) of every layer; see `make`."""
+        self.compression = compression
+        self._layers = [(name, [(n, tuple(s)) for n, s in params]) for name, params in layers]
+        sizes = [sum(math.prod(shape) for _, shape in params) for _, params in self._layers]
+        blocks, offset = [], 0
+        for (name, params), P, coordinates in zip(
+            self._layers, sizes, compression.coordinates(sizes), strict=True
+        ):
+            r = len(coordinates)
+            blocks.append(Block(name, _slots(params, P, coordinates, offset), P, r, offset))
+            offset += r
+        self.blocks = tuple(blocks)
+        self.width = offset
+
+    @classmethod
+    def make(
+        cls,
+        model: nn.Module,
+        compression: Dropout | Full,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+    ) -> Plan:
+        """A plan for the trainable parameters of `model`.
+
+        Args:
+            model: its parameters with requires_grad are tracked; a tied parameter belongs to the
+                first module that owns it.
+            compression: which coordinates a layer keeps.
+            include: names of layers or parameters to track, None for all. A name takes everything
+                below it; `*`, `?` and `[...]` match as in a shell.
+            exclude: names to leave out of those.
+
+        Raises:
+            ValueError: a name matches nothing, or nothing is left to track.
+        """
+        if not isinstance(compression, tuple(_COMPRESSIONS.values())):
+            known = ", ".join(_COMPRESSIONS)
+            raise ValueError(f"Plan.make: compression must be one of {known}, got {compression!r}")
+        owned, seen = [], set()
+        for layer, module in model.named_modules():
+            for name, p in module.named_parameters(prefix=layer, recurse=False):
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    owned.append((layer, name, tuple(p.shape)))
+        names = [name for _, name, _ in owned]
+        kept = set(names if include is None else _matching("include", include, names))
+        if exclude is not None:
+            kept -= set(_matching("exclude", exclude, names))
+        layers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for layer, name, shape in owned:
+            if name in kept and math.prod(shape):
+                layers.setdefault(layer, []).append((name, shape))
+        if not layers:
+            raise ValueError(
+                f"Plan.make: {len(names)} trainable parameters, none left to track; "
+                "set requires_grad or widen include/exclude"
+            )
+        return cls(list(layers.items()), compression)
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """The parameters of all blocks, in row order."""
+        return tuple(slot for block in self.blocks for slot in block.slots)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the shapes and coordinates; names of layers do not count."""
+        digest = hashlib.sha256(_FORMAT.encode())
+        for block in self.blocks:
+            shapes = [slot.shape for slot in block.slots]
+            digest.update(json.dumps([shapes, block.r]).encode())
+            for slot in block.slots:
+                digest.update(slot.index.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as one small JSON file; an existing file is replaced at once or not."""
+        kind = type(self.compression).__name__
+        text = json.dumps(
+            {
+                "format": _FORMAT,
+                "compression": {"kind": kind, **asdict(self.compression)},
+                "layers": self._layers,
+                "fingerprint": self.fingerprint,
+            },
+            indent=1,
+            default=int,  # a numpy integer given as r or seed
+        )
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(text)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan from its file, or from the directory of a `RowStore`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or not a plan.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "plan.json"
+        text = file.read_text()
+        try:
+            saved = json.loads(text)
+            compression = dict(saved["compression"])
+            kind = _COMPRESSIONS[compression.pop("kind")]
+            plan = cls(saved["layers"], kind(**compression))
+            whole = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Plan.load: {file} is damaged or not a plan: {error!r}") from error
+        if not whole:
+            raise ValueError(
+                f"Plan.load: {file} is damaged: its coordinates do not have its fingerprint"
+            )
+        return plan
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.compression}, {len(self.blocks)} layers, width {self.width}, "
+            f"fingerprint {self.fingerprint})"
+        )
+
+
+def _slots(
+    params: Sequence[tuple[str, tuple[int, ...]]], P: int, coordinates: np.ndarray, offset: int
+) -> tuple[Slot, ...]:
+    scale = math.sqrt(P / len(coordinates))
+    slots, first = [], 0
+    for name, shape in params:
+        size = math.prod(shape)
+        start, stop = np.searchsorted(coordinates, [first, first + size])
+        index = torch.from_numpy(coordinates[start:stop] - first)
+        slots.append(Slot(name, shape, offset + int(start), index, scale))
+        first += size
+    return tuple(slots)
+
+
+def _matching(what: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The parameter names that a pattern takes, by their own name or a module above them."""
+    matched = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = [name for name in names if _takes(pattern, name)]
+        if not hits:
+            above = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
+            close = difflib.get_close_matches(pattern, sorted(above), n=3) or sorted(above)[:3]
+            raise ValueError(
+                f"Plan.make: {what}={pattern!r} matches no trainable parameter; "
+                f"names here are like {str(close)[1:-1]}"
+            )
+        matched += hits
+    return matched
+
+
+def _takes(pattern: str, name: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

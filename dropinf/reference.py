@@ -1,0 +1,99 @@
+"""What every op means, in plain torch: the specification, and the backend that runs anywhere.
+
+Sums are float32, or float64 where the inputs are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bounds the temporaries of sampled_outer (two of this many elements), not its result.
+_MAX_ELEMENTS = 1 << 22
+
+
+def sampled_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    sign: Tensor | None = None,
+    bias: bool = False,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]."""
+    B, T, _ = x.shape
+    if out is None:
+        out = x.new_empty(B, o_idx.shape[0], dtype=_sum_dtype(x.dtype))
+    if bias:
+        x = F.pad(x, (0, 1), value=1.0)
+    s = 1 if sign is None else sign.shape[1]
+    step = max(1, _MAX_ELEMENTS // max(1, B * T * s))
+    for start in range(0, o_idx.shape[0], step):
+        part = slice(start, start + step)
+        terms = _columns(x, i_idx[part]) * _columns(dy, o_idx[part])  # [B, T, r] or [B, T, r, s]
+        entries = terms.sum(1)
+        if sign is not None:
+            entries = (entries * sign[part]).sum(-1)
+        out[:, part] = entries * scale
+    return out
+
+
+def sampled_embedding(
+    ids: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]].
+
+    `i_idx` is sorted, so that the coordinates of one token are a range of k.
+    """
+    (B, T), r = ids.shape, o_idx.shape[0]
+    if out is None:
+        out = dy.new_empty(B, r, dtype=_sum_dtype(dy.dtype))
+    token_ids = ids.reshape(-1).to(i_idx.dtype)
+    first = torch.searchsorted(i_idx, token_ids)
+    count = torch.searchsorted(i_idx, token_ids, right=True) - first
+    position = torch.repeat_interleave(count)  # of every (position, coordinate) that meet
+    nth = torch.arange(len(position), device=ids.device) - (count.cumsum(0) - count)[position]
+    k = first[position] + nth
+    terms = dy.reshape(B * T, -1)[position, o_idx[k]]
+    # float64: torch adds float32 with atomics, in an order that differs from run to run.
+    sums = torch.zeros(B * r, dtype=torch.float64, device=dy.device)
+    sums.index_put_((position // max(T, 1) * r + k,), terms.double(), accumulate=True)
+    return out.copy_(sums.reshape(B, r) * scale)
+
+
+def gather_grads(
+    grads: Sequence[Tensor | None],
+    indices: Sequence[Tensor],
+    scales: Sequence[float],
+    out: Tensor,
+) -> Tensor:
+    """out = cat of scales[l] * grads[l].flatten()[indices[l]]; a gradient of None is zeros."""
+    start = 0
+    for grad, index, scale in zip(grads, indices, scales, strict=True):
+        entries = out[start : start + len(index)]
+        if grad is None:
+            entries.zero_()
+        else:
+            picked = grad.reshape(-1).index_select(0, index)
+            entries.copy_(picked.to(_sum_dtype(grad.dtype)) * scale)
+        start += len(index)
+    return out
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    picked = x.index_select(2, index.reshape(-1)).to(_sum_dtype(x.dtype))
+    return picked.reshape(*x.shape[:2], *index.shape)

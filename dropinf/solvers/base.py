@@ -1,0 +1,60 @@
+"""What every solver shares: the interface, and the checks of what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+from torch import Tensor
+
+from dropinf.plan import Plan
+from dropinf.store import RowStore
+
+Self = TypeVar("Self", bound="Solver")
+
+
+class Solver(ABC):
+    """Fit once on training rows, then solve for many queries.
+
+    Attributes:
+        plan: of the rows it was fitted on; None before `fit`.
+    """
+
+    plan: Plan | None = None
+
+    def fit(self: Self, store: RowStore) -> Self:
+        """Learn from the valid rows of `store`.
+
+        Raises:
+            ValueError: the store holds no valid row, or a layer cannot be inverted.
+        """
+        n = int(store.valid.sum())
+        if n == 0:
+            raise ValueError(
+                f"{type(self).__name__}.fit: none of the store's {len(store)} rows is valid"
+            )
+        self._fit(store, n)
+        self.plan = store.plan
+        return self
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """[m, R] -> [m, R]: each layer's slice times the inverse of its damped matrix.
+
+        Raises:
+            RuntimeError: the solver was not fitted.
+            ValueError: the rows do not have the width of those it was fitted on.
+        """
+        if self.plan is None:
+            raise RuntimeError(f"{type(self).__name__}.solve: call fit(store) first")
+        if rows.dim() != 2 or rows.shape[1] != self.plan.width:
+            raise ValueError(
+                f"{type(self).__name__}.solve: rows must be [m, {self.plan.width}], "
+                f"got {tuple(rows.shape)}"
+            )
+        return self._solve(rows)
+
+    @abstractmethod
+    def _fit(self, store: RowStore, n: int) -> None: ...
+
+    @abstractmethod
+    def _solve(self, rows: Tensor) -> Tensor: ...

@@ -1,0 +1,379 @@
+"""capture: rows equal one-example autograd in float64, and the model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Transformer, build, cross_entropy, squares, true_rows
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dropinf
+from dropinf import Dropout, Full, Plan, capture
+
+MODES = ["activations", "grads"]
+case_of = {case.name: case for case in CASES}
+
+
+def rows_of(case, model, batch, plan, mode, **options):
+    with capture(model, plan, mode, **options) as tap:
+        return tap.rows(case.loss_fn(model, batch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("compression", [Dropout(r=37), Full()], ids=["Dropout", "Full"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_equal_autograd(case, compression, mode):
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, compression)
+    rows = rows_of(case, model, batch, plan, mode)
+    truth = true_rows(case, model, batch, plan)
+    assert rows.dtype == torch.float64
+    assert truth.abs().amax(0).gt(0).float().mean() > 0.5  # the truth is not a row of zeros
+    torch.testing.assert_close(rows, truth, rtol=0, atol=1e-13 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32_rows(case, mode, backend):
+    """As close to the float64 truth as twice what plain float32 autograd reaches."""
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, Dropout(r=50))
+    truth = true_rows(case, model, batch, plan)
+    narrow = copy.deepcopy(model).float()
+    batch32 = tuple(t.float() if t.is_floating_point() else t for t in batch)
+    plain = (true_rows(case, narrow, batch32, plan).double() - truth).norm()
+    rows = rows_of(case, narrow, batch32, plan, mode, backend=backend.name)
+    assert rows.dtype == torch.float32
+    assert (rows.double() - truth).norm() <= 2 * plain
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_and_order(mode):
+    """Several batches through one capture; each row depends on its example only."""
+    case = case_of["transformer"]
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, Dropout(r=20))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    with capture(model, plan, mode) as tap:
+        whole = tap.rows(case.loss_fn(model, batch))
+        parts = [tap.rows(case.loss_fn(model, (batch[0][b : b + 2],))) for b in (0, 2, 4)]
+        shuffled = tap.rows(case.loss_fn(model, (batch[0][order],)))
+    size = whole.abs().max().item()
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-13 * size)
+    torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=1e-13 * size)
+
+
+def test_include_exclude_rows():
+    """Parameters outside the plan get no entries, and do not disturb those inside."""
+    case = case_of["transformer"]
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, Dropout(r=20), include="layers.*.mlp", exclude="*.bias")
+    assert [slot.name for slot in plan.slots] == [
+        f"layers.{i}.mlp.{j}.weight" for i in (0, 1) for j in (0, 3)
+    ]
+    truth = true_rows(case, model, batch, plan)
+    for mode in MODES:
+        rows = rows_of(case, model, batch, plan, mode)
+        torch.testing.assert_close(rows, truth, rtol=0, atol=1e-13 * truth.abs().max().item())
+
+
+def test_row_of_a_loop_left_untouched():
+    """mode="grads": the user's own backward, and the row of what is in .grad then."""
+    case = case_of["transformer"]
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, Dropout(r=20))
+    truth = true_rows(case, model, batch, plan)
+    with capture(model, plan, "grads") as tap:
+        case.loss_fn(model, batch).sum().backward()
+        row = tap.row()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(row, truth.sum(0), rtol=0, atol=1e-12 * truth.abs().max().item())
+
+
+def test_unused_parameter_is_zeros():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Unused()
+    plan = Plan.make(model, Full())
+    used = plan.blocks[0].entries
+    for mode in MODES:
+        with capture(model, plan, mode) as tap:
+            rows = tap.rows(squares(model, (torch.randn(4, 3),)))
+        assert (rows[:, used] != 0).any() and not rows[:, used.stop :].any()
+        assert tap.met == {"used.weight", "used.bias"}
+
+
+def state(model):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return (
+        [p.requires_grad for p in model.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        [len(getattr(m, h)) for m in model.modules() for h in hooks],
+        [m.training for m in model.modules()],
+        [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
+        [p.clone() for p in model.parameters()],
+        len(torch.overrides._get_current_function_mode_stack()),
+    )
+
+
+def assert_same_state(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert repr(a) == repr(b)
+
+
+class Failing(nn.Module):
+    """Fails in the forward or the backward pass, with an error or an interrupt."""
+
+    def __init__(self, where, error):
+        super().__init__()
+        self.first, self.last, self.where, self.error = (
+            nn.Linear(3, 4),
+            nn.Linear(4, 2),
+            where,
+            error,
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.where == "forward":
+            raise self.error("planted")
+        if self.where == "backward":
+
+            def fail(grad):
+                raise self.error("planted")
+
+            x.register_hook(fail)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["nowhere", "forward", "backward", "loss"])
+def test_model_is_left_as_it_was(where, error, mode):
+    model = Failing(where, error)
+    plan = Plan.make(model, Dropout(r=5))
+    model.first.bias.grad = torch.arange(4.0)
+    model.eval()
+    model.last.train()
+    before = state(model)
+    x = torch.randn(6, 3, requires_grad=where == "nowhere")
+    try:
+        with capture(model, plan, mode) as tap:
+            losses = squares(model, (x,))
+            tap.rows(losses.mean() if where == "loss" else losses)
+        assert where == "nowhere"
+    except (ValueError, KeyboardInterrupt):
+        assert where != "nowhere"
+    assert_same_state(before, state(model))
+
+
+def test_no_weight_gradient_is_formed(monkeypatch):
+    """Parameters do not require grad inside, so autograd has nothing to form."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with capture(model, Plan.make(model, Dropout(r=3))) as tap:
+        assert not any(p.requires_grad for p in model.parameters())
+        tap.rows(squares(model, (torch.randn(5, 3),)))
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    """The recomputed forward inside the backward pass is tapped as well."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(5, 5)
+            self.body = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 5))
+            self.reentrant = False
+
+        def forward(self, x):
+            return checkpoint(self.body, self.first(x), use_reentrant=self.reentrant)
+
+    torch.manual_seed(0)
+    model = Checkpointed().double()
+    plan = Plan.make(model, Full())
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    case = case_of["Conv1D"]._replace(loss_fn=squares)
+    truth = true_rows(case, model, (x,), plan)
+    model.reentrant = reentrant  # of which torch.autograd.grad, the truth, is refused
+    # The reentrant kind cannot keep the graph for a second example.
+    for mode in MODES[:1] if reentrant else MODES:
+        rows = rows_of(case, model, (x,), plan, mode)
+        torch.testing.assert_close(rows, truth, rtol=0, atol=1e-13 * truth.abs().max().item())
+
+
+class Odd(nn.Module):
+    """Parameters that activations mode has no form for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 2)
+        self.gain = nn.Parameter(torch.ones(4, 1))
+        self.frozen_gain = nn.Parameter(torch.ones(4, 1), requires_grad=False)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x):
+        assert self.gain.shape == (4, 1) and self.gain.dtype == self.out.weight.dtype
+        x = self.conv(x) * self.gain * self.frozen_gain
+        return self.out(x) + torch.zeros_like(self.out.bias) * self.out.bias.detach()
+
+
+def test_unsupported_parameters_are_listed():
+    torch.manual_seed(0)
+    model, x = Odd().double(), torch.randn(6, 3, 6, dtype=torch.float64)
+    case = case_of["Conv1D"]._replace(loss_fn=squares)
+    plan = Plan.make(model, Full())
+    with pytest.raises(RuntimeError) as caught, capture(model, plan) as tap:
+        tap.rows(squares(model, (x,)))
+    message = str(caught.value)
+    for part in (
+        "conv.weight: shape (4, 3, 2), of Conv1d",
+        "conv.bias",
+        "gain: shape (4, 1), of Odd",
+    ):
+        assert part in message
+    for way_out in ("exclude=", "requires_grad_(False)", "mode='grads'"):
+        assert way_out in message
+    assert "out.weight" not in message and "frozen" not in message
+
+    truth = true_rows(case, model, (x,), plan)
+    torch.testing.assert_close(rows_of(case, model, (x,), plan, "grads"), truth)
+    some = Plan.make(model, Full(), exclude=["conv", "gain"])
+    truth = true_rows(case, model, (x,), some)
+    torch.testing.assert_close(rows_of(case, model, (x,), some, "activations"), truth)
+
+
+def test_transposed_by_hand_is_refused():
+    """A parameter that reaches the data through another function is never skipped in silence."""
+
+    class ByHand(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.t() + self.bias
+
+    model = ByHand(3, 2)
+    with (
+        pytest.raises(RuntimeError, match=r"weight: shape \(2, 3\), of ByHand, handed to .*\bt\b"),
+        capture(model, Plan.make(model, Full())) as tap,
+    ):
+        tap.rows(squares(model, (torch.randn(4, 3),)))
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.position = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return self.token(ids) + self.position(torch.arange(ids.shape[1]))
+
+
+def test_shared_positions_are_refused():
+    """Ids without the batch dimension would mix examples."""
+    model, ids = Positions(), torch.randint(9, (4, 6))
+    plan = Plan.make(model, Full())
+    with (
+        pytest.raises(ValueError, match=r"'position.weight' met data of shape \(6,.* batch of 4"),
+        capture(model, plan) as tap,
+    ):
+        tap.rows(squares(model, (ids,)))
+    with capture(model, plan) as tap:
+        one = tap.rows(squares(model, (ids[:1],)))
+    with capture(model, plan, "grads") as tap:
+        torch.testing.assert_close(one, tap.rows(squares(model, (ids,)))[:1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bad_losses(mode):
+    model = nn.Linear(3, 2)
+    plan = Plan.make(model, Full())
+    x = torch.randn(4, 3)
+    with capture(model, plan, mode) as tap:
+        with pytest.raises(ValueError, match=r"one loss per example, \[B\], got a scalar"):
+            tap.rows(model(x).mean())
+        with pytest.raises(ValueError, match=r"got \(4, 2\)"):
+            tap.rows(model(x))
+        with pytest.raises(ValueError, match="got float"):
+            tap.rows(1.0)
+        with pytest.raises(ValueError, match="holds no example"):
+            tap.rows(model(x[:0]).sum(1))
+        with pytest.raises(RuntimeError, match="gradient"):
+            tap.rows(model(x).sum(1).detach())
+        with pytest.raises(RuntimeError, match="open already"):
+            tap.__enter__()
+        losses = model(x).sum(1)
+    with pytest.raises(RuntimeError, match="inside `with"):
+        tap.rows(losses)
+
+
+def test_bad_plans():
+    model = nn.Linear(3, 2)
+    plan = Plan.make(model, Full())
+    with pytest.raises(ValueError, match=r"'weight' of shape \(2, 3\), the model \(2, 4\)"):
+        capture(nn.Linear(4, 2), plan)
+    with pytest.raises(ValueError, match=r"'weight' of shape \(2, 3\), the model none"):
+        capture(nn.Sequential(model), plan)
+    with pytest.raises(ValueError, match="mode must be"):
+        capture(model, plan, "weights")
+    model.bias.requires_grad_(False)
+    with capture(model, plan, "grads") as tap, pytest.raises(ValueError, match="'bias' does not"):
+        tap.rows(squares(model, (torch.randn(4, 3),)))
+
+
+def test_autocast():
+    """bfloat16 autocast: rows as autograd has them, to bfloat16's rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4))
+    x, label = torch.randn(5, 16), torch.randint(4, (5,))
+    plan = Plan.make(model, Full())
+
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return cross_entropy(model, batch).float()
+
+    case = case_of["mlp"]._replace(loss_fn=loss_fn)
+    truth = true_rows(case, model, (x, label), plan)
+    for mode in MODES:
+        rows = rows_of(case, model, (x, label), plan, mode)
+        assert (rows - truth).norm() <= 0.01 * truth.norm()
+
+
+def test_train_mode_dropout_rows_are_of_the_pass():
+    """In train mode the rows are those of the sampled masks: same seed, same rows in both modes."""
+    torch.manual_seed(0)
+    model = Transformer().train()
+    plan = Plan.make(model, Dropout(r=20))
+    ids = torch.randint(1, 23, (3, 8))
+    rows = []
+    for mode in MODES:
+        torch.manual_seed(1)
+        rows.append(rows_of(case_of["transformer"], model, (ids,), plan, mode))
+    torch.testing.assert_close(*rows)
+
+
+def test_named_backend():
+    model = nn.Linear(3, 2)
+    with (
+        pytest.raises(dropinf.BackendError, match="backend 'cuda'"),
+        capture(model, Plan.make(model, Full()), backend="cuda") as tap,
+    ):
+        tap.rows(squares(model, (torch.randn(4, 3),)))
+
+
+def test_functional_call_of_an_untracked_weight():
+    """A frozen weight in a tracked layer, and the other way round."""
+    model = nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    plan = Plan.make(model, Full())
+    x = torch.randn(4, 3)
+    with capture(model, plan) as tap:
+        rows = tap.rows(squares(model, (x,)))
+    torch.testing.assert_close(rows, 2 * F.linear(x, model.weight, model.bias))

@@ -1,0 +1,225 @@
+"""sampled_outer: every backend within the rounding bound of a float64 einsum."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import EPS32, assert_within
+from hypothesis import given, settings
+
+import dropinf
+from dropinf import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [  # B, T, I, O, r: each here for a reason
+    (3, 1, 5, 7, 11),  # one position
+    (2, 13, 17, 11, 60),  # primes
+    (2, 7, 8, 16, 100),  # a tile of positions less one
+    (2, 8, 8, 8, 64),  # a whole tile; r = O * I
+    (2, 9, 9, 7, 63),  # a tile more one; all coordinates of odd sizes
+    (1, 15, 31, 33, 500),  # sizes around the vector width
+    (1, 16, 32, 32, 500),
+    (1, 17, 33, 31, 500),
+    (2, 257, 40, 24, 900),  # longer than one chunk of positions
+    (3, 5, 4, 4, 0),  # no coordinate
+    (2, 6, 1, 1, 1),  # a single weight
+    (1, 1, 64, 50000, 700),  # an output as wide as a vocabulary
+    (1, 40, 16, 40000, 3000),  # the same, with positions
+    (0, 4, 3, 3, 5),  # no example
+    (2, 0, 3, 3, 5),  # no position: zeros
+]
+
+
+def inputs(B, T, I, O, r, dtype, seed=0, bias=False):
+    """x, dy and r distinct sorted coordinates; with bias, its column is among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, T, I, generator=generator).to(dtype)
+    dy = torch.randn(B, T, O, generator=generator).to(dtype)
+    width = I + bias
+    at = torch.randperm(O * width, generator=generator)[:r].sort().values
+    return x, dy, (at // width).int(), (at % width).int()
+
+
+def exact(x, dy, o_idx, i_idx, bias=False):
+    """The definition in float64, sharing no code with the package."""
+    x, dy = x.double(), dy.double()
+    if bias:
+        x = torch.cat([x, torch.ones(*x.shape[:2], 1, dtype=torch.float64)], 2)
+    return torch.einsum("bto,bti->boi", dy, x)[:, o_idx.long(), i_idx.long()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_sampled_outer(backend, shape, dtype, bias):
+    B, T, _, _, r = shape
+    x, dy, o_idx, i_idx = inputs(*shape, dtype, bias=bias)
+    row = torch.full((B, r + 9), torch.nan)
+    out = ops.sampled_outer(
+        x, dy, o_idx, i_idx, bias=bias, out=row[:, 4 : 4 + r], backend=backend.name
+    )
+
+    truth = exact(x, dy, o_idx, i_idx, bias)
+    sizes = exact(x.abs(), dy.abs(), o_idx, i_idx, bias)
+    assert_within(out, truth, (T + 1) * EPS32 * sizes)  # the bound of any float32 sum of T terms
+    assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 7, 5, 30), (2, 70, 40, 30, 600)], ids=str)
+@pytest.mark.parametrize("s", [1, 4, 7])
+def test_signed_sums(backend, shape, s):
+    B, T, I, O, r = shape
+    x, dy, _, _ = inputs(B, T, I, O, r, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    o_idx = torch.randint(O, (r, s), generator=generator).int()
+    i_idx = torch.randint(I, (r, s), generator=generator).int()
+    sign = (2 * torch.randint(2, (r, s), generator=generator) - 1).to(torch.int8)
+    out = ops.sampled_outer(x, dy, o_idx, i_idx, sign=sign, scale=0.5, backend=backend.name)
+
+    truth = 0.5 * (exact(x, dy, o_idx, i_idx) * sign).sum(-1)
+    sizes = 0.5 * exact(x.abs(), dy.abs(), o_idx, i_idx).sum(-1)
+    assert_within(out, truth, (T + s + 1) * EPS32 * sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(backend, dtype):
+    """x and dy as slices, transposed views and expanded gradients; out with any strides."""
+    B, T, I, O, r = 3, 21, 13, 10, 77
+    x, dy, o_idx, i_idx = inputs(B, T, I, O, r, dtype)
+    wide = torch.zeros(T, B, I + 5, dtype=dtype)
+    wide[..., 2 : 2 + I] = x.transpose(0, 1)
+    x_view = wide.transpose(0, 1)[..., 2 : 2 + I]
+    dy_view = dy.transpose(1, 2).contiguous().transpose(1, 2)
+    shared = dy[:1, :1].expand(B, T, O)
+    column = dy[..., :1].expand(B, T, O)
+    out = torch.full((r, 2 * B), torch.nan).T[::2]
+    for strided in (dy_view, shared, column):
+        got = ops.sampled_outer(x_view, strided, o_idx, i_idx, out=out, backend=backend.name)
+        assert got.data_ptr() == out.data_ptr()
+        sizes = exact(x.abs(), strided.abs(), o_idx, i_idx)
+        assert_within(out, exact(x, strided, o_idx, i_idx), (T + 1) * EPS32 * sizes)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_single_columns(backend, size):
+    """A dimension of size 1 may have any stride."""
+    x = torch.randn(2, 5, 4)[..., ::4][..., :1]
+    dy = torch.randn(2, 5, 2 * size)[..., ::2]
+    o_idx, i_idx = torch.arange(size).int(), torch.zeros(size).int()
+    out = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend.name)
+    assert_within(
+        out, exact(x, dy, o_idx, i_idx), 6 * EPS32 * exact(x.abs(), dy.abs(), o_idx, i_idx)
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 64, 128, 600), (5, 300, 40, 30, 900)], ids=str)
+def test_same_bits(backend, shape):
+    """Run to run, for any number of threads, and for any batch around an example."""
+    x, dy, o_idx, i_idx = inputs(*shape, torch.float32)
+
+    def run(part):
+        return ops.sampled_outer(x[part], dy[part], o_idx, i_idx, backend=backend.name)
+
+    whole = run(slice(None))
+    assert torch.equal(whole, run(slice(None)))
+    if backend.name == "cpu":
+        threads = torch.get_num_threads()
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(whole, run(slice(None)))
+            assert torch.equal(whole[2:3], run(slice(2, 3)))
+        torch.set_num_threads(threads)
+
+
+sizes = st.integers(1, 40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(B=st.integers(1, 4), T=st.integers(1, 70), I=sizes, O=sizes, seed=st.integers(0, 999))
+def test_laws(B, T, I, O, seed):
+    """Linear in dy; examples and positions are apart; all coordinates are the full gradient."""
+    x, dy, o_idx, i_idx = inputs(B, T, I, O, min(50, O * I), torch.float32, seed)
+    sizes = exact(x.abs(), dy.abs(), o_idx, i_idx)
+    bound = 4 * (T + 2) * EPS32 * sizes
+
+    def run(x, dy):
+        return ops.sampled_outer(x, dy, o_idx, i_idx).double()
+
+    rows = run(x, dy)
+    assert_within(run(x, -2 * dy), -2 * rows, 0 * bound)  # powers of two are exact
+    assert_within(run(x, 3 * dy), 3 * rows, 3 * bound)
+    other = torch.randn(B, T, O, generator=torch.Generator().manual_seed(seed))
+    both = exact(x.abs(), dy.abs() + other.abs(), o_idx, i_idx)
+    assert_within(run(x, dy + other), rows + run(x, other), 4 * (T + 2) * EPS32 * both)
+
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(run(x[order], dy[order]), rows[order])
+    cut = seed % T
+    assert_within(run(x[:, :cut], dy[:, :cut]) + run(x[:, cut:], dy[:, cut:]), rows, bound)
+
+    at = torch.arange(O * I)
+    full = ops.sampled_outer(x, dy, (at // I).int(), (at % I).int())
+    gradient = torch.einsum("bto,bti->boi", dy.double(), x.double()).reshape(B, -1)
+    largest = torch.einsum("bto,bti->boi", dy.double().abs(), x.double().abs()).reshape(B, -1)
+    assert_within(full, gradient, (T + 1) * EPS32 * largest)
+
+
+@pytest.mark.parametrize("sign", [False, True], ids=["", "sign"])
+def test_opcheck(sign):
+    if dropinf.backends()["cpu"] != "available":
+        pytest.skip(dropinf.backends()["cpu"])
+    x, dy, o_idx, i_idx = inputs(2, 9, 5, 6, 12, torch.float32)
+    signs = None
+    if sign:
+        o_idx, i_idx = o_idx.reshape(6, 2), i_idx.reshape(6, 2)
+        signs = torch.ones(6, 2, dtype=torch.int8)
+    out = torch.zeros(2, len(o_idx))
+    args = (x, dy, o_idx, i_idx, signs, False, 1.0, out)
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(torch.ops.dropinf.sampled_outer.default, args)
+
+
+good = {
+    "x": torch.zeros(2, 3, 4),
+    "dy": torch.zeros(2, 3, 5),
+    "o_idx": torch.zeros(6, dtype=torch.int32),
+    "i_idx": torch.zeros(6, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 4)}, r"x must be \[B, T, I\], got \(2, 4\)"),
+        ({"dy": torch.zeros(2, 2, 5)}, r"dy must be \[B=2, T=3, O\], got \(2, 2, 5\)"),
+        ({"dy": torch.zeros(2, 3, 5).half()}, r"dy must be torch.float32"),
+        ({"x": torch.zeros(2, 3, 4).long()}, r"x must be floating point, got torch.int64"),
+        ({"o_idx": torch.zeros(6).long()}, r"o_idx must be torch.int32 on cpu, got torch.int64"),
+        (
+            {"i_idx": torch.zeros(5).int()},
+            r"must both be \[r\] without sign, got \(6,\) and \(5,\)",
+        ),
+        ({"o_idx": torch.full((6,), 5).int()}, "o_idx|out of range"),
+        ({"i_idx": torch.full((6,), 4).int()}, "i_idx|out of range"),
+        ({"i_idx": torch.full((6,), -1).int()}, "i_idx|out of range"),
+        ({"dy": torch.zeros(2, 3, 5, device="meta")}, "dy must be torch.float32 on cpu"),
+        ({"out": torch.zeros(2, 7)}, r"out must be floating point \(2, 6\) on cpu"),
+        ({"sign": torch.ones(6, 1).int()}, "must both be"),
+    ],
+    ids=str,
+)
+def test_bad_input(backend, change, message):
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
+        ops.sampled_outer(**{**good, **change}, backend=backend.name)
+
+
+def test_named_backend_is_used_or_refused():
+    for name in ("cuda", "nonsense"):
+        with pytest.raises(
+            dropinf.BackendError, match=f"sampled_outer: backend '{name}' is .*Here"
+        ):
+            ops.sampled_outer(**good, backend=name)
+    wide = {**good, "x": good["x"].double(), "dy": good["dy"].double()}
+    assert ops.sampled_outer(**wide).dtype == torch.float64
+    if dropinf.backends()["cpu"] == "available":
+        with pytest.raises(dropinf.BackendError, match=r"not torch.float64\. Here: 'reference'"):
+            ops.sampled_outer(**wide, backend="cpu")

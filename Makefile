@@ -13,7 +13,9 @@ test: .venv/installed lint
 	$(BIN)/python -m pytest
 
 bench: .venv/installed
-	$(BIN)/python bench/run.py
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
+	$(BIN)/python bench/report.py build/bench.json
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -75,10 +75,10 @@ def collect(
                     at = int((~valid).nonzero()[0])
                     raise ValueError(_nonfinite("gradient", writer.num_rows + at, "not finite"))
                 if mode == "grads" and len(rows) > 1:
-                    last = writer.num_rows + len(rows) - 1
+                    first, last = writer.num_rows, writer.num_rows + len(rows) - 1
                     raise ValueError(
-                        f"collect: a loss or gradient among examples {writer.num_rows} to {last} is "
-                        "not finite, and mode='grads' cannot keep the others apart from it; give "
+                        f"collect: a loss or gradient among examples {first} to {last} is not "
+                        "finite, and mode='grads' cannot keep the others apart from it; give "
                         "batches of one example"
                     )
                 rows[~valid] = 0

@@ -55,8 +55,8 @@ def main(picture: Path) -> None:
     )
     report("loss value", digits, lambda: (-losses_of(model, digits.train)[None], 0))
     print(
-        "\nOn so simple a set the loss alone finds wrong labels best; influence also tells whom each "
-        "one hurts,\nand so what its label should be."
+        "\nOn so simple a set the loss alone finds wrong labels best; influence also tells whom "
+        "each one hurts,\nand so what its label should be."
     )
     draw(digits, suspects[1024], picture)
 

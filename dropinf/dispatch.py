@@ -43,7 +43,10 @@ def _native(op: str) -> Callable:
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_outer": {"cpu": _native("sampled_outer"), "reference": reference.sampled_outer},
-    "sampled_embedding": {"reference": reference.sampled_embedding},
+    "sampled_embedding": {
+        "cpu": _native("sampled_embedding"),
+        "reference": reference.sampled_embedding,
+    },
     "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
 }
 

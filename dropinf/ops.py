@@ -131,7 +131,15 @@ def sampled_embedding(
                 f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
             )
     out = _output(op, out, (B, o_idx.shape[0]), dy.dtype, dy.device)
-    kernel(op, backend, dy.device, (dy.dtype,), out.dtype)(ids, dy, o_idx, i_idx, scale, out)
+    call = kernel(op, backend, dy.device, (dy.dtype,), out.dtype)
+    call(
+        ids.long().contiguous(),
+        _unit_stride(dy),
+        o_idx.contiguous(),
+        i_idx.contiguous(),
+        scale,
+        out,
+    )
     return out
 
 

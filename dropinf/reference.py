@@ -64,7 +64,7 @@ def sampled_embedding(
     position = torch.repeat_interleave(count)  # of every (position, coordinate) that meet
     nth = torch.arange(len(position), device=ids.device) - (count.cumsum(0) - count)[position]
     k = first[position] + nth
-    terms = dy.reshape(B * T, -1)[position, o_idx[k]]
+    terms = dy.flatten(0, 1)[position, o_idx[k]]
     # float64: torch adds float32 with atomics, in an order that differs from run to run.
     sums = torch.zeros(B * r, dtype=torch.float64, device=dy.device)
     sums.index_put_((position // max(T, 1) * r + k,), terms.double(), accumulate=True)

@@ -1,0 +1,76 @@
+"""Markdown tables of a benchmark run: python bench/report.py RESULTS.json > RESULTS.md."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+NAMES = {
+    "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32, r={}",
+    "bench_gather_grads": "gather_grads, 200 layers of 512 x 512, r={} each",
+    "bench_whole_model": "a whole model: 6 layers, width 768, T=128, B=8, r=1024 a layer",
+    "bench_whole_model_memory": "memory of one step of that model",
+}
+
+
+def main(path: str) -> None:
+    """Print the machine, then a table for each benchmark."""
+    results = json.loads(Path(path).read_text())
+    machine, commit = results["machine_info"], results["commit_info"]
+    cpu = machine["cpu"]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "dropinf"))
+    print(
+        f"# Benchmarks of {results['datetime'][:10]}\n\n"
+        f"{cpu['count']} cores of {cpu['brand_raw']}; {platform.system()}, "
+        f"Python {machine['python_version']}, {packages}; commit {commit['id'][:12]}"
+        f"{' with uncommitted changes' if commit['dirty'] else ''}.\n\n"
+        "Contestants alternate in one process; figures are medians over the rounds, with the "
+        "smallest and largest.\nA ratio is the contestant's time over dropinf's in the same round: "
+        "above 1, dropinf is faster."
+    )
+    for result in results["benchmarks"]:
+        function, _, r = result["name"].rstrip("]").partition("[")
+        print(f"\n## {NAMES[function].format(r)}\n")
+        info = result["extra_info"]
+        if "contestants" in info:
+            times(info)
+        else:
+            peaks(info)
+
+
+def times(info: dict) -> None:
+    """The table of one timing."""
+    print(f"{info['threads']} threads.\n")
+    print("| contestant | ms | ratio | to reach | reached |\n| --- | --- | --- | --- | --- |")
+    for name, measured in info["contestants"].items():
+        ms, ratio = (spread(measured[key]) for key in ("ms", "ratio"))
+        wanted = measured["to_reach"]
+        bounds, reached = "", ""
+        if wanted:
+            low, high = wanted
+            bounds = f"≥ {low:.2f}" if high is None else f"{low or 0:.2f} to {high:.2f}"
+            met = (low or 0) <= measured["ratio"][0] <= (high or float("inf"))
+            reached = "yes" if met else "**no**"
+        print(f"| {name} | {ms} | {ratio} | {bounds} | {reached} |")
+
+
+def peaks(info: dict) -> None:
+    """The table of peak memory."""
+    ours, rows = info["peaks"]["dropinf capture"], info["rows"]
+    print(f"The rows are {rows:.1f} MB.\n")
+    print("| pass | peak above what the process held, MB | (dropinf - rows) / this |")
+    print("| --- | --- | --- |")
+    for name, peak in info["peaks"].items():
+        print(f"| {name} | {peak:.0f} | {(ours - rows) / peak:.2f} |")
+
+
+def spread(values: list[float]) -> str:
+    """Median (smallest to largest)."""
+    return "{:.3g} ({:.3g} to {:.3g})".format(*values)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,311 @@
+// The one file that includes torch: registers the ops, shares their work out over threads, and
+// makes the module dropinf._C with build information.
+//
+// dropinf/ops.py checks for people; here only what would read or write out of bounds is repeated.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "launchers.h"
+
+namespace dropinf {
+namespace {
+
+// A thread must have this much to do to be worth waking: 2-core AMD EPYC Zen 4, 2026-11.
+constexpr double kThreadNs = 10e3;
+
+// Examples whose chunks are summed apart at a time: a few work items for each thread, which bounds
+// the memory of the sums.
+constexpr int64_t kItemsPerThread = 2;
+
+// Rough times of one token's search and of one entry: they only decide when a thread pays.
+constexpr double kSearchNs = 20;
+constexpr double kZeroNs = 0.5;
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "dropinf: need float32, bfloat16 or float16, got ",
+                       tensor.scalar_type());
+  }
+}
+
+int64_t grain(double item_ns) {
+  return std::max<int64_t>(1, static_cast<int64_t>(kThreadNs / std::max(item_ns, 1e-3)));
+}
+
+void run(const SampledOuter& call, const SampledOuterArgs& args) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t num_chunks = call.num_chunks;
+  if (threads == 1 || num_chunks == 1 || args.B >= 4 * threads) {
+    at::parallel_for(0, args.B, grain(num_chunks * call.chunk_ns),
+                     [&](int64_t begin, int64_t end) { call.rows(begin, end); });
+    return;
+  }
+  const int64_t group = std::min(args.B, (kItemsPerThread * threads + num_chunks - 1) / num_chunks);
+  const int64_t example_size = num_chunks * call.sums_size;
+  const std::unique_ptr<float[]> sums(new float[group * example_size]);
+  for (int64_t first = 0; first < args.B; first += group) {
+    const int64_t last = std::min(first + group, args.B);
+    at::parallel_for(first * num_chunks, last * num_chunks, grain(call.chunk_ns),
+                     [&](int64_t begin, int64_t end) {
+                       call.chunks(begin, end,
+                                   sums.get() + (begin - first * num_chunks) * call.sums_size);
+                     });
+    for (int64_t b = first; b < last; ++b) {
+      at::parallel_for(0, args.r, grain(0.1 * num_chunks * args.s),
+                       [&](int64_t begin, int64_t end) {
+                         call.finish(b, begin, end, sums.get() + (b - first) * example_size);
+                       });
+    }
+  }
+}
+
+void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
+                   const at::Tensor& i_idx, const std::optional<at::Tensor>& sign, bool bias,
+                   double scale, const at::Tensor& out) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && dy.dim() == 3 && x.size(0) == dy.size(0) &&
+                        x.size(1) == dy.size(1) && x.scalar_type() == dy.scalar_type(),
+                    "sampled_outer: x must be [B, T, I] and dy [B, T, O] of one dtype, got ",
+                    x.scalar_type(), " ", x.sizes(), " and ", dy.scalar_type(), " ", dy.sizes());
+  for (const auto& tensor : {x, dy}) {
+    TORCH_CHECK_VALUE(tensor.stride(2) == 1 || tensor.size(2) <= 1,
+                      "sampled_outer: x and dy must have stride 1 in the last dimension, got ",
+                      tensor.strides());
+  }
+  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
+                        o_idx.is_contiguous() && i_idx.is_contiguous() &&
+                        o_idx.sizes() == i_idx.sizes() && o_idx.dim() == (sign ? 2 : 1),
+                    "sampled_outer: o_idx and i_idx must be contiguous int32, [r] or with sign "
+                    "[r, s], got ",
+                    o_idx.sizes(), " and ", i_idx.sizes());
+  TORCH_CHECK_VALUE(!sign || (sign->scalar_type() == at::kChar && sign->is_contiguous() &&
+                              sign->sizes() == o_idx.sizes()),
+                    "sampled_outer: sign must be contiguous int8 ", o_idx.sizes());
+  SampledOuterArgs args;
+  args.B = x.size(0);
+  args.T = x.size(1);
+  args.I = x.size(2);
+  args.O = dy.size(2);
+  args.r = o_idx.size(0);
+  args.s = sign ? o_idx.size(1) : 1;
+  args.bias = bias;
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 && out.size(0) == args.B &&
+                        out.size(1) == args.r,
+                    "sampled_outer: out must be float32 [B=", args.B, ", r=", args.r, "], got ",
+                    out.sizes());
+  args.o_idx = o_idx.const_data_ptr<int32_t>();
+  args.i_idx = i_idx.const_data_ptr<int32_t>();
+  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, o_idx.numel(), args.O),
+                    "sampled_outer: o_idx is out of range for O=", args.O);
+  TORCH_CHECK_INDEX(indices_in_range(args.i_idx, i_idx.numel(), args.I + bias),
+                    "sampled_outer: i_idx is out of range for I=", args.I,
+                    bias ? " and the bias column" : "");
+  if (out.numel() == 0) return;
+  if (args.T == 0 || args.s == 0) {
+    out.zero_();
+    return;
+  }
+  args.dtype = dtype_of(x);
+  args.x = x.const_data_ptr();
+  args.dy = dy.const_data_ptr();
+  args.x_stride_b = x.stride(0);
+  args.x_stride_t = x.stride(1);
+  args.dy_stride_b = dy.stride(0);
+  args.dy_stride_t = dy.stride(1);
+  args.sign = sign ? sign->const_data_ptr<int8_t>() : nullptr;
+  args.scale = static_cast<float>(scale);
+  args.out = out.mutable_data_ptr<float>();
+  args.out_stride_b = out.stride(0);
+  args.out_stride_k = out.stride(1);
+  run(*SampledOuter::make(args), args);
+}
+
+void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
+                       const at::Tensor& i_idx, double scale, const at::Tensor& out) {
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
+                        dy.dim() == 3 && dy.size(0) == ids.size(0) && dy.size(1) == ids.size(1) &&
+                        (dy.stride(2) == 1 || dy.size(2) <= 1),
+                    "sampled_embedding: ids must be contiguous int64 [B, T] and dy [B, T, O] with "
+                    "stride 1 in O, got ",
+                    ids.scalar_type(), " ", ids.sizes(), " and ", dy.sizes());
+  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
+                        o_idx.is_contiguous() && i_idx.is_contiguous() && o_idx.dim() == 1 &&
+                        o_idx.sizes() == i_idx.sizes(),
+                    "sampled_embedding: o_idx and i_idx must be contiguous int32 [r], got ",
+                    o_idx.sizes(), " and ", i_idx.sizes());
+  SampledEmbeddingArgs args;
+  args.r = o_idx.numel();
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 &&
+                        out.size(0) == ids.size(0) && out.size(1) == args.r,
+                    "sampled_embedding: out must be float32 [B=", ids.size(0), ", r=", args.r,
+                    "], got ", out.sizes());
+  args.o_idx = o_idx.const_data_ptr<int32_t>();
+  args.i_idx = i_idx.const_data_ptr<int32_t>();
+  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, dy.size(2)),
+                    "sampled_embedding: o_idx is out of range for O=", dy.size(2));
+  TORCH_CHECK_VALUE(std::is_sorted(args.i_idx, args.i_idx + args.r),
+                    "sampled_embedding: i_idx must be sorted");
+  if (out.numel() == 0) return;
+  args.ids = ids.const_data_ptr<int64_t>();
+  args.dtype = dtype_of(dy);
+  args.dy = dy.const_data_ptr();
+  args.T = ids.size(1);
+  args.dy_stride_b = dy.stride(0);
+  args.dy_stride_t = dy.stride(1);
+  args.scale = static_cast<float>(scale);
+  args.out = out.mutable_data_ptr<float>();
+  args.out_stride_b = out.stride(0);
+  args.out_stride_k = out.stride(1);
+  at::parallel_for(0, ids.size(0), grain(kSearchNs * args.T + kZeroNs * args.r),
+                   [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
+}
+
+void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
+                  at::ArrayRef<double> scales, const at::Tensor& out) {
+  const int64_t L = indices.size();
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(grads.size()) == L && static_cast<int64_t>(scales.size()) == L,
+      "gather_grads: grads, indices and scales must be equally long, got ", grads.size(), ", ", L,
+      " and ", scales.size());
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 1,
+                    "gather_grads: out must be float32 [R], got ", out.scalar_type(), " ",
+                    out.sizes());
+  std::vector<at::Tensor> kept(L);  // sizes and strides are read from it below
+  std::vector<GradEntries> layers(L);
+  std::vector<int64_t> offsets(L + 1);
+  for (int64_t l = 0; l < L; ++l) {
+    const at::Tensor& index = indices[l];
+    TORCH_CHECK_VALUE(index.scalar_type() == at::kLong && index.dim() == 1 && index.is_contiguous(),
+                      "gather_grads: indices[", l, "] must be contiguous int64 [r], got ",
+                      index.sizes());
+    offsets[l + 1] = offsets[l] + index.numel();
+    GradEntries& entries = layers[l];
+    entries = GradEntries{};
+    entries.idx = index.const_data_ptr<int64_t>();
+    entries.r = index.numel();
+    entries.scale = static_cast<float>(scales[l]);
+    std::optional<at::Tensor> grad = grads.get(l);
+    if (!grad || !grad->defined()) continue;
+    kept[l] = std::move(*grad);
+    const at::Tensor& g = kept[l];
+    TORCH_CHECK_VALUE(g.layout() == at::kStrided, "gather_grads: grads[", l, "] is ", g.layout(),
+                      ", not dense");
+    entries.dtype = dtype_of(g);
+    entries.numel = g.numel();
+    TORCH_CHECK_INDEX(entries.numel > 0 || entries.r == 0, "gather_grads: indices[", l,
+                      "] has an index out of range for a gradient of 0 elements");
+    entries.data = g.const_data_ptr();
+    if (!g.is_contiguous()) {
+      entries.num_dims = g.dim();
+      entries.sizes = g.sizes().data();
+      entries.strides = g.strides().data();
+    }
+  }
+  const int64_t R = offsets[L];
+  TORCH_CHECK_VALUE(out.numel() == R, "gather_grads: out must have the ", R,
+                    " entries of all indices, got ", out.numel());
+  if (R == 0) return;
+  float* const data = out.mutable_data_ptr<float>();
+  const int64_t out_stride = out.stride(0);
+  for (int64_t l = 0; l < L; ++l) {
+    layers[l].out = data + offsets[l] * out_stride;
+    layers[l].out_stride = out_stride;
+  }
+
+  std::atomic<int64_t> bad{-1};  // a layer with an index out of range
+  at::parallel_for(0, R, grain(5.0), [&](int64_t begin, int64_t end) {
+    int64_t l = std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
+    for (; l < L && offsets[l] < end; ++l) {
+      const int64_t k_begin = std::max(begin, offsets[l]) - offsets[l];
+      const int64_t k_end = std::min(end, offsets[l + 1]) - offsets[l];
+      if (!gather_entries(layers[l], k_begin, k_end)) bad = l;
+    }
+  });
+  TORCH_CHECK_INDEX(bad < 0, "gather_grads: indices[", bad.load(),
+                    "] has an index out of range for a gradient of ",
+                    layers[std::max<int64_t>(bad, 0)].numel, " elements");
+}
+
+void sampled_outer_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                        const std::optional<at::Tensor>&, bool, double, const at::Tensor&) {}
+
+void sampled_embedding_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const at::Tensor&, double, const at::Tensor&) {}
+
+void gather_grads_meta(const c10::List<std::optional<at::Tensor>>&, at::TensorList,
+                       at::ArrayRef<double>, const at::Tensor&) {}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  info["compiler"] = "msvc " + std::to_string(_MSC_VER);
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["cpp_standard"] = static_cast<int64_t>(__cplusplus);
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+}  // namespace dropinf
+
+TORCH_LIBRARY(dropinf, m) {
+  m.def(
+      "sampled_outer(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, Tensor? sign, bool bias, "
+      "float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "sampled_embedding(Tensor ids, Tensor dy, Tensor o_idx, Tensor i_idx, float scale, "
+      "Tensor(a!) out) -> ()");
+  m.def("gather_grads(Tensor?[] grads, Tensor[] indices, float[] scales, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(dropinf, CPU, m) {
+  m.impl("sampled_outer", &dropinf::sampled_outer);
+  m.impl("sampled_embedding", &dropinf::sampled_embedding);
+  m.impl("gather_grads", &dropinf::gather_grads);
+}
+
+TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
+  m.impl("sampled_outer", &dropinf::sampled_outer_meta);
+  m.impl("sampled_embedding", &dropinf::sampled_embedding_meta);
+  m.impl("gather_grads", &dropinf::gather_grads_meta);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &dropinf::build_info);
+  m.def("cpu_capability", &dropinf::cpu_capability);
+  m.def("set_cpu_capability", [](const std::string& name) {
+    if (!dropinf::set_cpu_capability(name)) {
+      throw pybind11::value_error("set_cpu_capability: '" + name + "' is not supported here");
+    }
+  });
+}

@@ -1,0 +1,52 @@
+// gather_grads on the CPU: bound by cache and TLB misses of single elements, which the processor
+// overlaps on its own as long as the loop has no branch that depends on the data.
+
+#include "cpu/elements.h"
+#include "launchers.h"
+
+namespace dropinf {
+namespace {
+
+// Offset of a flat row-major position.
+int64_t offset_of(const GradEntries& entries, int64_t position) {
+  if (entries.num_dims == 0) return position;
+  int64_t offset = 0;
+  for (int64_t d = entries.num_dims - 1; d > 0; --d) {
+    offset += position % entries.sizes[d] * entries.strides[d];
+    position /= entries.sizes[d];
+  }
+  return offset + position * entries.strides[0];
+}
+
+template <typename E>
+bool gather(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
+  const E* data = static_cast<const E*>(entries.data);
+  bool in_range = true;
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    const bool good = static_cast<uint64_t>(entries.idx[k]) < static_cast<uint64_t>(entries.numel);
+    in_range &= good;
+    const int64_t position = good ? entries.idx[k] : 0;
+    entries.out[k * entries.out_stride] =
+        entries.scale * to_float(data[offset_of(entries, position)]);
+  }
+  return in_range;
+}
+
+}  // namespace
+
+bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
+  if (!entries.data || entries.numel == 0) {
+    for (int64_t k = k_begin; k < k_end; ++k) entries.out[k * entries.out_stride] = 0.0f;
+    return !entries.data || k_begin == k_end;
+  }
+  switch (entries.dtype) {
+    case DType::kBFloat16:
+      return gather<BFloat16>(entries, k_begin, k_end);
+    case DType::kFloat16:
+      return gather<Float16>(entries, k_begin, k_end);
+    default:
+      return gather<float>(entries, k_begin, k_end);
+  }
+}
+
+}  // namespace dropinf

@@ -1,0 +1,103 @@
+// Every launcher: raw pointers, sizes and strides, no torch. Strides are in elements.
+//
+// The CPU functions run on the calling thread over a range of the work; bindings.cpp shares the
+// ranges out over threads.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace dropinf {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+// "avx2" where the processor has AVX2, FMA and F16C, else "portable".
+std::string cpu_capability();
+// For tests. False if this processor or build does not have it.
+bool set_cpu_capability(const std::string& name);
+
+// The arguments of sampled_outer:
+//   out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]
+struct SampledOuterArgs {
+  DType dtype;     // of x and dy
+  const void* x;   // [B, T, I], stride 1 in I
+  const void* dy;  // [B, T, O], stride 1 in O
+  int64_t B, T, I, O;
+  int64_t x_stride_b, x_stride_t;
+  int64_t dy_stride_b, dy_stride_t;
+  const int32_t* o_idx;  // [r, s]
+  const int32_t* i_idx;  // [r, s]
+  const int8_t* sign;    // [r, s], or null for +1
+  int64_t r, s;
+  bool bias;  // i_idx may be I: a column of ones
+  float scale;
+  float* out;  // [B, r]
+  int64_t out_stride_b, out_stride_k;
+};
+
+// Whether all n indices are in [0, size).
+bool indices_in_range(const int32_t* idx, int64_t n, int64_t size);
+
+// One call of sampled_outer, prepared once and then shared by the threads. The positions are cut
+// into chunks that depend on T alone. A chunk is summed on its own, and the chunks are added in
+// order, whoever computes them: the bits of a row depend neither on the threads nor on B.
+class SampledOuter {
+ public:
+  static std::unique_ptr<const SampledOuter> make(const SampledOuterArgs& args);
+  virtual ~SampledOuter() = default;
+
+  int64_t num_chunks;  // of one example
+  int64_t sums_size;   // floats that hold the sums of one chunk
+  double chunk_ns;     // rough time of one chunk
+
+  // out[b_begin:b_end].
+  virtual void rows(int64_t b_begin, int64_t b_end) const = 0;
+  // The sums of chunks [c_begin, c_end), counted over the batch: chunk c % num_chunks of example
+  // c / num_chunks.
+  virtual void chunks(int64_t c_begin, int64_t c_end, float* sums) const = 0;
+  // out[b, k_begin:k_end] from the sums of example b's chunks; overwrites sums.
+  virtual void finish(int64_t b, int64_t k_begin, int64_t k_end, float* sums) const = 0;
+};
+
+// The arguments of sampled_embedding:
+//   out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]]
+struct SampledEmbeddingArgs {
+  const int64_t* ids;  // [B, T], contiguous
+  DType dtype;         // of dy
+  const void* dy;      // [B, T, O], stride 1 in O
+  int64_t T;
+  int64_t dy_stride_b, dy_stride_t;
+  const int32_t* o_idx;  // [r]
+  const int32_t* i_idx;  // [r], rising
+  int64_t r;
+  float scale;
+  float* out;  // [B, r]
+  int64_t out_stride_b, out_stride_k;
+};
+
+// out[b_begin:b_end].
+void sampled_embedding_rows(const SampledEmbeddingArgs& args, int64_t b_begin, int64_t b_end);
+
+// One gradient of gather_grads, and the entries wanted of it.
+struct GradEntries {
+  const void* data;  // null counts as zeros
+  DType dtype;
+  int64_t numel;
+  // Sizes and strides, outermost first; num_dims = 0 if the data are contiguous.
+  int64_t num_dims;
+  const int64_t* sizes;
+  const int64_t* strides;
+  const int64_t* idx;  // [r] positions in the flattened gradient
+  int64_t r;
+  float scale;
+  float* out;  // [r]
+  int64_t out_stride;
+};
+
+// out[k] = scale * gradient.flatten()[idx[k]] for k in [k_begin, k_end). False, with every entry
+// still written, if an index is out of range.
+bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end);
+
+}  // namespace dropinf

@@ -1,0 +1,143 @@
+"""The package as installed, with and without a compiler; its command line; its one direction."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dropinf
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dropinf"
+
+
+def run(*command, cwd=None, **environment):
+    """Run python with `command`; return stdout."""
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=cwd
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def install(tmp_path, **environment):
+    """`pip install .` of a copy of the sources, into a folder of its own."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    built = shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt")
+    for folder in ("csrc", "dropinf", "triton_kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=built)
+    for file in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / file, source)
+    pip = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    run(*pip, "--target", str(target), str(source), **environment)
+    return target
+
+
+USE = """
+import sys, torch, dropinf
+assert dropinf.__file__.startswith(sys.argv[1]), dropinf.__file__
+import dropinf.triton_kernels
+model = torch.nn.Linear(4, 3)
+data = [torch.randn(5, 4)]
+scores = dropinf.influence(
+    model, data, data, lambda m, x: m(x).pow(2).sum(1), dropinf.Dropout(r=7), progress=False
+)
+assert scores.shape == (5, 5) and scores.isfinite().all()
+for name, state in dropinf.backends().items():
+    print(f"{name}: {state}")
+"""
+
+
+@pytest.mark.parametrize("why", ["not asked for", "no compiler"])
+def test_install_without_compiler(why, tmp_path):
+    """It installs, imports, works on `reference`, and says why `cpu` is missing."""
+    if why == "no compiler":
+        missing = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "DROPINF_EXTENSION": ""}
+    else:
+        missing = {"DROPINF_EXTENSION": "0"}
+    target = install(tmp_path, **missing)
+    printed = run("-c", USE, str(target), cwd=target, PYTHONPATH=str(target))
+    assert "reference: available" in printed
+    reason = "did not compile" if why == "no compiler" else "DROPINF_EXTENSION=0 was set"
+    assert f"cpu: not available: {reason}" in printed.replace("the C++ extension ", "")
+    assert not list(target.glob("dropinf/_C*"))
+
+
+def test_extension_that_was_asked_for_is_an_error(tmp_path):
+    with pytest.raises(AssertionError, match=r"DROPINF_EXTENSION|compile|nowhere"):
+        install(tmp_path, CXX="/nowhere/c++", CC="/nowhere/cc", DROPINF_EXTENSION="1")
+
+
+def test_build_information():
+    if dropinf.backends()["cpu"] != "available":
+        pytest.skip(dropinf.backends()["cpu"])
+    info = dropinf._C.build_info()
+    assert info["torch"] == torch.__version__.split("+")[0] and info["openmp"] and not info["cuda"]
+    assert dropinf._C.cpu_capability() in ("avx2", "portable")
+    with pytest.raises((ValueError, RuntimeError)):
+        dropinf._C.set_cpu_capability("nonsense")
+
+
+def test_command_line():
+    assert "reference   available" in run("-m", "dropinf", "backends")
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dropinf"):
+            parts = node.module.split(".")
+            if len(parts) > 1:
+                yield ".".join(parts[1:])
+            else:
+                yield from (alias.name for alias in node.names)
+
+
+# From the backends, which know only tensors, to the calls that do everything.
+ORDER = [
+    ["reference"],
+    ["dispatch"],
+    ["ops"],
+    ["layers", "compress"],
+    ["plan"],
+    ["tap", "store"],
+    ["activations", "gradients", "solvers.base"],
+    ["solvers.cholesky", "solvers.identity", "capturing"],
+    ["solvers", "collecting"],
+    ["scoring"],
+]
+
+
+def test_one_direction():
+    """Nothing imports to its right: a module imports only from earlier ranks."""
+    rank = {name: i for i, names in enumerate(ORDER) for name in names}
+    for name, mine in rank.items():
+        file = PACKAGE / (name.replace(".", "/") + ".py")
+        file = file if file.exists() else PACKAGE / name / "__init__.py"
+        for other in imports(file):
+            if other in rank:
+                assert rank[other] < mine, f"{name} imports {other}"
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "demo"}
+    assert modules <= set(rank)
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    modules = {p.stem for p in PACKAGE.glob("*.py")}
+    functions = {n for n in dropinf.__all__ if callable(getattr(dropinf, n))}
+    assert not modules & functions
+
+
+def test_readme_example():
+    """The README's ten lines run as they stand."""
+    text = (ROOT / "README.md").read_text()
+    example = text.split("```python\n", 2)[1].split("```")[0]
+    assert example.count("\n") <= 25
+    namespace = {}
+    exec(example, namespace)
+    assert namespace["values"].shape == namespace["indices"].shape == (20, 5)

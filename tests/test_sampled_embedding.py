@@ -1,0 +1,105 @@
+"""sampled_embedding: equal to sampled_outer of one-hot inputs, in float64."""
+
+import pytest
+import torch
+from conftest import EPS32, assert_within
+
+import dropinf
+from dropinf import ops
+
+SHAPES = [  # B, T, vocabulary, O, r
+    (3, 1, 5, 7, 11),
+    (2, 13, 17, 11, 60),
+    (4, 9, 3, 5, 15),  # every coordinate; tokens repeat
+    (2, 40, 5000, 8, 900),
+    (2, 5, 4, 4, 0),
+    (0, 4, 3, 3, 5),
+    (2, 0, 3, 3, 5),
+]
+
+
+def inputs(B, T, vocabulary, O, r, dtype):
+    """ids (some -1, which count for nothing), dy, and r distinct sorted coordinates."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, vocabulary, (B, T), generator=generator)
+    dy = torch.randn(B, T, O, generator=generator).to(dtype)
+    at = torch.randperm(vocabulary * O, generator=generator)[:r].sort().values
+    return ids, dy, (at % O).int(), (at // O).int()
+
+
+def exact(ids, dy, o_idx, i_idx):
+    hit = (ids[..., None] == i_idx).double()  # [B, T, r]
+    return (hit * dy.double()[..., o_idx.long()]).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sampled_embedding(backend, shape, dtype):
+    B, T, _, _, r = shape
+    ids, dy, o_idx, i_idx = inputs(*shape, dtype)
+    row = torch.full((B, r + 9), torch.nan)
+    out = ops.sampled_embedding(
+        ids, dy, o_idx, i_idx, scale=0.7, out=row[:, 4 : 4 + r], backend=backend.name
+    )
+    bound = (T + 2) * EPS32 * 0.7 * exact(ids, dy.abs(), o_idx, i_idx)
+    assert_within(out, 0.7 * exact(ids, dy, o_idx, i_idx), bound)
+    assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
+
+
+def test_strides_and_same_bits(backend):
+    ids, dy, o_idx, i_idx = inputs(4, 300, 50, 12, 200, torch.float32)
+    wide = torch.zeros(300, 4, 20)
+    wide[..., 3:15] = dy.transpose(0, 1)
+    strided = wide.transpose(0, 1)[..., 3:15]
+    out = torch.full((200, 4), torch.nan).T
+    ops.sampled_embedding(ids.int(), strided, o_idx, i_idx, out=out, backend=backend.name)
+    torch.use_deterministic_algorithms(False)  # the kernel is deterministic by itself
+    for _ in range(5):
+        again = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend.name)
+        assert torch.equal(again, out)
+    alone = ops.sampled_embedding(ids[2:3], dy[2:3], o_idx, i_idx, backend=backend.name)
+    assert torch.equal(alone, out[2:3])
+
+
+def test_opcheck():
+    if dropinf.backends()["cpu"] != "available":
+        pytest.skip(dropinf.backends()["cpu"])
+    ids, dy, o_idx, i_idx = inputs(2, 9, 5, 6, 12, torch.float32)
+    torch.use_deterministic_algorithms(False)
+    args = (ids, dy, o_idx, i_idx, 1.0, torch.zeros(2, 12))
+    torch.library.opcheck(torch.ops.dropinf.sampled_embedding.default, args)
+
+
+good = {
+    "ids": torch.zeros(2, 3).long(),
+    "dy": torch.zeros(2, 3, 5),
+    "o_idx": torch.zeros(6).int(),
+    "i_idx": torch.zeros(6).int(),
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ids": torch.zeros(2, 3)}, r"ids must be \[B, T\] int64 or int32, got torch.float32"),
+        ({"ids": torch.zeros(6).long()}, r"ids must be \[B, T\]"),
+        ({"dy": torch.zeros(2, 4, 5)}, r"dy must be \[B=2, T=3, O\], got \(2, 4, 5\)"),
+        ({"dy": torch.zeros(2, 3, 5).long()}, "dy must be floating point"),
+        ({"o_idx": torch.zeros(6).long()}, "o_idx must be torch.int32"),
+        ({"i_idx": torch.zeros(5).int()}, r"must both be \[r\], got \(6,\) and \(5,\)"),
+        ({"o_idx": torch.full((6,), 5).int()}, "out of (range|bounds)"),
+        ({"out": torch.zeros(2, 7)}, r"out must be floating point \(2, 6\)"),
+    ],
+    ids=str,
+)
+def test_bad_input(backend, change, message):
+    with pytest.raises((ValueError, IndexError), match=message):
+        ops.sampled_embedding(**{**good, **change}, backend=backend.name)
+
+
+def test_unsorted_tokens_are_refused():
+    if dropinf.backends()["cpu"] != "available":
+        pytest.skip(dropinf.backends()["cpu"])
+    with pytest.raises(ValueError, match="i_idx must be sorted"):
+        i_idx = torch.tensor([3, 1, 2, 0, 0, 0]).int()
+        ops.sampled_embedding(**{**good, "i_idx": i_idx}, backend="cpu")

@@ -1,13 +1,13 @@
 """mode="activations": rows from each layer's input and output gradient, in one backward pass.
 
-Each tracked parameter is caught where it meets data: while the model's modules run their forward,
-a TorchFunctionMode sees every torch function that is handed a tracked parameter. For the functions
-of `layers.FORMS` the output passes through `_Sample`, an identity whose backward has the call's
-input and dy at hand and lets the op write the sampled entries into the rows. The parameters do not
+Each tracked parameter is caught where it meets data: a TorchFunctionMode sees every torch function
+that is handed a tracked parameter, in a module's forward or outside of one. For the functions of
+`layers.FORMS` the output passes through `_Sample`, an identity whose backward has the call's input
+and dy at hand and lets the op write the sampled entries into the rows. The parameters do not
 require grad meanwhile, so autograd never forms a weight gradient.
 
-The mode hangs on module forwards, not around the whole step, because modes are off inside the
-backward pass, where activation checkpointing runs those forwards again.
+Modes are off inside the backward pass, where activation checkpointing runs forwards again, so hooks
+on the modules that own tracked parameters turn the mode on there.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ from torch.utils._pytree import tree_iter
 
 from dropinf import ops
 from dropinf.layers import FORMS, Form
-from dropinf.plan import Slot
+from dropinf.plan import Plan, Slot
 from dropinf.tap import Tap
 
 
 class ActivationsTap(Tap):
     """Rows from each layer's input and output gradient."""
 
+    def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
+        super().__init__(model, plan, backend)
+        self._coordinates: dict[Any, tuple[Tensor, ...]] = {}  # (o, i), see _index
+
     def _attach(self, undo: contextlib.ExitStack) -> None:
         slots = {id(p): s for s, p in zip(self.plan.slots, self.parameters, strict=True)}
+        self._tracked = dict(slots)  # by id of the parameter
         self._mode = _Meetings(self)
-        self._depth = 0
-        self._tracked: dict[int, Slot] = {}  # by id, of the modules that run now
+        self._depth = 0  # of modules that run again inside the backward pass
         self._refused: dict[str, str] = {}  # parameter -> why it could not be captured
         self._batch: int | None = None
         self._rows: Tensor | None = None
-        self._coordinates: dict[Any, tuple[Tensor, Tensor]] = {}
         self._probe = torch.zeros((), requires_grad=True)
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
@@ -53,16 +56,17 @@ class ActivationsTap(Tap):
                 )
                 for handle in handles:
                     undo.callback(handle.remove)
-        undo.callback(self._leave_all)  # the first to run: the mode must not see the rest
+        undo.enter_context(self._mode)  # last in and first out: it must not see the rest
 
     def _enter(self, own: dict[str, Slot]) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             # Looked up at each call: a sharded module swaps its parameter objects.
             for name, slot in own.items():
                 self._tracked[id(module._parameters[name])] = slot
-            if self._depth == 0:
-                self._mode.__enter__()
-            self._depth += 1
+            if self._rows is not None:  # a recomputation inside the backward pass
+                if self._depth == 0:
+                    self._mode.__enter__()
+                self._depth += 1
 
         return enter
 
@@ -78,17 +82,10 @@ class ActivationsTap(Tap):
         return enter_root
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth == 0:  # another hook failed before _enter was called
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            self._mode.__exit__(None, None, None)
-            self._tracked.clear()
-
-    def _leave_all(self) -> None:
-        if self._depth:  # an interrupt does not reach the forward hooks
-            self._depth = 1
-            self._leave(self.model, (), None)
+        if self._depth:
+            self._depth -= 1
+            if self._depth == 0:
+                self._mode.__exit__(None, None, None)
 
     def rows(self, losses: Tensor) -> Tensor:
         """[B, R] rows of losses [B], from one backward pass over their sum.
@@ -117,6 +114,7 @@ class ActivationsTap(Tap):
             torch.autograd.backward(losses, torch.ones_like(losses))
         finally:
             self._rows = None
+            self._depth = 0
         self.met |= self._written
         for slot in self.plan.slots:
             if slot.name not in self._written:  # it did not meet this batch
@@ -124,7 +122,7 @@ class ActivationsTap(Tap):
         return rows
 
     def meet(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call a torch function inside a module's forward, and tap it if it takes a parameter."""
+        """Call a torch function, and tap it if it takes a tracked parameter."""
         met = [t for t in _tensors(args, kwargs) if id(t) in self._tracked]
         if not met or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -205,7 +203,7 @@ class ActivationsTap(Tap):
 
 
 class _Meetings(TorchFunctionMode):
-    """Hands every torch function of a module's forward to the tap."""
+    """Hands every torch function to the tap."""
 
     def __init__(self, tap: ActivationsTap) -> None:
         super().__init__()

@@ -37,10 +37,10 @@ class Tap:
     def __enter__(self) -> Any:
         if self._open:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
-        self._open = True
         with contextlib.ExitStack() as undo:
             self._attach(undo)
             self._undo = undo.pop_all()
+        self._open = True
         return self
 
     def __exit__(

@@ -175,13 +175,24 @@ def test_model_is_left_as_it_was(where, error, mode):
     assert_same_state(before, state(model))
 
 
-def test_no_weight_gradient_is_formed(monkeypatch):
-    """Parameters do not require grad inside, so autograd has nothing to form."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+def leaves_of(grad_fn):
+    """The tensors that a backward pass from here would accumulate gradients into."""
+    if hasattr(grad_fn, "variable"):
+        return [grad_fn.variable]
+    return [leaf for f, _ in grad_fn.next_functions if f is not None for leaf in leaves_of(f)]
+
+
+def test_no_weight_gradient_is_formed():
+    """The graph inside ends in no parameter, so autograd has no weight gradient to form."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    parameters = set(map(id, model.parameters()))
+    assert parameters <= set(map(id, leaves_of(squares(model, (x,)).grad_fn)))
     with capture(model, Plan.make(model, Dropout(r=3))) as tap:
-        assert not any(p.requires_grad for p in model.parameters())
-        tap.rows(squares(model, (torch.randn(5, 3),)))
-        assert all(p.grad is None for p in model.parameters())
+        losses = squares(model, (x,))
+        assert not parameters & set(map(id, leaves_of(losses.grad_fn)))
+        tap.rows(losses)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -265,6 +276,69 @@ def test_transposed_by_hand_is_refused():
         capture(model, Plan.make(model, Full())) as tap,
     ):
         tap.rows(squares(model, (torch.randn(4, 3),)))
+
+
+class Borrowed(nn.Module):
+    """Its parent uses the parameters of a child whose forward never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.child, self.embed = nn.Linear(3, 2), nn.Embedding(7, 3)
+
+    def forward(self, ids):
+        return F.linear(self.embed(ids), self.child.weight, self.child.bias)
+
+
+def test_parameters_used_outside_of_their_module():
+    torch.manual_seed(0)
+    model, ids = Borrowed().double(), torch.randint(7, (6, 4))
+    plan = Plan.make(model, Full())
+    case = case_of["Conv1D"]._replace(loss_fn=squares)
+    truth = true_rows(case, model, (ids,), plan)
+    torch.testing.assert_close(rows_of(case, model, (ids,), plan, "activations"), truth)
+
+
+def test_parameters_used_in_the_loss():
+    """Outside of any forward: a form is taken, anything else is refused."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
+    plan = Plan.make(model, Full())
+
+    def tied(model, batch):
+        return F.linear(F.linear(model(batch[0]), model.weight.new_ones(3, 2)), model.weight).sum(1)
+
+    def penalty(model, batch):
+        return model(batch[0]).sum(1) + sum(p.pow(2).sum() for p in model.parameters())
+
+    case = case_of["Conv1D"]._replace(loss_fn=tied)
+    truth = true_rows(case, model, (x,), plan)
+    torch.testing.assert_close(rows_of(case, model, (x,), plan, "activations"), truth)
+    with pytest.raises(RuntimeError, match=r"weight: shape \(2, 3\), of Linear, .*Tensor\.pow"):
+        rows_of(case._replace(loss_fn=penalty), model, (x,), plan, "activations")
+
+
+@pytest.mark.parametrize(
+    "model, names",
+    [
+        (nn.MultiheadAttention(8, 2, batch_first=True), ["in_proj_weight", "out_proj.bias"]),
+        (nn.LSTM(8, 3, batch_first=True), ["weight_hh_l0", "bias_ih_l0"]),
+        (nn.Sequential(nn.Linear(8, 8), nn.PReLU()), ["1.weight"]),
+        (nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), ["1.weight"]),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), ["original0", "original1"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_composites_are_refused_whole(model, names):
+    """A function that hides its inside lists every parameter that it was handed."""
+    x = torch.randn(4, 5, 8)
+    with (
+        pytest.raises(RuntimeError, match="cannot take these") as caught,
+        capture(model, Plan.make(model, Full())) as tap,
+    ):
+        y = model(x, x, x) if isinstance(model, nn.MultiheadAttention) else model(x)
+        y = y[0] if isinstance(y, tuple) else y
+        tap.rows(y.pow(2).sum((1, 2)))
+    assert all(name in str(caught.value) for name in names)
 
 
 class Positions(nn.Module):

@@ -40,7 +40,7 @@ class ActivationsTap(Tap):
         self._mode = _Meetings(self)
         self._depth = 0  # of modules that run again inside the backward pass
         self._refused: dict[str, str] = {}  # parameter -> why it could not be captured
-        self._batch: int | None = None
+        self._batch: torch.Size | None = None  # shape of the model's first input
         self._rows: Tensor | None = None
         self._probe = torch.zeros((), requires_grad=True)
         for p in self.model.parameters():
@@ -76,7 +76,7 @@ class ActivationsTap(Tap):
         def enter_root(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensors = (a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor) and a.dim())
             first = next(tensors, None)
-            self._batch = None if first is None else first.shape[0]
+            self._batch = None if first is None else first.shape
             enter(module, args, kwargs)
 
         return enter_root
@@ -133,8 +133,8 @@ class ActivationsTap(Tap):
             # One input shared by the batch (position ids [1, T]): a row for each example, so that
             # dy keeps the examples apart.
             shared = form.x.dim() - form.features[0] >= 2 and form.x.shape[0] == 1
-            if shared and self._batch is not None and self._batch > 1:
-                x = form.x.expand(self._batch, *form.x.shape[1:])
+            if shared and self._batch is not None and self._batch[0] > 1:
+                x = form.x.expand(self._batch[0], *form.x.shape[1:])
                 args = (x, *args[1:])
                 form = FORMS[func](*args, **kwargs)
         y = func(*args, **kwargs)
@@ -166,6 +166,13 @@ class ActivationsTap(Tap):
         if rows is None:
             raise RuntimeError("capture: the backward pass ran outside tap.rows(losses)")
         B = len(rows)
+        square = self._batch is not None and self._batch[:2] == (B, B)
+        if B > 1 and x.dim() == 1 and not form.flat and square:
+            raise ValueError(
+                f"rows: {taps[0][0].name!r} met {B} ids in a batch of {B} examples of {B} "
+                "positions, one for each example or for each position; give ids as [B, T] or [1, T], or "
+                "another batch size"
+            )
         x, dy = form.prepare(
             _positions(x, B, form.features[0], form.flat, taps[0][0]),
             _positions(dy, B, form.features[1], True, taps[0][0]),

@@ -359,6 +359,9 @@ def test_shared_positions_are_refused():
         capture(model, plan) as tap,
     ):
         tap.rows(squares(model, (ids,)))
+    # As many examples as positions: the shapes agree by chance.
+    with pytest.raises(ValueError, match="met 6 ids in a batch of 6"), capture(model, plan) as tap:
+        tap.rows(squares(model, (torch.randint(9, (6, 6)),)))
     with capture(model, plan) as tap:
         one = tap.rows(squares(model, (ids[:1],)))
     with capture(model, plan, "grads") as tap:

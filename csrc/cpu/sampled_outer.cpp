@@ -24,9 +24,7 @@ namespace {
 
 constexpr int64_t kTile = 16;       // positions of a tile: one cache line of floats a column
 constexpr int64_t kGroup = 16;      // columns transposed together: one cache line of a float32 row
-constexpr int64_t kMinUsed = 6;     // used columns that make a group worth it
-constexpr size_t kAhead = 4;        // groups to fetch ahead
-constexpr size_t kAheadSingle = 8;  // single columns
+constexpr int64_t kMinUsed = 4;     // used columns that make a group worth transposing whole
 constexpr int64_t kMaxChunks = 16;  // of one example, and
 constexpr int64_t kMinChunk = 64;   // positions of the smallest; whole tiles
 constexpr int64_t kDots = 8;        // coordinates reduced together
@@ -38,41 +36,41 @@ constexpr double kColumnNs = 1.6;  // a transposed column in a tile
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
+// A column to copy into the tile, or kGroup columns to transpose.
+struct Piece {
+  int64_t column;
+  int64_t rows;  // 1 or kGroup, of the tile
+};
+
 // The columns of one operand that some coordinate uses, and their rows in the transposed tile.
 struct Columns {
-  std::vector<int64_t> groups;   // first column of kGroup neighbours, transposed together
-  std::vector<int64_t> singles;  // columns copied one by one, where few of a group are used
-  std::vector<uint32_t> where;   // [n, padded with 0] offset of each coordinate's row in the tile
-
-  int64_t rows() const { return groups.size() * kGroup + singles.size(); }
+  std::vector<Piece> pieces;    // rising, for the sake of the hardware's prefetching
+  std::vector<uint32_t> where;  // [n, padded with 0] offset of each coordinate's row in the tile
+  int64_t rows = 0;             // of the tile, with the row of ones
 };
 
 Columns find_columns(const int32_t* idx, int64_t n, int64_t width, bool ones) {
   Columns columns;
   std::vector<uint32_t> row(width + ones);
   for (int64_t q = 0; q < n; ++q) row[idx[q]] = 1;
-  uint32_t rows = 0;
-  // Groups first, so that their rows are numbered before those of the singles.
   for (int64_t begin = 0; begin < width; begin += kGroup) {
     const int64_t end = std::min(begin + kGroup, width);
-    const int64_t used = std::accumulate(&row[begin], &row[end], int64_t{0});
     // The last group starts early rather than read past the end of a row.
     const int64_t first = end - kGroup;
-    if (used >= kMinUsed && first >= 0) {
-      columns.groups.push_back(first);
-      for (int64_t c = begin; c < end; ++c) row[c] = rows + (c - first) * kTile;
-      rows += kGroup * kTile;
-    } else if (used) {
-      for (int64_t c = begin; c < end; ++c) {
-        if (row[c]) columns.singles.push_back(c);
-      }
+    if (first >= 0 && std::accumulate(&row[begin], &row[end], int64_t{0}) >= kMinUsed) {
+      for (int64_t c = begin; c < end; ++c) row[c] = (columns.rows + c - first) * kTile;
+      columns.pieces.push_back({first, kGroup});
+      columns.rows += kGroup;
+      continue;
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      if (!row[c]) continue;
+      row[c] = columns.rows * kTile;
+      columns.pieces.push_back({c, 1});
+      columns.rows += 1;
     }
   }
-  for (int64_t c : columns.singles) {
-    row[c] = rows;
-    rows += kTile;
-  }
-  if (ones) row[width] = rows;
+  if (ones) row[width] = columns.rows++ * kTile;
   columns.where.resize(round_up(n, kDots));
   for (int64_t q = 0; q < n; ++q) columns.where[q] = row[idx[q]];
   return columns;
@@ -98,15 +96,12 @@ template <typename E>
 void transpose_portable(const void* rows, int64_t stride, int64_t count, const Columns& columns,
                         float* tile) {
   const E* data = static_cast<const E*>(rows);
-  const auto copy = [&](int64_t column) {
-    const E* from = data + column;
-    for (int64_t p = 0; p < kTile; ++p) tile[p] = p < count ? to_float(from[p * stride]) : 0.0f;
-    tile += kTile;
-  };
-  for (int64_t first : columns.groups) {
-    for (int64_t j = 0; j < kGroup; ++j) copy(first + j);
+  for (const Piece& piece : columns.pieces) {
+    for (const E* from = data + piece.column; from < data + piece.column + piece.rows; ++from) {
+      for (int64_t p = 0; p < kTile; ++p) tile[p] = p < count ? to_float(from[p * stride]) : 0.0f;
+      tile += kTile;
+    }
   }
-  for (int64_t column : columns.singles) copy(column);
 }
 
 // sums[q] += the dot of two rows of the tiles.
@@ -241,24 +236,16 @@ AVX2 inline void transpose_group(const E* from, int64_t stride, int64_t count, f
 template <bool kWhole, typename E>
 AVX2 void transpose_avx2(const E* data, int64_t stride, int64_t count, const Columns& columns,
                          float* tile) {
-  const size_t num_groups = columns.groups.size(), num_singles = columns.singles.size();
-  for (size_t g = 0; g < num_groups; ++g, tile += kGroup * kTile) {
-    const E* from = data + columns.groups[g];
-    if (kWhole && g + kAhead < num_groups) {
-      const E* next = data + columns.groups[g + kAhead];
-      for (int64_t p = 0; p < kTile; ++p) __builtin_prefetch(next + p * stride);
+  for (const Piece& piece : columns.pieces) {
+    const E* from = data + piece.column;
+    if (piece.rows == kGroup) {
+      transpose_group<kWhole>(from, stride, count, tile);
+    } else {
+      for (int64_t p = 0; p < kTile; ++p) {
+        tile[p] = kWhole || p < count ? load1(from + p * stride) : 0.0f;
+      }
     }
-    transpose_group<kWhole>(from, stride, count, tile);
-  }
-  for (size_t j = 0; j < num_singles; ++j, tile += kTile) {
-    const E* from = data + columns.singles[j];
-    if (kWhole && j + kAheadSingle < num_singles) {
-      const E* next = data + columns.singles[j + kAheadSingle];
-      for (int64_t p = 0; p < kTile; ++p) __builtin_prefetch(next + p * stride);
-    }
-    for (int64_t p = 0; p < kTile; ++p) {
-      tile[p] = kWhole || p < count ? load1(from + p * stride) : 0.0f;
-    }
+    tile += piece.rows * kTile;
   }
 }
 
@@ -362,8 +349,8 @@ class Call final : public SampledOuter {
     if (!tiled_) return;
     x_columns_ = find_columns(args.i_idx, n_, args.I, args.bias);
     dy_columns_ = find_columns(args.o_idx, n_, args.O, false);
-    dy_tile_ = (x_columns_.rows() + args.bias) * kTile;
-    tile_size_ = dy_tile_ + dy_columns_.rows() * kTile;
+    dy_tile_ = x_columns_.rows * kTile;
+    tile_size_ = dy_tile_ + dy_columns_.rows * kTile;
   }
 
   void rows(int64_t b_begin, int64_t b_end) const override {
@@ -411,7 +398,7 @@ class Call final : public SampledOuter {
     for (int64_t t = begin; t < end; t += kTile) {
       kernels_.transpose(x, x_step, end - t, x_columns_, tile);
       kernels_.transpose(dy, dy_step, end - t, dy_columns_, dy_tile);
-      if (args_.bias) std::fill_n(tile + x_columns_.rows() * kTile, kTile, 1.0f);
+      if (args_.bias) std::fill_n(dy_tile - kTile, kTile, 1.0f);
       kernels_.dots(tile, dy_tile, x_columns_.where.data(), dy_columns_.where.data(),
                     round_up(n_, kDots), sums);
       x = advance(x, args_.dtype, kTile * x_step);

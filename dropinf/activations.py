@@ -170,8 +170,8 @@ class ActivationsTap(Tap):
         if B > 1 and x.dim() == 1 and not form.flat and square:
             raise ValueError(
                 f"rows: {taps[0][0].name!r} met {B} ids in a batch of {B} examples of {B} "
-                "positions, one for each example or for each position; give ids as [B, T] or [1, T], or "
-                "another batch size"
+                "positions, one for each example or for each position; give ids as [B, T] or "
+                "[1, T], or another batch size"
             )
         x, dy = form.prepare(
             _positions(x, B, form.features[0], form.flat, taps[0][0]),

@@ -21,7 +21,7 @@ def main(path: str) -> None:
     results = json.loads(Path(path).read_text())
     machine, commit = results["machine_info"], results["commit_info"]
     cpu = machine["cpu"]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "dropinf"))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
     print(
         f"# Benchmarks of {results['datetime'][:10]}\n\n"
         f"{cpu['count']} cores of {cpu['brand_raw']}; {platform.system()}, "

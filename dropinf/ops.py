@@ -178,22 +178,29 @@ def gather_grads(
             f"got {len(grads)}, {len(indices)} and {len(scales)}"
         )
     device = indices[0].device if indices else torch.device("cpu")
-    for l, (grad, index) in enumerate(zip(grads, indices, strict=True)):
-        _same(op, f"indices[{l}]", index, torch.int64, device)
-        if index.dim() != 1:
-            raise ValueError(f"{op}: indices[{l}] must be [r], got {tuple(index.shape)}")
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
-                "so build the embedding with sparse=False"
-            )
-        _floating(op, f"grads[{l}]", grad)
-        _same(op, f"grads[{l}]", grad, grad.dtype, device)
-    dtypes = {g.dtype for g in grads if g is not None}
+    there = [g for g in grads if g is not None]
+    # Sets first: at 200 layers a look at each tensor in turn costs more than the gathering.
+    if not {(i.dtype, i.dim(), i.device) for i in indices} <= {(torch.int64, 1, device)}:
+        for l, index in enumerate(indices):
+            _same(op, f"indices[{l}]", index, torch.int64, device)
+            if index.dim() != 1:
+                raise ValueError(f"{op}: indices[{l}] must be [r], got {tuple(index.shape)}")
+    if not {(g.layout, g.device) for g in there} <= {(torch.strided, device)}:
+        for l, grad in enumerate(grads):
+            if grad is not None and grad.layout != torch.strided:
+                raise ValueError(
+                    f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
+                    "so build the embedding with sparse=False"
+                )
+            if grad is not None:
+                _same(op, f"grads[{l}]", grad, grad.dtype, device)
+    dtypes = {g.dtype for g in there}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        for l, grad in enumerate(grads):
+            if grad is not None:
+                _floating(op, f"grads[{l}]", grad)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
-    out = _output(op, out, (sum(len(i) for i in indices),), widest, device)
+    out = _output(op, out, (sum(i.numel() for i in indices),), widest, device)
     call = kernel(op, backend, device, tuple(dtypes), out.dtype)
     call(list(grads), [i.contiguous() for i in indices], list(scales), out)
     return out

@@ -24,15 +24,19 @@ namespace {
 
 constexpr int64_t kTile = 16;       // positions of a tile: one cache line of floats a column
 constexpr int64_t kGroup = 16;      // columns transposed together: one cache line of a float32 row
-constexpr int64_t kMinUsed = 4;     // used columns that make a group worth transposing whole
+constexpr int64_t kMinUsed = 6;     // used columns that make a group worth transposing whole
+constexpr size_t kAhead = 8;        // pieces; fetched ahead where they are single columns
 constexpr int64_t kMaxChunks = 16;  // of one example, and
 constexpr int64_t kMinChunk = 64;   // positions of the smallest; whole tiles
 constexpr int64_t kDots = 8;        // coordinates reduced together
 
 // ns on one core of a 2-core AMD EPYC Zen 4, 2026-11. Only their ratios choose the path.
-constexpr double kScalarNs = 0.6;  // a coordinate at a position
-constexpr double kDotNs = 1.6;     // a coordinate in a tile
-constexpr double kColumnNs = 1.6;  // a transposed column in a tile
+constexpr double kScalarNs = 0.65;   // a coordinate at a position, float32
+constexpr double kScalar16Ns = 1.2;  // the same, 16-bit elements
+constexpr double kTileNs = 100;      // a tile, and in a tile
+constexpr double kDotNs = 1.3;       // a coordinate
+constexpr double kSingleNs = 4;      // a column copied on its own
+constexpr double kGroupedNs = 1.8;   // a column of a transposed group
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -158,32 +162,26 @@ AVX2 void scalar_avx2(const void* x_data, int64_t x_stride_t, const void* dy_dat
   }
 }
 
-// A row of 4 floats at position p, 0 from `count` on; whole tiles do not ask.
-template <bool kWhole>
-AVX2 inline __m128 load4(const float* from, int64_t p, int64_t stride, int64_t count) {
-  return kWhole || p < count ? _mm_loadu_ps(from + p * stride) : _mm_setzero_ps();
-}
-
-// 16 positions of 16 columns: 4 columns and 8 positions at a time are 4x4 blocks in the two halves
-// of the registers.
+// Transposes 8 positions of kGroup columns; the positions from `count` on are zeros, and are not
+// asked for in a whole tile. Each 128-bit half of the registers is a 4x4 block: 4 columns, and
+// positions 0 to 3 or 4 to 7.
 template <bool kWhole>
 AVX2 inline void transpose_group(const float* from, int64_t stride, int64_t count, float* tile) {
-  for (int64_t p = 0; p < kTile; p += 8) {
-    for (int64_t c = 0; c < kGroup; c += 4) {
-      __m256 v[4];
-      for (int64_t j = 0; j < 4; ++j) {
-        const __m128 low = load4<kWhole>(from + c, p + j, stride, count);
-        const __m128 high = load4<kWhole>(from + c, p + j + 4, stride, count);
-        v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
-      }
-      const __m256 a0 = _mm256_unpacklo_ps(v[0], v[1]), a1 = _mm256_unpackhi_ps(v[0], v[1]);
-      const __m256 a2 = _mm256_unpacklo_ps(v[2], v[3]), a3 = _mm256_unpackhi_ps(v[2], v[3]);
-      float* to = tile + c * kTile + p;
-      _mm256_store_ps(to, _mm256_shuffle_ps(a0, a2, 0x44));
-      _mm256_store_ps(to + kTile, _mm256_shuffle_ps(a0, a2, 0xee));
-      _mm256_store_ps(to + 2 * kTile, _mm256_shuffle_ps(a1, a3, 0x44));
-      _mm256_store_ps(to + 3 * kTile, _mm256_shuffle_ps(a1, a3, 0xee));
+  for (int64_t c = 0; c < kGroup; c += 4, from += 4, tile += 4 * kTile) {
+    __m128 rows[8];
+    for (int64_t p = 0; p < 8; ++p) {
+      rows[p] = kWhole || p < count ? _mm_loadu_ps(from + p * stride) : _mm_setzero_ps();
     }
+    __m256 v[4];
+    for (int64_t p = 0; p < 4; ++p) {
+      v[p] = _mm256_insertf128_ps(_mm256_castps128_ps256(rows[p]), rows[p + 4], 1);
+    }
+    const __m256 a0 = _mm256_unpacklo_ps(v[0], v[1]), a1 = _mm256_unpackhi_ps(v[0], v[1]);
+    const __m256 a2 = _mm256_unpacklo_ps(v[2], v[3]), a3 = _mm256_unpackhi_ps(v[2], v[3]);
+    _mm256_store_ps(tile, _mm256_shuffle_ps(a0, a2, 0x44));
+    _mm256_store_ps(tile + kTile, _mm256_shuffle_ps(a0, a2, 0xee));
+    _mm256_store_ps(tile + 2 * kTile, _mm256_shuffle_ps(a1, a3, 0x44));
+    _mm256_store_ps(tile + 3 * kTile, _mm256_shuffle_ps(a1, a3, 0xee));
   }
 }
 
@@ -193,55 +191,51 @@ AVX2 inline __m256 widen(__m128i bits, BFloat16) {
 
 AVX2 inline __m256 widen(__m128i bits, Float16) { return _mm256_cvtph_ps(bits); }
 
-// The same for 16-bit elements, widened last: 8 columns at a time, positions from 8 on in the upper
-// half of the registers.
+// The same for 16-bit elements, widened last. Each half of the registers is an 8x8 block: columns 0
+// to 7 or 8 to 15.
 template <bool kWhole, typename E>
 AVX2 inline void transpose_group(const E* from, int64_t stride, int64_t count, float* tile) {
-  for (int64_t c = 0; c < kGroup; c += 8) {
-    __m256i v[8], w[8];
-    for (int64_t j = 0; j < 8; ++j) {
-      const auto load8 = [&](int64_t p) {
-        return reinterpret_cast<const __m128i*>(from + c + p * stride);
-      };
-      const __m128i low = kWhole || j < count ? _mm_loadu_si128(load8(j)) : _mm_setzero_si128();
-      const __m128i high =
-          kWhole || j + 8 < count ? _mm_loadu_si128(load8(j + 8)) : _mm_setzero_si128();
-      v[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-    }
-    for (int64_t j = 0; j < 4; ++j) {
-      w[2 * j] = _mm256_unpacklo_epi16(v[2 * j], v[2 * j + 1]);
-      w[2 * j + 1] = _mm256_unpackhi_epi16(v[2 * j], v[2 * j + 1]);
-    }
-    for (int64_t j = 0; j < 2; ++j) {
-      v[j] = _mm256_unpacklo_epi32(w[j], w[2 + j]);
-      v[2 + j] = _mm256_unpackhi_epi32(w[j], w[2 + j]);
-      v[4 + j] = _mm256_unpacklo_epi32(w[4 + j], w[6 + j]);
-      v[6 + j] = _mm256_unpackhi_epi32(w[4 + j], w[6 + j]);
-    }
-    // v[0], v[2]: columns 0 1 and 2 3 of positions 0 to 3; v[1], v[3]: columns 4 to 7; v[4...] of
-    // positions 4 to 7.
-    for (int64_t j = 0; j < 4; ++j) {
-      const int64_t k = (j & 1) * 2 + (j >> 1);
-      w[2 * j] = _mm256_unpacklo_epi64(v[k], v[4 + k]);
-      w[2 * j + 1] = _mm256_unpackhi_epi64(v[k], v[4 + k]);
-    }
-    for (int64_t j = 0; j < 8; ++j) {
-      float* to = tile + (c + j) * kTile;
-      _mm256_store_ps(to, widen(_mm256_castsi256_si128(w[j]), E{}));
-      _mm256_store_ps(to + 8, widen(_mm256_extracti128_si256(w[j], 1), E{}));
-    }
+  __m256i v[8], w[8];
+  for (int64_t p = 0; p < 8; ++p) {
+    const auto* row = reinterpret_cast<const __m256i*>(from + p * stride);
+    v[p] = kWhole || p < count ? _mm256_loadu_si256(row) : _mm256_setzero_si256();
+  }
+  for (int64_t j = 0; j < 4; ++j) {  // w[j]: positions 2j and 2j + 1; columns 0 to 3, then 4 to 7
+    w[j] = _mm256_unpacklo_epi16(v[2 * j], v[2 * j + 1]);
+    w[4 + j] = _mm256_unpackhi_epi16(v[2 * j], v[2 * j + 1]);
+  }
+  for (int64_t j = 0; j < 4; ++j) {  // v[2j], v[2j + 1]: positions 0 to 3, 4 to 7
+    const int64_t k = j / 2 * 4;
+    const bool low = j % 2 == 0;
+    v[2 * j] = low ? _mm256_unpacklo_epi32(w[k], w[k + 1]) : _mm256_unpackhi_epi32(w[k], w[k + 1]);
+    v[2 * j + 1] =
+        low ? _mm256_unpacklo_epi32(w[k + 2], w[k + 3]) : _mm256_unpackhi_epi32(w[k + 2], w[k + 3]);
+  }
+  for (int64_t j = 0; j < 4; ++j) {  // columns 2j and 2j + 1, all positions
+    w[2 * j] = _mm256_unpacklo_epi64(v[2 * j], v[2 * j + 1]);
+    w[2 * j + 1] = _mm256_unpackhi_epi64(v[2 * j], v[2 * j + 1]);
+  }
+  for (int64_t c = 0; c < 8; ++c) {
+    _mm256_store_ps(tile + c * kTile, widen(_mm256_castsi256_si128(w[c]), E{}));
+    _mm256_store_ps(tile + (c + 8) * kTile, widen(_mm256_extracti128_si256(w[c], 1), E{}));
   }
 }
 
 template <bool kWhole, typename E>
-AVX2 void transpose_avx2(const E* data, int64_t stride, int64_t count, const Columns& columns,
+AVX2 void transpose_rows(const E* data, int64_t stride, int64_t count, const Columns& columns,
                          float* tile) {
-  for (const Piece& piece : columns.pieces) {
+  const size_t num_pieces = columns.pieces.size();
+  for (size_t k = 0; k < num_pieces; ++k) {
+    const Piece piece = columns.pieces[k];
     const E* from = data + piece.column;
     if (piece.rows == kGroup) {
       transpose_group<kWhole>(from, stride, count, tile);
     } else {
-      for (int64_t p = 0; p < kTile; ++p) {
+      if (kWhole && k + kAhead < num_pieces) {
+        const E* next = data + columns.pieces[k + kAhead].column;
+        for (int64_t p = 0; p < 8; ++p) __builtin_prefetch(next + p * stride);
+      }
+      for (int64_t p = 0; p < 8; ++p) {
         tile[p] = kWhole || p < count ? load1(from + p * stride) : 0.0f;
       }
     }
@@ -249,14 +243,17 @@ AVX2 void transpose_avx2(const E* data, int64_t stride, int64_t count, const Col
   }
 }
 
+// 8 rows at a time over the whole width: 16 streams from memory are a third slower than 8.
 template <typename E>
 AVX2 void transpose_avx2(const void* rows, int64_t stride, int64_t count, const Columns& columns,
                          float* tile) {
   const E* data = static_cast<const E*>(rows);
-  if (count >= kTile) {
-    transpose_avx2<true>(data, stride, count, columns, tile);
-  } else {
-    transpose_avx2<false>(data, stride, count, columns, tile);
+  for (int64_t p = 0; p < kTile; p += 8) {
+    if (count - p >= 8) {
+      transpose_rows<true>(data + p * stride, stride, 8, columns, tile + p);
+    } else {
+      transpose_rows<false>(data + p * stride, stride, count - p, columns, tile + p);
+    }
   }
 }
 
@@ -272,10 +269,16 @@ AVX2 void dots_avx2(const float* x_tile, const float* dy_tile, const uint32_t* x
     for (int64_t j = 0; j < 8; ++j) {
       v[j] = dot_lanes(x_tile + x_where[q + j], dy_tile + dy_where[q + j]);
     }
-    const __m256 v03 = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-    const __m256 v47 = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-    const __m256 sum = _mm256_add_ps(_mm256_permute2f128_ps(v03, v47, 0x20),
-                                     _mm256_permute2f128_ps(v03, v47, 0x31));
+    for (int64_t j = 0; j < 4; ++j) {  // two lanes of each left in either half
+      v[j] = _mm256_add_ps(_mm256_blend_ps(v[2 * j], v[2 * j + 1], 0xcc),
+                           _mm256_shuffle_ps(v[2 * j], v[2 * j + 1], 0x4e));
+    }
+    for (int64_t j = 0; j < 2; ++j) {  // one lane of each in either half
+      v[j] = _mm256_add_ps(_mm256_shuffle_ps(v[2 * j], v[2 * j + 1], 0x88),
+                           _mm256_shuffle_ps(v[2 * j], v[2 * j + 1], 0xdd));
+    }
+    const __m256 sum =
+        _mm256_add_ps(_mm256_blend_ps(v[0], v[1], 0xf0), _mm256_permute2f128_ps(v[0], v[1], 0x21));
     _mm256_storeu_ps(sums + q, _mm256_add_ps(_mm256_loadu_ps(sums + q), sum));
   }
 }
@@ -341,9 +344,13 @@ class Call final : public SampledOuter {
     num_chunks = std::max<int64_t>(1, (T + chunk_ - 1) / chunk_);
     sums_size = round_up(n_, kTile);
     const int64_t positions = std::min(T, chunk_);
-    const double columns = std::min(n_, args.I) + std::min(n_, args.O);
-    const double scalar_ns = kScalarNs * n_ * positions;
-    const double tiled_ns = (kDotNs * n_ + kColumnNs * columns) * ((positions + kTile - 1) / kTile);
+    const auto columns_ns = [&](int64_t width) {
+      return std::min(kSingleNs * n_, kGroupedNs * width);
+    };
+    const double scalar_ns =
+        (args.dtype == DType::kFloat32 ? kScalarNs : kScalar16Ns) * n_ * positions;
+    const double tiled_ns = (kTileNs + kDotNs * n_ + columns_ns(args.I) + columns_ns(args.O)) *
+                            ((positions + kTile - 1) / kTile);
     tiled_ = tiled_ns < scalar_ns;
     chunk_ns = std::min(scalar_ns, tiled_ns);
     if (!tiled_) return;
@@ -409,6 +416,10 @@ class Call final : public SampledOuter {
   // out[b, k_begin:k_end] from the sums of all positions.
   void write(int64_t b, int64_t k_begin, int64_t k_end, const float* sums) const {
     float* out = args_.out + b * args_.out_stride_b;
+    if (!args_.sign && args_.out_stride_k == 1) {
+      for (int64_t k = k_begin; k < k_end; ++k) out[k] = args_.scale * sums[k];
+      return;
+    }
     for (int64_t k = k_begin; k < k_end; ++k) {
       float sum = sums[k * args_.s];
       if (args_.sign) {

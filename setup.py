@@ -21,7 +21,10 @@ except (ImportError, OSError) as error:
     from setuptools import Extension as CppExtension
     from setuptools.command.build_ext import build_ext as BuildExtension
 
-    OBSTACLE = OBSTACLE or f"torch could not be imported when it was built: {error}"
+    OBSTACLE = OBSTACLE or (
+        f"torch could not be imported when it was built ({error}); "
+        "pip install --no-build-isolation builds against the torch that is there"
+    )
 
 # Compiled and linked with OpenMP, or at::parallel_for would be serial.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 NAMES = {
-    "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32, r={}",
-    "bench_gather_grads": "gather_grads, 200 layers of 512 x 512, r={} each",
+    "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32; r, inputs: {}",
+    "bench_gather_grads": "gather_grads, 200 layers of 512 x 512; r of each: {}",
     "bench_whole_model": "a whole model: 6 layers, width 768, T=128, B=8, r=1024 a layer",
     "bench_whole_model_memory": "memory of one step of that model",
 }
@@ -32,8 +32,8 @@ def main(path: str) -> None:
         "above 1, dropinf is faster."
     )
     for result in results["benchmarks"]:
-        function, _, r = result["name"].rstrip("]").partition("[")
-        print(f"\n## {NAMES[function].format(r)}\n")
+        function, _, case = result["name"].rstrip("]").partition("[")
+        print(f"\n## {NAMES[function].format(case)}\n")
         info = result["extra_info"]
         if "contestants" in info:
             times(info)

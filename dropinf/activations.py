@@ -103,11 +103,12 @@ class ActivationsTap(Tap):
                 "Leave them out with Plan.make(..., exclude=[...]), freeze them with "
                 "requires_grad_(False) before Plan.make, or use mode='grads'."
             )
+        unconnected = RuntimeError(
+            "rows: the losses do not depend on any tracked parameter; run the model inside "
+            "`with dropinf.capture(...)`, with gradients enabled"
+        )
         if not losses.requires_grad:
-            raise RuntimeError(
-                "rows: the losses do not depend on any tracked parameter; run the model inside "
-                "`with dropinf.capture(...)`, with gradients enabled"
-            )
+            raise unconnected
         self._rows = rows = self.empty_rows(losses)
         self._written: set[str] = set()
         try:
@@ -115,6 +116,8 @@ class ActivationsTap(Tap):
         finally:
             self._rows = None
             self._depth = 0
+        if not self._written:
+            raise unconnected
         self.met |= self._written
         for slot in self.plan.slots:
             if slot.name not in self._written:  # it did not meet this batch

@@ -384,6 +384,9 @@ def test_bad_losses(mode):
             tap.rows(model(x[:0]).sum(1))
         with pytest.raises(RuntimeError, match="gradient"):
             tap.rows(model(x).sum(1).detach())
+        if mode == "activations":
+            with pytest.raises(RuntimeError, match="do not depend on any tracked parameter"):
+                tap.rows(x.clone().requires_grad_().sum(1))
         with pytest.raises(RuntimeError, match="open already"):
             tap.__enter__()
         losses = model(x).sum(1)

@@ -94,6 +94,17 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
+class Bag(nn.Module):
+    """Padding that reaches the loss, through a looked-up row that has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(23, 6, padding_idx=-23), nn.Linear(6, 3)
+
+    def forward(self, ids):
+        return torch.tanh(self.out(self.embed(ids))).sum(1)
+
+
 class ImageNorm(nn.Module):
     """Inputs of four dimensions, a norm over two of them, and partly frozen layers."""
 
@@ -142,6 +153,7 @@ CASES = [
         lambda: (torch.randn(4, 6, 5),),
         squares,
     ),
+    Case("embedding with padding", Bag, padded_ids, squares),
     Case("GPT-2, tied", gpt2, padded_ids, tokens_cross_entropy),
     Case("[B, H, W, I], partly frozen", ImageNorm, lambda: (torch.randn(3, 2, 4, 5),), squares),
     Case(

@@ -203,11 +203,17 @@ def test_checkpointing(reentrant):
         def __init__(self):
             super().__init__()
             self.first = nn.Linear(5, 5)
-            self.body = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 5))
+            self.bodies = nn.ModuleList(
+                nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 5))
+                for _ in range(2)
+            )
             self.reentrant = False
 
         def forward(self, x):
-            return checkpoint(self.body, self.first(x), use_reentrant=self.reentrant)
+            x = self.first(x)
+            for body in self.bodies:
+                x = checkpoint(body, x, use_reentrant=self.reentrant)
+            return x
 
     torch.manual_seed(0)
     model = Checkpointed().double()
@@ -218,8 +224,10 @@ def test_checkpointing(reentrant):
     model.reentrant = reentrant  # of which torch.autograd.grad, the truth, is refused
     # The reentrant kind cannot keep the graph for a second example.
     for mode in MODES[:1] if reentrant else MODES:
+        before = state(model)
         rows = rows_of(case, model, (x,), plan, mode)
         torch.testing.assert_close(rows, truth, rtol=0, atol=1e-13 * truth.abs().max().item())
+        assert_same_state(before, state(model))
 
 
 class Odd(nn.Module):

@@ -123,7 +123,7 @@ def test_invalid_rows_do_not_count(monkeypatch):
     valid = torch.ones(40, dtype=torch.bool)
     valid[[0, 9, 33]] = False
     rows = store.rows.clone()
-    rows[~valid] = 0
+    rows[~valid] = 1000  # whatever stands there
     marked = RowStore(rows, store.plan, valid)
     query_valid = torch.tensor([True, False, True, True, True, True])
     asked = RowStore(queries.rows, queries.plan, query_valid)

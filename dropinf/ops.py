@@ -180,30 +180,40 @@ def gather_grads(
     device = indices[0].device if indices else torch.device("cpu")
     there = [g for g in grads if g is not None]
     # Sets first: at 200 layers a look at each tensor in turn costs more than the gathering.
-    if not {(i.dtype, i.dim(), i.device) for i in indices} <= {(torch.int64, 1, device)}:
-        for l, index in enumerate(indices):
-            _same(op, f"indices[{l}]", index, torch.int64, device)
-            if index.dim() != 1:
-                raise ValueError(f"{op}: indices[{l}] must be [r], got {tuple(index.shape)}")
-    if not {(g.layout, g.device) for g in there} <= {(torch.strided, device)}:
-        for l, grad in enumerate(grads):
-            if grad is not None and grad.layout != torch.strided:
-                raise ValueError(
-                    f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
-                    "so build the embedding with sparse=False"
-                )
-            if grad is not None:
-                _same(op, f"grads[{l}]", grad, grad.dtype, device)
     dtypes = {g.dtype for g in there}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        for l, grad in enumerate(grads):
-            if grad is not None:
-                _floating(op, f"grads[{l}]", grad)
+    devices = {i.device for i in indices} | {g.device for g in there}
+    wrong = devices - {device} or {i.dtype for i in indices} - {torch.int64}
+    if wrong or not all(dtype.is_floating_point for dtype in dtypes):
+        _check_gather(grads, indices, device)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
-    out = _output(op, out, (sum(i.numel() for i in indices),), widest, device)
+    out = _output(op, out, (sum(map(Tensor.numel, indices)),), widest, device)
     call = kernel(op, backend, device, tuple(dtypes), out.dtype)
-    call(list(grads), [i.contiguous() for i in indices], list(scales), out)
+    try:
+        call(list(grads), [i.contiguous() for i in indices], list(scales), out)
+    except (RuntimeError, ValueError, IndexError):
+        _check_gather(grads, indices, device)
+        raise
     return out
+
+
+def _check_gather(
+    grads: Sequence[Tensor | None], indices: Sequence[Tensor], device: torch.device
+) -> None:
+    """Name the tensor that gather_grads cannot take."""
+    op = "gather_grads"
+    for l, (grad, index) in enumerate(zip(grads, indices, strict=True)):
+        _same(op, f"indices[{l}]", index, torch.int64, device)
+        if index.dim() != 1:
+            raise ValueError(f"{op}: indices[{l}] must be [r], got {tuple(index.shape)}")
+        if grad is None:
+            continue
+        _floating(op, f"grads[{l}]", grad)
+        _same(op, f"grads[{l}]", grad, grad.dtype, device)
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
+                "so build the embedding with sparse=False"
+            )
 
 
 def _floating(op: str, name: str, tensor: Tensor) -> None:

@@ -188,14 +188,13 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 1,
                     "gather_grads: out must be float32 [R], got ", out.scalar_type(), " ",
                     out.sizes());
-  std::vector<at::Tensor> kept(L);  // sizes and strides are read from it below
+  std::vector<at::Tensor> kept(L), positions(L);  // what the entries below point into
   std::vector<GradEntries> layers(L);
   std::vector<int64_t> offsets(L + 1);
   for (int64_t l = 0; l < L; ++l) {
-    const at::Tensor& index = indices[l];
-    TORCH_CHECK_VALUE(index.scalar_type() == at::kLong && index.dim() == 1 && index.is_contiguous(),
-                      "gather_grads: indices[", l, "] must be contiguous int64 [r], got ",
-                      index.sizes());
+    TORCH_CHECK_VALUE(indices[l].scalar_type() == at::kLong && indices[l].dim() == 1,
+                      "gather_grads: indices[", l, "] must be int64 [r], got ", indices[l].sizes());
+    const at::Tensor& index = positions[l] = indices[l].contiguous();
     offsets[l + 1] = offsets[l] + index.numel();
     GradEntries& entries = layers[l];
     entries = GradEntries{};

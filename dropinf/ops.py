@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from dropinf.dispatch import kernel
+
+_dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
 
 
 def sampled_outer(
@@ -180,16 +183,16 @@ def gather_grads(
     device = indices[0].device if indices else torch.device("cpu")
     there = [g for g in grads if g is not None]
     # Sets first: at 200 layers a look at each tensor in turn costs more than the gathering.
-    dtypes = {g.dtype for g in there}
-    devices = {i.device for i in indices} | {g.device for g in there}
-    wrong = devices - {device} or {i.dtype for i in indices} - {torch.int64}
+    dtypes = set(map(_dtype_of, there))
+    devices = {*map(_device_of, indices), *map(_device_of, there)}
+    wrong = devices - {device} or set(map(_dtype_of, indices)) - {torch.int64}
     if wrong or not all(dtype.is_floating_point for dtype in dtypes):
         _check_gather(grads, indices, device)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     out = _output(op, out, (sum(map(Tensor.numel, indices)),), widest, device)
     call = kernel(op, backend, device, tuple(dtypes), out.dtype)
     try:
-        call(list(grads), [i.contiguous() for i in indices], list(scales), out)
+        call(list(grads), list(indices), list(scales), out)
     except (RuntimeError, ValueError, IndexError):
         _check_gather(grads, indices, device)
         raise

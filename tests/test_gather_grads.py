@@ -49,6 +49,8 @@ def test_strides_none_and_mixed_dtypes(backend):
     grads[3] = None
     grads[5] = torch.randn(31).bfloat16().expand(17, 31)
     grads[6] = grads[6].half().to(memory_format=torch.channels_last)
+    indices[6] = indices[6].repeat_interleave(2)[::2]
+    assert not indices[6].is_contiguous()
     out = torch.full((2 * sum(len(i) for i in indices),), torch.nan)[::2]
     ops.gather_grads(grads, indices, out=out, backend=backend.name)
     assert torch.equal(out.double(), exact(grads, indices, [1.0] * len(grads)))

@@ -155,7 +155,7 @@ def draw(digits: Digits, scores: Tensor, picture: Path) -> None:
 
     figure, axes = plt.subplots(3, 8, figsize=(12, 5.6), layout="constrained")
     for axis, i in zip(axes.flat, worst.tolist(), strict=True):
-        axis.imshow(images[i].reshape(8, 8), cmap="gray_r")
+        axis.imshow(images[i].reshape(8, 8).numpy(), cmap="gray_r")
         color = "tab:green" if suggested[i] == digits.true_labels[i] else "tab:red"
         axis.set_title(f"given {given[i]}, suggested {suggested[i]}", color=color, fontsize=9)
         axis.set_axis_off()

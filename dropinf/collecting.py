@@ -71,9 +71,6 @@ def collect(
             rows = tap.rows(losses)
             valid = finite & rows.isfinite().all(1)
             if not valid.all():
-                if on_nonfinite == "raise":
-                    at = int((~valid).nonzero()[0])
-                    raise ValueError(_nonfinite("gradient", writer.num_rows + at, "not finite"))
                 if mode == "grads" and len(rows) > 1:
                     first, last = writer.num_rows, writer.num_rows + len(rows) - 1
                     raise ValueError(
@@ -81,6 +78,9 @@ def collect(
                         "finite, and mode='grads' cannot keep the others apart from it; give "
                         "batches of one example"
                     )
+                if on_nonfinite == "raise":
+                    at = int((~valid).nonzero()[0])
+                    raise ValueError(_nonfinite("gradient", writer.num_rows + at, "not finite"))
                 rows[~valid] = 0
             writer.append(rows, valid)
             batches += 1

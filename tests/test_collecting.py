@@ -120,14 +120,17 @@ def test_nonfinite(setup, of, mode, batch_size, tmp_path):
         torch.testing.assert_close(store.rows[rest], clean.rows[rest], rtol=0, atol=1e-13)
 
 
-def test_nonfinite_examples_that_cannot_be_kept_apart(setup):
+@pytest.mark.parametrize(
+    "of, choice", [("loss", "skip"), ("gradient", "skip"), ("gradient", "raise")]
+)
+def test_nonfinite_examples_that_cannot_be_kept_apart(setup, of, choice):
     """In mode="grads" a batch shares one graph, through which NaN reaches the other examples."""
     model, loader, _ = setup
-    model = Poison(model, "loss")
+    model = Poison(model, of)
     loader.dataset.tensors[0][7, -1] = 1e7
     plan = Plan.make(model, Dropout(r=20))
     with pytest.raises(ValueError, match=r"examples 5 to 9 .* batches of one"):
-        gather(model, loader, plan, mode="grads", on_nonfinite="skip")
+        gather(model, loader, plan, mode="grads", on_nonfinite=choice)
 
 
 def test_bad_input(setup, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 NAMES = {
     "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32; r, inputs: {}",
+    "bench_sampled_conv": "sampled_conv, B=8, r=1024, float32; C, O, plane, kernel: {}",
     "bench_gather_grads": "gather_grads, 200 layers of 512 x 512; r of each: {}",
     "bench_whole_model": "a whole model: 6 layers, width 768, T=128, B=8, r=1024 a layer",
     "bench_whole_model_memory": "memory of one step of that model",

@@ -33,6 +33,8 @@ constexpr int64_t kItemsPerThread = 2;
 constexpr double kSearchNs = 20;
 constexpr double kZeroNs = 0.5;
 
+constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+
 DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -178,6 +180,110 @@ void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Te
                    [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
 }
 
+// The values of one argument of sampled_conv, behind `fill` for the dimensions that are missing.
+void spatial(const char* name, at::IntArrayRef values, int64_t num_dims, int64_t least,
+             int64_t fill, int64_t* to) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == num_dims, "sampled_conv: ", name,
+                    " must be ", num_dims, " ints, got ", values);
+  std::fill_n(to, 3, fill);
+  for (int64_t d = 0; d < num_dims; ++d) {
+    TORCH_CHECK_VALUE(values[d] >= least && values[d] <= kInt32Max, "sampled_conv: ", name,
+                      " must be ints from ", least, " to ", kInt32Max, ", got ", values);
+    to[3 - num_dims + d] = values[d];
+  }
+}
+
+void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
+                  const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
+                  double scale, const at::Tensor& out) {
+  const int64_t num_dims = x.dim() - 2;
+  TORCH_CHECK_VALUE(num_dims >= 1 && num_dims <= 3 && dy.dim() == x.dim() &&
+                        x.size(0) == dy.size(0) && x.scalar_type() == dy.scalar_type(),
+                    "sampled_conv: x must be [B, C, *S] and dy [B, O, *S'] of one dtype, got ",
+                    x.scalar_type(), " ", x.sizes(), " and ", dy.scalar_type(), " ", dy.sizes());
+  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
+                        o_idx.is_contiguous() && i_idx.is_contiguous() && o_idx.dim() == 1 &&
+                        o_idx.sizes() == i_idx.sizes(),
+                    "sampled_conv: o_idx and i_idx must be contiguous int32 [r], got ",
+                    o_idx.sizes(), " and ", i_idx.sizes());
+  SampledConvArgs args;
+  args.C = x.size(1);
+  args.O = dy.size(1);
+  args.groups = groups;
+  TORCH_CHECK_VALUE(groups >= 1 && args.C % groups == 0 && args.O % groups == 0,
+                    "sampled_conv: groups must divide C=", args.C, " and O=", args.O, ", got ",
+                    groups);
+  spatial("kernel_size", kernel_size, num_dims, 1, 1, args.kernel_size);
+  spatial("stride", stride, num_dims, 1, 1, args.stride);
+  spatial("padding", padding, num_dims, 0, 0, args.padding);
+  spatial("dilation", dilation, num_dims, 1, 1, args.dilation);
+  int64_t taps = 1;
+  for (const int64_t size : args.kernel_size) {
+    TORCH_CHECK_VALUE(taps <= kInt32Max / size, "sampled_conv: kernel_size ", kernel_size,
+                      " is too large");
+    taps *= size;
+  }
+  TORCH_CHECK_VALUE(args.C / groups < kInt32Max / taps, "sampled_conv: C=", args.C,
+                    " and kernel_size ", kernel_size, " are too large for int32 indices");
+  const int64_t I = args.C / groups * taps;
+  args.r = o_idx.numel();
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 && out.size(0) == x.size(0) &&
+                        out.size(1) == args.r,
+                    "sampled_conv: out must be float32 [B=", x.size(0), ", r=", args.r, "], got ",
+                    out.sizes());
+  args.o_idx = o_idx.const_data_ptr<int32_t>();
+  args.i_idx = i_idx.const_data_ptr<int32_t>();
+  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, args.O),
+                    "sampled_conv: o_idx is out of range for O=", args.O);
+  TORCH_CHECK_INDEX(indices_in_range(args.i_idx, args.r, I + bias),
+                    "sampled_conv: i_idx is out of range for C / groups * prod(kernel_size)=", I,
+                    bias ? " and the bias" : "");
+  if (out.numel() == 0) return;
+  if (dy.numel() == 0) {
+    out.zero_();
+    return;
+  }
+  // Strided rows, as of channels_last, cost several times contiguous ones: they are copied unless
+  // less is read of them than there is.
+  const int64_t outputs = dy.numel() / (dy.size(0) * args.O);
+  const auto with_rows = [&](const at::Tensor& tensor) {
+    const bool in_place = tensor.stride(-1) == 1 || tensor.size(-1) == 1 ||
+                          args.r * outputs <= tensor.numel() / tensor.size(0);
+    return in_place ? tensor : tensor.contiguous();
+  };
+  const at::Tensor x_rows = with_rows(x), dy_rows = with_rows(dy);
+  args.dtype = dtype_of(x);
+  args.x = x_rows.const_data_ptr();
+  args.dy = dy_rows.const_data_ptr();
+  args.x_stride_b = x_rows.stride(0);
+  args.x_stride_c = x_rows.stride(1);
+  args.dy_stride_b = dy_rows.stride(0);
+  args.dy_stride_c = dy_rows.stride(1);
+  for (int64_t d = 0; d < 3; ++d) {
+    const int64_t from = d - 3 + x_rows.dim();
+    const bool there = from >= 2;
+    args.x_size[d] = there ? x_rows.size(from) : 1;
+    args.dy_size[d] = there ? dy_rows.size(from) : 1;
+    args.x_stride[d] = there ? x_rows.stride(from) : 0;
+    args.dy_stride[d] = there ? dy_rows.stride(from) : 0;
+  }
+  args.bias = bias;
+  args.scale = static_cast<float>(scale);
+  args.out = out.mutable_data_ptr<float>();
+  args.out_stride_b = out.stride(0);
+  args.out_stride_k = out.stride(1);
+  const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
+  const int64_t r = args.r;
+  at::parallel_for(0, out.numel(), grain(call->entry_ns), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / r, k = begin % r, count = std::min(r - k, end - begin);
+      call->entries(b, k, k + count);
+      begin += count;
+    }
+  });
+}
+
 void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
                   at::ArrayRef<double> scales, const at::Tensor& out) {
   const int64_t L = indices.size();
@@ -249,6 +355,10 @@ void sampled_outer_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
 void sampled_embedding_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                             const at::Tensor&, double, const at::Tensor&) {}
 
+void sampled_conv_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                       at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
+                       bool, double, const at::Tensor&) {}
+
 void gather_grads_meta(const c10::List<std::optional<at::Tensor>>&, at::TensorList,
                        at::ArrayRef<double>, const at::Tensor&) {}
 
@@ -284,18 +394,24 @@ TORCH_LIBRARY(dropinf, m) {
   m.def(
       "sampled_embedding(Tensor ids, Tensor dy, Tensor o_idx, Tensor i_idx, float scale, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "sampled_conv(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool bias, float scale, "
+      "Tensor(a!) out) -> ()");
   m.def("gather_grads(Tensor?[] grads, Tensor[] indices, float[] scales, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dropinf, CPU, m) {
   m.impl("sampled_outer", &dropinf::sampled_outer);
   m.impl("sampled_embedding", &dropinf::sampled_embedding);
+  m.impl("sampled_conv", &dropinf::sampled_conv);
   m.impl("gather_grads", &dropinf::gather_grads);
 }
 
 TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
   m.impl("sampled_outer", &dropinf::sampled_outer_meta);
   m.impl("sampled_embedding", &dropinf::sampled_embedding_meta);
+  m.impl("sampled_conv", &dropinf::sampled_conv_meta);
   m.impl("gather_grads", &dropinf::gather_grads_meta);
 }
 

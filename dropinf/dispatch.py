@@ -47,6 +47,7 @@ KERNELS: dict[str, dict[str, Callable]] = {
         "cpu": _native("sampled_embedding"),
         "reference": reference.sampled_embedding,
     },
+    "sampled_conv": {"cpu": _native("sampled_conv"), "reference": reference.sampled_conv},
     "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
 }
 

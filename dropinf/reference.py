@@ -5,6 +5,7 @@ Sums are float32, or float64 where the inputs are float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,6 +70,55 @@ def sampled_embedding(
     sums = torch.zeros(B * r, dtype=torch.float64, device=dy.device)
     sums.index_put_((position // max(T, 1) * r + k,), terms.double(), accumulate=True)
     return out.copy_(sums.reshape(B, r) * scale)
+
+
+def sampled_conv(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    bias: bool = False,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out[b, k] = scale * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * s + q * d - padding],
+
+    where o = o_idx[k], g is its group, (c, q) = unravel(i_idx[k]), and x is 0 outside its sizes.
+    """
+    B, C, *sizes = x.shape
+    O, *sizes_out = dy.shape[1:]
+    n, taps = len(sizes), math.prod(kernel_size)
+    I = C // groups * taps
+    if out is None:
+        out = x.new_empty(B, o_idx.shape[0], dtype=_sum_dtype(x.dtype))
+    # index_select refuses what is out of range; x[...] would take negative indices.
+    o_idx = torch.arange(O, device=x.device).index_select(0, o_idx)
+    i_idx = torch.arange(I + bias, device=x.device).index_select(0, i_idx)
+    channel = torch.where(i_idx < I, o_idx * groups // max(O, 1) * (C // groups) + i_idx // taps, C)
+    pads: list[int] = []  # from the last dimension to the first
+    positions: list[Tensor] = []  # [r, *sizes_out] in the padded x, broadcast
+    for j in reversed(range(n)):
+        reach = (sizes_out[j] - 1) * stride[j] + (kernel_size[j] - 1) * dilation[j] + 1
+        pads += [padding[j], max(0, reach - padding[j] - sizes[j])]
+        q, i_idx = i_idx % kernel_size[j], i_idx // kernel_size[j]
+        p = torch.arange(sizes_out[j], device=x.device).reshape(-1, *[1] * (n - 1 - j))
+        positions.insert(0, p * stride[j] + q.reshape(-1, *[1] * n) * dilation[j])
+    x = F.pad(x, pads)
+    if bias:
+        x = F.pad(x, [0] * (2 * n + 1) + [1], value=1.0)  # channel C
+    step = max(1, _MAX_ELEMENTS // max(1, B * math.prod(sizes_out)))
+    for start in range(0, o_idx.shape[0], step):
+        part = slice(start, start + step)
+        where = (channel[part].reshape(-1, *[1] * n), *(p[part] for p in positions))
+        dtype = _sum_dtype(x.dtype)
+        terms = x[(slice(None), *where)].to(dtype) * dy.index_select(1, o_idx[part]).to(dtype)
+        out[:, part] = terms.flatten(2).sum(2) * scale
+    return out
 
 
 def gather_grads(

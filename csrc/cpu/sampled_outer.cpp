@@ -5,19 +5,12 @@
 //          a scratch of one cache line a column; a coordinate is then a dot of two lines.
 
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <numeric>
 #include <vector>
 
-#include "cpu/elements.h"
+#include "cpu/avx2.h"
 #include "launchers.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DROPINF_AVX2 1
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#endif
 
 namespace dropinf {
 namespace {
@@ -124,10 +117,6 @@ void dots_portable(const float* x_tile, const float* dy_tile, const uint32_t* x_
 
 #if DROPINF_AVX2
 
-AVX2 inline float load1(const float* p) { return *p; }
-AVX2 inline float load1(const BFloat16* p) { return to_float(*p); }
-AVX2 inline float load1(const Float16* p) { return _cvtsh_ss(p->bits); }
-
 template <typename E>
 AVX2 void scalar_avx2(const void* x_data, int64_t x_stride_t, const void* dy_data,
                       int64_t dy_stride_t, int64_t count, const SampledOuterArgs& args, int64_t n,
@@ -184,12 +173,6 @@ AVX2 inline void transpose_group(const float* from, int64_t stride, int64_t coun
     _mm256_store_ps(tile + 3 * kTile, _mm256_shuffle_ps(a1, a3, 0xee));
   }
 }
-
-AVX2 inline __m256 widen(__m128i bits, BFloat16) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-AVX2 inline __m256 widen(__m128i bits, Float16) { return _mm256_cvtph_ps(bits); }
 
 // The same for 16-bit elements, widened last. Each half of the registers is an 8x8 block: columns 0
 // to 7 or 8 to 15.
@@ -292,21 +275,10 @@ struct Kernels {
   decltype(&dots_portable) dots;
 };
 
-bool has_avx2() {
-#if DROPINF_AVX2
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
-}
-
-std::atomic<bool> use_avx2{has_avx2()};
-
 template <typename E>
 Kernels kernels_of() {
 #if DROPINF_AVX2
-  if (use_avx2) return {scalar_avx2<E>, transpose_avx2<E>, dots_avx2};
+  if (use_avx2()) return {scalar_avx2<E>, transpose_avx2<E>, dots_avx2};
 #endif
   return {scalar_portable<E>, transpose_portable<E>, dots_portable};
 }
@@ -441,14 +413,6 @@ class Call final : public SampledOuter {
 };
 
 }  // namespace
-
-std::string cpu_capability() { return use_avx2 ? "avx2" : "portable"; }
-
-bool set_cpu_capability(const std::string& name) {
-  if (name != "portable" && !(name == "avx2" && has_avx2())) return false;
-  use_avx2 = name == "avx2";
-  return true;
-}
 
 bool indices_in_range(const int32_t* idx, int64_t n, int64_t size) {
   int32_t least = 0, largest = -1;

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dropinf import ops
 from dropinf.plan import Slot
-from dropinf.tap import Tap
+from dropinf.tap import Tap, sharded_modules
 
 
 class GradsTap(Tap):
@@ -20,6 +21,24 @@ class GradsTap(Tap):
             slot.index.to(p.device)
             for slot, p in zip(self.plan.slots, self.parameters, strict=True)
         ]
+        # What the forward pass has in place of each parameter: a sharded module swaps them.
+        self._used = {id(p): p for p in self.model.parameters()}
+        for sharded in sharded_modules(self.model):
+            below = [
+                (id(p), module, name)
+                for module in sharded.modules()
+                for name, p in module._parameters.items()
+                if p is not None
+            ]
+            handle = sharded.register_forward_pre_hook(self._note(below))  # behind its own
+            undo.callback(handle.remove)
+
+    def _note(self, below: list[tuple[int, nn.Module, str]]) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            for key, module, name in below:
+                self._used[key] = module._parameters[name]
+
+        return note
 
     def rows(self, losses: Tensor) -> Tensor:
         """[B, R] rows of losses [B]: one backward pass an example, so small batches are best.
@@ -33,10 +52,13 @@ class GradsTap(Tap):
                     f"rows: {slot.name!r} does not require grad, so mode='grads' sees no gradient "
                     "of it; unfreeze it, or leave it out of the plan with exclude="
                 )
-        rows = self.empty_rows(losses).zero_()
+        rows = self.empty_rows(losses, len(losses)).zero_()
+        self.num_examples = len(losses)
         if not losses.requires_grad:
             raise RuntimeError("rows: the losses carry no gradient; run the model with it enabled")
-        everything = list(self.model.parameters())
+        used = [self._used[id(p)] for p in self.parameters]
+        tracked = set(map(id, used))
+        everything = list(self._used.values())
         before = [p.grad for p in everything]
         current = 0
 
@@ -48,12 +70,16 @@ class GradsTap(Tap):
                 rows[current, slot.entries] += part.to(rows.device)
                 p.grad = None
                 self.met.add(slot.name)
+                self.plan.paths[slot.name] = ".grad"
 
             return gather
 
         with contextlib.ExitStack() as undo:
-            for slot, p, index in zip(self.plan.slots, self.parameters, self._indices, strict=True):
+            for slot, p, index in zip(self.plan.slots, used, self._indices, strict=True):
                 undo.callback(p.register_post_accumulate_grad_hook(take(slot, index)).remove)
+            for p in everything:
+                if p.requires_grad and id(p) not in tracked:
+                    undo.callback(p.register_post_accumulate_grad_hook(_drop).remove)
             try:
                 for p in everything:
                     p.grad = None
@@ -70,9 +96,18 @@ class GradsTap(Tap):
         For a loop of one's own, left untouched: after its `loss.backward()`, this is the row of
         that loss, whatever example or microbatch it was. Nothing is freed.
         """
+        if sharded_modules(self.model):
+            raise RuntimeError(
+                "row: the .grad of a sharded model is the mean over all ranks, of one shard; "
+                "use tap.rows(losses)"
+            )
         return ops.gather_grads(
             [p.grad for p in self.parameters],
             self._indices,
             scales=[slot.scale for slot in self.plan.slots],
             backend=self.backend,
         )
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None

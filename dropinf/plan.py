@@ -51,6 +51,7 @@ class Block:
     P: int
     r: int
     offset: int  # of its first entry in the row
+    type: str = ""  # class of the module
 
     @property
     def entries(self) -> slice:
@@ -66,26 +67,33 @@ class Plan:
         blocks: one `Block` a layer, in the order of the model's modules.
         width: R, entries in a row.
         fingerprint: 16 hexadecimal digits; two plans with equal ones make comparable rows.
+        paths: parameter name -> how its entries were computed so far, see `describe`.
     """
 
     def __init__(
         self,
         layers: Sequence[tuple[str, Sequence[tuple[str, tuple[int, ...]]]]],
         compression: Dropout | Full,
+        types: Sequence[str] | None = None,
     ) -> None:
-        """From (layer name, [(parameter name, shape), ...]) of every layer; see `make`."""
+        """From (layer name, [(parameter name, shape), ...]) of every layer; see `make`.
+
+        `types` are the classes of the layers, for people to read.
+        """
         self.compression = compression
         self._layers = [(name, [(n, tuple(s)) for n, s in params]) for name, params in layers]
         sizes = [sum(math.prod(shape) for _, shape in params) for _, params in self._layers]
         blocks, offset = [], 0
-        for (name, params), P, coordinates in zip(
-            self._layers, sizes, compression.coordinates(sizes), strict=True
+        self._types = [""] * len(sizes) if types is None else list(types)
+        for (name, params), P, coordinates, kind in zip(
+            self._layers, sizes, compression.coordinates(sizes), self._types, strict=True
         ):
             r = len(coordinates)
-            blocks.append(Block(name, _slots(params, P, coordinates, offset), P, r, offset))
+            blocks.append(Block(name, _slots(params, P, coordinates, offset), P, r, offset, kind))
             offset += r
         self.blocks = tuple(blocks)
         self.width = offset
+        self.paths: dict[str, str] = {}
 
     @classmethod
     def make(
@@ -111,6 +119,7 @@ class Plan:
         if not isinstance(compression, tuple(_COMPRESSIONS.values())):
             known = ", ".join(_COMPRESSIONS)
             raise ValueError(f"Plan.make: compression must be one of {known}, got {compression!r}")
+        model = unwrap("Plan.make", model)
         owned, seen = [], set()
         for layer, module in model.named_modules():
             for name, p in module.named_parameters(prefix=layer, recurse=False):
@@ -130,7 +139,8 @@ class Plan:
                 f"Plan.make: {len(names)} trainable parameters, none left to track; "
                 "set requires_grad or widen include/exclude"
             )
-        return cls(list(layers.items()), compression)
+        types = [type(model.get_submodule(layer)).__name__ for layer in layers]
+        return cls(list(layers.items()), compression, types)
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -148,6 +158,36 @@ class Plan:
                 digest.update(slot.index.numpy().astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
+    def describe(self) -> None:
+        """Print a table of the layers: what is kept of each, and how it is computed.
+
+        The path is what captures under this plan have taken so far: "closed form" samples the
+        coordinates from the layer's input and output gradient; "general" forms the gradients of
+        one example at a time, which is slower; ".grad" gathers from gradient buffers.
+        """
+        rows = [("layer", "type", "parameters", "path", "coordinates", "bytes a row")]
+        for block in self.blocks:
+            paths = {self.paths.get(slot.name, "not run yet") for slot in block.slots}
+            rows.append(
+                (
+                    block.name or "(model)",
+                    block.type,
+                    f"{block.P:,}",
+                    " + ".join(sorted(paths)),
+                    f"{block.r:,}",
+                    f"{4 * block.r:,}",
+                )
+            )
+        P = sum(block.P for block in self.blocks)
+        rows.append(("total", "", f"{P:,}", "", f"{self.width:,}", f"{4 * self.width:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for cells in rows:
+            aligned = [
+                cell.rjust(w) if j in (2, 4, 5) else cell.ljust(w)
+                for j, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            ]
+            print("  ".join(aligned).rstrip())
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""
         kind = type(self.compression).__name__
@@ -156,6 +196,7 @@ class Plan:
                 "format": _FORMAT,
                 "compression": {"kind": kind, **asdict(self.compression)},
                 "layers": self._layers,
+                "types": self._types,
                 "fingerprint": self.fingerprint,
             },
             indent=1,
@@ -181,7 +222,7 @@ class Plan:
             saved = json.loads(text)
             compression = dict(saved["compression"])
             kind = _COMPRESSIONS[compression.pop("kind")]
-            plan = cls(saved["layers"], kind(**compression))
+            plan = cls(saved["layers"], kind(**compression), saved.get("types"))
             whole = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Plan.load: {file} is damaged or not a plan: {error!r}") from error
@@ -196,6 +237,26 @@ class Plan:
             f"Plan({self.compression}, {len(self.blocks)} layers, width {self.width}, "
             f"fingerprint {self.fingerprint})"
         )
+
+
+def unwrap(op: str, model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: a part of it is a DataParallel.
+    """
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "
+            "be captured; give the model inside it (.module), or use DistributedDataParallel"
+        )
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _slots(

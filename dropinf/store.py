@@ -30,9 +30,17 @@ class RowStore:
         plan: the plan that made the rows.
         path: the directory, or None for a store in memory.
         valid: [n] bool; an invalid row (a loss or gradient that was not finite) is zeros.
+        origin: [n, 2] int64, of rows per token or segment the example (in the loader's order) and
+            the token or segment; None if every row is an example.
     """
 
-    def __init__(self, rows: Tensor, plan: Plan, valid: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        plan: Plan,
+        valid: Tensor | None = None,
+        origin: Tensor | None = None,
+    ) -> None:
         """A store in memory around `rows`, float32 or float64.
 
         Raises:
@@ -46,6 +54,7 @@ class RowStore:
         self.plan = plan
         self.path: Path | None = None
         self.valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
+        self.origin = origin
         self._rows = rows
         self._checksums: list[int] = []  # of chunks not verified yet
         for start, chunk in self.chunks():
@@ -80,6 +89,13 @@ class RowStore:
             raise ValueError(
                 f"RowStore.load: {path}/store.json and plan.json do not belong together"
             )
+        origin = None
+        if (path / "origin.npy").is_file():
+            origin = torch.from_numpy(np.load(path / "origin.npy"))
+            if origin.shape != (n, 2) or zlib.crc32(origin.numpy()) != saved.get("origin_crc32"):
+                raise ValueError(f"RowStore.load: {path}/origin.npy is damaged")
+        elif "origin_crc32" in saved:
+            raise ValueError(f"RowStore.load: {path}/origin.npy is missing")
         file = path / "rows.bin"
         wanted = n * plan.width * dtype.itemsize
         there = file.stat().st_size if file.is_file() else 0
@@ -88,7 +104,7 @@ class RowStore:
                 f"RowStore.load: {file} is truncated or damaged: {there} bytes instead of {wanted}"
             )
         store = cls.__new__(cls)
-        store.plan, store.path = plan, path
+        store.plan, store.path, store.origin = plan, path, origin
         # Copy on write: torch warns about tensors on read-only memory.
         rows = np.memmap(file, dtype, "c", shape=(n, plan.width))
         store._rows = torch.from_numpy(rows)
@@ -153,6 +169,7 @@ class RowWriter:
         self._expected = expected
         self._rows: Tensor | None = None  # in memory, with room to grow
         self._valid: list[Tensor] = []
+        self._origin: list[Tensor] = []
         self._checksums: list[int] = []
         self._unsummed = b""
         self._dtype: torch.dtype | None = None
@@ -183,8 +200,10 @@ class RowWriter:
             self._file.close()
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def append(self, rows: Tensor, valid: Tensor) -> None:
-        """Add rows [B, R], and which of them are valid [B] bool."""
+    def append(self, rows: Tensor, valid: Tensor, origin: Tensor | None = None) -> None:
+        """Add rows [B, R], which of them are valid [B] bool, and their origin [B, 2]."""
+        if origin is not None:
+            self._origin.append(origin.cpu())
         rows, first, last = rows.detach().cpu(), self.num_rows, self.num_rows + len(rows)
         self._valid.append(valid.cpu())
         self._dtype = rows.dtype
@@ -205,17 +224,23 @@ class RowWriter:
     def finish(self) -> RowStore:
         """The store of all rows; a directory is in its place now."""
         valid = torch.cat(self._valid)
+        origin = torch.cat(self._origin) if self._origin else None
         if self._file is None:
-            return RowStore(self._rows[: self.num_rows], self._plan, valid)
+            return RowStore(self._rows[: self.num_rows], self._plan, valid, origin)
         if self._unsummed:
             self._checksums.append(zlib.crc32(self._unsummed))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._plan.save(self._partial / "plan.json")
+        known = {}
+        if origin is not None:
+            np.save(self._partial / "origin.npy", origin.numpy())
+            known["origin_crc32"] = zlib.crc32(origin.numpy())
         (self._partial / "store.json").write_text(
             json.dumps(
                 {
+                    **known,
                     "format": _FORMAT,
                     "n": self.num_rows,
                     "dtype": f"<f{self._dtype.itemsize}",

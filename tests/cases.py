@@ -189,7 +189,9 @@ def true_rows(case: Case, model, batch, plan) -> Tensor:
     rows = []
     for b in range(len(batch[0])):
         loss = case.loss_fn(model, example(batch, b)).sum()
-        grads = torch.autograd.grad(loss, [named[slot.name] for slot in plan.slots])
+        # A parameter may have no part in one example's loss: an expert that no token went to.
+        parameters = [named[slot.name] for slot in plan.slots]
+        grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
         parts = []
         for block in plan.blocks:
             scale = (block.P / block.r) ** 0.5
@@ -199,3 +201,10 @@ def true_rows(case: Case, model, batch, plan) -> Tensor:
                     parts.append(grad.flatten()[slot.index] * scale)
         rows.append(torch.cat(parts))
     return torch.stack(rows)
+
+
+def assert_exact(rows, truth, size=1e-13):
+    """Equal to float64's rounding, and the truth is not a row of zeros."""
+    assert rows.dtype == torch.float64
+    assert truth.abs().amax(0).gt(0).float().mean() > 0.5
+    torch.testing.assert_close(rows, truth, rtol=0, atol=size * truth.abs().max().item())

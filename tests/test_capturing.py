@@ -231,59 +231,45 @@ def test_checkpointing(reentrant):
 
 
 class Odd(nn.Module):
-    """Parameters that activations mode has no form for."""
+    """Parameters that meet the whole batch at once, and others that do not."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv1d(3, 4, 2)
-        self.gain = nn.Parameter(torch.ones(4, 1))
-        self.frozen_gain = nn.Parameter(torch.ones(4, 1), requires_grad=False)
+        self.embed = nn.Embedding(9, 5, max_norm=0.1)
+        self.pairs = nn.Parameter(torch.ones(5))
+        self.frozen_gain = nn.Parameter(torch.ones(5), requires_grad=False)
         self.out = nn.Linear(5, 2)
 
-    def forward(self, x):
-        assert self.gain.shape == (4, 1) and self.gain.dtype == self.out.weight.dtype
-        x = self.conv(x) * self.gain * self.frozen_gain
+    def forward(self, ids):
+        assert self.pairs.shape == (5,) and self.pairs.dtype == self.out.weight.dtype
+        x = self.embed(ids) * self.frozen_gain
+        x = x + torch.einsum("bti,cti,i->b", x, x, self.pairs)[:, None, None]
         return self.out(x) + torch.zeros_like(self.out.bias) * self.out.bias.detach()
 
 
 def test_unsupported_parameters_are_listed():
     torch.manual_seed(0)
-    model, x = Odd().double(), torch.randn(6, 3, 6, dtype=torch.float64)
-    case = case_of["Conv1D"]._replace(loss_fn=squares)
+    model, ids = Odd().double(), torch.randint(9, (6, 3))
     plan = Plan.make(model, Full())
     with pytest.raises(RuntimeError) as caught, capture(model, plan) as tap:
-        tap.rows(squares(model, (x,)))
+        tap.rows(squares(model, (ids,)))
     message = str(caught.value)
     for part in (
-        "conv.weight: shape (4, 3, 2), of Conv1d",
-        "conv.bias",
-        "gain: shape (4, 1), of Odd",
+        "embed.weight: shape (9, 5), of Embedding, handed to torch.nn.functional.embedding: max_no",
+        "pairs: shape (5,), of Odd, handed to torch.functional.einsum: example 0 alone gives another",
     ):
         assert part in message
     for way_out in ("exclude=", "requires_grad_(False)", "mode='grads'"):
         assert way_out in message
     assert "out.weight" not in message and "frozen" not in message
 
-    truth = true_rows(case, model, (x,), plan)
-    torch.testing.assert_close(rows_of(case, model, (x,), plan, "grads"), truth)
-    some = Plan.make(model, Full(), exclude=["conv", "gain"])
-    truth = true_rows(case, model, (x,), some)
-    torch.testing.assert_close(rows_of(case, model, (x,), some, "activations"), truth)
-
-
-def test_transposed_by_hand_is_refused():
-    """A parameter that reaches the data through another function is never skipped in silence."""
-
-    class ByHand(nn.Linear):
-        def forward(self, x):
-            return x @ self.weight.t() + self.bias
-
-    model = ByHand(3, 2)
-    with (
-        pytest.raises(RuntimeError, match=r"weight: shape \(2, 3\), of ByHand, handed to .*\bt\b"),
-        capture(model, Plan.make(model, Full())) as tap,
-    ):
-        tap.rows(squares(model, (torch.randn(4, 3),)))
+    model.embed.max_norm = None
+    some = Plan.make(model, Full(), exclude=["embed", "pairs"])
+    with capture(model, some, "grads") as tap:
+        truth = tap.rows(squares(model, (ids,)))
+    torch.testing.assert_close(
+        rows_of(case_of["Conv1D"], model, (ids,), some, "activations"), truth
+    )
 
 
 class Borrowed(nn.Module):
@@ -307,7 +293,7 @@ def test_parameters_used_outside_of_their_module():
 
 
 def test_parameters_used_in_the_loss():
-    """Outside of any forward: a form is taken, anything else is refused."""
+    """Outside of any forward; a penalty is part of every example's loss."""
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
     plan = Plan.make(model, Full())
@@ -318,62 +304,33 @@ def test_parameters_used_in_the_loss():
     def penalty(model, batch):
         return model(batch[0]).sum(1) + sum(p.pow(2).sum() for p in model.parameters())
 
-    case = case_of["Conv1D"]._replace(loss_fn=tied)
-    truth = true_rows(case, model, (x,), plan)
-    torch.testing.assert_close(rows_of(case, model, (x,), plan, "activations"), truth)
-    with pytest.raises(RuntimeError, match=r"weight: shape \(2, 3\), of Linear, .*Tensor\.pow"):
-        rows_of(case._replace(loss_fn=penalty), model, (x,), plan, "activations")
+    for loss_fn in (tied, penalty):
+        case = case_of["Conv1D"]._replace(loss_fn=loss_fn)
+        truth = true_rows(case, model, (x,), plan)
+        torch.testing.assert_close(rows_of(case, model, (x,), plan, "activations"), truth)
 
 
-@pytest.mark.parametrize(
-    "model, names",
-    [
-        (nn.MultiheadAttention(8, 2, batch_first=True), ["in_proj_weight", "out_proj.bias"]),
-        (nn.LSTM(8, 3, batch_first=True), ["weight_hh_l0", "bias_ih_l0"]),
-        (nn.Sequential(nn.Linear(8, 8), nn.PReLU()), ["1.weight"]),
-        (nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), ["1.weight"]),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), ["original0", "original1"]),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_composites_are_refused_whole(model, names):
-    """A function that hides its inside lists every parameter that it was handed."""
-    x = torch.randn(4, 5, 8)
-    with (
-        pytest.raises(RuntimeError, match="cannot take these") as caught,
-        capture(model, Plan.make(model, Full())) as tap,
-    ):
-        y = model(x, x, x) if isinstance(model, nn.MultiheadAttention) else model(x)
-        y = y[0] if isinstance(y, tuple) else y
-        tap.rows(y.pow(2).sum((1, 2)))
-    assert all(name in str(caught.value) for name in names)
+class FlatIds(nn.Module):
+    """Looks up ids [B * T], which may as well be the positions of every example."""
 
-
-class Positions(nn.Module):
     def __init__(self):
         super().__init__()
-        self.token, self.position = nn.Embedding(9, 4), nn.Embedding(9, 4)
+        self.embed = nn.Embedding(9, 4)
 
     def forward(self, ids):
-        return self.token(ids) + self.position(torch.arange(ids.shape[1]))
+        return self.embed(ids.flatten()).unflatten(0, ids.shape)
 
 
-def test_shared_positions_are_refused():
-    """Ids without the batch dimension would mix examples."""
-    model, ids = Positions(), torch.randint(9, (4, 6))
+def test_ids_without_the_batch_are_refused():
+    model, ids = FlatIds(), torch.randint(9, (4, 6))
     plan = Plan.make(model, Full())
     with (
-        pytest.raises(ValueError, match=r"'position.weight' met data of shape \(6,.* batch of 4"),
+        pytest.raises(
+            ValueError, match=r"'embed.weight' met data of shape \(24,\) in a batch of 4"
+        ),
         capture(model, plan) as tap,
     ):
         tap.rows(squares(model, (ids,)))
-    # As many examples as positions: the shapes agree by chance.
-    with pytest.raises(ValueError, match="met 6 ids in a batch of 6"), capture(model, plan) as tap:
-        tap.rows(squares(model, (torch.randint(9, (6, 6)),)))
-    with capture(model, plan) as tap:
-        one = tap.rows(squares(model, (ids[:1],)))
-    with capture(model, plan, "grads") as tap:
-        torch.testing.assert_close(one, tap.rows(squares(model, (ids,)))[:1])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,498 @@
+"""Meetings: every torch function that runs under capture, and the parameters that it is handed.
+
+A parameter is caught where it meets data, whatever module owns it. For that the tensors of a pass
+are told apart as they come up:
+
+- sources carry tracked parameters: those themselves, and what is made of them without data;
+- constants do not depend on the batch: buffers, frozen parameters, what a module's forward makes
+  from nothing, and what is made of constants;
+- everything else is data, with the example in the batch dimension, or with a `Route` to it if rows
+  were picked by an index.
+
+Sources and constants alone give a new source. Sources and data are a meeting: the call is passed on
+to autograd so that the rows are written in the backward pass (see `activations`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_iter, tree_map, tree_unflatten
+
+from dropinf import general
+from dropinf.entries import Entries, Source, Where
+from dropinf.layers import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
+from dropinf.marks import Marks
+from dropinf.plan import Slot
+from dropinf.routes import LOST, Routes
+from dropinf.rowmap import MixedExamples
+from dropinf.sources import Derived, Lookup, View
+
+# Casts and copies: an element of the result is an element of the argument.
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
+_JOIN = {torch.cat, torch.concat, torch.concatenate}
+_SET = {Tensor.__setitem__}
+# The second argument only says of what dtype, device or shape the result is to be.
+_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+# Every argument has the batch in dimension 0, or 1 there.
+_BATCHED = {F.scaled_dot_product_attention}
+
+
+class Meetings(TorchFunctionMode):
+    """Watches the functions of one capture.
+
+    Attributes:
+        entries: the rows of the backward pass that is running; None outside of one.
+        depth: module forwards that are running.
+        started: whether one has run since the last rows; before that, batches are being made.
+        batch: shape of the model's first input.
+        examples: how many those are.
+        batch_dim: of the data; None is 0, unless in doubt.
+        refused: parameter or function -> why it cannot be captured.
+        paths: parameter -> how it was captured.
+    """
+
+    def __init__(self, constants: list[Tensor], per: str) -> None:
+        super().__init__()
+        self.entries: Entries | None = None
+        self.depth = 0
+        self.started = False
+        self.batch: torch.Size | None = None
+        self.examples: int | None = None
+        self.batch_dim: int | None = None
+        self.refused: dict[str, str] = {}
+        self.paths: dict[str, str] = {}
+        self._per = per
+        self._sources: Marks[Source] = Marks()
+        self._constants: Marks[bool] = Marks()
+        self._routes = Routes()
+        self._checked: set[tuple] = set()
+        self._probe = torch.zeros((), requires_grad=True)
+        for tensor in constants:
+            self._constants.set(tensor, True)
+
+    def track(self, parameter: Tensor, slot: Slot) -> None:
+        """Follow a parameter."""
+        self._sources.set(parameter, View.of(slot))
+
+    def inputs(self, tensors: list[Tensor]) -> None:
+        """What the model is given is data, whoever made it."""
+        for t in tensors:
+            self._constants.discard(t)
+        self.batch = next((t.shape for t in tensors if t.dim()), None)
+        if self.batch is not None:
+            dim = self.batch_dim if self.batch_dim and len(self.batch) > 1 else 0
+            self.examples = self.batch[dim]
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors(args, kwargs))
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if self._sources.get(t) is not None:
+                    return self._meet(func, args, kwargs, tensors)
+        if func is F.batch_norm and tensors:
+            self._refuse_batch_statistics(args, kwargs)
+        y = func(*args, **kwargs)
+        self._follow(func, args, kwargs, tensors, y)
+        return y
+
+    def _refuse_batch_statistics(self, args: tuple, kwargs: dict) -> None:
+        x = args[0]
+        if _argument(args, kwargs, 5, "training", False) and len(x) > 1:
+            self.refused[f"(BatchNorm of an input {tuple(x.shape)})"] = (
+                "in train mode it mixes the examples of a batch; call .eval() on it"
+            )
+
+    # Data and constants.
+
+    def _is_constant(self, t: Tensor) -> bool:
+        return self._constants.get(t) is not None or self._sources.get(t) is not None
+
+    def _is_data(self, t: Tensor) -> bool:
+        # A number that happens to be a tensor, such as the index of an expert, is no data.
+        number = t.dim() == 0 and not t.is_floating_point()
+        return not number and not self._is_constant(t)
+
+    def _follow(self, func: Callable, args: tuple, kwargs: dict, tensors: list, y: Any) -> None:
+        """Note what the results of a function without a meeting are."""
+        if not isinstance(y, (Tensor, tuple, list)):
+            return
+        if all(map(self._is_constant, tensors)):
+            if tensors or self.depth:
+                for t in _tensors((y,), {}):
+                    self._constants.set(t, True)
+            return
+        first = tensors[0]
+        if self._constants.get(first) and (y is first or _name(func) == "__setitem__"):
+            self._constants.discard(first)  # data were written into it
+            if first._base is not None:
+                self._constants.discard(first._base)
+        if self.started and self.batch_dim != 1:
+            self._routes.follow(func, args, kwargs, tensors, y)
+
+    # Meetings.
+
+    def _meet(self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
+        sources = {id(t): s for t in tensors if (s := self._sources.get(t)) is not None}
+        if _in_place(func) and args and id(args[0]) in sources:
+            self._note_refusal(func, sources, "it is changed in place")
+            return func(*args, **kwargs)
+        data = [t for t in tensors if id(t) not in sources and self._is_data(t)]
+        if not data or (_name(func) in _LIKE and id(args[0]) in sources):
+            return self._derive(func, args, kwargs, sources)
+        if _name(func) in _LIKE:
+            return func(*args, **kwargs)
+        if func in COMPOSITES:
+            rewritten, batch_dim = COMPOSITES[func]
+            with self._inside(batch_dim), self:
+                return rewritten(*args, **kwargs)
+        try:
+            y = self._in_closed_form(func, args, kwargs, sources)
+            if y is not None:
+                return y[0]
+            if func in ELEMENTWISE or func in _JOIN or func in _BATCHED or func in _SET:
+                return self._spread(func, args, kwargs, sources, data)
+            return self._in_general(func, args, kwargs, sources)
+        except RefusedError as error:
+            return self._refuse(func, args, kwargs, sources, str(error))
+
+    @contextlib.contextmanager
+    def _inside(self, batch_dim: int | None) -> Iterator[None]:
+        before = self.batch_dim
+        if batch_dim is not None:
+            self.batch_dim = batch_dim
+        try:
+            yield
+        finally:
+            self.batch_dim = before
+
+    def _where(self, data: list[Tensor]) -> Where:
+        route = self._routes.of(data)
+        if route is LOST:
+            raise RefusedError("it meets rows that were picked by an index and then rearranged")
+        return Where(self.batch_dim, route)
+
+    def _derive(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Any:
+        """Sources and constants alone: the results are sources."""
+        leaves: dict[int, Tensor] = {}
+
+        def leaf(t: Any) -> Any:
+            if id(t) not in sources:
+                return t
+            return leaves.setdefault(id(t), t.detach().requires_grad_())
+
+        args, kwargs = tree_map(leaf, (args, kwargs))
+        y = func(*args, **kwargs)
+
+        def hand_out(t: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            out = t.detach() if t.requires_grad else t
+            if t.requires_grad:
+                self._sources.set(out, _source(func, args, kwargs, t, leaves, sources))
+            else:
+                self._constants.set(out, True)
+            return out
+
+        return tree_map(hand_out, y)
+
+    def _in_closed_form(
+        self, func: Callable, args: tuple, kwargs: dict, sources: dict
+    ) -> tuple[Any] | None:
+        for form in FORMS[func](*args, **kwargs) if func in FORMS else ():
+            roles = {id(role.tensor) for role in form.roles}
+            if id(form.x) not in sources and set(sources) <= roles:
+                break
+        else:
+            return None
+        y = func(*args, **kwargs)
+        targets = [(sources[id(r.tensor)], r) for r in form.roles if id(r.tensor) in sources]
+        where = self._where([form.x])
+        self._note(sources, "closed form")
+        form_x = form.x
+        form = dataclasses.replace(form, x=None)  # held by autograd alone
+
+        def backward(entries: Entries, saved: tuple[Tensor, ...], dys: list) -> None:
+            (x,) = saved
+            self._refuse_doubtful_ids(form, x, entries.map.B, targets)
+            with _named(targets[0][0].slots, x):
+                entries.sample(form, targets, x, dys[0], where)
+
+        (y,) = _Output.apply(self, backward, self._probe, 1, form_x, y)
+        self._pass_route(where, [y])
+        return (y,)
+
+    def _refuse_doubtful_ids(self, form: Form, x: Tensor, B: int, targets: list) -> None:
+        if form.flat or x.dim() != 1 or B == 1:
+            return
+        name = targets[0][0].slots[0].name
+        if self.batch is not None and self.batch[:2] == (B, B):
+            raise ValueError(
+                f"rows: {name!r} met {len(x)} ids in a batch of {B} examples of {B} "
+                "positions, one for each example or for each position; give ids as [B, T] or "
+                "[1, T], or another batch size"
+            )
+        if len(x) != B:
+            raise _mixed_error(name, x.shape, f"in a batch of {B}")
+
+    def _pass_route(self, where: Where, ys: list[Tensor]) -> None:
+        for y in ys:
+            self._routes.set(y, where.route)
+
+    def _spread(
+        self, func: Callable, args: tuple, kwargs: dict, sources: dict, data: list[Tensor]
+    ) -> Any:
+        """Expand every source over the batch: autograd keeps the examples apart itself."""
+        where = self._where(data)
+        if func in _SET:
+            shape, where = self._set_shape(args[0], args[1], where)
+        elif func in _JOIN or func in _BATCHED:
+            shape = data[0].shape
+        else:
+            shape = torch.broadcast_shapes(*(t.shape for t in _tensors(args, kwargs)))
+        dims = self._item_dims(shape)
+        if func in _JOIN and _argument(args, kwargs, 1, "dim", 0) % len(shape) in dims:
+            raise RefusedError("it is joined to data along a dimension that tells rows apart")
+        if func in _BATCHED and self._per != "example":
+            raise RefusedError(f"it meets data that do not keep rows per {self._per} apart")
+        self._note(sources, "closed form")
+
+        def expand(t: Any) -> Any:
+            if id(t) not in sources:
+                return t
+            full = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
+            target = [shape[d] if d in dims else size for d, size in enumerate(full)]
+            if any(full[d] not in (1, target[d]) for d in dims):
+                raise RefusedError(f"its shape {tuple(t.shape)} does not fit a batch {shape[0]}")
+            source = sources[id(t)]
+            if isinstance(source, Derived) and not isinstance(source, Lookup):
+                self._note({id(t): source}, "general")
+
+            def backward(entries: Entries, grad: Tensor) -> None:
+                with _named(source.slots, grad):
+                    entries.pull(source, full, grad, dims, where)
+
+            return _Operand.apply(self, backward, self._probe, t.reshape(full), tuple(target))
+
+        args, kwargs = tree_map(expand, (args, kwargs))
+        y = func(*args, **kwargs)
+        if func not in _SET:
+            self._pass_route(where, list(_tensors((y,), {})))
+        return y
+
+    def _set_shape(self, x: Tensor, index: Any, where: Where) -> tuple[torch.Size, Where]:
+        """The shape of x[index], into which a parameter is written, and where its examples are."""
+        first = index[0] if isinstance(index, tuple) else index
+        with torch.no_grad():
+            shape = x[index].shape
+        if first is Ellipsis or first == slice(None) if not isinstance(first, Tensor) else False:
+            return shape, where
+        (route,) = self._routes.picked(Tensor.__getitem__, (x, index), {})
+        if route is None or route is LOST:
+            raise RefusedError("it is written into some examples of a batch")
+        return shape, Where(where.batch_dim, route)
+
+    def _item_dims(self, shape: torch.Size) -> tuple[int, ...]:
+        """The dimensions of data that tell rows apart, the example first."""
+        if not shape:
+            raise RefusedError("it meets a number that is computed from data")
+        batch_dim = 0
+        if self.batch_dim == 1 and len(shape) > 1 and self.examples:
+            batch_dim = int(shape[1] % self.examples == 0)
+        if self._per == "example":
+            return (batch_dim,)
+        if len(shape) < 2:
+            raise RefusedError(f"it meets data of shape {tuple(shape)}, without tokens")
+        return (batch_dim, 1 - batch_dim)
+
+    def _in_general(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Any:
+        if not general.flat_outputs(y := func(*args, **kwargs))[0]:
+            return y  # a comparison
+        if _in_place(func):
+            raise RefusedError("it changes data in place, and has no closed form")
+        if self._per != "example":
+            raise RefusedError(f"it has no closed form, so that rows per {self._per} are not known")
+        B = self.examples
+        if B is None:
+            raise RefusedError("it has no closed form, and the model's input is no batch")
+        call, data, out_dims = general.prepare(
+            func, args, kwargs, self._is_data, lambda t: id(t) in sources, self.batch_dim or 0, B
+        )
+        if self._routes.of(data) is not None:
+            raise RefusedError("it has no closed form, and its rows were picked by an index")
+        ys, leaves, spec = general.flat_outputs(y)
+        if out_dims is None:
+            out_dims = tuple(
+                (self.batch_dim or 0) if t.dim() > (self.batch_dim or 0) else 0 for t in ys
+            )
+        call = dataclasses.replace(call, out_dims=out_dims)
+        if any(t.dim() <= d or t.shape[d] % B for t, d in zip(ys, out_dims, strict=True)):
+            raise RefusedError("its result is not a batch")
+        key = (func, *sorted(slot.name for s in sources.values() for slot in s.slots))
+        if key not in self._checked and B > 1:
+            general.check(call, data, ys, B)
+            self._checked.add(key)
+        self._note(sources, "general")
+        arguments = [sources[id(call.arguments[i])] for i in call.leaves]
+
+        def backward(entries: Entries, saved: tuple[Tensor, ...], dys: list) -> None:
+            rows = entries.map.B
+            for b, grads in call.gradients(saved, dys, rows):
+                for source, grad in zip(arguments, grads, strict=True):
+                    if grad is not None:
+                        for view, part in source.pull(grad[None]):
+                            entries.add(view, part, slice(b, b + 1))
+
+        tapped = _Output.apply(self, backward, self._probe, len(data), *data, *ys)
+        replaced = iter(tapped)
+        leaves = [next(replaced) if any(t is y for y in ys) else t for t in leaves]
+        return tree_unflatten(leaves, spec)
+
+    def _note(self, sources: dict, path: str) -> None:
+        for source in sources.values():
+            if isinstance(source, Derived) and not isinstance(source, Lookup):
+                path = "general"
+            for slot in source.slots:
+                if self.paths.get(slot.name) != "general":
+                    self.paths[slot.name] = path
+
+    def _refuse(self, func: Callable, args: tuple, kwargs: dict, sources: dict, why: str) -> Any:
+        """Call it; if its result would carry a gradient to the parameters, they are refused."""
+        leaves: dict[int, Tensor] = {}
+
+        def leaf(t: Any) -> Any:
+            if id(t) not in sources:
+                return t
+            return leaves.setdefault(id(t), t.detach().requires_grad_())
+
+        args, kwargs = tree_map(leaf, (args, kwargs))
+        y = func(*args, **kwargs)
+        if any(t.requires_grad for t in _tensors((y,), {})):
+            self._note_refusal(func, sources, why)
+        return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, y)
+
+    def _note_refusal(self, func: Callable, sources: dict, why: str) -> None:
+        name = resolve_name(func) or getattr(func, "__name__", repr(func))
+        for source in sources.values():
+            for slot in source.slots:
+                self.refused[slot.name] = f"handed to {name}: {why}"
+
+
+class _Output(torch.autograd.Function):
+    """The identity on the results of a call; its backward has their gradients and the saved data.
+
+    The probe is a leaf that requires grad, so that autograd comes here although no parameter does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, meetings: Meetings, write: Callable, probe: Tensor, num_saved: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:num_saved])
+        ctx.meetings, ctx.write, ctx.num_saved = meetings, write, num_saved
+        # Not views of the results: a later in-place activation would be refused on one.
+        return tuple(y.data for y in tensors[num_saved:])
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(dy is not None for dy in dys):
+            ctx.write(_running(ctx.meetings), ctx.saved_tensors, list(dys))
+        need = ctx.needs_input_grad[4 + ctx.num_saved :]
+        passed = (dy if needed else None for dy, needed in zip(dys, need, strict=True))
+        return (None,) * (4 + ctx.num_saved) + tuple(passed)
+
+
+class _Operand(torch.autograd.Function):
+    """A parameter, expanded over the batch; its backward has the gradient of all of that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, meetings: Meetings, write: Callable, probe: Tensor, p: Tensor, shape: tuple
+    ) -> Tensor:
+        ctx.meetings, ctx.write = meetings, write
+        return p.detach().expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        ctx.write(_running(ctx.meetings), grad)
+        return None, None, None, None, None
+
+
+def _running(meetings: Meetings) -> Entries:
+    if meetings.entries is None:
+        raise RuntimeError("capture: the backward pass ran outside tap.rows(losses)")
+    return meetings.entries
+
+
+@contextlib.contextmanager
+def _named(slots: list[Slot], data: Tensor) -> Iterator[None]:
+    """Say which parameter met data that do not keep the examples apart."""
+    try:
+        yield
+    except MixedExamples as error:
+        raise _mixed_error(slots[0].name, None, str(error)) from None
+
+
+def _mixed_error(name: str, shape: torch.Size | None, how: str) -> ValueError:
+    of = "" if shape is None else f"data of shape {tuple(shape)} "
+    return ValueError(
+        f"rows: {name!r} met {of}{how}: dimension 0 is not the example, so rows would mix "
+        "examples; give every input the batch dimension, say where it is with batch_dim=, leave "
+        "the layer out with exclude=, or use mode='grads'"
+    )
+
+
+def _source(
+    func: Callable, args: tuple, kwargs: dict, t: Tensor, leaves: dict, sources: dict
+) -> Source:
+    """The source of a tensor that a function made of leaves that stand for sources."""
+    ids = list(leaves)
+    if len(ids) == 1:
+        leaf, source = leaves[ids[0]], sources[ids[0]]
+        if isinstance(source, View):
+            if _name(func) in _CASTS and t.shape == leaf.shape:
+                return View(source.slot, source.at, source.which)
+            if t.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
+                viewed = source.viewed(leaf, t)
+                if viewed is not None:
+                    return viewed
+            if func is F.embedding and args[1] is leaf:
+                padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+                padding = None if padding is None else padding % len(leaf)
+                return Lookup(t, [leaf], [source], args[0], padding)
+    return Derived(t, list(leaves.values()), [sources[i] for i in ids])
+
+
+def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
+def _name(func: Callable) -> str:
+    return getattr(func, "__name__", "")
+
+
+def _in_place(func: Callable) -> bool:
+    name = _name(func)
+    operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    if name == "requires_grad_":
+        return False
+    return name == "__setitem__" or operator or (name.endswith("_") and name[-2:] != "__")
+
+
+def _tensors(args: Any, kwargs: dict) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in tree_iter(value) if isinstance(v, Tensor))

@@ -1,0 +1,192 @@
+"""Routes: which examples the rows of a tensor belong to, once an index has picked them.
+
+Data have the example in their first dimension until rows are picked, joined or turned: tokens that
+are routed to an expert, the two views of a batch that go through one encoder together. The same
+functions, applied to positions, say where each row came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from dropinf.marks import Marks
+from dropinf.rowmap import Route
+
+
+def _methods(*names: str) -> set[Callable]:
+    return {getattr(where, n) for where in (torch, Tensor) for n in names if hasattr(where, n)}
+
+
+_PICK = _methods(
+    "__getitem__", "index_select", "split", "chunk", "narrow", "split_with_sizes", "tensor_split"
+)
+_JOIN = _methods("cat", "concat", "concatenate")
+_STACK = _methods("stack")
+_TURN = _methods("transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "flip", "roll") | {
+    Tensor.T.__get__,
+    Tensor.mT.__get__,
+}
+# The rows go back to the places of the first argument's.
+_RESTORE = _methods(
+    "index_add",
+    "index_add_",
+    "index_copy",
+    "index_copy_",
+    "index_put",
+    "index_put_",
+    "scatter",
+    "scatter_",
+    "scatter_add",
+    "scatter_add_",
+    "__setitem__",
+    "masked_scatter",
+    "masked_scatter_",
+)
+
+_MANY = 1 << 16  # as many routes as a function may have results
+LOST = Route(torch.empty(0, dtype=torch.int64), ())  # in an order that is not known
+
+
+class Routes:
+    """The routes of one capture's tensors; a tensor without one holds the batch in order."""
+
+    def __init__(self) -> None:
+        self._known: Marks[Route] = Marks()
+
+    def of(self, tensors: list[Tensor]) -> Route | None:
+        """The route of data that meet each other."""
+        return next(filter(None, map(self._known.get, tensors)), None)
+
+    def set(self, y: Tensor, route: Route | None) -> None:
+        """The rows of y have come this way."""
+        if route is not None and y.dim():
+            n = len(route.positions)
+            self._known.set(y, route if _num_lead(y, n) is not None else LOST)
+
+    def follow(self, func: Callable, args: tuple, kwargs: dict, tensors: list, y: Any) -> None:
+        """Note the routes of a function's results."""
+        if func in _RESTORE:
+            results, routes = _leaves(y), [self._known.get(tensors[0])]
+        elif func in _PICK:
+            results, routes = _leaves(y), self.picked(func, args, kwargs)
+        elif func in _JOIN or func in _STACK:
+            results, routes = [y], [self._joined(func, args, kwargs, tensors)]
+        elif not len(self._known):
+            return
+        else:
+            route = self.of(tensors)
+            results = _leaves(y)
+            if func in _TURN and route is not None:
+                route = _turned(func, args, kwargs, tensors[0], y, route)
+            routes = [route] * len(results)
+        for result, route in zip(results, routes, strict=False):
+            self.set(result, route)
+
+    def picked(self, func: Callable, args: tuple, kwargs: dict) -> list[Route | None]:
+        """The routes of what a function takes from dimension 0 of its first argument."""
+        x, dims = args[0], 1
+        if not x.dim():
+            return []
+        route = self._known.get(x)
+        if func is Tensor.__getitem__:
+            index = args[1]
+            entries = list(index) if isinstance(index, tuple) else [index]
+            while entries and entries[0] is None:
+                entries = entries[1:]
+            taken = []
+            for entry in entries:
+                if not isinstance(entry, (Tensor, list)):
+                    break
+                taken.append(torch.as_tensor(entry, device=x.device))
+            if taken and taken[0].dim():
+                dims = sum(max(t.dim(), 1) if t.dtype == torch.bool else 1 for t in taken)
+                index = tuple(taken)
+            elif entries and isinstance(entries[0], slice) and entries[0] != slice(None):
+                index = entries[0]
+            else:  # dimension 0 is whole, or one row of it was taken
+                whole = not entries or entries[0] is Ellipsis or isinstance(entries[0], slice)
+                return [route if whole or route is None else LOST]
+            args, kwargs = (x, index), {}
+        elif func in _methods("index_select", "narrow"):
+            if _argument(args, kwargs, 1, "dim", 0) % x.dim():
+                return [route]
+        elif _argument(args, kwargs, 2, "dim", 0) % x.dim():
+            return [route] * _MANY
+        lead, positions = tuple(x.shape[:dims]), None
+        if route is None:
+            positions = torch.arange(torch.Size(lead).numel(), device=x.device).reshape(lead)
+        elif route is not LOST and dims == 1 and x.shape[0] == len(route.positions):
+            lead, positions = route.lead, route.positions
+        else:
+            return [LOST] * _MANY
+        parts = _leaves(func(positions, *args[1:], **kwargs))
+        return [_route(part.flatten(), lead) for part in parts]
+
+    def _joined(
+        self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor]
+    ) -> Route | None:
+        first = tensors[0]
+        routes = [self._known.get(t) for t in tensors]
+        stacked = func in _STACK
+        if not first.dim() or _argument(args, kwargs, 1, "dim", 0) % (first.dim() + stacked):
+            return self.of(tensors)
+        parts, leads = [], set()
+        for t, route in zip(tensors, routes, strict=True):
+            if not t.shape[0]:
+                continue
+            if route is None:
+                route = Route(torch.arange(len(t), device=t.device), (len(t),))
+            parts.append(route.positions)
+            leads.add(route.lead)
+        if len(leads) != 1 or leads == {()}:
+            return LOST if leads else None
+        return _route(torch.cat(parts), leads.pop())
+
+
+def _route(positions: Tensor, lead: tuple[int, ...]) -> Route | None:
+    """None if the positions are the batch's, in order, each equally often."""
+    n, base = len(positions), torch.Size(lead).numel()
+    if base and n and n % base == 0:
+        order = torch.arange(n, device=positions.device) // (n // base)
+        if torch.equal(positions, order):
+            return None
+    return Route(positions, lead)
+
+
+def _turned(
+    func: Callable, args: tuple, kwargs: dict, x: Tensor, y: Tensor, route: Route
+) -> Route | None:
+    lead = _num_lead(x, len(route.positions))
+    if route is LOST or lead is None:
+        return LOST
+    shape = x.shape[:lead] + (1,) * (x.dim() - lead)
+    turned = func(route.positions.reshape(shape), *args[1:], **kwargs)
+    where = _num_lead(y, len(route.positions))
+    if where is None or turned.shape != y.shape[:where] + (1,) * (y.dim() - where):
+        return LOST
+    return _route(turned.flatten(), route.lead)
+
+
+def _num_lead(t: Tensor, n: int) -> int | None:
+    """How many leading dimensions of t hold n rows; None if none do."""
+    size = 1
+    for d, s in enumerate(t.shape):
+        size *= s
+        if size == n:
+            return d + 1
+        if size > n:
+            break
+    return None
+
+
+def _leaves(y: Any) -> list[Tensor]:
+    return [t for t in tree_iter(y) if isinstance(t, Tensor)]
+
+
+def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)

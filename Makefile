@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench peers lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
@@ -16,6 +16,15 @@ bench: .venv/installed
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
+
+# Packages that `make bench` then compares with. Bergson asks for torchvision, which does not import
+# beside a CPU build of torch and takes transformers down with it; so: what Bergson imports, by name,
+# and then Bergson alone.
+peers: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt dattri \
+	    datasets jaxtyping ml_dtypes peft petname scipy simple-parsing torchopt
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps bergson
+	$(BIN)/python -c 'import bergson, dattri.algorithm, transformers'
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""A whole model: what capturing rows costs in time and memory beside the passes it rides on."""
+"""Whole models: what capturing rows costs in time and memory, beside the passes it rides on, what a
+user of torch would write, and other packages."""
 
 import os
 import subprocess
@@ -7,145 +8,198 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from models import MODELS, loss_fn, losses
+from peers import PEERS, SIDE, LeftOut
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import dropinf
 
-WIDTH, HEADS, LAYERS, VOCABULARY, T, B, R = 768, 12, 6, 1000, 128, 8, 1024
+R = SIDE * SIDE  # of each layer, as the peers' squares
 
 
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Model(nn.Module):
-    """Takes embedded tokens [B, T, width], so that a gradient of the input is one of the layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, x):
-        return self.head(self.norm(self.layers(x)))
-
-
-def loss_fn(model, batch):
-    x, label = batch
-    return F.cross_entropy(model(x).mT, label, reduction="none").sum(1)
-
-
-def passes() -> dict:
-    """Name -> a call without arguments that makes one step over the batch."""
-    torch.manual_seed(0)
-    model = Model()
-    x, label = torch.randn(B, T, WIDTH), torch.randint(VOCABULARY, (B, T))
-    plan = dropinf.Plan.make(model, dropinf.Dropout(r=R))
-    parameters = dict(model.named_parameters())
-
-    def forward():
+def forward(model, batch):
+    def call():
         with torch.no_grad():
-            return loss_fn(model, (x, label))
+            return loss_fn(model, batch)
 
-    def input_gradient(frozen):
-        """Backward to the input alone; frozen parameters let autograd save no layer inputs."""
+    return call
+
+
+def input_gradient(model, batch, frozen):
+    """Backward to the input alone; frozen parameters let autograd save no layer inputs."""
+    x, label = batch
+
+    def call():
         model.requires_grad_(not frozen)
-        leaf = x.detach().requires_grad_()
-        result = torch.autograd.grad(loss_fn(model, (leaf, label)).sum(), leaf)
+        leaf = model.embed(x).detach().requires_grad_()
+        result = torch.autograd.grad(losses(model.body(leaf), label).sum(), leaf)
         model.requires_grad_(True)
         return result
 
-    def ordinary():
-        loss_fn(model, (x, label)).sum().backward()
+    return call
+
+
+def ordinary(model, batch):
+    def call():
+        loss_fn(model, batch).sum().backward()
         model.zero_grad(set_to_none=True)
 
-    tap = dropinf.capture(model, plan)
+    return call
 
-    def capture():
+
+def capture(model, batch):
+    tap = dropinf.capture(model, plan_of(model))
+
+    def call():
         with tap:
-            return tap.rows(loss_fn(model, (x, label)))
+            return tap.rows(loss_fn(model, batch))
 
-    def pick(gradients):  # [B, ...] for each parameter -> rows
-        parts = [gradients[s.name].flatten(1)[:, s.index] * s.scale for s in plan.slots]
-        return torch.cat(parts, 1)
+    return call
+
+
+def capture_grads(model, batch):
+    """One example a batch, which is the best form of this mode."""
+    tap = dropinf.capture(model, plan_of(model), mode="grads")
+
+    def call():
+        with tap:
+            return torch.cat([tap.rows(loss_fn(model, one)) for one in singles(batch)])
+
+    return call
+
+
+def vmap_index(model, batch):
+    plan = plan_of(model)
 
     def one_loss(parameters, x, label):
-        logits = functional_call(model, parameters, (x[None],))
-        return F.cross_entropy(logits.mT, label[None], reduction="none").sum()
+        return losses(functional_call(model, parameters, (x[None],)), label[None]).sum()
 
-    def vmap_index():
-        detached = {name: p.detach() for name, p in parameters.items()}
-        return pick(vmap(grad(one_loss), (None, 0, 0))(detached, x, label))
+    def call():
+        detached = {name: p.detach() for name, p in model.named_parameters()}
+        return pick(plan, vmap(grad(one_loss), (None, 0, 0))(detached, *batch))
 
-    def batch_1_loop():
+    return call
+
+
+def batch_1_loop(model, batch):
+    plan, parameters = plan_of(model), dict(model.named_parameters())
+
+    def call():
         rows = []
-        for b in range(B):
-            loss = loss_fn(model, (x[b : b + 1], label[b : b + 1])).sum()
-            grads = torch.autograd.grad(loss, list(parameters.values()))
-            rows.append(pick({n: g[None] for n, g in zip(parameters, grads, strict=True)}))
+        for one in singles(batch):
+            grads = torch.autograd.grad(loss_fn(model, one).sum(), list(parameters.values()))
+            rows.append(pick(plan, {n: g[None] for n, g in zip(parameters, grads, strict=True)}))
         return torch.cat(rows)
 
-    return {
-        "dropinf capture": capture,
-        "forward": forward,
-        "forward + input gradient": lambda: input_gradient(frozen=True),
-        "forward + input gradient, inputs saved": lambda: input_gradient(frozen=False),
-        "forward + backward": ordinary,
-        "vmap(grad) + index": vmap_index,
-        "batch-1 loop + index": batch_1_loop,
-    }
+    return call
 
 
-# Contestant -> smallest and largest allowed of its time over ours.
-TO_REACH = {
-    "forward + input gradient": (1 / 1.05, None),
-    "forward + backward": (1 / 0.85, None),
-    "vmap(grad) + index": (2, None),
-    "batch-1 loop + index": (1, None),
+def plan_of(model):
+    return dropinf.Plan.make(model, dropinf.Dropout(r=R))
+
+
+def singles(batch):
+    """The examples of a batch, each a batch of one."""
+    return list(zip(*(part.split(1) for part in batch), strict=True))
+
+
+def pick(plan, gradients):
+    """Rows of gradients [B, ...] by the parameter's name."""
+    parts = [gradients[s.name].flatten(1)[:, s.index] * s.scale for s in plan.slots]
+    return torch.cat(parts, 1)
+
+
+# Name -> a call with model and batch that gives a call without arguments: one step over the batch.
+CONTESTANTS = {
+    "dropinf capture": capture,
+    "dropinf capture, mode='grads', batch 1": capture_grads,
+    "forward": forward,
+    "forward + input gradient": lambda *args: input_gradient(*args, frozen=True),
+    "forward + input gradient, inputs saved": lambda *args: input_gradient(*args, frozen=False),
+    "forward + backward": ordinary,
+    "vmap(grad) + index": vmap_index,
+    "batch-1 loop + index": batch_1_loop,
+    **PEERS,
 }
 
 
-def bench_whole_model(timed):
-    contestants = passes()
-    rows = contestants["dropinf capture"]()
-    for peer in ("vmap(grad) + index", "batch-1 loop + index"):
-        assert (contestants[peer]() - rows).norm() <= 1e-4 * rows.norm()
-    timed(contestants, "dropinf capture", TO_REACH, rounds=5)
+def to_reach(model):
+    """Contestant -> smallest and largest allowed of its time over ours."""
+    bounds = {"vmap(grad) + index": (2, None), "batch-1 loop + index": (1, None)}
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return {"forward + input gradient": (1 / 1.15, None), **bounds}
+    return {
+        "forward + input gradient": (1 / 1.05, None),
+        "forward + backward": (1 / 0.85, None),
+        **bounds,
+    }
 
 
-def bench_whole_model_memory(benchmark):
+def set_up(title):
+    """The model and batch of a title, the same in every process."""
+    torch.manual_seed(0)
+    return MODELS[title]()
+
+
+def passes(model, batch):
+    """Calls by contestant, and why the others are left out."""
+    calls, left_out = {}, {}
+    for name, contestant in CONTESTANTS.items():
+        try:
+            calls[name] = contestant(model, batch)
+        except LeftOut as reason:
+            left_out[name] = str(reason)
+    return calls, left_out
+
+
+@pytest.mark.parametrize("title", MODELS)
+def bench_whole_model(timed, benchmark, title):
+    model, batch = set_up(title)
+    calls, left_out = passes(model, batch)
+    check_rows(model, batch, calls)
+    timed(calls, "dropinf capture", to_reach(model), rounds=5)
+    benchmark.extra_info["left_out"] = left_out
+
+
+def check_rows(model, batch, calls):
+    """Everybody gives rows: the same ones, or a peer's own of all the linear layers."""
+    rows = calls["dropinf capture"]()
+    for name in CONTESTANTS:
+        if "index" in name or "grads" in name:
+            assert (calls[name]() - rows).norm() <= 1e-4 * rows.norm(), name
+    num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    for name in calls.keys() & PEERS.keys():
+        theirs = calls[name]()
+        assert theirs.shape == (len(batch[0]), num_linear * R), name
+        squares = theirs.unflatten(1, (num_linear, R))
+        assert squares.isfinite().all() and squares.any(2).all(), name
+
+
+@pytest.mark.parametrize("title", MODELS)
+def bench_whole_model_memory(benchmark, title):
     """Peak resident memory of one step above what the process held before, MB (10⁶ bytes)."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from Linux's /proc")
-    peaks = {name: peak_in_own_process(name) for name in passes()}
-    rows = B * dropinf.Plan.make(Model(), dropinf.Dropout(r=R)).width * 4 / 1e6
-    benchmark.extra_info.update(peaks=peaks, rows=rows)
+    model, batch = set_up(title)
+    calls, left_out = passes(model, batch)
+    peaks = {name: peak_in_own_process(title, name) for name in calls}
+    rows = len(batch[0]) * plan_of(model).width * 4 / 1e6
+    benchmark.extra_info.update(peaks=peaks, rows=rows, left_out=left_out)
     benchmark.pedantic(lambda: None)
 
 
-def peak_in_own_process(name: str) -> float:
+def peak_in_own_process(title: str, name: str) -> float:
     # Without these, malloc keeps freed blocks, and the peak says nothing about the step.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, __file__, name]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return float(run.stdout)
+    command = [sys.executable, __file__, title, name]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return float(run.stdout.splitlines()[-1])
 
 
-def main(name: str) -> None:
+def main(title: str, name: str) -> None:
     """Print the peak of one pass, in this process of its own."""
-    call = passes()[name]
+    call = CONTESTANTS[name](*set_up(title))
     call()  # libraries allocate their workspaces in the first step
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -161,4 +215,4 @@ def resident(key: str) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

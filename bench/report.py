@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 NAMES = {
     "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32; r, inputs: {}",
     "bench_sampled_conv": "sampled_conv, B=8, r=1024, float32; C, O, plane, kernel: {}",
     "bench_gather_grads": "gather_grads, 200 layers of 512 x 512; r of each: {}",
-    "bench_whole_model": "a whole model: 6 layers, width 768, T=128, B=8, r=1024 a layer",
-    "bench_whole_model_memory": "memory of one step of that model",
+    "bench_whole_model": "a whole model, r=1024 a layer: {}",
+    "bench_whole_model_memory": "memory of one step of a whole model: {}",
 }
 
 
@@ -22,7 +24,7 @@ def main(path: str) -> None:
     results = json.loads(Path(path).read_text())
     machine, commit = results["machine_info"], results["commit_info"]
     cpu = machine["cpu"]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
+    packages = ", ".join(versions("torch", "numpy", "dattri", "bergson"))
     print(
         f"# Benchmarks of {results['datetime'][:10]}\n\n"
         f"{cpu['count']} cores of {cpu['brand_raw']}; {platform.system()}, "
@@ -42,6 +44,13 @@ def main(path: str) -> None:
             peaks(info)
 
 
+def versions(*names: str) -> Iterator[str]:
+    """Name and version of those that are installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            yield f"{name} {version(name)}"
+
+
 def times(info: dict) -> None:
     """The table of one timing."""
     print(f"{info['threads']} threads.\n")
@@ -56,6 +65,8 @@ def times(info: dict) -> None:
             met = (low or 0) <= measured["ratio"][0] <= (high or float("inf"))
             reached = "yes" if met else "**no**"
         print(f"| {name} | {ms} | {ratio} | {bounds} | {reached} |")
+    for name, reason in info.get("left_out", {}).items():
+        print(f"| {name} | not run: {reason} | | | |")
 
 
 def peaks(info: dict) -> None:
@@ -66,6 +77,8 @@ def peaks(info: dict) -> None:
     print("| --- | --- | --- |")
     for name, peak in info["peaks"].items():
         print(f"| {name} | {peak:.0f} | {(ours - rows) / peak:.2f} |")
+    for name, reason in info["left_out"].items():
+        print(f"| {name} | not run: {reason} | |")
 
 
 def spread(values: list[float]) -> str:

@@ -106,8 +106,9 @@ def check_examples(
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise ValueError(
                     "collect: the batch goes through the model, example 0 alone does not "
-                    f"({error}); mend that, or skip this check of whether examples are mixed "
-                    "with check=False"
+                    f"({_last_layer(model, lambda: losses_of(one))}: {error}). Call .eval() on a "
+                    "BatchNorm, or use batches of one example; check=False skips this check of "
+                    "whether examples are mixed"
                 ) from error
             if mode.met:  # the batch once more, without its dropout
                 row = row_of(batch)
@@ -143,6 +144,25 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+def _last_layer(model: nn.Module, run: Callable[[], object]) -> str:
+    """The last layer that a run entered, which is the one that failed if it did."""
+    entered = [""]
+
+    def note(name: str) -> Callable:
+        return lambda module, args: entered.append(name)
+
+    handles = [m.register_forward_pre_hook(note(n)) for n, m in model.named_modules()]
+    try:
+        run()
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    module = model.get_submodule(entered[-1])
+    return f"layer {entered[-1]!r} ({type(module).__name__})"
 
 
 def first_example(batch: Any, B: int, batch_dim: int) -> Any:

@@ -40,10 +40,13 @@ class GradsTap(Tap):
 
         return note
 
-    def rows(self, losses: Tensor) -> Tensor:
+    def rows(
+        self, losses: Tensor, *, loss_scale: float = 1.0, retain_graph: bool = False
+    ) -> Tensor:
         """[B, R] rows of losses [B]: one backward pass an example, so small batches are best.
 
         Gradients are freed as the backward pass goes; those that were there are put back.
+        `loss_scale` and `retain_graph` are as in mode="activations".
         """
         self.check(losses)
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
@@ -65,7 +68,7 @@ class GradsTap(Tap):
         def take(slot: Slot, index: Tensor) -> Callable[[Tensor], None]:
             def gather(p: Tensor) -> None:
                 part = ops.gather_grads(
-                    [p.grad], [index], scales=[slot.scale], backend=self.backend
+                    [p.grad], [index], scales=[slot.scale / loss_scale], backend=self.backend
                 )
                 rows[current, slot.entries] += part.to(rows.device)
                 p.grad = None
@@ -84,17 +87,18 @@ class GradsTap(Tap):
                 for p in everything:
                     p.grad = None
                 for current in range(len(losses)):  # the hooks read it
-                    losses[current].backward(retain_graph=current + 1 < len(losses))
+                    losses[current].backward(retain_graph=retain_graph or current + 1 < len(losses))
             finally:
                 for p, grad in zip(everything, before, strict=True):
                     p.grad = grad
         return rows
 
-    def row(self) -> Tensor:
+    def row(self, *, loss_scale: float = 1.0) -> Tensor:
         """[R] row of the gradients that are in .grad now, in one launch.
 
         For a loop of one's own, left untouched: after its `loss.backward()`, this is the row of
-        that loss, whatever example or microbatch it was. Nothing is freed.
+        that loss, whatever example or microbatch it was. Nothing is freed. `loss_scale` is what
+        the loss was multiplied by (`GradScaler.get_scale()`).
         """
         if sharded_modules(self.model):
             raise RuntimeError(
@@ -104,7 +108,7 @@ class GradsTap(Tap):
         return ops.gather_grads(
             [p.grad for p in self.parameters],
             self._indices,
-            scales=[slot.scale for slot in self.plan.slots],
+            scales=[slot.scale / loss_scale for slot in self.plan.slots],
             backend=self.backend,
         )
 

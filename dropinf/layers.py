@@ -69,6 +69,11 @@ class Form:
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, dy: (x, dy)
     flat: bool = True
 
+    @property
+    def num_lead(self) -> int:
+        """Leading dimensions of x that are positions."""
+        return 1 if self.features is None else self.x.dim() - self.features[0]
+
 
 def _outer(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
     return ops.sampled_outer(x, dy, o_idx, i_idx, bias=True, **options)

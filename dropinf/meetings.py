@@ -32,7 +32,7 @@ from dropinf.layers import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
 from dropinf.marks import Marks
 from dropinf.plan import Slot
 from dropinf.routes import LOST, Routes
-from dropinf.rowmap import MixedExamples
+from dropinf.rowmap import MixedExamples, TokensDiffer
 from dropinf.sources import Derived, Lookup, View
 
 # Casts and copies: an element of the result is an element of the argument.
@@ -210,6 +210,8 @@ class Meetings(TorchFunctionMode):
         self, func: Callable, args: tuple, kwargs: dict, sources: dict
     ) -> tuple[Any] | None:
         for form in FORMS[func](*args, **kwargs) if func in FORMS else ():
+            if self._per != "example" and func in ELEMENTWISE and form.num_lead < 2:
+                continue  # a scale of its own for every token
             roles = {id(role.tensor) for role in form.roles}
             if id(form.x) not in sources and set(sources) <= roles:
                 break
@@ -442,6 +444,10 @@ def _named(slots: list[Slot], data: Tensor) -> Iterator[None]:
         yield
     except MixedExamples as error:
         raise _mixed_error(slots[0].name, None, str(error)) from None
+    except TokensDiffer as error:
+        raise ValueError(
+            f"rows: {slots[0].name!r} met {error}; leave the layer out with exclude="
+        ) from None
 
 
 def _mixed_error(name: str, shape: torch.Size | None, how: str) -> ValueError:

@@ -35,6 +35,10 @@ class MixedExamples(ValueError):
     """Data whose leading dimensions do not keep the examples apart."""
 
 
+class TokensDiffer(ValueError):
+    """Data whose positions are not the tokens that have rows."""
+
+
 class RowMap:
     """The rows of one backward pass over B examples.
 
@@ -104,9 +108,7 @@ class RowMap:
     def _check_tokens(self, T: int) -> None:
         wanted = self.of_token.shape[1]
         if wanted != T:
-            raise MixedExamples(
-                f"{T} positions an example, where the rows are of {wanted} tokens an example"
-            )
+            raise TokensDiffer(f"{T} positions an example, where {wanted} tokens have rows")
 
     def _examples_first(self, x: Tensor, num_lead: int, batch_dim: int | None) -> Tensor:
         """[B, T, features] of data with `num_lead` leading dimensions."""

@@ -159,5 +159,5 @@ def resnet18(B: int, side: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]] = {
     "GPT-2 small, 4 of its 12 layers, T=128, B=4": lambda: gpt2(B=4, T=128, num_layers=4),
     "ViT-B/16, 4 of its 12 layers, 224 x 224, B=4": lambda: vit(B=4, num_layers=4),
-    "ResNet-18, BatchNorm in eval mode, 112 x 112, B=8": lambda: resnet18(B=8, side=112),
+    "ResNet-18, BatchNorm in eval mode, 224 x 224, B=4": lambda: resnet18(B=4, side=224),
 }

@@ -79,22 +79,27 @@ def _outer(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) 
     return ops.sampled_outer(x, dy, o_idx, i_idx, bias=True, **options)
 
 
-def _diagonal(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
-    """[N, C, *S]: channel o of x with channel o of dy (i = 0), or of dy alone (i = 1)."""
-    one = (1,) * (x.dim() - 2)
-    return ops.sampled_conv(
-        x,
-        dy,
-        o_idx,
-        i_idx,
-        kernel_size=one,
-        stride=one,
-        padding=(0,) * len(one),
-        dilation=one,
-        groups=x.shape[1],
-        bias=True,
-        **options,
-    )
+def _channel_sums(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """[N, C, T]: sums over T of x * dy in channel o (i = 0), or of dy alone (i = 1).
+
+    There are so few channels that all their sums are formed, and then picked from.
+    """
+    total, product = dy.sum(2), (x * dy).sum(2)
+    if rescale is not None:
+        product = rescale(product, total)
+    C = total.shape[1]
+    entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx) * scale
+    return entries if out is None else out.copy_(entries)
 
 
 def _roles(op: Callable[..., Tensor], *roles: tuple[Tensor | None, Coordinates]) -> list[Role]:
@@ -287,7 +292,8 @@ def _conv_transpose(
 
 
 def _sum_of_dy(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
-    return _diagonal(dy, dy, o_idx, i_idx, **options)
+    dy = _wide(dy).flatten(2)
+    return _channel_sums(dy, dy, o_idx, i_idx, **options)
 
 
 def _each(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
@@ -403,17 +409,12 @@ def _batch_norm(
             "BatchNorm in train mode mixes the examples of a batch; call .eval() on it"
         )
 
-    def op(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
+    def rescale(product: Tensor, total: Tensor) -> Tensor:
         # sum dy * (x - mean) / std, without the normalised copy of x.
-        out, scale = options.pop("out", None), options.pop("scale")
-        entries = _diagonal(x, dy, o_idx, i_idx, scale=scale, **options)
-        shift = _diagonal(x, dy, o_idx, torch.ones_like(i_idx), scale=scale, **options)
-        o = o_idx.long()
-        mean, std = running_mean.to(entries)[o], (running_var.to(entries)[o] + eps).sqrt()
-        entries = torch.where(i_idx == 0, (entries - mean * shift) / std, entries)
-        return entries if out is None else out.copy_(entries)
+        mean, var = running_mean.to(total), running_var.to(total)
+        return (product - mean * total) * (var + eps).rsqrt()
 
-    yield _channels(input, _same_dtype, weight, bias, op)
+    yield _channels(input, _both_wide, weight, bias, partial(_channel_sums, rescale=rescale))
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Iterator[Form]:
@@ -429,12 +430,11 @@ def _prelu(input: Tensor, weight: Tensor) -> Iterator[Form]:
 
 
 def _negative(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return x.clamp(max=0).to(dy.dtype), dy
+    return _both_wide(x.clamp(max=0), dy)
 
 
-def _same_dtype(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, dy.dtype)
-    return x.to(wide), dy.to(wide)
+def _both_wide(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _wide(x), _wide(dy)
 
 
 def _channels(
@@ -442,7 +442,7 @@ def _channels(
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     weight: Tensor | None,
     bias: Tensor | None,
-    op: Callable[..., Tensor] = _diagonal,
+    op: Callable[..., Tensor] = _channel_sums,
 ) -> Form:
     """A scale and a shift for every channel, dimension 1."""
 

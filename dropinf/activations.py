@@ -4,9 +4,6 @@ While the capture is open, `Meetings` watches every torch function. Where a trac
 data the call is passed through an autograd function whose backward writes the sampled entries of
 each example's gradient into the rows. The parameters do not require grad meanwhile, so autograd
 never forms a weight gradient.
-
-Modes are off inside the backward pass, where activation checkpointing runs forwards again, so hooks
-on the modules turn the mode on there.
 """
 
 from __future__ import annotations
@@ -52,7 +49,6 @@ class ActivationsTap(Tap):
         by_name = isinstance(self._batch_dim, dict)
         meetings.batch_dim = None if by_name else self._batch_dim
         self._outer_dims: list[int | None] = []
-        self._depth = 0  # of modules that run again inside the backward pass
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(False)
@@ -108,11 +104,7 @@ class ActivationsTap(Tap):
             if batch_dim is not None:
                 self._outer_dims.append(meetings.batch_dim)
                 meetings.batch_dim = batch_dim
-            if meetings.entries is not None:  # a recomputation inside the backward pass
-                if self._depth == 0:
-                    meetings.__enter__()
-                self._depth += 1
-            elif is_root:
+            if is_root and meetings.entries is None:
                 tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
                 meetings.inputs(tensors)
 
@@ -123,10 +115,6 @@ class ActivationsTap(Tap):
             self._meetings.depth -= 1
             if batch_dim is not None:
                 self._meetings.batch_dim = self._outer_dims.pop()
-            if self._depth:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._meetings.__exit__(None, None, None)
 
         return leave
 
@@ -158,15 +146,7 @@ class ActivationsTap(Tap):
         """
         self.check(losses)
         meetings = self._meetings
-        if meetings.refused:
-            listed = "\n".join(
-                f"  {self._described(name)}{why}" for name, why in sorted(meetings.refused.items())
-            )
-            raise RuntimeError(
-                f"rows: mode='activations' cannot take these parameters:\n{listed}\n"
-                "Leave them out with Plan.make(..., exclude=[...]), freeze them with "
-                "requires_grad_(False) before Plan.make, or use mode='grads'."
-            )
+        self._raise_refused()
         unconnected = RuntimeError(
             "rows: the losses do not depend on any tracked parameter; run the model inside "
             "`with dropinf.capture(...)`, with gradients enabled"
@@ -182,7 +162,7 @@ class ActivationsTap(Tap):
         finally:
             meetings.entries = None
             meetings.started = False
-            self._depth = 0
+        self._raise_refused()  # what a checkpoint ran in the backward pass
         if not entries.touched:
             raise unconnected
         self.met |= entries.touched
@@ -191,6 +171,16 @@ class ActivationsTap(Tap):
             if slot.name not in entries.touched:  # it did not meet this batch
                 rows[:, slot.entries].zero_()
         return rows
+
+    def _raise_refused(self) -> None:
+        refused = self._meetings.refused
+        if refused:
+            listed = "\n".join(f"  {self._described(n)}{why}" for n, why in sorted(refused.items()))
+            raise RuntimeError(
+                f"rows: mode='activations' cannot take these parameters:\n{listed}\n"
+                "Leave them out with Plan.make(..., exclude=[...]), freeze them with "
+                "requires_grad_(False) before Plan.make, or use mode='grads'."
+            )
 
     def _described(self, name: str) -> str:
         slot = next((slot for slot in self.plan.slots if slot.name == name), None)

@@ -540,16 +540,16 @@ ELEMENTWISE = _functions(
 )
 
 
-def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
-    """Torch's own code, with its question for overrides answered no: its inside is seen."""
-    return _ATTENTION(*args, **kwargs)
+def opened(func: Any) -> Callable:
+    """A Python function of torch, with its question for overrides answered no.
 
-
-_ATTENTION = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
+    Called under a TorchFunctionMode, the mode then sees the functions inside of it.
+    """
+    return types.FunctionType(
+        func.__code__,
+        {**func.__globals__, "has_torch_function": lambda tensors: False},
+        argdefs=func.__defaults__,
+    )
 
 
 def _embedding_bag(
@@ -611,7 +611,7 @@ def _grouped_mm(
 
 # The dimension of the batch inside of a composite, where it is not the caller's.
 COMPOSITES: dict[Callable, tuple[Callable, int | None]] = {
-    F.multi_head_attention_forward: (_multi_head_attention, 1),
+    F.multi_head_attention_forward: (opened(F.multi_head_attention_forward), 1),
     F.embedding_bag: (_embedding_bag, None),
     torch._grouped_mm: (_grouped_mm, None),
 }

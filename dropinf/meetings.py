@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_iter, tree_map, tree_unflatten
 
 from dropinf import general
 from dropinf.entries import Entries, Source, Where
-from dropinf.layers import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
+from dropinf.layers import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError, opened
 from dropinf.marks import Marks
 from dropinf.plan import Slot
 from dropinf.routes import LOST, Routes
@@ -43,6 +43,9 @@ _SET = {Tensor.__setitem__}
 _LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 # Every argument has the batch in dimension 0, or 1 there.
 _BATCHED = {F.scaled_dot_product_attention}
+
+# Watched inside as well: activation checkpointing runs forwards again there.
+_BACKWARD = opened(torch.autograd.backward)
 
 
 class Meetings(TorchFunctionMode):
@@ -71,12 +74,12 @@ class Meetings(TorchFunctionMode):
         self.paths: dict[str, str] = {}
         self._per = per
         self._sources: Marks[Source] = Marks()
-        self._constants: Marks[bool] = Marks()
+        self._constants: Marks[tuple[Slot, ...]] = Marks()  # and what they were made of
         self._routes = Routes()
         self._checked: set[tuple] = set()
         self._probe = torch.zeros((), requires_grad=True)
         for tensor in constants:
-            self._constants.set(tensor, True)
+            self._constants.set(tensor, ())
 
     def track(self, parameter: Tensor, slot: Slot) -> None:
         """Follow a parameter."""
@@ -95,11 +98,16 @@ class Meetings(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.backward:  # also of a checkpoint, inside of another
+            with self:
+                return _BACKWARD(*args, **kwargs)
         tensors = list(_tensors(args, kwargs))
         if torch.is_grad_enabled():
             for t in tensors:
                 if self._sources.get(t) is not None:
                     return self._meet(func, args, kwargs, tensors)
+                if t.requires_grad and self._constants.get(t):
+                    self._refuse_summed(t)
         if func is F.batch_norm and tensors:
             self._refuse_batch_statistics(args, kwargs)
         y = func(*args, **kwargs)
@@ -111,6 +119,13 @@ class Meetings(TorchFunctionMode):
         if _argument(args, kwargs, 5, "training", False) and len(x) > 1:
             self.refused[f"(BatchNorm of an input {tuple(x.shape)})"] = (
                 "in train mode it mixes the examples of a batch; call .eval() on it"
+            )
+
+    def _refuse_summed(self, t: Tensor) -> None:
+        for slot in self._constants.get(t):
+            self.refused[slot.name] = (
+                "what was made of it left a reentrant checkpoint, so that its gradient is summed "
+                "over the batch; checkpoint with use_reentrant=False"
             )
 
     # Data and constants.
@@ -125,20 +140,32 @@ class Meetings(TorchFunctionMode):
 
     def _follow(self, func: Callable, args: tuple, kwargs: dict, tensors: list, y: Any) -> None:
         """Note what the results of a function without a meeting are."""
+        if all(map(self._is_constant, tensors)):
+            inside = self.depth or self.entries is not None  # which a checkpoint runs again
+            if isinstance(y, (Tensor, tuple, list)) and (tensors or inside):
+                made_of = tuple({s.name: s for t in tensors for s in self._made_of(t)}.values())
+                for t in _tensors((y,), {}):
+                    self._constants.set(t, made_of)
+            return
+        for t in tensors:
+            if t is y or (func in _SET and t is args[0]):
+                self._now_data(t)
         if not isinstance(y, (Tensor, tuple, list)):
             return
-        if all(map(self._is_constant, tensors)):
-            if tensors or self.depth:
-                for t in _tensors((y,), {}):
-                    self._constants.set(t, True)
-            return
-        first = tensors[0]
-        if self._constants.get(first) and (y is first or _name(func) == "__setitem__"):
-            self._constants.discard(first)  # data were written into it
-            if first._base is not None:
-                self._constants.discard(first._base)
         if self.started and self.batch_dim != 1:
-            self._routes.follow(func, args, kwargs, tensors, y)
+            picks = not self._is_constant(tensors[0])  # of data, not of a table that they index
+            self._routes.follow(func, args, kwargs, tensors, y, picks)
+
+    def _made_of(self, t: Tensor) -> tuple[Slot, ...]:
+        """The parameters that a constant was made of, where gradients were disabled."""
+        source = self._sources.get(t)
+        return self._constants.get(t) or (() if source is None else tuple(source.slots))
+
+    def _now_data(self, t: Tensor) -> None:
+        """Data were written into a constant."""
+        self._constants.discard(t)
+        if t._base is not None:
+            self._constants.discard(t._base)
 
     # Meetings.
 
@@ -148,6 +175,14 @@ class Meetings(TorchFunctionMode):
             self._note_refusal(func, sources, "it is changed in place")
             return func(*args, **kwargs)
         data = [t for t in tensors if id(t) not in sources and self._is_data(t)]
+        if not data and _in_place(func) and args:
+            # A parameter is written into a fresh tensor, which must be one of the batch.
+            target, dim = args[0], self.batch_dim or 0
+            if target.dim() <= dim or target.shape[dim] != self.examples:
+                self._note_refusal(func, sources, "it is written into a tensor without the batch")
+                return func(*args, **kwargs)
+            self._now_data(target)
+            data = [target]
         if not data or (_name(func) in _LIKE and id(args[0]) in sources):
             return self._derive(func, args, kwargs, sources)
         if _name(func) in _LIKE:
@@ -192,7 +227,10 @@ class Meetings(TorchFunctionMode):
             return leaves.setdefault(id(t), t.detach().requires_grad_())
 
         args, kwargs = tree_map(leaf, (args, kwargs))
-        y = func(*args, **kwargs)
+        # Not to be made anew by a checkpoint around it: it is of the parameters' size, not the
+        # batch's, and is used with the mode off.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            y = func(*args, **kwargs)
 
         def hand_out(t: Any) -> Any:
             if not isinstance(t, Tensor):
@@ -201,7 +239,7 @@ class Meetings(TorchFunctionMode):
             if t.requires_grad:
                 self._sources.set(out, _source(func, args, kwargs, t, leaves, sources))
             else:
-                self._constants.set(out, True)
+                self._constants.set(out, ())
             return out
 
         return tree_map(hand_out, y)
@@ -409,7 +447,9 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if any(dy is not None for dy in dys):
-            ctx.write(_running(ctx.meetings), ctx.saved_tensors, list(dys))
+            saved = ctx.saved_tensors  # which a checkpoint may make anew, watched
+            with torch._C.DisableTorchFunction():
+                ctx.write(_running(ctx.meetings), saved, list(dys))
         need = ctx.needs_input_grad[4 + ctx.num_saved :]
         passed = (dy if needed else None for dy, needed in zip(dys, need, strict=True))
         return (None,) * (4 + ctx.num_saved) + tuple(passed)
@@ -427,7 +467,8 @@ class _Operand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        ctx.write(_running(ctx.meetings), grad)
+        with torch._C.DisableTorchFunction():
+            ctx.write(_running(ctx.meetings), grad)
         return None, None, None, None, None
 
 

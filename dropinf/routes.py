@@ -68,11 +68,13 @@ class Routes:
             n = len(route.positions)
             self._known.set(y, route if _num_lead(y, n) is not None else LOST)
 
-    def follow(self, func: Callable, args: tuple, kwargs: dict, tensors: list, y: Any) -> None:
-        """Note the routes of a function's results."""
+    def follow(
+        self, func: Callable, args: tuple, kwargs: dict, tensors: list, y: Any, picks: bool
+    ) -> None:
+        """Note the routes of a function's results; it `picks` rows of data, or does not."""
         if func in _RESTORE:
             results, routes = _leaves(y), [self._known.get(tensors[0])]
-        elif func in _PICK:
+        elif func in _PICK and picks:
             results, routes = _leaves(y), self.picked(func, args, kwargs)
         elif func in _JOIN or func in _STACK:
             results, routes = [y], [self._joined(func, args, kwargs, tensors)]

@@ -86,6 +86,23 @@ class Tokens(nn.Module):
         return x * self.temperature.exp()
 
 
+class Written(nn.Module):
+    """Parameters and data that are written into one fresh tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls, self.out = nn.Parameter(torch.randn(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        B, T, width = x.shape
+        y = torch.zeros(B, T + 1, width, dtype=x.dtype)
+        y[:, 0] = self.cls
+        y[:, 1:] = x
+        z = torch.zeros(B, T, width, dtype=x.dtype)
+        z[:, :2] = x[:, 1:3]
+        return self.out(torch.cat([y, z * self.cls], 1))
+
+
 class Masked(nn.Module):
     """A token that takes the place of some positions."""
 
@@ -283,6 +300,7 @@ LAYERS = [
     ),
     layer("bare tokens", Tokens, x, path="general"),
     layer("mask token", Masked, x),
+    layer("written into a fresh tensor", Written, x),
     layer("products by hand", ByHand, x),
     layer("arithmetic", Arithmetic, (4, 3, 5), path="general"),
     layer("positions", Positions, (4, 6), ids=9, path="general"),

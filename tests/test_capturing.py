@@ -230,6 +230,40 @@ def test_checkpointing(reentrant):
         assert_same_state(before, state(model))
 
 
+class SharedBias(nn.Module):
+    """The first block makes a bias of positions, which it hands on, as T5 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Embedding(4, 5)
+        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+
+    def block(self, i, x, bias):
+        bias = self.bias(torch.arange(x.shape[1])) if bias is None else bias
+        return self.blocks[i](x + bias), bias
+
+    def forward(self, x, reentrant=False):
+        bias = None
+        for i in range(2):
+            x, bias = checkpoint(self.block, i, x, bias, use_reentrant=reentrant)
+        return x
+
+
+def test_a_parameter_that_leaves_a_reentrant_checkpoint():
+    """Outside of it, its gradient is summed over the batch: refused, not lost."""
+    torch.manual_seed(0)
+    model, x = SharedBias().double(), torch.randn(3, 4, 5, dtype=torch.float64)
+    plan, case = Plan.make(model, Full()), case_of["Conv1D"]
+    truth = true_rows(case, model, (x,), plan)
+    torch.testing.assert_close(rows_of(case, model, (x,), plan, "activations"), truth)
+    x.requires_grad_(True)
+    with (
+        pytest.raises(RuntimeError, match=r"bias.weight: .*use_reentrant=False"),
+        capture(model, plan) as tap,
+    ):
+        tap.rows(squares(lambda x: model(x, reentrant=True), (x,)))
+
+
 class Odd(nn.Module):
     """Parameters that meet the whole batch at once, and others that do not."""
 

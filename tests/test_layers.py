@@ -89,6 +89,17 @@ class InPlace(nn.Module):
         return x * w
 
 
+class WithoutBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        table = torch.zeros(2, 5)
+        table[0] = self.w
+        return x @ table.t()
+
+
 class Rearranged(nn.Module):
     """Rows picked by an index whose order is lost on the way."""
 
@@ -106,6 +117,7 @@ class Rearranged(nn.Module):
     [
         (Sorted(), r"einsum: (example 0 alone|it does not take)"),
         (InPlace(), "__setitem__: it is changed in place"),
+        (WithoutBatch(), "written into a tensor without the batch"),
         (Rearranged(), "picked by an index and then rearranged"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

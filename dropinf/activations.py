@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from dropinf.entries import Entries
+from dropinf.marks import Marks
 from dropinf.meetings import Meetings
 from dropinf.plan import Plan, Slot
 from dropinf.rowmap import RowMap
@@ -51,9 +52,14 @@ class ActivationsTap(Tap):
         self._outer_dims: list[int | None] = []
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
-            p.requires_grad_(False)
+            # Of what is tracked autograd sees copies that do not require grad; if a gradient comes
+            # nevertheless, the parameter went into something that torch functions do not show.
+            p.requires_grad_(id(p) in slots)
+        self._hooked: Marks[bool] = Marks()
+        self._on_gradients = contextlib.ExitStack()
+        undo.callback(self._on_gradients.close)
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
-            meetings.track(p, slot)
+            self._track(p, slot)
         sharded = sharded_modules(self.model)
         for name, module in self.model.named_modules():
             own = [
@@ -84,15 +90,26 @@ class ActivationsTap(Tap):
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(meetings)  # last in and first out: it must not see the rest
 
+    def _track(self, parameter: Tensor, slot: Slot) -> None:
+        self._meetings.track(parameter, slot)
+
+        def unseen(p: Tensor) -> None:
+            p.grad = None
+            self._meetings.refused[slot.name] = (
+                "handed to an autograd.Function or a scripted or transformed function, whose "
+                "inside is not seen"
+            )
+
+        with torch._C.DisableTorchFunction():
+            if parameter.requires_grad and self._hooked.get(parameter) is None:
+                self._hooked.set(parameter, True)
+                handle = parameter.register_post_accumulate_grad_hook(unseen)
+                self._on_gradients.callback(handle.remove)
+
     def _look_up(self, own: list[tuple[nn.Module, str, Slot]]) -> Callable[..., None]:
         def look_up(module: nn.Module, args: Any) -> None:
-            # At each call: a sharded module swaps its parameter objects, and asks whether the new
-            # ones require grad.
-            for owner, name, slot in own:
-                parameter = owner._parameters[name]
-                with torch._C.DisableTorchFunction():
-                    parameter.requires_grad_(False)
-                self._meetings.track(parameter, slot)
+            for owner, name, slot in own:  # a sharded module swaps them at each call
+                self._track(owner._parameters[name], slot)
 
         return look_up
 
@@ -156,12 +173,19 @@ class ActivationsTap(Tap):
         row_map = self._row_map(losses, segment_ids)
         rows = self.empty_rows(losses, row_map.num_rows)
         entries = Entries(rows, row_map, loss_scale, self.backend, self._coordinates)
+        with torch._C.DisableTorchFunction():
+            before = [p.grad for p in self.parameters]
+            for p in self.parameters:
+                p.grad = None
         meetings.entries = entries
         try:
             torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
         finally:
             meetings.entries = None
             meetings.started = False
+            with torch._C.DisableTorchFunction():
+                for p, grad in zip(self.parameters, before, strict=True):
+                    p.grad = grad
         self._raise_refused()  # what a checkpoint ran in the backward pass
         if not entries.touched:
             raise unconnected

@@ -170,7 +170,18 @@ class Meetings(TorchFunctionMode):
     # Meetings.
 
     def _meet(self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
-        sources = {id(t): s for t in tensors if (s := self._sources.get(t)) is not None}
+        sources: dict[int, Source] = {}
+        plain: dict[int, Tensor] = {}  # what stands for a parameter that requires grad
+        for i, t in enumerate(tensors):
+            source = self._sources.get(t)
+            if source is None:
+                continue
+            if t.requires_grad:
+                tensors[i] = plain.setdefault(id(t), t.detach())
+                self._sources.set(tensors[i], source)
+            sources[id(tensors[i])] = source
+        if plain:
+            args, kwargs = _swap(args, plain), _swap(kwargs, plain)
         if _in_place(func) and args and id(args[0]) in sources:
             self._note_refusal(func, sources, "it is changed in place")
             return func(*args, **kwargs)
@@ -519,6 +530,17 @@ def _source(
                 padding = None if padding is None else padding % len(leaf)
                 return Lookup(t, [leaf], [source], args[0], padding)
     return Derived(t, list(leaves.values()), [sources[i] for i in ids])
+
+
+def _swap(values: Any, by_id: dict[int, Tensor]) -> Any:
+    """Arguments with some tensors replaced."""
+    if isinstance(values, Tensor):
+        return by_id.get(id(values), values)
+    if type(values) in (tuple, list):
+        return type(values)(_swap(v, by_id) for v in values)
+    if type(values) is dict:
+        return {key: _swap(v, by_id) for key, v in values.items()}
+    return values
 
 
 def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:

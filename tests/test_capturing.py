@@ -306,6 +306,54 @@ def test_unsupported_parameters_are_listed():
     )
 
 
+class OwnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return dy * w, (dy * x).flatten(0, -2).sum(0)
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor, w: torch.Tensor):
+    return x * w
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("function", [OwnFunction.apply, scripted], ids=["Function", "script"])
+def test_what_torch_functions_do_not_show_is_refused(function):
+    """A fused kernel takes the parameter past the mode: never zeros without a word."""
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.scale = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return function(self.first(x), self.scale)
+
+    model, x = Fused(), torch.randn(5, 3)
+    model.scale.grad = torch.arange(4.0)
+    before = state(model)
+    plan = Plan.make(model, Full())
+    with (
+        pytest.raises(RuntimeError, match=r"scale: shape \(4,\), of Fused, .*is not seen"),
+        capture(model, plan) as tap,
+    ):
+        tap.rows(squares(model, (x,)))
+    assert_same_state(before, state(model))
+    some = Plan.make(model, Full(), exclude="scale")
+    with capture(model, some) as tap:
+        rows = tap.rows(squares(model, (x,)))
+    assert_same_state(before, state(model))
+    with capture(model, some, "grads") as tap:
+        torch.testing.assert_close(rows, tap.rows(squares(model, (x,))))
+
+
 class Borrowed(nn.Module):
     """Its parent uses the parameters of a child whose forward never runs."""
 

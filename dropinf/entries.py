@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.layers import Form, Role
+from dropinf.forms import Form, Role
 from dropinf.plan import Slot
-from dropinf.rowmap import Route, RowMap
-from dropinf.sources import Derived, Lookup, View, chunk_items
-
-Source = View | Derived
+from dropinf.rowmap import Route, RowMap, groups
+from dropinf.sources import Lookup, Source, View, chunk_items
 
 
 @dataclass(frozen=True)
@@ -184,13 +182,10 @@ class Entries:
         if isinstance(rows, slice):
             self.rows[rows, columns] += entries
             return
-        # Rows that repeat are summed in a fixed order by a product with ones.
-        rows = rows.to(self.rows.device)
-        distinct, place = rows.unique(return_inverse=True)
-        distinct, first = distinct[distinct >= 0], int((distinct < 0).sum())
-        ones = place - first == torch.arange(len(distinct), device=rows.device)[:, None]
-        at = distinct if isinstance(columns, slice) else distinct[:, None]
-        self.rows[at, columns] += ones.to(entries) @ entries
+        # Rows that repeat are summed in a fixed order.
+        for here, at, real in groups(rows.to(self.rows.device), len(self.rows), entries.shape[1]):
+            sums = entries[at].where(real[..., None], 0).sum(1)
+            self.rows[here if isinstance(columns, slice) else here[:, None], columns] += sums
 
 
 def _view_entries(

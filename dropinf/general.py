@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dropinf.layers import RefusedError
+from dropinf.forms import RefusedError
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,19 @@
 """What a torch function does with its parameters.
 
-Activations mode catches a parameter where it meets data. Three tables say what is understood:
+Activations mode catches a parameter where it meets data. Two tables say what is understood here:
 
 FORMS       closed forms. A reader of the function's arguments gives the `Form` of that call: which
-            input to save for the backward pass, and how the parameters' gradients come out of that
-            input x and dy as `dW[b, o, i] = sum_t dy[b, t, o] * x[b, t, i]`, so that a sampled
-            coordinate is one (o, i) and an op computes it.
+            input to save for the backward pass, and where the coordinates of its parameters are.
 ELEMENTWISE functions whose arguments broadcast against each other: a parameter is expanded over the
             batch, and its gradient comes back example by example.
-COMPOSITES  functions that hide others inside, written in terms of those.
 
-What is in none of them goes through `general`. To add a kind of layer, add an entry here and a
-model to tests/cases.py.
+`composites` has functions that hide others inside; what is in none of them goes through `general`.
+To add a kind of layer, add an entry here and a model to tests/layer_cases.py.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,88 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropinf import ops
-
-Coordinates = Callable[[Tensor], tuple[Tensor, Tensor]]  # flat positions -> (o, i)
-
-
-class RefusedError(Exception):
-    """A call that cannot give exact rows; the message says why."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """One parameter of a call.
-
-    Attributes:
-        tensor: the parameter.
-        coordinates: (o, i) of its flattened positions.
-        op: computes the entries: op(x, dy, o_idx, i_idx, scale=, out=, backend=).
-    """
-
-    tensor: Tensor
-    coordinates: Coordinates
-    op: Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Form:
-    """One call of a torch function, as a linear form in its parameters.
-
-    Attributes:
-        x: the input to save for the backward pass.
-        roles: its parameters.
-        features: how many trailing dimensions of x, and of dy, are not positions; the op then takes
-            [b, T, features]. None: the op takes x and dy as they are, the example first.
-        prepare: makes of x and dy what the op takes.
-        flat: x may come as [B * T, features], the positions of example 0 first.
-    """
-
-    x: Tensor
-    roles: Sequence[Role]
-    features: tuple[int, int] | None = (1, 1)
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, dy: (x, dy)
-    flat: bool = True
-
-    @property
-    def num_lead(self) -> int:
-        """Leading dimensions of x that are positions."""
-        return 1 if self.features is None else self.x.dim() - self.features[0]
-
-
-def _outer(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
-    return ops.sampled_outer(x, dy, o_idx, i_idx, bias=True, **options)
-
-
-def _channel_sums(
-    x: Tensor,
-    dy: Tensor,
-    o_idx: Tensor,
-    i_idx: Tensor,
-    *,
-    scale: float = 1.0,
-    out: Tensor | None = None,
-    backend: str | None = None,
-    rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """[N, C, T]: sums over T of x * dy in channel o (i = 0), or of dy alone (i = 1).
-
-    There are so few channels that all their sums are formed, and then picked from.
-    """
-    total, product = dy.sum(2), (x * dy).sum(2)
-    if rescale is not None:
-        product = rescale(product, total)
-    C = total.shape[1]
-    entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx) * scale
-    return entries if out is None else out.copy_(entries)
-
-
-def _roles(op: Callable[..., Tensor], *roles: tuple[Tensor | None, Coordinates]) -> list[Role]:
-    return [Role(tensor, at, op) for tensor, at in roles if tensor is not None]
-
-
-def _affine(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return x.to(dy.dtype), dy  # autocast hands the function a wider x than it multiplies
+from dropinf import norms, ops
+from dropinf.forms import Form, RefusedError, Role, affine, outer, roles_of
+from dropinf.norms import sum_of_dy
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Form]:
@@ -116,12 +32,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
     I = weight.shape[1]
     yield Form(
         input,
-        _roles(
-            _outer,
+        roles_of(
+            outer,
             (weight, lambda at: (at // I, at % I)),
             (bias, lambda at: (at, torch.full_like(at, I))),
         ),
-        prepare=_affine,
+        prepare=affine,
     )
 
 
@@ -134,12 +50,12 @@ def _addmm(
         return
     yield Form(
         mat1,
-        _roles(
-            _outer,
+        roles_of(
+            outer,
             (mat2, lambda at: (at % O, at // O)),
             (input, lambda at: (at, torch.full_like(at, I))),
         ),
-        prepare=_affine,
+        prepare=affine,
     )
 
 
@@ -147,21 +63,21 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Iterator[Form]
     if other.dim() == 1 and input.dim() > 1:  # x [..., I] @ w [I]
         yield Form(
             input,
-            _roles(_outer, (other, lambda at: (torch.zeros_like(at), at))),
+            roles_of(outer, (other, lambda at: (torch.zeros_like(at), at))),
             features=(1, 0),
-            prepare=_affine,
+            prepare=affine,
         )
     if other.dim() == 2 and input.dim() > 1:  # x [..., I] @ W [I, O]
         O = other.shape[1]
-        yield Form(input, _roles(_outer, (other, lambda at: (at % O, at // O))), prepare=_affine)
+        yield Form(input, roles_of(outer, (other, lambda at: (at % O, at // O))), prepare=affine)
     if input.dim() == 2 and other.dim() == 3:  # W [O, I] @ x [B, I, T]
         I, one, none = input.shape[1], (1,), (0,)
         op = partial(ops.sampled_conv, kernel_size=one, stride=one, padding=none, dilation=one)
         yield Form(
             other,
-            _roles(op, (input, lambda at: (at // I, at % I))),
+            roles_of(op, (input, lambda at: (at // I, at % I))),
             features=None,
-            prepare=_affine,
+            prepare=affine,
         )
 
 
@@ -187,7 +103,7 @@ def _embedding(
 
     yield Form(
         input,
-        _roles(ops.sampled_embedding, (weight, lambda at: (at % width, at // width))),
+        roles_of(ops.sampled_embedding, (weight, lambda at: (at % width, at // width))),
         features=(0, 1),
         prepare=without_padding,
         # Ids of one dimension may be the positions of every example alike.
@@ -203,7 +119,7 @@ def _getitem(table: Tensor, index: Any) -> Iterator[Form]:
     rows, width = len(table), table[0].numel()
     yield Form(
         ids,
-        _roles(ops.sampled_embedding, (table, lambda at: (at % width, at // width))),
+        roles_of(ops.sampled_embedding, (table, lambda at: (at % width, at // width))),
         features=(0, table.dim() - 1),
         prepare=lambda ids, dy: (ids[..., 0] % rows, dy),
     )
@@ -244,13 +160,13 @@ def _conv(
     )
     yield Form(
         input,
-        _roles(
+        roles_of(
             op,
             (weight, lambda at: (at // I, at % I)),
             (bias, lambda at: (at, torch.full_like(at, I))),
         ),
         features=None,
-        prepare=_affine,
+        prepare=affine,
     )
 
 
@@ -285,183 +201,15 @@ def _conv_transpose(
             **options,
         )
 
-    roles = _roles(op, (weight, lambda at: (at // size, at % size)))
+    roles = roles_of(op, (weight, lambda at: (at // size, at % size)))
     if bias is not None:
-        roles.append(Role(bias, lambda at: (at, torch.ones_like(at)), _sum_of_dy))
-    yield Form(input, roles, features=None, prepare=_affine)
-
-
-def _sum_of_dy(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
-    dy = _wide(dy).flatten(2)
-    return _channel_sums(dy, dy, o_idx, i_idx, **options)
+        roles.append(Role(bias, lambda at: (at, torch.ones_like(at)), sum_of_dy))
+    yield Form(input, roles, features=None, prepare=affine)
 
 
 def _each(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
     value = (value,) if isinstance(value, int) else tuple(value)
     return value * spatial if len(value) == 1 else value
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Iterator[Form]:
-    """The scale multiplies the normalised input: coordinate j is o = i = j, the shift's i = I."""
-    width = torch.Size(normalized_shape).numel()
-
-    def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return F.layer_norm(_wide(x), (width,), eps=eps), _wide(dy)
-
-    yield _scaled(input, len(normalized_shape), normalised, weight, bias, width)
-
-
-def _rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Iterator[Form]:
-    width = torch.Size(normalized_shape).numel()
-
-    def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        limits = torch.finfo(x.dtype) if eps is None else None  # of the dtype that it ran in
-        return F.rms_norm(_wide(x), (width,), eps=limits.eps if limits else eps), _wide(dy)
-
-    yield _scaled(input, len(normalized_shape), normalised, weight, None, width)
-
-
-def _mul(input: Any, other: Any, *, out: None = None) -> Iterator[Form]:
-    """x * scale, the scale over x's last dimensions: the norms that models write themselves."""
-    for x, scale in ((input, other), (other, input)):
-        if not isinstance(x, Tensor) or not isinstance(scale, Tensor):
-            return
-        shape = scale.shape
-        while shape and shape[0] == 1:
-            shape = shape[1:]
-        if shape and x.dim() > max(len(shape), scale.dim() - 1) and x.shape[-len(shape) :] == shape:
-            yield _scaled(x, len(shape), _affine, scale, None, shape.numel())
-
-
-def _scaled(
-    x: Tensor,
-    dims: int,
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    width: int,
-) -> Form:
-    roles = _roles(
-        _outer,
-        (weight, lambda at: (at, at)),
-        (bias, lambda at: (at, torch.full_like(at, width))),
-    )
-    return Form(x, roles, features=(dims, dims), prepare=prepare)
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Iterator[Form]:
-    def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return F.group_norm(_wide(x), num_groups, eps=eps), _wide(dy)
-
-    yield _channels(input, normalised, weight, bias)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Iterator[Form]:
-    if not use_input_stats:
-        yield from _batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return
-
-    def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return F.instance_norm(_wide(x), eps=eps), _wide(dy)
-
-    yield _channels(input, normalised, weight, bias)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Iterator[Form]:
-    """In eval mode a scale and shift of every channel by constants."""
-    if training:
-        raise RefusedError(
-            "BatchNorm in train mode mixes the examples of a batch; call .eval() on it"
-        )
-
-    def rescale(product: Tensor, total: Tensor) -> Tensor:
-        # sum dy * (x - mean) / std, without the normalised copy of x.
-        mean, var = running_mean.to(total), running_var.to(total)
-        return (product - mean * total) * (var + eps).rsqrt()
-
-    yield _channels(input, _both_wide, weight, bias, partial(_channel_sums, rescale=rescale))
-
-
-def _prelu(input: Tensor, weight: Tensor) -> Iterator[Form]:
-    if weight.numel() == 1:  # one slope: a single channel of everything
-        yield Form(
-            input,
-            _roles(_outer, (weight, lambda at: (at, at))),
-            features=(0, 0),
-            prepare=_negative,
-        )
-    else:
-        yield _channels(input, _negative, weight, None)
-
-
-def _negative(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _both_wide(x.clamp(max=0), dy)
-
-
-def _both_wide(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _wide(x), _wide(dy)
-
-
-def _channels(
-    x: Tensor,
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    op: Callable[..., Tensor] = _channel_sums,
-) -> Form:
-    """A scale and a shift for every channel, dimension 1."""
-
-    def with_positions(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, dy = prepare(x, dy)
-        return x.flatten(2) if x.dim() > 2 else x[..., None], (
-            dy.flatten(2) if dy.dim() > 2 else dy[..., None]
-        )
-
-    roles = _roles(
-        op,
-        (weight, lambda at: (at, torch.zeros_like(at))),
-        (bias, lambda at: (at, torch.ones_like(at))),
-    )
-    return Form(x, roles, features=None, prepare=with_positions)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 FORMS: dict[Callable, Callable[..., Iterator[Form]]] = {
@@ -474,8 +222,8 @@ FORMS: dict[Callable, Callable[..., Iterator[Form]]] = {
     Tensor.mm: _matmul,
     torch.mv: _matmul,
     Tensor.mv: _matmul,
-    torch.mul: _mul,
-    Tensor.mul: _mul,
+    torch.mul: norms.mul,
+    Tensor.mul: norms.mul,
     F.embedding: _embedding,
     Tensor.__getitem__: _getitem,
     torch.index_select: _index_select,
@@ -486,12 +234,12 @@ FORMS: dict[Callable, Callable[..., Iterator[Form]]] = {
     F.conv_transpose1d: _conv_transpose,
     F.conv_transpose2d: _conv_transpose,
     F.conv_transpose3d: _conv_transpose,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    F.batch_norm: _batch_norm,
-    F.prelu: _prelu,
+    F.layer_norm: norms.layer_norm,
+    F.rms_norm: norms.rms_norm,
+    F.group_norm: norms.group_norm,
+    F.instance_norm: norms.instance_norm,
+    F.batch_norm: norms.batch_norm,
+    F.prelu: norms.prelu,
 }
 
 
@@ -538,80 +286,3 @@ ELEMENTWISE = _functions(
     "fmod",
     "xlogy",
 )
-
-
-def opened(func: Any) -> Callable:
-    """A Python function of torch, with its question for overrides answered no.
-
-    Called under a TorchFunctionMode, the mode then sees the functions inside of it.
-    """
-    return types.FunctionType(
-        func.__code__,
-        {**func.__globals__, "has_torch_function": lambda tensors: False},
-        argdefs=func.__defaults__,
-    )
-
-
-def _embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
-    """Bags as rows of ids [B, n], looked up one by one and then reduced."""
-    real = torch.ones_like(input, dtype=torch.bool)
-    if input.dim() == 1:
-        ends = offsets[1:] if include_last_offset else F.pad(offsets[1:], (0, 1), value=len(input))
-        starts = offsets[:-1] if include_last_offset else offsets
-        step = torch.arange(int((ends - starts).max()) if len(starts) else 0, device=input.device)
-        real = step < (ends - starts)[:, None]
-        at = (starts[:, None] + step).where(real, 0)
-        input = input[at]
-        if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights[at]
-    if padding_idx is not None:
-        real = real & (input != padding_idx % len(weight))
-    entries = F.embedding(
-        input, weight, max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq
-    )  # [B, n, width]
-    real = real[..., None]
-    if mode == "max":
-        largest = entries.masked_fill(~real, -torch.inf).max(1).values
-        return largest.where(real.any(1), 0)
-    if per_sample_weights is not None:
-        entries = entries * per_sample_weights[..., None]
-    total = entries.where(real, 0).sum(1)
-    return total if mode == "sum" else total / real.sum(1).clamp(min=1)
-
-
-def _grouped_mm(
-    input: Tensor,
-    weight: Tensor,
-    offs: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """input [n, I], rows sorted by expert, and weight [E, I, O]: a product for each expert."""
-    ends = offs.tolist()
-    starts = [0, *ends[:-1]]
-    parts = [
-        torch.mm(input[start:end], weight[e])
-        for e, (start, end) in enumerate(zip(starts, ends, strict=True))
-    ]
-    rest = input.new_zeros(len(input) - ends[-1], weight.shape[2])
-    return torch.cat([*parts, rest]).to(out_dtype or input.dtype)
-
-
-# The dimension of the batch inside of a composite, where it is not the caller's.
-COMPOSITES: dict[Callable, tuple[Callable, int | None]] = {
-    F.multi_head_attention_forward: (opened(F.multi_head_attention_forward), 1),
-    F.embedding_bag: (_embedding_bag, None),
-    torch._grouped_mm: (_grouped_mm, None),
-}

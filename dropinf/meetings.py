@@ -24,19 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_iter, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map, tree_unflatten
 
 from dropinf import general
-from dropinf.entries import Entries, Source, Where
-from dropinf.layers import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError, opened
+from dropinf.calls import argument, in_place, name_of, swap, tensors_of
+from dropinf.composites import COMPOSITES, opened
+from dropinf.entries import Entries, Where
+from dropinf.forms import Form, RefusedError
+from dropinf.graph import Operand, Output
+from dropinf.layers import ELEMENTWISE, FORMS
 from dropinf.marks import Marks
 from dropinf.plan import Slot
 from dropinf.routes import LOST, Routes
 from dropinf.rowmap import MixedExamples, TokensDiffer
-from dropinf.sources import Derived, Lookup, View
+from dropinf.sources import Derived, Lookup, Source, View, source_of
 
-# Casts and copies: an element of the result is an element of the argument.
-_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 _JOIN = {torch.cat, torch.concat, torch.concatenate}
 _SET = {Tensor.__setitem__}
 # The second argument only says of what dtype, device or shape the result is to be.
@@ -101,7 +103,7 @@ class Meetings(TorchFunctionMode):
         if func is torch.autograd.backward:  # also of a checkpoint, inside of another
             with self:
                 return _BACKWARD(*args, **kwargs)
-        tensors = list(_tensors(args, kwargs))
+        tensors = list(tensors_of(args, kwargs))
         if torch.is_grad_enabled():
             for t in tensors:
                 if self._sources.get(t) is not None:
@@ -116,7 +118,7 @@ class Meetings(TorchFunctionMode):
 
     def _refuse_batch_statistics(self, args: tuple, kwargs: dict) -> None:
         x = args[0]
-        if _argument(args, kwargs, 5, "training", False) and len(x) > 1:
+        if argument(args, kwargs, 5, "training", False) and len(x) > 1:
             self.refused[f"(BatchNorm of an input {tuple(x.shape)})"] = (
                 "in train mode it mixes the examples of a batch; call .eval() on it"
             )
@@ -144,7 +146,7 @@ class Meetings(TorchFunctionMode):
             inside = self.depth or self.entries is not None  # which a checkpoint runs again
             if isinstance(y, (Tensor, tuple, list)) and (tensors or inside):
                 made_of = tuple({s.name: s for t in tensors for s in self._made_of(t)}.values())
-                for t in _tensors((y,), {}):
+                for t in tensors_of((y,), {}):
                     self._constants.set(t, made_of)
             return
         for t in tensors:
@@ -153,8 +155,8 @@ class Meetings(TorchFunctionMode):
         if not isinstance(y, (Tensor, tuple, list)):
             return
         if self.started and self.batch_dim != 1:
-            picks = not self._is_constant(tensors[0])  # of data, not of a table that they index
-            self._routes.follow(func, args, kwargs, tensors, y, picks)
+            data = [t for t in tensors if not self._is_constant(t)]
+            self._routes.follow(func, args, kwargs, data, y)
 
     def _made_of(self, t: Tensor) -> tuple[Slot, ...]:
         """The parameters that a constant was made of, where gradients were disabled."""
@@ -181,12 +183,12 @@ class Meetings(TorchFunctionMode):
                 self._sources.set(tensors[i], source)
             sources[id(tensors[i])] = source
         if plain:
-            args, kwargs = _swap(args, plain), _swap(kwargs, plain)
-        if _in_place(func) and args and id(args[0]) in sources:
+            args, kwargs = swap(args, plain), swap(kwargs, plain)
+        if in_place(func) and args and id(args[0]) in sources:
             self._note_refusal(func, sources, "it is changed in place")
             return func(*args, **kwargs)
         data = [t for t in tensors if id(t) not in sources and self._is_data(t)]
-        if not data and _in_place(func) and args:
+        if not data and in_place(func) and args:
             # A parameter is written into a fresh tensor, which must be one of the batch.
             target, dim = args[0], self.batch_dim or 0
             if target.dim() <= dim or target.shape[dim] != self.examples:
@@ -194,9 +196,9 @@ class Meetings(TorchFunctionMode):
                 return func(*args, **kwargs)
             self._now_data(target)
             data = [target]
-        if not data or (_name(func) in _LIKE and id(args[0]) in sources):
+        if not data or (name_of(func) in _LIKE and id(args[0]) in sources):
             return self._derive(func, args, kwargs, sources)
-        if _name(func) in _LIKE:
+        if name_of(func) in _LIKE:
             return func(*args, **kwargs)
         if func in COMPOSITES:
             rewritten, batch_dim = COMPOSITES[func]
@@ -248,7 +250,7 @@ class Meetings(TorchFunctionMode):
                 return t
             out = t.detach() if t.requires_grad else t
             if t.requires_grad:
-                self._sources.set(out, _source(func, args, kwargs, t, leaves, sources))
+                self._sources.set(out, source_of(func, args, kwargs, t, leaves, sources))
             else:
                 self._constants.set(out, ())
             return out
@@ -276,10 +278,10 @@ class Meetings(TorchFunctionMode):
         def backward(entries: Entries, saved: tuple[Tensor, ...], dys: list) -> None:
             (x,) = saved
             self._refuse_doubtful_ids(form, x, entries.map.B, targets)
-            with _named(targets[0][0].slots, x):
+            with _named(targets[0][0].slots):
                 entries.sample(form, targets, x, dys[0], where)
 
-        (y,) = _Output.apply(self, backward, self._probe, 1, form_x, y)
+        (y,) = Output.apply(self, backward, self._probe, 1, form_x, y)
         self._pass_route(where, [y])
         return (y,)
 
@@ -310,9 +312,9 @@ class Meetings(TorchFunctionMode):
         elif func in _JOIN or func in _BATCHED:
             shape = data[0].shape
         else:
-            shape = torch.broadcast_shapes(*(t.shape for t in _tensors(args, kwargs)))
+            shape = torch.broadcast_shapes(*(t.shape for t in tensors_of(args, kwargs)))
         dims = self._item_dims(shape)
-        if func in _JOIN and _argument(args, kwargs, 1, "dim", 0) % len(shape) in dims:
+        if func in _JOIN and argument(args, kwargs, 1, "dim", 0) % len(shape) in dims:
             raise RefusedError("it is joined to data along a dimension that tells rows apart")
         if func in _BATCHED and self._per != "example":
             raise RefusedError(f"it meets data that do not keep rows per {self._per} apart")
@@ -330,15 +332,15 @@ class Meetings(TorchFunctionMode):
                 self._note({id(t): source}, "general")
 
             def backward(entries: Entries, grad: Tensor) -> None:
-                with _named(source.slots, grad):
+                with _named(source.slots):
                     entries.pull(source, full, grad, dims, where)
 
-            return _Operand.apply(self, backward, self._probe, t.reshape(full), tuple(target))
+            return Operand.apply(self, backward, self._probe, t.reshape(full), tuple(target))
 
         args, kwargs = tree_map(expand, (args, kwargs))
         y = func(*args, **kwargs)
         if func not in _SET:
-            self._pass_route(where, list(_tensors((y,), {})))
+            self._pass_route(where, list(tensors_of((y,), {})))
         return y
 
     def _set_shape(self, x: Tensor, index: Any, where: Where) -> tuple[torch.Size, Where]:
@@ -346,9 +348,9 @@ class Meetings(TorchFunctionMode):
         first = index[0] if isinstance(index, tuple) else index
         with torch.no_grad():
             shape = x[index].shape
-        if first is Ellipsis or first == slice(None) if not isinstance(first, Tensor) else False:
+        if first is Ellipsis or (isinstance(first, slice) and first == slice(None)):
             return shape, where
-        (route,) = self._routes.picked(Tensor.__getitem__, (x, index), {})
+        route = next(iter(self._routes.picked(Tensor.__getitem__, (x, index), {})))
         if route is None or route is LOST:
             raise RefusedError("it is written into some examples of a batch")
         return shape, Where(where.batch_dim, route)
@@ -369,7 +371,7 @@ class Meetings(TorchFunctionMode):
     def _in_general(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Any:
         if not general.flat_outputs(y := func(*args, **kwargs))[0]:
             return y  # a comparison
-        if _in_place(func):
+        if in_place(func):
             raise RefusedError("it changes data in place, and has no closed form")
         if self._per != "example":
             raise RefusedError(f"it has no closed form, so that rows per {self._per} are not known")
@@ -404,7 +406,7 @@ class Meetings(TorchFunctionMode):
                         for view, part in source.pull(grad[None]):
                             entries.add(view, part, slice(b, b + 1))
 
-        tapped = _Output.apply(self, backward, self._probe, len(data), *data, *ys)
+        tapped = Output.apply(self, backward, self._probe, len(data), *data, *ys)
         replaced = iter(tapped)
         leaves = [next(replaced) if any(t is y for y in ys) else t for t in leaves]
         return tree_unflatten(leaves, spec)
@@ -428,7 +430,7 @@ class Meetings(TorchFunctionMode):
 
         args, kwargs = tree_map(leaf, (args, kwargs))
         y = func(*args, **kwargs)
-        if any(t.requires_grad for t in _tensors((y,), {})):
+        if any(t.requires_grad for t in tensors_of((y,), {})):
             self._note_refusal(func, sources, why)
         return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, y)
 
@@ -439,58 +441,8 @@ class Meetings(TorchFunctionMode):
                 self.refused[slot.name] = f"handed to {name}: {why}"
 
 
-class _Output(torch.autograd.Function):
-    """The identity on the results of a call; its backward has their gradients and the saved data.
-
-    The probe is a leaf that requires grad, so that autograd comes here although no parameter does.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, meetings: Meetings, write: Callable, probe: Tensor, num_saved: int, *tensors: Any
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:num_saved])
-        ctx.meetings, ctx.write, ctx.num_saved = meetings, write, num_saved
-        # Not views of the results: a later in-place activation would be refused on one.
-        return tuple(y.data for y in tensors[num_saved:])
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(dy is not None for dy in dys):
-            saved = ctx.saved_tensors  # which a checkpoint may make anew, watched
-            with torch._C.DisableTorchFunction():
-                ctx.write(_running(ctx.meetings), saved, list(dys))
-        need = ctx.needs_input_grad[4 + ctx.num_saved :]
-        passed = (dy if needed else None for dy, needed in zip(dys, need, strict=True))
-        return (None,) * (4 + ctx.num_saved) + tuple(passed)
-
-
-class _Operand(torch.autograd.Function):
-    """A parameter, expanded over the batch; its backward has the gradient of all of that."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, meetings: Meetings, write: Callable, probe: Tensor, p: Tensor, shape: tuple
-    ) -> Tensor:
-        ctx.meetings, ctx.write = meetings, write
-        return p.detach().expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        with torch._C.DisableTorchFunction():
-            ctx.write(_running(ctx.meetings), grad)
-        return None, None, None, None, None
-
-
-def _running(meetings: Meetings) -> Entries:
-    if meetings.entries is None:
-        raise RuntimeError("capture: the backward pass ran outside tap.rows(losses)")
-    return meetings.entries
-
-
 @contextlib.contextmanager
-def _named(slots: list[Slot], data: Tensor) -> Iterator[None]:
+def _named(slots: list[Slot]) -> Iterator[None]:
     """Say which parameter met data that do not keep the examples apart."""
     try:
         yield
@@ -509,59 +461,3 @@ def _mixed_error(name: str, shape: torch.Size | None, how: str) -> ValueError:
         "examples; give every input the batch dimension, say where it is with batch_dim=, leave "
         "the layer out with exclude=, or use mode='grads'"
     )
-
-
-def _source(
-    func: Callable, args: tuple, kwargs: dict, t: Tensor, leaves: dict, sources: dict
-) -> Source:
-    """The source of a tensor that a function made of leaves that stand for sources."""
-    ids = list(leaves)
-    if len(ids) == 1:
-        leaf, source = leaves[ids[0]], sources[ids[0]]
-        if isinstance(source, View):
-            if _name(func) in _CASTS and t.shape == leaf.shape:
-                return View(source.slot, source.at, source.which)
-            if t.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
-                viewed = source.viewed(leaf, t)
-                if viewed is not None:
-                    return viewed
-            if func is F.embedding and args[1] is leaf:
-                padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-                padding = None if padding is None else padding % len(leaf)
-                return Lookup(t, [leaf], [source], args[0], padding)
-    return Derived(t, list(leaves.values()), [sources[i] for i in ids])
-
-
-def _swap(values: Any, by_id: dict[int, Tensor]) -> Any:
-    """Arguments with some tensors replaced."""
-    if isinstance(values, Tensor):
-        return by_id.get(id(values), values)
-    if type(values) in (tuple, list):
-        return type(values)(_swap(v, by_id) for v in values)
-    if type(values) is dict:
-        return {key: _swap(v, by_id) for key, v in values.items()}
-    return values
-
-
-def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name, default)
-
-
-def _name(func: Callable) -> str:
-    return getattr(func, "__name__", "")
-
-
-def _in_place(func: Callable) -> bool:
-    name = _name(func)
-    operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-    if name == "requires_grad_":
-        return False
-    return name == "__setitem__" or operator or (name.endswith("_") and name[-2:] != "__")
-
-
-def _tensors(args: Any, kwargs: dict) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (v for v in tree_iter(value) if isinstance(v, Tensor))

@@ -7,13 +7,14 @@ functions, applied to positions, say where each row came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 
+from dropinf.calls import argument, tensors_of
 from dropinf.marks import Marks
 from dropinf.rowmap import Route
 
@@ -25,9 +26,10 @@ def _methods(*names: str) -> set[Callable]:
 _PICK = _methods(
     "__getitem__", "index_select", "split", "chunk", "narrow", "split_with_sizes", "tensor_split"
 )
+_REORDER = _methods("flip", "roll")
 _JOIN = _methods("cat", "concat", "concatenate")
 _STACK = _methods("stack")
-_TURN = _methods("transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "flip", "roll") | {
+_TURN = _methods("transpose", "permute", "movedim", "swapaxes", "swapdims", "t") | {
     Tensor.T.__get__,
     Tensor.mT.__get__,
 }
@@ -48,7 +50,6 @@ _RESTORE = _methods(
     "masked_scatter_",
 )
 
-_MANY = 1 << 16  # as many routes as a function may have results
 LOST = Route(torch.empty(0, dtype=torch.int64), ())  # in an order that is not known
 
 
@@ -58,9 +59,15 @@ class Routes:
     def __init__(self) -> None:
         self._known: Marks[Route] = Marks()
 
-    def of(self, tensors: list[Tensor]) -> Route | None:
-        """The route of data that meet each other."""
-        return next(filter(None, map(self._known.get, tensors)), None)
+    def of(self, data: list[Tensor]) -> Route | None:
+        """The route of data that meet each other; LOST if they came different ways."""
+        if not len(self._known):
+            return None
+        route = next(filter(None, map(self._known.get, data)), None)
+        n = 0 if route is None else len(route.positions)
+        if n > 1 and any(self._known.get(t) is None and t.dim() and t.shape[0] == n for t in data):
+            return LOST  # row i of one with row i of the other: of two examples, perhaps
+        return route
 
     def set(self, y: Tensor, route: Route | None) -> None:
         """The rows of y have come this way."""
@@ -68,29 +75,32 @@ class Routes:
             n = len(route.positions)
             self._known.set(y, route if _num_lead(y, n) is not None else LOST)
 
-    def follow(
-        self, func: Callable, args: tuple, kwargs: dict, tensors: list, y: Any, picks: bool
-    ) -> None:
-        """Note the routes of a function's results; it `picks` rows of data, or does not."""
+    def follow(self, func: Callable, args: tuple, kwargs: dict, data: list[Tensor], y: Any) -> None:
+        """Note the routes of a function's results, given those of its tensors that are data."""
         if func in _RESTORE:
-            results, routes = _leaves(y), [self._known.get(tensors[0])]
-        elif func in _PICK and picks:
-            results, routes = _leaves(y), self.picked(func, args, kwargs)
+            results, routes = (
+                list(tensors_of((y,), {})),
+                [self._known.get(args[0]) if args else None],
+            )
+        elif (
+            (func in _PICK or func in _REORDER) and args and data[0] is args[0]
+        ):  # not a table, indexed by data
+            results, routes = list(tensors_of((y,), {})), self.picked(func, args, kwargs)
         elif func in _JOIN or func in _STACK:
-            results, routes = [y], [self._joined(func, args, kwargs, tensors)]
+            results, routes = [y], [self._joined(func, args, kwargs, data)]
         elif not len(self._known):
             return
         else:
-            route = self.of(tensors)
-            results = _leaves(y)
+            route = self.of(data)
+            results = list(tensors_of((y,), {}))
             if func in _TURN and route is not None:
-                route = _turned(func, args, kwargs, tensors[0], y, route)
+                route = _turned(func, args, kwargs, data[0], y, route)
             routes = [route] * len(results)
         for result, route in zip(results, routes, strict=False):
             self.set(result, route)
 
-    def picked(self, func: Callable, args: tuple, kwargs: dict) -> list[Route | None]:
-        """The routes of what a function takes from dimension 0 of its first argument."""
+    def picked(self, func: Callable, args: tuple, kwargs: dict) -> Iterable[Route | None]:
+        """The routes of what a function takes from dimension 0 of its first argument, in turn."""
         x, dims = args[0], 1
         if not x.dim():
             return []
@@ -114,19 +124,25 @@ class Routes:
                 whole = not entries or entries[0] is Ellipsis or isinstance(entries[0], slice)
                 return [route if whole or route is None else LOST]
             args, kwargs = (x, index), {}
+        elif func in _REORDER:
+            route = Route(torch.arange(len(x)), (len(x),)) if route is None else route
+            if len(route.positions) != len(x):
+                return [LOST]
+            rows = route.positions.reshape(-1, *(1,) * (x.dim() - 1))
+            return [_route(func(rows, *args[1:], **kwargs).flatten(), route.lead)]
         elif func in _methods("index_select", "narrow"):
-            if _argument(args, kwargs, 1, "dim", 0) % x.dim():
+            if argument(args, kwargs, 1, "dim", 0) % x.dim():
                 return [route]
-        elif _argument(args, kwargs, 2, "dim", 0) % x.dim():
-            return [route] * _MANY
+        elif argument(args, kwargs, 2, "dim", 0) % x.dim():
+            return repeat(route)
         lead, positions = tuple(x.shape[:dims]), None
         if route is None:
             positions = torch.arange(torch.Size(lead).numel(), device=x.device).reshape(lead)
         elif route is not LOST and dims == 1 and x.shape[0] == len(route.positions):
             lead, positions = route.lead, route.positions
         else:
-            return [LOST] * _MANY
-        parts = _leaves(func(positions, *args[1:], **kwargs))
+            return repeat(LOST)
+        parts = list(tensors_of((func(positions, *args[1:], **kwargs),), {}))
         return [_route(part.flatten(), lead) for part in parts]
 
     def _joined(
@@ -135,7 +151,7 @@ class Routes:
         first = tensors[0]
         routes = [self._known.get(t) for t in tensors]
         stacked = func in _STACK
-        if not first.dim() or _argument(args, kwargs, 1, "dim", 0) % (first.dim() + stacked):
+        if not first.dim() or argument(args, kwargs, 1, "dim", 0) % (first.dim() + stacked):
             return self.of(tensors)
         parts, leads = [], set()
         for t, route in zip(tensors, routes, strict=True):
@@ -184,11 +200,3 @@ def _num_lead(t: Tensor, n: int) -> int | None:
         if size > n:
             break
     return None
-
-
-def _leaves(y: Any) -> list[Tensor]:
-    return [t for t in tree_iter(y) if isinstance(t, Tensor)]
-
-
-def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name, default)

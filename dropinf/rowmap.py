@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of the padded copies that routed tokens and segments are gathered into.
+# Elements of the padded copies that items of one row are gathered into.
 _MAX_ELEMENTS = 1 << 24
 
 
@@ -90,7 +90,9 @@ class RowMap:
             n = len(route.positions)
             x, dy = x.reshape(n, -1), dy.reshape(n, -1)
             rows = self._routed(route, batch_dim)
-        yield from _padded(x, dy, rows.to(x.device), self.num_rows)
+        num_elements = x.shape[1] + dy.shape[1]
+        for here, at, real in groups(rows.to(x.device), self.num_rows, num_elements):
+            yield here, x[at], dy[at].where(real[..., None], 0)
 
     def of_items(self, n: int, batch_dim: int | None, route: Route | None) -> Tensor | None:
         """[n] rows of n items along the batch dimension; None if they are the rows in order."""
@@ -145,22 +147,30 @@ def _mixed(x: Tensor, B: int) -> MixedExamples:
     return MixedExamples(f"data of shape {tuple(x.shape)} in a batch of {B}")
 
 
-def _padded(
-    x: Tensor, dy: Tensor, rows: Tensor, num_rows: int
+def groups(
+    rows: Tensor, num_rows: int, num_elements: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x [n, I] and dy [n, O] gathered row by row into [b, T, ...], padded with dy = 0."""
+    """Which of n items belong together, a bounded number of padded items at a time.
+
+    Args:
+        rows: [n] row of each item, -1 for none.
+        num_rows: how many rows there are.
+        num_elements: of an item.
+
+    Yields:
+        distinct rows [b]; at [b, longest], their items in order, the row's first one again where it
+        has fewer; and real [b, longest], which are not such padding.
+    """
     order = torch.argsort(rows, stable=True)
-    order = order[int((rows < 0).sum()) :]  # positions that belong to no row
+    order = order[int((rows < 0).sum()) :]
     counts = torch.bincount(rows[order], minlength=num_rows)
     first = counts.cumsum(0) - counts
     wide = torch.argsort(counts, descending=True, stable=True)
     wide = wide[: int((counts > 0).sum())]  # rows of similar length together
     while len(wide):
         longest = int(counts[wide[0]])
-        b = max(1, _MAX_ELEMENTS // max(1, longest * (x.shape[1] + dy.shape[1])))
+        b = max(1, _MAX_ELEMENTS // max(1, longest * num_elements))
         here, wide = wide[:b], wide[b:]
-        step = torch.arange(longest, device=x.device)
+        step = torch.arange(longest, device=rows.device)
         real = step < counts[here, None]
-        # Padding repeats the row's own first position: its x is multiplied by zeros.
-        at = order[first[here, None] + step.where(real, 0)]
-        yield here, x[at], dy[at] * real[..., None]
+        yield here, order[first[here, None] + step.where(real, 0)], real

@@ -8,13 +8,15 @@ which sampled coordinates a tensor holds (`View`), or how to pull a gradient of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dropinf import ops
+from dropinf.calls import name_of
 from dropinf.plan import Slot
 
 # Elements of the per-example gradients that are formed at a time where there is no other way.
@@ -147,6 +149,33 @@ class Lookup(Derived):
         if self.padding is not None:
             ids = ids.masked_fill(ids == self.padding, -1)
         return table, ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend)
+
+
+Source = View | Derived
+
+# Casts and copies: an element of the result is an element of the argument.
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
+
+
+def source_of(
+    func: Callable, args: tuple, kwargs: dict, t: Tensor, leaves: dict, sources: dict
+) -> Source:
+    """The source of a tensor that a function made of leaves that stand for sources."""
+    ids = list(leaves)
+    if len(ids) == 1:
+        leaf, source = leaves[ids[0]], sources[ids[0]]
+        if isinstance(source, View):
+            if name_of(func) in _CASTS and t.shape == leaf.shape:
+                return View(source.slot, source.at, source.which)
+            if t.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
+                viewed = source.viewed(leaf, t)
+                if viewed is not None:
+                    return viewed
+            if func is F.embedding and args[1] is leaf:
+                padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+                padding = None if padding is None else padding % len(leaf)
+                return Lookup(t, [leaf], [source], args[0], padding)
+    return Derived(t, list(leaves.values()), [sources[i] for i in ids])
 
 
 def chunk_items(n: int, num_elements: int) -> Iterator[slice]:

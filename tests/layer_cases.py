@@ -221,6 +221,17 @@ class TwoViews(nn.Module):
         return one * other
 
 
+class Turned(nn.Module):
+    """The batch in another order on its way through a layer, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.other(self.one(x.flip(0)).roll(1, 0).roll(-1, 0).flip([0, 1])).flip(1)
+
+
 class Merged(nn.Module):
     """Windows of every example merged with the batch, as in Swin."""
 
@@ -310,6 +321,7 @@ LAYERS = [
     layer("experts, sorted", lambda: Experts("sorted"), x),
     layer("two views joined", lambda: TwoViews(False), (4, 8)),
     layer("two views stacked", lambda: TwoViews(True), (4, 8)),
+    layer("another order of the batch", Turned, x),
     layer("merged windows", Merged, (4, 6, 4)),
     layer(
         "LSTM",

@@ -15,6 +15,7 @@ from cases import (
     tokens_cross_entropy,
     true_rows,
 )
+from layer_cases import LAYERS
 from torch import nn
 
 from dropinf import Dropout, Full, Plan, RowStore, capture, collect
@@ -157,9 +158,15 @@ def test_segment_rows(tmp_path):
     batches = [(ids[:2], segments[:2]), (ids[2:], segments[2:])]
     for path in (None, tmp_path / "rows"):
         store = collect(
-            model, batches, packed_losses, plan, path=path, progress=False,
-            per="segment", segment_ids=lambda batch: batch[1],
-        )  # fmt: skip
+            model,
+            batches,
+            packed_losses,
+            plan,
+            path=path,
+            progress=False,
+            per="segment",
+            segment_ids=lambda batch: batch[1],
+        )
         assert_exact(store.rows, truth)
         assert store.origin.tolist() == origin and len(store) == 6
     assert RowStore.load(path).origin.tolist() == origin
@@ -195,6 +202,27 @@ def test_collect_per_token():
     for b, batch in enumerate([*((i[None],) for i in ids[:2]), *((i[None, :6],) for i in ids[2:])]):
         truth = true_rows(transformer, model, batch, plan)[0]
         torch.testing.assert_close(store.rows[store.origin[:, 0] == b].sum(0), truth)
+
+
+def test_a_loss_that_is_not_finite_stays_in_its_row():
+    """Also where a row is a sum of items: segments, and windows merged with the batch."""
+    torch.manual_seed(0)
+    model, ids = Packed(), torch.randint(9, (3, 8))
+    segments = torch.tensor(SEGMENTS)
+    plan = Plan.make(model, Full())
+    with capture(model, plan, per="segment") as tap:
+        losses = packed_losses(model, (ids, segments))
+        rows = tap.rows(
+            losses * losses.new_tensor([1.0, torch.nan, 1.0])[:, None], segment_ids=segments
+        )
+    assert rows.isfinite().all(1).tolist() == [True] * 3 + [False] * 2 + [True]
+
+    windows = next(layer.case for layer in LAYERS if layer.name == "merged windows")
+    model, batch = build(windows, torch.float32)
+    with capture(model, Plan.make(model, Full())) as tap:
+        losses = windows.loss_fn(model, batch)
+        rows = tap.rows(losses * losses.new_tensor([1.0, torch.inf, 1.0, 1.0]))
+    assert rows.isfinite().all(1).tolist() == [True, False, True, True]
 
 
 # Where the batch dimension is.
@@ -270,8 +298,10 @@ def test_several_losses_of_one_pass():
     def second(model, batch):
         return model(batch[0])[:, -1].pow(2).sum(1)
 
-    truths = [true_rows(transformer._replace(loss_fn=f), model, batch, plan)
-              for f in (tokens_cross_entropy, second)]  # fmt: skip
+    truths = [
+        true_rows(transformer._replace(loss_fn=f), model, batch, plan)
+        for f in (tokens_cross_entropy, second)
+    ]
     with capture(model, plan) as tap:
         logits = model(*batch)
         model_out = lambda *_: logits  # noqa: E731
@@ -370,9 +400,13 @@ def test_autocast_and_grad_scaler(dtype):
         row = tap.row(loss_scale=scale)
     assert (row.double() - truth.sum(0)).norm() <= 0.02 * truth.norm()
     store = collect(
-        model, [(x, label)], lambda m, b: scale * loss_fn(m, b), plan, loss_scale=scale,
+        model,
+        [(x, label)],
+        lambda m, b: scale * loss_fn(m, b),
+        plan,
+        loss_scale=scale,
         progress=False,
-    )  # fmt: skip
+    )
     assert (store.rows.double() - truth).norm() <= 0.02 * truth.norm()
 
 
@@ -466,8 +500,15 @@ def test_describe(capsys):
     plan.describe()
     text = capsys.readouterr().out
     assert text.splitlines()[0].split() == [
-        "layer", "type", "parameters", "path", "coordinates", "bytes", "a", "row",
-    ]  # fmt: skip
+        "layer",
+        "type",
+        "parameters",
+        "path",
+        "coordinates",
+        "bytes",
+        "a",
+        "row",
+    ]
     assert text.count("not run yet") == len(plan.blocks)
     with capture(model, plan) as tap:
         tap.rows(transformer.loss_fn(model, batch))
@@ -484,9 +525,11 @@ def test_describe(capsys):
         "120",
     ]
     assert lines[-1].split() == [
-        "total", f"{sum(p.numel() for p in model.parameters()):,}",
-        f"{plan.width:,}", f"{4 * plan.width:,}",
-    ]  # fmt: skip
+        "total",
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        f"{plan.width:,}",
+        f"{4 * plan.width:,}",
+    ]
     with capture(model, plan, "grads") as tap:
         tap.rows(transformer.loss_fn(model, batch))
     plan.describe()

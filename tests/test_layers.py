@@ -45,6 +45,15 @@ def test_float32_rows(layer, backend):
     assert (rows.double() - truth).norm() <= 2 * plain
 
 
+class PackedLSTM(nn.LSTM):
+    def __init__(self):
+        super().__init__(5, 3, batch_first=True)
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 5, 3, 1]), batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], batch_first=True)[0]
+
+
 @pytest.mark.parametrize(
     "model, shape, why",
     [
@@ -53,6 +62,7 @@ def test_float32_rows(layer, backend):
         (nn.Embedding(9, 5, max_norm=1.0), None, "max_norm rewrites the table"),
         (nn.Embedding(9, 5, scale_grad_by_freq=True), None, "counts ids over the whole batch"),
         (nn.LSTM(5, 3, 2, dropout=0.5, batch_first=True), (4, 6, 5), "dropout .* is random"),
+        (PackedLSTM(), (4, 6, 5), "given a PackedSequence"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -100,6 +110,17 @@ class WithoutBatch(nn.Module):
         return x @ table.t()
 
 
+class Mixup(nn.Module):
+    """Adds every example to another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.layer(x + x[torch.randperm(len(x))])
+
+
 class Rearranged(nn.Module):
     """Rows picked by an index whose order is lost on the way."""
 
@@ -118,6 +139,7 @@ class Rearranged(nn.Module):
         (Sorted(), r"einsum: (example 0 alone|it does not take)"),
         (InPlace(), "__setitem__: it is changed in place"),
         (WithoutBatch(), "written into a tensor without the batch"),
+        (Mixup(), "picked by an index and then rearranged"),
         (Rearranged(), "picked by an index and then rearranged"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

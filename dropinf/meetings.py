@@ -313,7 +313,7 @@ class Meetings(TorchFunctionMode):
             shape = data[0].shape
         else:
             shape = torch.broadcast_shapes(*(t.shape for t in tensors_of(args, kwargs)))
-        dims = self._item_dims(shape)
+        dims = self._item_dims(shape) if where.route is None else (0,)
         if func in _JOIN and argument(args, kwargs, 1, "dim", 0) % len(shape) in dims:
             raise RefusedError("it is joined to data along a dimension that tells rows apart")
         if func in _BATCHED and self._per != "example":

@@ -86,10 +86,10 @@ class RowMap:
                 return
             x, dy, rows = x.flatten(0, 1), dy.flatten(0, 1), self.of_token.flatten()
         else:
-            # dy's leading dimensions are x's: sizes were checked by the function itself.
-            n = len(route.positions)
-            x, dy = x.reshape(n, -1), dy.reshape(n, -1)
             rows = self._routed(route, batch_dim)
+            n = x.shape[: x.dim() - features[0]].numel()
+            rows = rows.repeat_interleave(n // max(1, len(rows)))  # positions within picked ones
+            x, dy = x.reshape(n, -1), dy.reshape(n, -1)
         num_elements = x.shape[1] + dy.shape[1]
         for here, at, real in groups(rows.to(x.device), self.num_rows, num_elements):
             yield here, x[at], dy[at].where(real[..., None], 0)

@@ -15,7 +15,7 @@ from cases import (
     tokens_cross_entropy,
     true_rows,
 )
-from layer_cases import LAYERS
+from layer_cases import LAYERS, Experts
 from torch import nn
 
 from dropinf import Dropout, Full, Plan, RowStore, capture, collect
@@ -77,6 +77,24 @@ def test_token_rows_add_up_to_the_examples():
         rows = tap.rows(transformer.loss_fn(model, batch))
     assert rows.shape == (5 * 8, plan.width)
     assert_exact(rows.unflatten(0, (5, 8)).sum(1), truth)
+
+
+@pytest.mark.parametrize("style", ["index_add", "sorted"])
+def test_token_rows_of_routed_tokens(style):
+    """Experts see tokens out of order; each token's row is the gradient of its own loss."""
+    torch.manual_seed(0)
+    model, x = Experts(style).double(), torch.randn(4, 6, 8, dtype=torch.float64)
+    plan = Plan.make(model, Dropout(r=30))
+    with capture(model, plan, per="token") as tap:
+        rows = tap.rows(model(x).pow(2).sum(-1))
+    truth = torch.cat(
+        [
+            truth_of(lambda m, b, t=t: m(*b)[:, t].pow(2).sum(-1), model, (x[b : b + 1],), plan)
+            for b in range(4)
+            for t in range(6)
+        ]
+    )
+    assert_exact(rows, truth)
 
 
 def test_token_rows_are_refused_where_there_are_none():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dropinf.calls import argument
 from dropinf.plan import Plan
 
 _DROPOUT = {
@@ -29,6 +30,8 @@ _DROPOUT = {
     F.feature_alpha_dropout,
     torch.dropout,
 }
+# And the place of their dropout_p.
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 
 
 class _NoDropout(TorchFunctionMode):
@@ -44,22 +47,17 @@ class _NoDropout(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _DROPOUT:
-            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            training = args[2] if len(args) > 2 else kwargs.get("training", True)
-            if p and training and kwargs.get("train", True):
+            training = argument(args, kwargs, 2, "training", kwargs.get("train", True))
+            if training and argument(args, kwargs, 1, "p", 0.5):
                 self.met = True
                 return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-            if p:
-                self.met = True
-                args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-                kwargs["dropout_p"] = 0.0
-                if len(args) > 4:
-                    del kwargs["dropout_p"]
-        if func is F.multi_head_attention_forward:
-            self.met |= bool(kwargs.get("training", True) and args[10])
-            kwargs["training"] = False
+        for attention, place in _ATTENTION.items():
+            if func is attention and argument(args, kwargs, place, "dropout_p", 0.0):
+                self.met |= bool(argument(args, kwargs, 13, "training", True))
+                if len(args) > place:
+                    args = (*args[:place], 0.0, *args[place + 1 :])
+                else:
+                    kwargs["dropout_p"] = 0.0
         y = func(*args, **kwargs)
         if isinstance(y, Tensor) and y.is_floating_point():
             self.eps = max(self.eps, torch.finfo(y.dtype).eps)

@@ -134,6 +134,20 @@ def test_models_that_do_not_mix(case, dtype, mode):
         assert torch.equal(torch.rand(()), expected)  # no random number was used up
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_inside_of_attention(need_weights):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            dropped = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+            return self.attention(x, dropped, x, need_weights=need_weights)[0]
+
+    gather(Attending(), (torch.randn(4, 5, 6),), squares)
+
+
 def test_autocast_is_no_mixing():
     model = nn.Sequential(nn.Linear(5, 64), nn.GELU(), nn.Linear(64, 3))
 

@@ -134,6 +134,20 @@ class ByHand(nn.Module):
         return torch.cat([y.flatten(1), z.flatten(1), y @ self.u], 1)
 
 
+class Views(nn.Module):
+    """Parts of parameters: every other column, a transposed table, a reversed slice of a pack."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.table = nn.Parameter(torch.randn(5, 12)), nn.Parameter(torch.randn(6, 9))
+        self.pack = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, ids):
+        x = F.embedding(ids, self.table.T)
+        x = torch.tanh(F.linear(x, self.wide[:, 1::2]))
+        return F.linear(x, self.pack[1:].flatten(0, 1)[2:7]) * self.wide[0, 3:8]
+
+
 class Arithmetic(nn.Module):
     """Parameters in every place of elementwise functions."""
 
@@ -273,7 +287,8 @@ class OwnCell(nn.Module):
         for t in range(x.shape[1]):
             h = self.cell(x[:, t], h)
             states.append(h)
-        return self.out(torch.stack(states)).transpose(0, 1)
+        states = torch.stack(states)  # [T, B, 6]
+        return self.out(states).transpose(0, 1) + self.out(states.transpose(0, 1).tanh())
 
 
 class Bag(nn.Module):
@@ -313,6 +328,7 @@ LAYERS = [
     layer("mask token", Masked, x),
     layer("written into a fresh tensor", Written, x),
     layer("products by hand", ByHand, x),
+    layer("views", Views, (4, 6), ids=9),
     layer("arithmetic", Arithmetic, (4, 3, 5), path="general"),
     layer("positions", Positions, (4, 6), ids=9, path="general"),
     layer("as many positions as examples", Positions, (6, 6), ids=9, path="general"),

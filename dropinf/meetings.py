@@ -232,14 +232,7 @@ class Meetings(TorchFunctionMode):
 
     def _derive(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Any:
         """Sources and constants alone: the results are sources."""
-        leaves: dict[int, Tensor] = {}
-
-        def leaf(t: Any) -> Any:
-            if id(t) not in sources:
-                return t
-            return leaves.setdefault(id(t), t.detach().requires_grad_())
-
-        args, kwargs = tree_map(leaf, (args, kwargs))
+        args, kwargs, leaves = _with_leaves(args, kwargs, sources)
         # Not to be made anew by a checkpoint around it: it is of the parameters' size, not the
         # batch's, and is used with the mode off.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
@@ -421,14 +414,7 @@ class Meetings(TorchFunctionMode):
 
     def _refuse(self, func: Callable, args: tuple, kwargs: dict, sources: dict, why: str) -> Any:
         """Call it; if its result would carry a gradient to the parameters, they are refused."""
-        leaves: dict[int, Tensor] = {}
-
-        def leaf(t: Any) -> Any:
-            if id(t) not in sources:
-                return t
-            return leaves.setdefault(id(t), t.detach().requires_grad_())
-
-        args, kwargs = tree_map(leaf, (args, kwargs))
+        args, kwargs, _ = _with_leaves(args, kwargs, sources)
         y = func(*args, **kwargs)
         if any(t.requires_grad for t in tensors_of((y,), {})):
             self._note_refusal(func, sources, why)
@@ -439,6 +425,19 @@ class Meetings(TorchFunctionMode):
         for source in sources.values():
             for slot in source.slots:
                 self.refused[slot.name] = f"handed to {name}: {why}"
+
+
+def _with_leaves(args: tuple, kwargs: dict, sources: dict) -> tuple[tuple, dict, dict]:
+    """The arguments with a leaf that requires grad for every source, and those leaves."""
+    leaves: dict[int, Tensor] = {}
+
+    def leaf(t: Any) -> Any:
+        if id(t) not in sources:
+            return t
+        return leaves.setdefault(id(t), t.detach().requires_grad_())
+
+    args, kwargs = tree_map(leaf, (args, kwargs))
+    return args, kwargs, leaves
 
 
 @contextlib.contextmanager

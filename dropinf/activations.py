@@ -2,8 +2,9 @@
 
 While the capture is open, `Meetings` watches every torch function. Where a tracked parameter meets
 data the call is passed through an autograd function whose backward writes the sampled entries of
-each example's gradient into the rows. The parameters do not require grad meanwhile, so autograd
-never forms a weight gradient.
+each example's gradient into the rows. Autograd is handed copies of the parameters that do not
+require grad, so it never forms a weight gradient; one that comes nevertheless shows a use that
+torch functions do not, and is refused.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ def _channel_sums(
 
 
 def sum_of_dy(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
+    """Sums of dy in channel o: a bias whose layer's op does not know it."""
     dy = _wide(dy).flatten(2)
     return _channel_sums(dy, dy, o_idx, i_idx, **options)
 

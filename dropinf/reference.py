@@ -5,6 +5,7 @@ Sums are float32, or float64 where the inputs are float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -138,6 +139,63 @@ def gather_grads(
             entries.copy_(picked.to(_sum_dtype(grad.dtype)) * scale)
         start += len(index)
     return out
+
+
+def gram(rows: Tensor, offsets: Tensor, scale: float, accumulate: bool, out: Tensor) -> Tensor:
+    """out's matrix l (+)= scale * rows_lᵀ rows_l, lower triangle; zeros above, in out's dtype."""
+    for matrix, block in zip(unpack(out, offsets), _slices(offsets), strict=True):
+        if not accumulate:
+            matrix.zero_()
+        step = max(1, _MAX_ELEMENTS // max(1, matrix.shape[0]))
+        for start in range(0, rows.shape[0], step):
+            G = rows[start : start + step, block].to(out.dtype)
+            matrix.add_((G.T @ G).tril_(), alpha=scale)
+    return out
+
+
+def damped_cholesky(
+    matrices: Tensor,
+    offsets: Tensor,
+    shift: Tensor,
+    rows: Tensor | None,
+    out: Tensor,
+    info: Tensor,
+    solved: Tensor | None,
+) -> Tensor:
+    """out's L_l with L_l L_lᵀ = matrix l + shift[l], from its lower triangle; zeros above.
+
+    info[l] is 0, or the first pivot (from 1) that is not positive: then L_l is NaN.
+    """
+    for l, (matrix, factor) in enumerate(
+        zip(unpack(matrices, offsets), unpack(out, offsets), strict=True)
+    ):
+        damped = matrix.tril()
+        damped.diagonal().add_(shift[l])
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        # LAPACK stops at the first NaN pivot as at a negative one.
+        factor.copy_(lower if not failed else lower.new_full((), math.nan))
+        info[l] = failed
+    if rows is not None:
+        cholesky_solve(out, offsets, rows, solved)
+    return out
+
+
+def cholesky_solve(factors: Tensor, offsets: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """out[:, layer l] = rows[:, layer l] (L_l L_lᵀ)⁻¹."""
+    for L, block in zip(unpack(factors, offsets), _slices(offsets), strict=True):
+        out[:, block] = torch.cholesky_solve(rows[:, block].T, L).T
+    return out
+
+
+def unpack(packed: Tensor, offsets: Tensor) -> list[Tensor]:
+    """Views [r_l, r_l] of matrices that lie one after the other, row-major."""
+    sizes = offsets.diff().tolist()
+    parts = packed.split([r * r for r in sizes])
+    return [part.view(r, r) for part, r in zip(parts, sizes, strict=True)]
+
+
+def _slices(offsets: Tensor) -> list[slice]:
+    return [slice(a, b) for a, b in itertools.pairwise(offsets.tolist())]
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from dropinf.plan import Plan
 from dropinf.solvers import Cholesky
 from dropinf.solvers.base import Solver
 from dropinf.store import RowStore
+from dropinf.streaming import products
 
 
 def scores(queries: RowStore, store: RowStore, solver: Solver) -> Tensor:
@@ -34,9 +35,7 @@ def scores(queries: RowStore, store: RowStore, solver: Solver) -> Tensor:
     """
     _check_plans("scores", queries, store, solver)
     solved = solver.solve(queries.rows)
-    result = solved.new_empty(len(queries), len(store))
-    for start, chunk in store.chunks():
-        torch.mm(solved, chunk.to(solved).T, out=result[:, start : start + len(chunk)])
+    result = products(solved, store)
     result[~queries.valid] = torch.nan
     result[:, ~store.valid] = torch.nan
     return result

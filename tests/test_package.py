@@ -110,7 +110,7 @@ ORDER = [
     ["calls", "forms", "compress", "marks", "rowmap", "composites"],
     ["norms", "plan", "routes", "general"],
     ["layers", "tap", "store", "sources", "checking"],
-    ["entries", "gradients", "solvers.base"],
+    ["entries", "gradients", "solvers.base", "solvers.damping", "streaming"],
     ["graph"],
     ["meetings"],
     ["activations"],

@@ -18,9 +18,11 @@ class Solver(ABC):
 
     Attributes:
         plan: of the rows it was fitted on; None before `fit`.
+        store: what it was fitted on; None before `fit`, and for a solver that was loaded.
     """
 
     plan: Plan | None = None
+    store: RowStore | None = None
 
     def fit(self: Self, store: RowStore) -> Self:
         """Learn from the valid rows of `store`.
@@ -34,7 +36,7 @@ class Solver(ABC):
                 f"{type(self).__name__}.fit: none of the store's {len(store)} rows is valid"
             )
         self._fit(store, n)
-        self.plan = store.plan
+        self.plan, self.store = store.plan, store
         return self
 
     def solve(self, rows: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dropinf.compress import Dropout, Full
+from dropinf.tables import print_table
 
 _COMPRESSIONS = {c.__name__: c for c in (Dropout, Full)}
 _FORMAT = "dropinf plan 1"
@@ -180,13 +181,7 @@ class Plan:
             )
         P = sum(block.P for block in self.blocks)
         rows.append(("total", "", f"{P:,}", "", f"{self.width:,}", f"{4 * self.width:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for cells in rows:
-            aligned = [
-                cell.rjust(w) if j in (2, 4, 5) else cell.ljust(w)
-                for j, (cell, w) in enumerate(zip(cells, widths, strict=True))
-            ]
-            print("  ".join(aligned).rstrip())
+        print_table(rows, right=(2, 4, 5))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""

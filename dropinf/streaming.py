@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dropinf.store import RowStore
 
-_PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
+PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
 
 
 def valid_rows(
     store: RowStore,
-    columns: slice = slice(None),
+    columns: Sequence[slice] = (slice(None),),
     dtype: torch.dtype | None = None,
-    part_bytes: int = _PART_BYTES,
+    part_bytes: int = PART_BYTES,
 ) -> Iterator[Tensor]:
-    """The valid rows in order, as parts [c, columns] of about `part_bytes`.
+    """The valid rows in order, their `columns` side by side, as parts of about `part_bytes`.
 
     Of a store whose rows are wide, a part joins many of `store.chunks()`: products with a part of
     few rows would be bound by memory.
@@ -26,16 +26,10 @@ def valid_rows(
     Raises:
         ValueError: a valid row is not finite.
     """
-    first = next(store.chunks(), None)
-    if first is None:
-        return
-    dtype = first[1].dtype if dtype is None else dtype
-    width = first[1][:1, columns].shape[1]
-    num_rows = max(1, part_bytes // max(1, width * dtype.itemsize))
     part, filled = None, 0
     for start, chunk in store.chunks():
         valid = store.valid[start : start + len(chunk)]
-        rows = chunk[:, columns]
+        rows = take(chunk, columns)
         finite = rows.isfinite().all(1)
         if not finite[valid].all():
             at = start + int((~finite & valid).nonzero()[0])
@@ -43,16 +37,20 @@ def valid_rows(
                 f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
             )
         rows = rows if valid.all() else rows[valid]
-        if part is None and (len(rows) >= num_rows or start + len(chunk) == len(store)):
-            yield rows.to(dtype)  # no copy, where nothing has to be joined
+        wanted = rows.dtype if dtype is None else dtype
+        num_rows = max(1, part_bytes // max(1, rows.shape[1] * wanted.itemsize))
+        last = start + len(chunk) == len(store)
+        if part is None and len(rows) and (len(rows) >= num_rows or last):
+            yield from (piece.to(wanted) for piece in rows.split(num_rows))  # nothing to join
             continue
         while len(rows):
             if part is None:
-                part, filled = rows.new_empty(num_rows, width, dtype=dtype), 0
-            taken = min(num_rows - filled, len(rows))
+                size = min(num_rows, len(store))
+                part, filled = rows.new_empty(size, rows.shape[1], dtype=wanted), 0
+            taken = min(len(part) - filled, len(rows))
             part[filled : filled + taken] = rows[:taken]
             filled, rows = filled + taken, rows[taken:]
-            if filled == num_rows:
+            if filled == len(part):
                 yield part
                 part = None
     if part is not None:
@@ -73,3 +71,30 @@ def products(solved: Tensor, store: RowStore) -> Tensor:
     for start, chunk in store.chunks():
         torch.mm(solved, chunk.to(solved).T, out=result[:, start : start + len(chunk)])
     return result
+
+
+def merged(columns: Sequence[slice]) -> list[slice]:
+    """Slices that follow each other, made one where they touch."""
+    result: list[slice] = []
+    for part in columns:
+        if result and result[-1].stop == part.start:
+            result[-1] = slice(result[-1].start, part.stop)
+        else:
+            result.append(part)
+    return result
+
+
+def take(rows: Tensor, columns: Sequence[slice]) -> Tensor:
+    """The columns side by side: a view of the rows if they are one slice."""
+    if len(columns) == 1:
+        return rows[:, columns[0]]
+    return torch.cat([rows[:, part] for part in columns], 1)
+
+
+def put(rows: Tensor, columns: Sequence[slice], values: Tensor) -> None:
+    """Write what `take` took."""
+    start = 0
+    for part in columns:
+        width = part.stop - part.start
+        rows[:, part] = values[:, start : start + width]
+        start += width

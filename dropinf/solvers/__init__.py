@@ -1,6 +1,6 @@
 """Solvers: fit to a store's rows, then solve (F_l + λ_l) x = q for every layer's slice of q."""
 
-from dropinf.solvers.cholesky import Cholesky
+from dropinf.solvers.cholesky import Cholesky, Full
 from dropinf.solvers.identity import Identity
 
-__all__ = ["Cholesky", "Identity"]
+__all__ = ["Cholesky", "Full", "Identity"]

@@ -2,93 +2,216 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.plan import Block, Plan
 from dropinf.solvers.base import Solver
+from dropinf.solvers.damping import Damping
+from dropinf.solvers.dual import Dual
+from dropinf.solvers.group import Group, Layer, Setting
+from dropinf.solvers.kept import Spill
+from dropinf.solvers.primal import Primal
+from dropinf.solvers.saving import load_solver, save_solver
 from dropinf.store import RowStore
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One factorised layer; `factor` is of F + λ [r, r], or of G Gᵀ + n λ [n, n] with G kept."""
-
-    block: Block
-    λ: float
-    factor: Tensor | None  # None: every training row is zero there
-    G: Tensor | None = None
+from dropinf.streaming import PART_BYTES
+from dropinf.tables import print_table
 
 
 class Cholesky(Solver):
     """Exact inverse of each layer's damped Gauss-Newton matrix (arXiv 2509.15651, section 3).
 
     F_l = G_lᵀ G_l / n for the training rows G_l [n, r_l] of layer l, and
-    λ_l = damping · trace(F_l) / r_l. Where n < r_l the n x n form is solved (Woodbury):
+    λ_l = damping · trace(F_l) / r_l. The r x r form keeps the triangular factor of F_l + λ_l. Where
+    2 n <= r_l the n x n form is taken (Woodbury), which then has at most half the memory and is the
+    cheaper to fit:
 
         (F + λ)⁻¹ q = (q - Gᵀ (G Gᵀ + n λ)⁻¹ G q) / λ
 
-    Sums and factors are float64. A layer whose training rows are all zero gives zeros: its scores
-    are zero under any inverse.
+    It reads the store's rows again when it solves, so they must not change meanwhile.
+
+    A pivot that is not positive, or no larger than rounding makes it, raises its layer's damping
+    tenfold, at most four times, each with a warning. A layer whose training rows and λ are zero
+    gives zeros: its scores are zero under any inverse.
 
     Args:
-        damping: relative to the mean diagonal of F_l, the paper's 0.1 as the default.
+        damping: relative to the mean diagonal of F_l, the paper's 0.1 as the default; or a dict of
+            layer name (or shell pattern; the first that matches) -> damping.
+        absolute: `damping` is λ_l itself.
+        dtype: of F_l and its factor in the r x r form; None is the rows' own. For float32 rows with
+            dampings of 1e-5 and less, float64.
+        max_bytes: bound of the memory for matrices, factors and parts of the rows. What does not
+            fit at once is done some layers at a time, with the factors in a temporary file.
+
+    Attributes:
+        layers: a `Layer` for each (name, r, form, λ, failed_pivots, retries); after fit.
     """
 
-    def __init__(self, damping: float = 0.1) -> None:
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"Cholesky: damping must be a number from 0, got {damping!r}")
-        self.damping = damping
+    layers: tuple[Layer, ...] = ()
+
+    def __init__(
+        self,
+        damping: float | Mapping[str, float] = 0.1,
+        *,
+        absolute: bool = False,
+        dtype: torch.dtype | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        op = type(self).__name__
+        self._damping = Damping(op, damping, absolute)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"{op}: dtype must be float32 or float64, got {dtype}")
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"{op}: max_bytes must be positive, got {max_bytes}")
+        self.damping, self.absolute = damping, absolute
+        self.dtype, self.max_bytes = dtype, max_bytes
 
     def _fit(self, store: RowStore, n: int) -> None:
-        blocks = store.plan.blocks
-        device = next(store.chunks())[1].device
-        double = {"dtype": torch.float64, "device": device}
-        grams = {b: torch.zeros(b.r, b.r, **double) for b in blocks if b.r <= n}
-        parts: dict[Block, list[Tensor]] = {b: [] for b in blocks if b.r > n}
-        for start, chunk in store.chunks():
-            valid = store.valid[start : start + len(chunk)].to(chunk.device)
-            rows = (chunk if valid.all() else chunk[valid]).double()
-            for block, gram in grams.items():
-                G = rows[:, block.entries]
-                gram.addmm_(G.T, G, alpha=1 / n)
-            for block, part in parts.items():
-                part.append(rows[:, block.entries].clone())
-        self._layers = []
+        blocks = self._blocks(store.plan)
+        dampings = dict(zip(blocks, self._damping.of(blocks), strict=True))
+        dtype = next(store.chunks())[1].dtype if self.dtype is None else self.dtype
+        part_bytes = PART_BYTES
+        if self.max_bytes is not None:
+            part_bytes = min(part_bytes, max(1, self.max_bytes // 8))
+        setting = Setting(type(self).__name__, self._damping, dtype, n, part_bytes)
+        groups = self._grouped(blocks, setting)
+        total = sum(size * kind.itemsize for size, kind in (group.size() for group in groups))
+        self._spill = spill = None if total <= self._budget(setting) else Spill()
+        for group in groups:
+            group.fit(store, [dampings[block] for block in group.blocks])
+            if spill is not None:
+                group.factors = spill.append(group.factors)
+        self._set(blocks, groups)
+
+    def _set(self, blocks: Sequence[Block], groups: Sequence[Group]) -> None:
+        done = {b: layer for g in groups for b, layer in zip(g.blocks, g.layers, strict=True)}
+        self.layers = tuple(done[block] for block in blocks)
+        self._order, self._groups = list(blocks), list(groups)
+
+    def _blocks(self, plan: Plan) -> Sequence[Block]:
+        return plan.blocks
+
+    def _budget(self, setting: Setting) -> float:
+        """Bytes for factors and what is beside them while they are made.
+
+        Off go a part of the rows, a converted copy of it, and a chunk of the store.
+        """
+        return float("inf") if self.max_bytes is None else self.max_bytes - 3 * setting.part_bytes
+
+    def _grouped(self, blocks: Sequence[Block], setting: Setting) -> list[Group]:
+        """Every layer's form, and as many r x r layers together as fit."""
+        budget = self._budget(setting)
+        together: list[list[Block]] = []
+        alone: list[Group] = []
+        held = scratch = 0
         for block in blocks:
-            if block in grams:
-                gram, G = grams.pop(block), None
-                λ = self.damping * float(gram.trace()) / block.r
-                shift = λ
-            else:
-                G = torch.cat(parts.pop(block))
-                gram = G @ G.T
-                λ = self.damping * float(gram.trace()) / (n * block.r)
-                shift = n * λ
-            if not gram.any():
-                self._layers.append(_Layer(block, λ, None))
-                continue
-            gram.diagonal().add_(shift)
-            factor, info = torch.linalg.cholesky_ex(gram)
-            if info or (G is not None and λ == 0):
+            form = Dual if 2 * setting.n <= block.r else Primal
+            size, beside = form.num_bytes(block, setting), form.scratch_bytes(block, setting)
+            if size + beside > budget:
                 raise ValueError(
-                    f"Cholesky.fit: layer {block.name!r} (n={n}, r={block.r}) is singular at "
-                    f"damping={self.damping}; raise the damping"
+                    f"{setting.op}.fit: layer {block.name!r} (n={setting.n}, r={block.r}) needs "
+                    f"max_bytes={(size + beside) * 8 // 5 + 1} or more, got {self.max_bytes}; "
+                    "raise it, or keep fewer coordinates"
                 )
-            self._layers.append(_Layer(block, λ, factor, G))
+            if form is Dual:
+                alone.append(Dual([block], setting))
+            elif together and held + size + max(scratch, beside) <= budget:
+                together[-1].append(block)
+                held, scratch = held + size, max(scratch, beside)
+            else:
+                together.append([block])
+                held, scratch = size, beside
+        return [*(Primal(members, setting) for members in together), *alone]
 
     def _solve(self, rows: Tensor) -> Tensor:
-        solved = torch.zeros_like(rows)
-        for layer in self._layers:
-            if layer.factor is None:
-                continue
-            q = rows[:, layer.block.entries].double()
-            if layer.G is None:
-                x = torch.cholesky_solve(q.T, layer.factor).T
-            else:
-                inner = torch.cholesky_solve(layer.G @ q.T, layer.factor)
-                x = (q - (layer.G.T @ inner).T) / layer.λ
-            solved[:, layer.block.entries] = x.to(rows.dtype)
+        solved = torch.empty_like(rows)
+        for group in self._groups:
+            group.solve(self.store, rows, solved)
         return solved
+
+    def condition(self) -> list[float]:
+        """An estimate of each layer's condition number λ_max / λ_min of F_l + λ_l, from below.
+
+        Eight steps of power iteration with the factor, and eight with its inverse.
+        """
+        self._need_fit("condition")
+        estimates = {}
+        for group in self._groups:
+            estimates.update(zip(group.blocks, group.condition(), strict=True))
+        return [estimates[block] for block in self._order]
+
+    def describe(self) -> None:
+        """Print a table of the layers: form, λ, condition estimate, failed pivots, retries."""
+        self._need_fit("describe")
+        table = [("layer", "r", "form", "λ", "condition", "retries", "failed pivots")]
+        for layer, condition in zip(self.layers, self.condition(), strict=True):
+            table.append(
+                (
+                    layer.name or "(model)",
+                    f"{layer.r:,}",
+                    layer.form,
+                    f"{layer.λ:.3g}",
+                    f"{condition:.3g}",
+                    str(layer.retries),
+                    ", ".join(map(str, layer.failed_pivots)),
+                )
+            )
+        print_table(table, right=(1, 3, 4, 5))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the fitted solver to a new directory, which appears whole or not at all.
+
+        The rows are not in it: layers in the n x n form need the store again, see `load`.
+
+        Raises:
+            FileExistsError: there is something at `path`.
+        """
+        self._need_fit("save")
+        options = {"damping": self.damping, "absolute": self.absolute}
+        save_solver(type(self).__name__, path, self.plan, options, self._order, self._groups)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        store: RowStore | None = None,
+        max_bytes: int | None = None,
+    ) -> Cholesky:
+        """Read what `save` wrote.
+
+        Args:
+            path: the directory.
+            store: what it was fitted on; needed for layers in the n x n form, and by `sweep`.
+            max_bytes: factors of more than that stay in the directory and are read to solve.
+
+        Raises:
+            FileNotFoundError: there is no solver at `path`.
+            ValueError: it is damaged, of another class, or the store is not the one it needs.
+        """
+        saved = load_solver(cls.__name__, path, store)
+        solver = cls(**saved.options, dtype=saved.setting.dtype, max_bytes=max_bytes)
+        blocks = solver._blocks(saved.plan)
+        groups = saved.groups(blocks, in_memory=max_bytes)
+        solver._set(blocks, groups)
+        solver.plan, solver.store = saved.plan, store
+        return solver
+
+    def _need_fit(self, what: str) -> None:
+        if self.plan is None:
+            raise RuntimeError(f"{type(self).__name__}.{what}: call fit(store) first")
+
+
+class Full(Cholesky):
+    """One matrix over all layers jointly: F = Gᵀ G / n [R, R], λ = damping · trace(F) / R.
+
+    Without the block-diagonal approximation: dense for small R, and in the n x n form for few rows
+    (the matrix of TRAK, arXiv 2303.14186, section 3.2, with damping). Arguments and forms as in
+    `Cholesky`; its one layer is called "all layers".
+    """
+
+    def _blocks(self, plan: Plan) -> Sequence[Block]:
+        P = sum(block.P for block in plan.blocks)
+        return [Block("all layers", plan.slots, P, plan.width, 0)]

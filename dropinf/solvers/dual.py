@@ -1,0 +1,88 @@
+"""One layer in the n x n form, for fewer rows than coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dropinf.plan import Block
+from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
+from dropinf.store import RowStore
+from dropinf.streaming import valid_rows
+
+
+class Dual(Group):
+    """`factors` is that of K + n λ [n, n], K = G Gᵀ of the layer's rows G [n, r] (Woodbury):
+
+        (F + λ)⁻¹ q = (q - Gᵀ (K + n λ)⁻¹ G q) / λ
+
+    float64, because the subtraction cancels. G is read from the store, some columns at a time.
+    """
+
+    form = "n x n"
+
+    @staticmethod
+    def num_bytes(block: Block, setting: Setting) -> int:
+        return 8 * setting.n**2
+
+    @staticmethod
+    def scratch_bytes(block: Block, setting: Setting) -> int:
+        return 2 * 8 * setting.n**2
+
+    def size(self) -> tuple[int, torch.dtype]:
+        return self.setting.n**2, torch.float64
+
+    def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
+        n, (block,) = self.setting.n, self.blocks
+        K = torch.zeros(n, n, dtype=torch.float64)
+        for _, G in self._columns_of(store):
+            K.addmm_(G, G.T)
+        mean = float(K.trace()) / (n * block.r)
+        λ = self.setting.damping.λ(dampings[0], mean)
+        zero = λ == 0 and mean == 0
+        self.layers = [Layer(block.name, block.r, "zero" if zero else self.form, λ)]
+        if zero:
+            self.factors = K.view(-1)
+            return
+
+        def factorise(λ: float) -> tuple[int, Tensor]:
+            damped = K.clone()
+            damped.diagonal().add_(n * λ)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            return int(info) or lost_pivot(factor, damped.diagonal()), factor
+
+        # F has rank n < r: without damping it is singular, whatever rounding makes of K.
+        failed, factor = (n + 1, K) if λ == 0 else factorise(λ)
+        if failed:
+            self.layers[0], factor = self._retried(self.layers[0], failed, factorise, mean)
+        self.factors = factor.reshape(-1)
+
+    def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
+        (layer,), n = self.layers, self.setting.n
+        if layer.form == "zero":
+            solved[:, self.blocks[0].entries] = 0
+            return
+        inner = torch.zeros(n, len(rows), dtype=torch.float64)
+        for columns, G in self._columns_of(store):
+            inner.addmm_(G, rows[:, columns].double().T)
+        inner = torch.cholesky_solve(inner, self.read().view(n, n))
+        for columns, G in self._columns_of(store):
+            solved[:, columns] = (rows[:, columns].double() - inner.T @ G) / layer.λ
+
+    def condition(self) -> list[float]:
+        (layer,), n = self.layers, self.setting.n
+        if layer.form == "zero":
+            return [1.0]
+        L = self.read().view(n, n)
+        return [largest(lambda v: L @ (L.T @ v), n, L.dtype) / (n * layer.λ)]
+
+    def _columns_of(self, store: RowStore) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, G [n, w] float64 of those), w as wide as a part allows."""
+        n, (block,) = self.setting.n, self.blocks
+        width = max(1, self.setting.part_bytes // (8 * n))
+        for start in range(block.offset, block.offset + block.r, width):
+            columns = slice(start, min(start + width, block.offset + block.r))
+            num_bytes = 8 * n * (columns.stop - columns.start)
+            yield columns, next(valid_rows(store, [columns], torch.float64, num_bytes))

@@ -1,0 +1,155 @@
+"""Layers that are factorised, kept and solved together, and what was done to each of them."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dropinf.plan import Block
+from dropinf.solvers.damping import Damping
+from dropinf.solvers.kept import Kept
+from dropinf.store import RowStore
+from dropinf.streaming import merged
+
+_RETRIES = 4  # each raises the damping tenfold
+_STEPS = 8  # of the power iterations of a condition estimate
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What `fit` did to one layer."""
+
+    name: str
+    r: int
+    form: str  # "r x r", "n x n", or "zero": no training row has an entry there
+    λ: float
+    failed_pivots: tuple[int, ...] = ()  # counted from 1, one of each try that failed
+
+    @property
+    def retries(self) -> int:
+        """How many times its damping was raised tenfold."""
+        return len(self.failed_pivots)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all groups of one fit share."""
+
+    op: str  # for errors
+    damping: Damping
+    dtype: torch.dtype  # of r x r factors
+    n: int  # valid training rows
+    part_bytes: int  # of the rows that are read at once
+
+
+class Group(ABC):
+    """Layers of one form."""
+
+    form: ClassVar[str]
+
+    def __init__(self, blocks: Sequence[Block], setting: Setting) -> None:
+        self.blocks = list(blocks)
+        self.setting = setting
+        self.layers: list[Layer] = []
+        self.factors: Tensor | Kept = torch.empty(0)
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where its layers stand in a row."""
+        return merged([block.entries for block in self.blocks])
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each layer begins once `columns` are side by side."""
+        return (0, *itertools.accumulate(block.r for block in self.blocks))
+
+    def read(self) -> Tensor:
+        """The factors, in memory."""
+        return self.factors.read() if isinstance(self.factors, Kept) else self.factors
+
+    @staticmethod
+    @abstractmethod
+    def num_bytes(block: Block, setting: Setting) -> int:
+        """Of one layer's factor."""
+
+    @staticmethod
+    @abstractmethod
+    def scratch_bytes(block: Block, setting: Setting) -> int:
+        """Beside the factor, while it is made."""
+
+    @abstractmethod
+    def size(self) -> tuple[int, torch.dtype]:
+        """Numbers in `factors`, and their dtype."""
+
+    @abstractmethod
+    def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
+        """Fill `layers` and `factors`.
+
+        Raises:
+            ValueError: a layer is singular, or not finite.
+        """
+
+    @abstractmethod
+    def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
+        """Fill its columns of `solved`."""
+
+    @abstractmethod
+    def condition(self) -> list[float]:
+        """An estimate of λ_max / λ_min of F_l + λ_l for each layer, from below."""
+
+    def _retried(
+        self,
+        layer: Layer,
+        failed: int,
+        factorise: Callable[[float], tuple[int, Tensor]],
+        mean_diagonal: float,
+    ) -> tuple[Layer, Tensor]:
+        """With ten times the damping, until `factorise` gives no failed pivot."""
+        op, pivots = self.setting.op, [failed]
+        where = f"{op}.fit: layer {layer.name!r} (n={self.setting.n}, r={layer.r})"
+        while layer.λ > 0 and len(pivots) <= _RETRIES:
+            warnings.warn(
+                f"{where}: pivot {pivots[-1]} is not positive beyond rounding at "
+                f"λ={layer.λ:.3g}; its damping is raised tenfold",
+                stacklevel=6,
+            )
+            layer = replace(layer, λ=10 * layer.λ, failed_pivots=tuple(pivots))
+            failed, factor = factorise(layer.λ)
+            if not failed:
+                return layer, factor
+            pivots.append(failed)
+        unit = 1.0 if self.setting.damping.absolute else mean_diagonal
+        works = (f"1e{e:+03d}" for e in range(-12, 13) if not factorise(10.0**e * unit)[0])
+        raise ValueError(
+            f"{where} is singular at damping={layer.λ / unit:.3g}; the smallest power of ten that "
+            f"works is {next(works, 'beyond 1e+12')}"
+        )
+
+
+def lost_pivot(factor: Tensor, diagonal: Tensor) -> int:
+    """The first pivot (from 1) of L that rounding may have made, or 0.
+
+    A pivot is a difference of numbers as large as the matrix's own diagonal, so it is off by about
+    sqrt(r) roundings of that. Below, a singular matrix passes as a regular one.
+    """
+    rounding = torch.finfo(factor.dtype).eps / 2 * len(factor) ** 0.5
+    lost = ~(factor.diagonal().square() > rounding * diagonal)
+    return int(lost.nonzero()[0]) + 1 if lost.any() else 0
+
+
+def largest(multiply: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype) -> float:
+    """Largest eigenvalue of a symmetric matrix, from below: power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(dtype)
+    norm = 0.0
+    for _ in range(_STEPS):
+        v = multiply(v / v.norm())
+        norm = float(v.norm())
+    return norm

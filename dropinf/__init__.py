@@ -6,7 +6,7 @@ from dropinf.collecting import collect
 from dropinf.compress import Dropout, Full
 from dropinf.dispatch import BackendError, backends
 from dropinf.plan import Plan
-from dropinf.scoring import influence, scores, topk
+from dropinf.scoring import ensemble, influence, scores, self_influence, topk
 from dropinf.store import RowStore
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "backends",
     "capture",
     "collect",
+    "ensemble",
     "influence",
     "ops",
     "scores",
+    "self_influence",
     "solvers",
     "topk",
 ]

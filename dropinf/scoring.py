@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from dropinf.plan import Plan
 from dropinf.solvers import Cholesky
 from dropinf.solvers.base import Solver
 from dropinf.store import RowStore
-from dropinf.streaming import products
+from dropinf.streaming import mark_invalid, products, valid_rows
 
 
-def scores(queries: RowStore, store: RowStore, solver: Solver) -> Tensor:
+def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool = False) -> Tensor:
     """scores[q, i] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l: the influence of example i on query q.
 
     Positive: more of training example i lowers query q's loss. Solves for the m queries, never for
@@ -26,26 +27,31 @@ def scores(queries: RowStore, store: RowStore, solver: Solver) -> Tensor:
         queries: m rows.
         store: n training rows under the same plan.
         solver: fitted, usually on `store`.
+        relative: divide by the square root of each training example's self-influence, so that
+            outliers with large gradients do not come first for every query (RelatIF, arXiv
+            2003.11630, section 4.2, l-relative influence); this does solve for the training rows.
 
     Returns:
         [m, n] in the rows' dtype; NaN where the query or the training row is invalid.
 
     Raises:
-        ValueError: the three were not made under the same plan.
+        ValueError: the three were not made under the same plan, or a self-influence is negative.
     """
     _check_plans("scores", queries, store, solver)
-    solved = solver.solve(queries.rows)
-    result = products(solved, store)
-    result[~queries.valid] = torch.nan
-    result[:, ~store.valid] = torch.nan
-    return result
+    result = products(solver.solve(queries.rows), store)
+    factors = _factors("scores", store, solver, relative)
+    if factors is not None:
+        result *= factors
+    return mark_invalid(result, queries, store)
 
 
-def topk(queries: RowStore, store: RowStore, solver: Solver, k: int = 10) -> tuple[Tensor, Tensor]:
+def topk(
+    queries: RowStore, store: RowStore, solver: Solver, k: int = 10, *, relative: bool = False
+) -> tuple[Tensor, Tensor]:
     """The k training examples of largest score for each query, without forming [m, n].
 
     Args:
-        queries, store, solver: as in `scores`.
+        queries, store, solver, relative: as in `scores`.
         k: 1 to the number of valid training rows.
 
     Returns:
@@ -53,17 +59,20 @@ def topk(queries: RowStore, store: RowStore, solver: Solver, k: int = 10) -> tup
         training rows are never among them; an invalid query has NaN and -1.
 
     Raises:
-        ValueError: the three were not made under the same plan, or k is out of range.
+        ValueError: as in `scores`, or k is out of range.
     """
     _check_plans("topk", queries, store, solver)
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
     solved = solver.solve(queries.rows)
+    factors = _factors("topk", store, solver, relative)
     values = solved.new_full((len(queries), k), -torch.inf)
     indices = torch.full((len(queries), k), -1)
     for start, chunk in store.chunks():
         part = solved @ chunk.to(solved).T
+        if factors is not None:
+            part *= factors[start : start + len(chunk)]
         part[:, ~store.valid[start : start + len(chunk)]] = -torch.inf
         best, where = part.topk(min(k, part.shape[1]))
         merged = torch.cat([values, best], 1)
@@ -72,6 +81,77 @@ def topk(queries: RowStore, store: RowStore, solver: Solver, k: int = 10) -> tup
     values[~queries.valid] = torch.nan
     indices[~queries.valid] = -1
     return values, indices
+
+
+def self_influence(store: RowStore, solver: Solver) -> Tensor:
+    """[n]: scores[i, i] of every training example, without forming [n, n].
+
+    Large for what a model fits with few other examples: memorised, mislabelled, rare. Solves for
+    all n rows, some at a time.
+
+    Returns:
+        [n] in the rows' dtype; NaN where the row is invalid.
+
+    Raises:
+        ValueError: store and solver were not made under the same plan.
+    """
+    _check_plans("self_influence", store, store, solver)
+    parts = []
+    for rows in valid_rows(store):
+        own = (solver.solve(rows) * rows).sum(1)
+        scale = solver.scale(rows)
+        parts.append(own if scale is None else own * scale)
+    result = torch.full((len(store),), torch.nan, dtype=parts[0].dtype)
+    result[store.valid] = torch.cat(parts)
+    return result
+
+
+class Ensemble(NamedTuple):
+    """What `ensemble` returns."""
+
+    mean: Tensor  # [m, n]
+    error: Tensor  # [m, n] standard error of the mean
+
+
+def ensemble(
+    parts: Iterable[tuple[RowStore, RowStore, Solver]], *, relative: bool = False
+) -> Ensemble:
+    """Scores averaged over checkpoints and masks, with error bars.
+
+    Averaging over several trained models is what helps most (TRAK, arXiv 2303.14186, section 3.2);
+    several masks (`Dropout(seed=)`) of one model show how much of a score is the compression.
+
+    Args:
+        parts: (queries, store, solver) of each checkpoint and mask, for the same queries and
+            training examples in the same order; a generator makes them one at a time.
+        relative: as in `scores`.
+
+    Returns:
+        mean [m, n], and error [m, n], the standard error of that mean: the standard deviation over
+        the parts divided by the square root of their number, NaN for a single part. NaN where
+        the query or training row is invalid in any part.
+
+    Raises:
+        ValueError: there are no parts, or they differ in m or n.
+    """
+    count, mean, squares = 0, torch.empty(0), torch.empty(0)
+    for queries, store, solver in parts:
+        found = scores(queries, store, solver, relative=relative)
+        if count == 0:
+            mean, squares = torch.zeros_like(found), torch.zeros_like(found)
+        if found.shape != mean.shape:
+            raise ValueError(
+                f"ensemble: part {count} has scores {list(found.shape)}, those before it "
+                f"{list(mean.shape)}; give the same queries and training examples to all"
+            )
+        count += 1
+        off = found - mean  # Welford's update: no cancellation of large sums
+        mean += off / count
+        squares += off * (found - mean)
+    if count == 0:
+        raise ValueError("ensemble: no parts were given")
+    spread = squares / (count - 1) if count > 1 else torch.full_like(mean, torch.nan)
+    return Ensemble(mean, (spread / count).sqrt())
 
 
 def influence(
@@ -105,6 +185,23 @@ def influence(
         for loader, label in ((train_loader, "train rows"), (query_loader, "query rows"))
     )
     return scores(queries, store, Cholesky(damping).fit(store))
+
+
+def _factors(op: str, store: RowStore, solver: Solver, relative: bool) -> Tensor | None:
+    """[n] factors of the training rows' scores, None for one each."""
+    if not relative:
+        parts = [solver.scale(chunk) for _, chunk in store.chunks()]
+        return None if not parts or parts[0] is None else torch.cat(parts)
+    if solver.scale(store.rows[:1]) is not None:
+        raise ValueError(f"{op}: relative=True with cosine=True would normalise twice; take one")
+    own = self_influence(store, solver)
+    if (own < 0).any():
+        at = int((own < 0).nonzero()[0])
+        raise ValueError(
+            f"{op}: the self-influence of example {at} is {float(own[at]):.3g}, which no positive "
+            "definite inverse gives; raise the solver's accuracy or its damping"
+        )
+    return torch.where(own == 0, 0.0, own.rsqrt())  # a row of zeros has scores of zero
 
 
 def _check_plans(op: str, queries: RowStore, store: RowStore, solver: Solver) -> None:

@@ -16,9 +16,10 @@ def valid_rows(
     store: RowStore,
     columns: Sequence[slice] = (slice(None),),
     dtype: torch.dtype | None = None,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int | None = None,
 ) -> Iterator[Tensor]:
-    """The valid rows in order, their `columns` side by side, as parts of about `part_bytes`.
+    """The valid rows in order, their `columns` side by side, as parts of about `part_bytes`
+    (None is PART_BYTES).
 
     Of a store whose rows are wide, a part joins many of `store.chunks()`: products with a part of
     few rows would be bound by memory.
@@ -26,6 +27,7 @@ def valid_rows(
     Raises:
         ValueError: a valid row is not finite.
     """
+    part_bytes = PART_BYTES if part_bytes is None else part_bytes
     part, filled = None, 0
     for start, chunk in store.chunks():
         valid = store.valid[start : start + len(chunk)]
@@ -71,6 +73,13 @@ def products(solved: Tensor, store: RowStore) -> Tensor:
     for start, chunk in store.chunks():
         torch.mm(solved, chunk.to(solved).T, out=result[:, start : start + len(chunk)])
     return result
+
+
+def mark_invalid(scores: Tensor, queries: RowStore, store: RowStore) -> Tensor:
+    """The scores [..., m, n] themselves, NaN where the query or the training row is invalid."""
+    scores[..., ~queries.valid, :] = torch.nan
+    scores[..., ~store.valid] = torch.nan
+    return scores
 
 
 def merged(columns: Sequence[slice]) -> list[slice]:

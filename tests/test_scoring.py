@@ -8,7 +8,18 @@ from conftest import EPS32, assert_within
 from torch import nn
 
 import dropinf.store
-from dropinf import Dropout, Full, Plan, RowStore, influence, scores, topk
+import dropinf.streaming
+from dropinf import (
+    Dropout,
+    Full,
+    Plan,
+    RowStore,
+    ensemble,
+    influence,
+    scores,
+    self_influence,
+    topk,
+)
 from dropinf.solvers import Cholesky, Identity
 
 
@@ -148,6 +159,65 @@ def test_topk_equals_sorted_scores(k, rows_a_chunk, monkeypatch):
     order = all_scores.argsort(1, descending=True)[:, :k]
     assert torch.equal(indices, order)
     torch.testing.assert_close(values, all_scores.gather(1, order))
+
+
+@pytest.mark.parametrize("n, sizes", [(40, (5, 17)), (9, (5, 60))], ids=["r x r", "n x n"])
+def test_self_influence_and_relative_scores(n, sizes, monkeypatch):
+    store, queries = stores(n, 6, *sizes)
+    monkeypatch.setattr(dropinf.store, "_CHUNK_BYTES", 3 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.streaming, "PART_BYTES", 7 * store.plan.width * 8)
+    valid = torch.ones(n, dtype=torch.bool)
+    valid[4] = False
+    rows = store.rows.clone()
+    rows[4] = torch.nan
+    rows[5] = 0
+    marked = RowStore(rows, store.plan, valid)
+    solver = Cholesky().fit(marked)
+    kept = rows[valid]
+    own = formula(kept, kept, sizes, 0.1).diagonal()
+    got = self_influence(marked, solver)
+    torch.testing.assert_close(got[valid], own)
+    assert got[4].isnan() and got[5] == 0
+    truth = formula(kept, queries.rows, sizes, 0.1) / own.sqrt()
+    truth[:, 4] = 0  # the row of zeros, behind the one that is left out
+    relative = scores(queries, marked, solver, relative=True)
+    torch.testing.assert_close(relative[:, valid], truth)
+    values, indices = topk(queries, marked, solver, 5, relative=True)
+    best = relative.nan_to_num(-torch.inf).topk(5)
+    torch.testing.assert_close(values, best.values)
+    assert torch.equal(indices, best.indices)
+
+
+def test_negative_self_influence_is_refused():
+    store, queries = stores(9, 2, 5)
+    solver = Identity().fit(store)
+    solver._solve = lambda rows: -rows
+    with pytest.raises(ValueError, match="self-influence of example 0 is -"):
+        scores(queries, store, solver, relative=True)
+
+
+def test_ensemble_of_masks():
+    """Mean and standard error over parts, against numpy; a generator is taken one at a time."""
+    parts, each = [], []
+    for seed in range(4):
+        store, queries = stores(20, 3, 5, 9, seed=seed)
+        parts.append((queries, store, Cholesky().fit(store)))
+        each.append(scores(*parts[-1]).numpy())
+    mean, error = ensemble(iter(parts))
+    np.testing.assert_allclose(mean, np.mean(each, 0), rtol=1e-12)
+    np.testing.assert_allclose(error, np.std(each, 0, ddof=1) / 2, rtol=1e-9)
+    single = ensemble(parts[:1])
+    np.testing.assert_allclose(single.mean, each[0])
+    assert single.error.isnan().all()
+    relative = ensemble(parts, relative=True).mean
+    np.testing.assert_allclose(
+        relative, np.mean([scores(*part, relative=True) for part in parts], 0), rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="no parts"):
+        ensemble([])
+    store, queries = stores(21, 3, 5, 9)
+    with pytest.raises(ValueError, match=r"part 1 has scores \[3, 21\], those before it \[3, 20\]"):
+        ensemble([parts[0], (queries, store, Cholesky().fit(store))])
 
 
 def test_bad_input():

@@ -55,6 +55,10 @@ class Solver(ABC):
             )
         return self._solve(rows)
 
+    def scale(self, rows: Tensor) -> Tensor | None:
+        """[n] factors of the scores of training rows [n, R]; None is one each."""
+        return None
+
     @abstractmethod
     def _fit(self, store: RowStore, n: int) -> None: ...
 

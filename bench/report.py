@@ -14,6 +14,7 @@ NAMES = {
     "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32; r, inputs: {}",
     "bench_sampled_conv": "sampled_conv, B=8, r=1024, float32; C, O, plane, kernel: {}",
     "bench_gather_grads": "gather_grads, 200 layers of 512 x 512; r of each: {}",
+    "bench_streamed_fit": "solvers.Cholesky on 100,000 rows from disk, 1,000 layers, r 1 to 8192",
     "bench_whole_model": "a whole model, r=1024 a layer: {}",
     "bench_whole_model_memory": "memory of one step of a whole model: {}",
 }
@@ -40,6 +41,8 @@ def main(path: str) -> None:
         info = result["extra_info"]
         if "contestants" in info:
             times(info)
+        elif "streamed" in info:
+            streamed(info)
         else:
             peaks(info)
 
@@ -79,6 +82,19 @@ def peaks(info: dict) -> None:
         print(f"| {name} | {peak:.0f} | {(ours - rows) / peak:.2f} |")
     for name, reason in info["left_out"].items():
         print(f"| {name} | not run: {reason} | |")
+
+
+def streamed(info: dict) -> None:
+    """The table of memory that a bound holds."""
+    print(f"The rows are {info['rows']:.0f} MB, the factors {info['factors']:.0f} MB.\n")
+    print("| max_bytes, MB | peak above what the process held, MB | fit, s | solve, s | residual |")
+    print("| --- | --- | --- | --- | --- |")
+    for run in info["streamed"]:
+        bound = "none" if run["bound"] is None else f"{run['bound']:.0f}"
+        figures = (
+            f"{run['peak']:.0f} | {run['fit']:.1f} | {run['solve']:.1f} | {run['residual']:.1g}"
+        )
+        print(f"| {bound} | {figures} |")
 
 
 def spread(values: list[float]) -> str:

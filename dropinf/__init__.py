@@ -4,6 +4,7 @@ from dropinf import ops, solvers
 from dropinf.capturing import capture
 from dropinf.collecting import collect
 from dropinf.compress import Dropout, Full
+from dropinf.dampings import choose_damping
 from dropinf.dispatch import BackendError, backends
 from dropinf.plan import Plan
 from dropinf.scoring import ensemble, influence, scores, self_influence, topk
@@ -17,6 +18,7 @@ __all__ = [
     "RowStore",
     "backends",
     "capture",
+    "choose_damping",
     "collect",
     "ensemble",
     "influence",

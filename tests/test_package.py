@@ -111,12 +111,12 @@ ORDER = [
     ["norms", "plan", "routes", "general"],
     ["layers", "tap", "store", "sources", "checking"],
     ["entries", "gradients", "solvers.base", "solvers.damping", "solvers.kept", "streaming"],
-    ["graph", "solvers.group"],
+    ["graph", "solvers.group", "solvers.eigen"],
     ["meetings", "solvers.primal", "solvers.dual"],
     ["activations", "solvers.saving"],
     ["solvers.cholesky", "solvers.identity", "capturing"],
     ["solvers", "collecting"],
-    ["scoring"],
+    ["scoring", "dampings"],
 ]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
-from dropinf.plan import Plan
+from dropinf.plan import Block, Plan
 from dropinf.store import RowStore
 
 Self = TypeVar("Self", bound="Solver")
@@ -46,14 +47,29 @@ class Solver(ABC):
             RuntimeError: the solver was not fitted.
             ValueError: the rows do not have the width of those it was fitted on.
         """
-        if self.plan is None:
-            raise RuntimeError(f"{type(self).__name__}.solve: call fit(store) first")
-        if rows.dim() != 2 or rows.shape[1] != self.plan.width:
-            raise ValueError(
-                f"{type(self).__name__}.solve: rows must be [m, {self.plan.width}], "
-                f"got {tuple(rows.shape)}"
-            )
+        self._check_rows(f"{type(self).__name__}.solve", rows)
         return self._solve(rows)
+
+    def _blocks(self, plan: Plan) -> Sequence[Block]:
+        """The layers that have a matrix of their own."""
+        return plan.blocks
+
+    def _check_rows(self, op: str, rows: Tensor) -> None:
+        if self.plan is None:
+            raise RuntimeError(f"{op}: call fit(store) first")
+        if rows.dim() != 2 or rows.shape[1] != self.plan.width:
+            raise ValueError(f"{op}: rows must be [m, {self.plan.width}], got {tuple(rows.shape)}")
+
+    def _check_plans(self, op: str, queries: RowStore, store: RowStore | None) -> None:
+        if self.plan is None:
+            raise RuntimeError(f"{op}: call fit(store) first")
+        made = self.plan.fingerprint
+        for what, rows in (("queries were", queries), ("training rows were", store)):
+            if rows is not None and rows.plan.fingerprint != made:
+                raise ValueError(
+                    f"{op}: the {what} made under plan {rows.plan.fingerprint}, the solver was "
+                    f"fitted under {made}; collect them with the same plan"
+                )
 
     def scale(self, rows: Tensor) -> Tensor | None:
         """[n] factors of the scores of training rows [n, R]; None is one each."""
@@ -64,3 +80,11 @@ class Solver(ABC):
 
     @abstractmethod
     def _solve(self, rows: Tensor) -> Tensor: ...
+
+
+class Joint(Solver):
+    """One matrix over all layers together, instead of one for each."""
+
+    def _blocks(self, plan: Plan) -> Sequence[Block]:
+        P = sum(block.P for block in plan.blocks)
+        return [Block("all layers", plan.slots, P, plan.width, 0)]

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block, Plan
-from dropinf.solvers.base import Solver
+from dropinf.plan import Block
+from dropinf.solvers.base import Joint, Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
+from dropinf.solvers.eigen import Eigen
 from dropinf.solvers.group import Group, Layer, Setting
 from dropinf.solvers.kept import Spill
 from dropinf.solvers.primal import Primal
@@ -51,6 +52,7 @@ class Cholesky(Solver):
     """
 
     layers: tuple[Layer, ...] = ()
+    _eigen: type[Eigen] = Eigen
 
     def __init__(
         self,
@@ -90,9 +92,7 @@ class Cholesky(Solver):
         done = {b: layer for g in groups for b, layer in zip(g.blocks, g.layers, strict=True)}
         self.layers = tuple(done[block] for block in blocks)
         self._order, self._groups = list(blocks), list(groups)
-
-    def _blocks(self, plan: Plan) -> Sequence[Block]:
-        return plan.blocks
+        self._decomposed: Eigen | None = None
 
     def _budget(self, setting: Setting) -> float:
         """Bytes for factors and what is beside them while they are made.
@@ -131,6 +131,24 @@ class Cholesky(Solver):
         for group in self._groups:
             group.solve(self.store, rows, solved)
         return solved
+
+    def sweep(
+        self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
+    ) -> Tensor:
+        """Scores at k dampings for the price of about one: see `Eigen.sweep`.
+
+        One eigen-decomposition of each layer, made at the first call and kept.
+
+        Returns:
+            [k, m, n], equal to the scores of k solvers fitted with those dampings.
+        """
+        op = f"{type(self).__name__}.sweep"
+        self._check_plans(op, queries, store)
+        if self.store is None:
+            raise ValueError(f"{op}: needs the rows of the fit; use {op[:-6]}.load(path, store)")
+        if self._decomposed is None:
+            self._decomposed = self._eigen(absolute=self.absolute).fit(self.store)
+        return self._decomposed.sweep(dampings, queries, store)
 
     def condition(self) -> list[float]:
         """An estimate of each layer's condition number λ_max / λ_min of F_l + λ_l, from below.
@@ -204,7 +222,11 @@ class Cholesky(Solver):
             raise RuntimeError(f"{type(self).__name__}.{what}: call fit(store) first")
 
 
-class Full(Cholesky):
+class _JointEigen(Joint, Eigen):
+    """For the sweep of `Full`."""
+
+
+class Full(Joint, Cholesky):
     """One matrix over all layers jointly: F = Gᵀ G / n [R, R], λ = damping · trace(F) / R.
 
     Without the block-diagonal approximation: dense for small R, and in the n x n form for few rows
@@ -212,6 +234,4 @@ class Full(Cholesky):
     `Cholesky`; its one layer is called "all layers".
     """
 
-    def _blocks(self, plan: Plan) -> Sequence[Block]:
-        P = sum(block.P for block in plan.blocks)
-        return [Block("all layers", plan.slots, P, plan.width, 0)]
+    _eigen = _JointEigen

@@ -1,0 +1,136 @@
+"""The eigenvalues and eigenvectors of every layer's Gauss-Newton matrix: any damping, any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropinf import ops
+from dropinf.plan import Block
+from dropinf.solvers.base import Solver
+from dropinf.solvers.damping import Damping
+from dropinf.store import RowStore
+from dropinf.streaming import mark_invalid, products, valid_rows
+
+_ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
+
+
+class _Pairs(NamedTuple):
+    """F_l = V diag(s) Vᵀ of one layer, as far as it is kept."""
+
+    block: Block
+    s: Tensor  # [k] float64, rising
+    V: Tensor  # [r, k] float64
+    mean_diagonal: float  # of F_l, all of it
+
+
+class Eigen(Solver):
+    """F_l = V diag(s) Vᵀ: solves for any damping, with all eigenpairs or the largest ones.
+
+        (F + λ)⁻¹ q = V (Vᵀ q / (s + λ)) + (q - V Vᵀ q) / λ
+
+    The second part is what F_l has no kept eigenvector for: its rank is at most n, and `rank` keeps
+    the k largest pairs (arXiv 2112.03052, section 3, truncates so; there the rest is dropped, here
+    F counts as zero on it). A decomposition costs about twenty Cholesky factorisations, whatever
+    the number of dampings; where n < r it is that of G Gᵀ / n [n, n]. float64.
+
+    Args:
+        damping, absolute: as in `Cholesky`.
+        rank: eigenpairs to keep of each layer; None is all.
+    """
+
+    def __init__(
+        self,
+        damping: float | Mapping[str, float] = 0.1,
+        *,
+        absolute: bool = False,
+        rank: int | None = None,
+    ) -> None:
+        self._damping = Damping(type(self).__name__, damping, absolute)
+        if rank is not None and rank < 1:
+            raise ValueError(f"{type(self).__name__}: rank must be 1 or more, got {rank}")
+        self.damping, self.absolute, self.rank = damping, absolute, rank
+
+    def _fit(self, store: RowStore, n: int) -> None:
+        blocks = self._blocks(store.plan)
+        self._damping.of(blocks)  # before hours of work
+        self._pairs = [self._decompose(store, n, block) for block in blocks]
+
+    def _decompose(self, store: RowStore, n: int, block: Block) -> _Pairs:
+        columns = [block.entries]
+        if n < block.r:
+            G = next(valid_rows(store, columns, torch.float64, 8 * n * block.r))  # [n, r]
+            s, U = torch.linalg.eigh(G @ G.T / n)
+            mean = float(s.sum()) / block.r
+            kept = self._kept(s)
+            s, V = s[kept], G.T @ (U[:, kept] / (n * s[kept]).sqrt())
+        else:
+            F = torch.zeros(block.r**2, dtype=torch.float64)
+            for rows in valid_rows(store, columns):
+                ops.gram(rows, (0, block.r), scale=1 / n, accumulate=True, out=F)
+            matrix = F.view(block.r, block.r)
+            mean = float(matrix.diagonal().mean())
+            s, V = torch.linalg.eigh(matrix)  # reads the lower triangle
+            kept = self._kept(s)
+            s, V = s[kept], V[:, kept]
+        return _Pairs(block, s, V, mean)
+
+    def _kept(self, s: Tensor) -> slice:
+        """The largest ones that are not rounding of zero; s is rising."""
+        positive = int((s > _ROUNDING * s[-1].clamp(min=0)).sum())
+        k = positive if self.rank is None else min(positive, self.rank)
+        return slice(len(s) - k, len(s))
+
+    def _solve(self, rows: Tensor) -> Tensor:
+        return self.solve_at(rows, self.damping)
+
+    def solve_at(self, rows: Tensor, damping: float | Mapping[str, float]) -> Tensor:
+        """`solve` with another damping, from the same decomposition.
+
+        Raises:
+            ValueError: a layer is singular at that damping.
+        """
+        op = f"{type(self).__name__}.solve_at"
+        self._check_rows(op, rows)
+        wanted = Damping(op, damping, self.absolute)
+        numbers = wanted.of([pairs.block for pairs in self._pairs])
+        solved = torch.empty_like(rows)
+        for (block, s, V, mean), number in zip(self._pairs, numbers, strict=True):
+            λ = wanted.λ(number, mean)
+            q = rows[:, block.entries].double()
+            inside = q @ V
+            x = inside / (s + λ) @ V.T
+            if λ > 0 and len(s) < block.r:
+                x += (q - inside @ V.T) / λ
+            elif len(s) < block.r and mean > 0:
+                raise ValueError(
+                    f"{op}: layer {block.name!r} (r={block.r}) has {len(s)} eigenvalues above zero "
+                    "and is singular at damping=0; raise the damping"
+                )
+            solved[:, block.entries] = x.to(rows.dtype)
+        return solved
+
+    def sweep(
+        self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
+    ) -> Tensor:
+        """Scores at k dampings, from one decomposition and one pass over the store.
+
+        Args:
+            dampings: k of them, each as in `Cholesky`.
+            queries: m rows under the plan of the fit.
+            store: n training rows to score; None is the store of the fit.
+
+        Returns:
+            [k, m, n], each as `dropinf.scores` makes it.
+
+        Raises:
+            ValueError: rows under another plan, or a layer is singular at one of the dampings.
+        """
+        store = self.store if store is None else store
+        self._check_plans(f"{type(self).__name__}.sweep", queries, store)
+        solved = [self.solve_at(queries.rows, damping) for damping in dampings]
+        found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
+        return mark_invalid(found, queries, store)

@@ -137,9 +137,9 @@ def lost_pivot(factor: Tensor, diagonal: Tensor) -> int:
     """The first pivot (from 1) of L that rounding may have made, or 0.
 
     A pivot is a difference of numbers as large as the matrix's own diagonal, so it is off by about
-    sqrt(r) roundings of that. Below, a singular matrix passes as a regular one.
+    sqrt(r) roundings of that; below a few times as much, a singular matrix passes as a regular one.
     """
-    rounding = torch.finfo(factor.dtype).eps / 2 * len(factor) ** 0.5
+    rounding = 2 * torch.finfo(factor.dtype).eps * len(factor) ** 0.5
     lost = ~(factor.diagonal().square() > rounding * diagonal)
     return int(lost.nonzero()[0]) + 1 if lost.any() else 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from dropinf.plan import Plan
@@ -42,18 +44,33 @@ class Solver(ABC):
     def solve(self, rows: Tensor) -> Tensor:
         """[m, R] -> [m, R]: each layer's slice times the inverse of its damped matrix.
 
+        A row that is not finite gives NaN.
+
         Raises:
             RuntimeError: the solver was not fitted.
             ValueError: the rows do not have the width of those it was fitted on.
         """
+        return self._checked("solve", rows, self._solve)
+
+    def scale(self, rows: Tensor) -> Tensor | None:
+        """[n] factors of the scores of training rows [n, R]; None is one each."""
+        return None
+
+    def _checked(self, call: str, rows: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
         if self.plan is None:
-            raise RuntimeError(f"{type(self).__name__}.solve: call fit(store) first")
+            raise RuntimeError(f"{type(self).__name__}.{call}: call fit(store) first")
         if rows.dim() != 2 or rows.shape[1] != self.plan.width:
             raise ValueError(
-                f"{type(self).__name__}.solve: rows must be [m, {self.plan.width}], "
+                f"{type(self).__name__}.{call}: rows must be [m, {self.plan.width}], "
                 f"got {tuple(rows.shape)}"
             )
-        return self._solve(rows)
+        finite = rows.isfinite().all(1)  # a query that is marked invalid may hold anything
+        if finite.all():
+            return solve(rows) if len(rows) else rows.clone()
+        solved = torch.full_like(rows, torch.nan)
+        if finite.any():
+            solved[finite] = solve(rows[finite])
+        return solved
 
     @abstractmethod
     def _fit(self, store: RowStore, n: int) -> None: ...

@@ -31,7 +31,7 @@ def valid_rows(
         return
     dtype = first[1].dtype if dtype is None else dtype
     width = first[1][:1, columns].shape[1]
-    num_rows = max(1, part_bytes // max(1, width * dtype.itemsize))
+    num_rows = max(1, min(len(store), part_bytes // max(1, width * dtype.itemsize)))
     part, filled = None, 0
     for start, chunk in store.chunks():
         valid = store.valid[start : start + len(chunk)]

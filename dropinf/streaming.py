@@ -63,7 +63,7 @@ def mean_squares(store: RowStore, n: int) -> Tensor:
     """[R] float64: the diagonal of F over all layers, n the number of valid rows."""
     total = torch.zeros(store.plan.width, dtype=torch.float64)
     for rows in valid_rows(store):
-        total += rows.double().square_().sum(0)
+        total += rows.double().square().sum(0)
     return total / n
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from dropinf.plan import Block, Plan
@@ -43,24 +44,40 @@ class Solver(ABC):
     def solve(self, rows: Tensor) -> Tensor:
         """[m, R] -> [m, R]: each layer's slice times the inverse of its damped matrix.
 
+        A row that is not finite gives NaN.
+
         Raises:
             RuntimeError: the solver was not fitted.
             ValueError: the rows do not have the width of those it was fitted on.
         """
-        self._check_rows(f"{type(self).__name__}.solve", rows)
-        return self._solve(rows)
+        return self._checked("solve", rows, self._solve)
+
+    def scale(self, rows: Tensor) -> Tensor | None:
+        """[n] factors of the scores of training rows [n, R]; None is one each."""
+        return None
+
+    def _checked(self, call: str, rows: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.plan is None:
+            raise RuntimeError(f"{type(self).__name__}.{call}: call fit(store) first")
+        if rows.dim() != 2 or rows.shape[1] != self.plan.width:
+            raise ValueError(
+                f"{type(self).__name__}.{call}: rows must be [m, {self.plan.width}], "
+                f"got {tuple(rows.shape)}"
+            )
+        finite = rows.isfinite().all(1)  # a query that is marked invalid may hold anything
+        if finite.all():
+            return solve(rows) if len(rows) else rows.clone()
+        solved = torch.full_like(rows, torch.nan)
+        if finite.any():
+            solved[finite] = solve(rows[finite])
+        return solved
 
     def _blocks(self, plan: Plan) -> Sequence[Block]:
         """The layers that have a matrix of their own."""
         return plan.blocks
 
-    def _check_rows(self, op: str, rows: Tensor) -> None:
-        if self.plan is None:
-            raise RuntimeError(f"{op}: call fit(store) first")
-        if rows.dim() != 2 or rows.shape[1] != self.plan.width:
-            raise ValueError(f"{op}: rows must be [m, {self.plan.width}], got {tuple(rows.shape)}")
-
-    def _check_plans(self, op: str, queries: RowStore, store: RowStore | None) -> None:
+    def _check_plans(self, call: str, queries: RowStore, store: RowStore | None) -> None:
+        op = f"{type(self).__name__}.{call}"
         if self.plan is None:
             raise RuntimeError(f"{op}: call fit(store) first")
         made = self.plan.fingerprint
@@ -70,10 +87,6 @@ class Solver(ABC):
                     f"{op}: the {what} made under plan {rows.plan.fingerprint}, the solver was "
                     f"fitted under {made}; collect them with the same plan"
                 )
-
-    def scale(self, rows: Tensor) -> Tensor | None:
-        """[n] factors of the scores of training rows [n, R]; None is one each."""
-        return None
 
     @abstractmethod
     def _fit(self, store: RowStore, n: int) -> None: ...

@@ -57,7 +57,6 @@ class Cholesky(Solver):
     def __init__(
         self,
         damping: float | Mapping[str, float] = 0.1,
-        *,
         absolute: bool = False,
         dtype: torch.dtype | None = None,
         max_bytes: int | None = None,
@@ -142,10 +141,12 @@ class Cholesky(Solver):
         Returns:
             [k, m, n], equal to the scores of k solvers fitted with those dampings.
         """
-        op = f"{type(self).__name__}.sweep"
-        self._check_plans(op, queries, store)
+        self._check_plans("sweep", queries, store)
         if self.store is None:
-            raise ValueError(f"{op}: needs the rows of the fit; use {op[:-6]}.load(path, store)")
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}.sweep: needs the rows of the fit; use {name}.load(path, store)"
+            )
         if self._decomposed is None:
             self._decomposed = self._eigen(absolute=self.absolute).fit(self.store)
         return self._decomposed.sweep(dampings, queries, store)

@@ -45,19 +45,19 @@ class Eigen(Solver):
     def __init__(
         self,
         damping: float | Mapping[str, float] = 0.1,
-        *,
         absolute: bool = False,
         rank: int | None = None,
     ) -> None:
         self._damping = Damping(type(self).__name__, damping, absolute)
         if rank is not None and rank < 1:
-            raise ValueError(f"{type(self).__name__}: rank must be 1 or more, got {rank}")
+            raise ValueError(f"{type(self).__name__}: rank must be from 1, got {rank!r}")
         self.damping, self.absolute, self.rank = damping, absolute, rank
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = self._blocks(store.plan)
         self._damping.of(blocks)  # before hours of work
         self._pairs = [self._decompose(store, n, block) for block in blocks]
+        self._lambdas("fit", self._damping)
 
     def _decompose(self, store: RowStore, n: int, block: Block) -> _Pairs:
         columns = [block.entries]
@@ -85,7 +85,7 @@ class Eigen(Solver):
         return slice(len(s) - k, len(s))
 
     def _solve(self, rows: Tensor) -> Tensor:
-        return self.solve_at(rows, self.damping)
+        return self._solve_with(rows, self._damping)
 
     def solve_at(self, rows: Tensor, damping: float | Mapping[str, float]) -> Tensor:
         """`solve` with another damping, from the same decomposition.
@@ -93,25 +93,34 @@ class Eigen(Solver):
         Raises:
             ValueError: a layer is singular at that damping.
         """
-        op = f"{type(self).__name__}.solve_at"
-        self._check_rows(op, rows)
-        wanted = Damping(op, damping, self.absolute)
-        numbers = wanted.of([pairs.block for pairs in self._pairs])
+        wanted = Damping(f"{type(self).__name__}.solve_at", damping, self.absolute)
+        return self._checked("solve_at", rows, lambda q: self._solve_with(q, wanted))
+
+    def _solve_with(self, rows: Tensor, damping: Damping) -> Tensor:
         solved = torch.empty_like(rows)
-        for (block, s, V, mean), number in zip(self._pairs, numbers, strict=True):
-            λ = wanted.λ(number, mean)
+        λs = self._lambdas("solve_at", damping)
+        for (block, s, V, _), λ in zip(self._pairs, λs, strict=True):
             q = rows[:, block.entries].double()
             inside = q @ V
             x = inside / (s + λ) @ V.T
-            if λ > 0 and len(s) < block.r:
+            if len(s) < block.r and λ > 0:
                 x += (q - inside @ V.T) / λ
-            elif len(s) < block.r and mean > 0:
-                raise ValueError(
-                    f"{op}: layer {block.name!r} (r={block.r}) has {len(s)} eigenvalues above zero "
-                    "and is singular at damping=0; raise the damping"
-                )
-            solved[:, block.entries] = x.to(rows.dtype)
+            solved[:, block.entries] = x
         return solved
+
+    def _lambdas(self, call: str, damping: Damping) -> list[float]:
+        """λ_l of each layer, none of which it leaves singular."""
+        numbers = damping.of([pairs.block for pairs in self._pairs])
+        λs = []
+        for (block, s, _, mean), number in zip(self._pairs, numbers, strict=True):
+            λ = damping.λ(number, mean)
+            if λ == 0 and mean > 0 and len(s) < block.r:
+                raise ValueError(
+                    f"{type(self).__name__}.{call}: layer {block.name!r} (r={block.r}, {len(s)} "
+                    "eigenpairs) is singular at damping=0; raise the damping"
+                )
+            λs.append(λ)
+        return λs
 
     def sweep(
         self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
@@ -130,7 +139,7 @@ class Eigen(Solver):
             ValueError: rows under another plan, or a layer is singular at one of the dampings.
         """
         store = self.store if store is None else store
-        self._check_plans(f"{type(self).__name__}.sweep", queries, store)
+        self._check_plans("sweep", queries, store)
         solved = [self.solve_at(queries.rows, damping) for damping in dampings]
         found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
         return mark_invalid(found, queries, store)

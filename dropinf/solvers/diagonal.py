@@ -1,0 +1,54 @@
+"""The diagonal of the damped Gauss-Newton matrix alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dropinf.solvers.base import Solver
+from dropinf.solvers.damping import Damping
+from dropinf.store import RowStore
+from dropinf.streaming import mean_squares
+
+
+class Diagonal(Solver):
+    """x = q / (diag(F_l) + λ_l): coordinates are taken to be uncorrelated.
+
+    The diagonal of the empirical Fisher matrix in place of the matrix, as in Kirkpatrick et al.
+    2017 (arXiv 1612.00796); exact where F_l is diagonal. The mean over i of
+    g_i,k² / (diag(F)_k + λ) is at most 1, so no coordinate leads the scores by its size alone.
+
+    One pass over the store at `fit`, none at `solve`; keeps R numbers.
+
+    Args:
+        damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
+        absolute: `damping` is λ_l itself.
+
+    Raises:
+        ValueError: the damping is not a number from 0; or, at `fit`, it is 0 and a coordinate is
+            zero in every row. (A layer that is zero as a whole gives zeros.)
+    """
+
+    def __init__(self, damping: float | Mapping[str, float] = 0.1, absolute: bool = False) -> None:
+        self._damping = Damping("Diagonal", damping, absolute)
+
+    def _fit(self, store: RowStore, n: int) -> None:
+        diagonal = mean_squares(store, n)
+        self._inverse = torch.zeros_like(diagonal)
+        blocks = store.plan.blocks
+        for block, λ in zip(blocks, self._damping.lambdas(blocks, diagonal), strict=True):
+            damped = diagonal[block.entries] + λ
+            if not damped.any():
+                continue
+            if not damped.all():
+                raise ValueError(
+                    f"Diagonal.fit: layer {block.name!r} has {int((damped == 0).sum())} of "
+                    f"{block.r} coordinates that are zero in every row, which damping=0 cannot "
+                    "invert; raise the damping"
+                )
+            self._inverse[block.entries] = 1 / damped
+
+    def _solve(self, rows: Tensor) -> Tensor:
+        return (rows.double() * self._inverse.to(rows.device)).to(rows.dtype)

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace dropinf {
 
@@ -135,5 +136,44 @@ struct GradEntries {
 // out[k] = scale * gradient.flatten()[idx[k]] for k in [k_begin, k_end). False, with every entry
 // still written, if an index is out of range.
 bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end);
+
+// The arguments of damped_cholesky and cholesky_solve. Layer l is r_l wide, the difference of its
+// offsets; its matrix is row-major [r_l, r_l], one behind the other.
+struct CholeskyArgs {
+  int64_t L;
+  const int64_t* offsets;  // [L + 1]
+  const float* matrices;   // to factorise; or factors, if `factors` is null
+  float* factors;          // may be `matrices`
+  const float* shift;      // [L], added to the diagonals
+  int32_t* info;           // [L]: 0, or the first pivot from 1 that is not positive
+  const float* rows;       // [m, R] right-hand sides, or null; stride 1 in R
+  float* solved;           // [m, R], may be `rows`
+  int64_t m, rows_stride, solved_stride;
+};
+
+// One call of damped_cholesky or cholesky_solve, cut into items once and then shared by the
+// threads. The bits of a layer depend on nothing but that layer.
+class CholeskyCall {
+ public:
+  // Of the layers narrower than `n_below`.
+  CholeskyCall(const CholeskyArgs& args, int64_t n_below, int64_t threads);
+
+  int64_t num_items() const { return static_cast<int64_t>(items_.size()); }  // the longest first
+  double ns = 0;  // rough time of all items
+
+  void item(int64_t k) const;
+
+ private:
+  struct Item {
+    int64_t first, count;  // layers, in order_
+    int64_t row_begin, row_end;
+    bool together;
+  };
+
+  CholeskyArgs args_;
+  std::vector<int64_t> starts_;  // [L], of the matrices
+  std::vector<int64_t> order_;   // layers, the widest first
+  std::vector<Item> items_;
+};
 
 }  // namespace dropinf

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -379,23 +380,35 @@ void check_layers(const char* op, const at::Tensor& offsets, const at::Tensor& m
   }
 }
 
-// From this width on LAPACK takes a layer.
-constexpr int64_t kLapack = 1024;
+// A layer must have this much to do for its rows to be shared out: threads meet twice for each
+// panel.
+constexpr double kSharedNs = 100e3;
 
+// An item that would keep one thread busy while the others are done is shared by all of them.
 void run(const CholeskyArgs& args) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const CholeskyCall call(args, kLapack, threads);
+  const CholeskyCall call(args);
   const int64_t num_items = call.num_items();
-  const int64_t workers =
-      std::min({threads, num_items, 1 + static_cast<int64_t>(call.ns / kThreadNs)});
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t k = next++; k < num_items; k = next++) call.item(k);
+  const Share share = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+    at::parallel_for(0, count, 1, f);
   };
-  if (workers <= 1) {
-    work(0, 1);
-  } else {
+  int64_t shared = 0;
+  double rest_ns = call.total_ns;
+  while (threads > 1 && shared < num_items && call.item_ns(shared) > kSharedNs &&
+         call.item_ns(shared) * threads > 0.5 * rest_ns) {
+    rest_ns -= call.item_ns(shared);
+    call.item(shared++, &share);
+  }
+  std::atomic<int64_t> next{shared};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < num_items; k = next++) call.item(k, nullptr);
+  };
+  const int64_t workers =
+      std::min({threads, num_items - shared, 1 + static_cast<int64_t>(rest_ns / kThreadNs)});
+  if (workers > 1) {
     at::parallel_for(0, workers, 1, work);
+  } else {
+    work(0, 1);
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -137,6 +138,9 @@ struct GradEntries {
 // still written, if an index is out of range.
 bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end);
 
+// share(count, f) calls f(begin, end) for parts that make up [0, count), on several threads.
+using Share = std::function<void(int64_t, const std::function<void(int64_t, int64_t)>&)>;
+
 // The arguments of damped_cholesky and cholesky_solve. Layer l is r_l wide, the difference of its
 // offsets; its matrix is row-major [r_l, r_l], one behind the other.
 struct CholeskyArgs {
@@ -155,19 +159,20 @@ struct CholeskyArgs {
 // threads. The bits of a layer depend on nothing but that layer.
 class CholeskyCall {
  public:
-  // Of the layers narrower than `n_below`.
-  CholeskyCall(const CholeskyArgs& args, int64_t n_below, int64_t threads);
+  explicit CholeskyCall(const CholeskyArgs& args);
 
   int64_t num_items() const { return static_cast<int64_t>(items_.size()); }  // the longest first
-  double ns = 0;  // rough time of all items
+  double total_ns = 0;                                                       // rough times
+  double item_ns(int64_t k) const { return items_[k].ns; }
 
-  void item(int64_t k) const;
+  // `share`: how threads share the work of this item, or null for the calling thread alone.
+  void item(int64_t k, const Share* share) const;
 
  private:
   struct Item {
     int64_t first, count;  // layers, in order_
-    int64_t row_begin, row_end;
     bool together;
+    double ns;
   };
 
   CholeskyArgs args_;

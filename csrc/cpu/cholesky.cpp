@@ -48,55 +48,49 @@ double alone_ns(int64_t n, int64_t m, bool factorising) {
 
 }  // namespace
 
-void cholesky_group(const CholeskyGroup& group, bool together) {
+void cholesky_group(const CholeskyGroup& group, bool together, const Share* share) {
 #if DROPINF_AVX2
-  if (use_avx2()) return (together ? avx2::run_group<true> : avx2::run_group<false>)(group);
+  if (use_avx2()) return (together ? avx2::run_group<true> : avx2::run_group<false>)(group, share);
 #endif
-  (together ? portable::run_group<true> : portable::run_group<false>)(group);
+  (together ? portable::run_group<true> : portable::run_group<false>)(group, share);
 }
 
-CholeskyCall::CholeskyCall(const CholeskyArgs& args, int64_t n_below, int64_t threads)
-    : args_(args), starts_(args.L) {
+CholeskyCall::CholeskyCall(const CholeskyArgs& args)
+    : args_(args), starts_(args.L), order_(args.L) {
   const auto size = [&](int64_t l) { return args.offsets[l + 1] - args.offsets[l]; };
-  order_.reserve(args.L);
   int64_t start = 0;
   for (int64_t l = 0; l < args.L; ++l) {
-    const int64_t n = size(l);
     starts_[l] = start;
-    start += n * n;
-    if (n < n_below) order_.push_back(l);
+    start += size(l) * size(l);
+    order_[l] = l;
   }
   const auto larger = [&](int64_t a, int64_t b) { return size(a) > size(b); };
   if (!std::is_sorted(order_.begin(), order_.end(), larger)) {
     std::stable_sort(order_.begin(), order_.end(), larger);
   }
-  const int64_t total = static_cast<int64_t>(order_.size());
   const bool factorising = args.factors;
-  for (int64_t first = 0; first < total;) {
-    int64_t count = std::min(kLanes, total - first);
-    const int64_t n = size(order_[first]);
+  for (int64_t first = 0; first < args.L;) {
+    const int64_t n = size(order_[first]), count = std::min(kLanes, args.L - first);
     double alone = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      alone += alone_ns(size(order_[first + k]), args.m, factorising);
+    for (int64_t k = first; k < first + count; ++k) {
+      alone += alone_ns(size(order_[k]), args.m, factorising);
     }
     const double side_by_side = together_ns(n, args.m, factorising);
-    const bool together = side_by_side < alone;
-    if (!together) {
-      count = 1;
-      alone = alone_ns(n, args.m, factorising);
+    if (side_by_side < alone) {
+      items_.push_back({first, count, true, side_by_side});
+    } else {
+      items_.push_back({first, 1, false, alone_ns(n, args.m, factorising)});
     }
-    ns += together ? side_by_side : alone;
-    items_.push_back({first, count, 0, args.m, together});
-    first += count;
+    total_ns += items_.back().ns;
+    first += items_.back().count;
   }
-  (void)threads;
 }
 
-void CholeskyCall::item(int64_t k) const {
+void CholeskyCall::item(int64_t k, const Share* share) const {
   const Item& item = items_[k];
   CholeskyGroup group{};
   group.count = item.count;
-  group.m = item.row_end - item.row_begin;
+  group.m = args_.m;
   group.rows_stride = args_.rows_stride;
   group.solved_stride = args_.solved_stride;
   for (int64_t l = 0; l < item.count; ++l) {
@@ -109,10 +103,10 @@ void CholeskyCall::item(int64_t k) const {
       group.info[l] = args_.info + layer;
     }
     if (!args_.rows) continue;
-    group.rows[l] = args_.rows + item.row_begin * args_.rows_stride + offset;
-    group.solved[l] = args_.solved + item.row_begin * args_.solved_stride + offset;
+    group.rows[l] = args_.rows + offset;
+    group.solved[l] = args_.solved + offset;
   }
-  cholesky_group(group, item.together);
+  cholesky_group(group, item.together, share);
 }
 
 }  // namespace dropinf

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/lanes.h"
+#include "launchers.h"
 
 namespace dropinf {
 
@@ -28,7 +29,8 @@ struct CholeskyGroup {
 };
 
 // Does all of one group: `together` puts the layers side by side in the lanes, else there is one
-// layer, and eight of its rows are. The same bits either way.
-void cholesky_group(const CholeskyGroup& group, bool together);
+// layer, and eight of its rows are. `share`, or null, lets threads share the rows. The same bits
+// whatever is chosen.
+void cholesky_group(const CholeskyGroup& group, bool together, const Share* share);
 
 }  // namespace dropinf

@@ -95,6 +95,16 @@ TARGET inline __attribute__((always_inline)) void tiles(int64_t begin, int64_t e
   }
 }
 
+// f(begin, end) over rows [begin, end), a few tiles at a time where threads share them.
+template <bool together, typename F>
+inline void share_rows(const Share* share, int64_t begin, int64_t end, const F& f) {
+  if (!share) return f(begin, end);
+  const int64_t rows = 6 * kRows<together>;
+  (*share)((end - begin + rows - 1) / rows, [&](int64_t first, int64_t last) {
+    f(begin + first * rows, std::min(end, begin + last * rows));
+  });
+}
+
 // Writes down the first bad pivot of each lane.
 inline void note_pivots(int good, int64_t j, int32_t* info) {
   for (int64_t l = 0; l < kLanes; ++l) {
@@ -158,19 +168,23 @@ TARGET inline void pivots_alone(float* S, int64_t ld, float* inverses, int64_t f
 
 // The lower factor in place of the matrix [N, N], N a multiple of 4, or of 8 if it is alone.
 template <bool together>
-TARGET void factorise(float* S, int64_t ld, int64_t N, float* inverses, int32_t* info) {
+TARGET void factorise(float* S, int64_t ld, int64_t N, float* inverses, int32_t* info,
+                      const Share* share) {
   constexpr int64_t E = kStep<together>;
   for (int64_t first = 0; first < N; first += kPanel) {
     const int64_t last = std::min(first + kPanel, N);
-    for (int64_t k = 0; k < first; k += kPanel) {
-      tiles<together>(first, N, [&](auto V, int64_t i) TARGET {
-        const int64_t end = std::min(last, i + V * kRows<together>);
-        for (int64_t j = first; j < end; j += 4) {
-          update_tile<together, V>(S + (k * ld + i) * E, ld * E, S + (k * ld + j) * E, ld * E, E,
-                                   kPanel, S + (j * ld + i) * E, ld * E);
-        }
-      });
-    }
+    const auto update = [&](int64_t begin, int64_t end) TARGET {
+      for (int64_t k = 0; k < first; k += kPanel) {
+        tiles<together>(begin, end, [&](auto V, int64_t i) TARGET {
+          const int64_t columns = std::min(last, i + V * kRows<together>);
+          for (int64_t j = first; j < columns; j += 4) {
+            update_tile<together, V>(S + (k * ld + i) * E, ld * E, S + (k * ld + j) * E, ld * E, E,
+                                     kPanel, S + (j * ld + i) * E, ld * E);
+          }
+        });
+      }
+    };
+    if (first > 0) share_rows<together>(share, first, N, update);
     for (int64_t j = first; j < last; j += 4) {
       int64_t i = j + 4;
       if constexpr (together) {
@@ -184,11 +198,14 @@ TARGET void factorise(float* S, int64_t ld, int64_t N, float* inverses, int32_t*
         solve_columns<together, V>(S, ld, inverses, first, j, S + i * E, ld * E);
       });
     }
-    tiles<together>(last, N, [&](auto V, int64_t i) TARGET {
-      for (int64_t j = first; j < last; j += 4) {
-        solve_columns<together, V>(S, ld, inverses, first, j, S + i * E, ld * E);
-      }
-    });
+    const auto below = [&](int64_t begin, int64_t end) TARGET {
+      tiles<together>(begin, end, [&](auto V, int64_t i) TARGET {
+        for (int64_t j = first; j < last; j += 4) {
+          solve_columns<together, V>(S, ld, inverses, first, j, S + i * E, ld * E);
+        }
+      });
+    };
+    share_rows<together>(share, last, N, below);
   }
 }
 
@@ -248,14 +265,14 @@ struct Table {
   int64_t stride, rows, columns;
 };
 
-// Row-major tables into elements: rows [0, height), and columns [0, N) or, of a lower triangle,
+// Row-major tables into elements: rows [begin, height), and columns [0, N) or, of a lower triangle,
 // those up to the diagonal. What a table does not have is zeros. Above the diagonal, up to the next
 // multiple of 8, is anything.
 template <bool together>
-TARGET void pack(const Table<const float>* tables, int64_t height, int64_t N, bool lower, float* S,
-                 int64_t ld) {
+TARGET void pack(const Table<const float>* tables, int64_t begin, int64_t height, int64_t N,
+                 bool lower, float* S, int64_t ld) {
   constexpr int64_t R = kRows<together>, E = kStep<together>;
-  for (int64_t i = 0; i < height; i += R) {
+  for (int64_t i = begin; i < height; i += R) {
     const int64_t end = lower ? std::min(N, i + R) : N;
     for (int64_t j = 0; j < end; j += kLanes) {
       Lanes a[kLanes];
@@ -275,9 +292,9 @@ TARGET void pack(const Table<const float>* tables, int64_t height, int64_t N, bo
 // The way back; of a lower triangle, with zeros above the diagonal.
 template <bool together>
 TARGET void unpack(const float* S, int64_t ld, bool lower, const Table<float>* tables,
-                   int64_t height, int64_t N) {
+                   int64_t begin, int64_t height, int64_t N) {
   constexpr int64_t R = kRows<together>, E = kStep<together>;
-  for (int64_t i = 0; i < height; i += R) {
+  for (int64_t i = begin; i < height; i += R) {
     for (int64_t j = 0; j < N; j += kLanes) {
       Lanes a[kLanes];
       const int64_t count = std::min(N, lower ? i + R : N) - j;
@@ -299,12 +316,12 @@ TARGET void unpack(const float* S, int64_t ld, bool lower, const Table<float>* t
 }
 
 template <bool together>
-TARGET void run_group(const CholeskyGroup& group) {
+TARGET void run_group(const CholeskyGroup& group, const Share* share) {
   constexpr int64_t R = kRows<together>, E = kStep<together>;
   const bool factorising = group.factor[0];
   int64_t largest = 0;
-  Table<const float> from[kLanes]{}, rows[kLanes]{};
-  Table<float> to[kLanes]{}, solved[kLanes]{};
+  Table<const float> from[kLanes]{};
+  Table<float> to[kLanes]{};
   float shift[kLanes]{};
   for (int64_t l = 0; l < group.count; ++l) {
     const int64_t n = group.n[l];
@@ -319,11 +336,12 @@ TARGET void run_group(const CholeskyGroup& group) {
   const int64_t N = round_up_to(largest, together ? 4 : kLanes);
   // An odd number of cache lines from column to column, so that columns fall into all cache sets.
   const int64_t ld = together ? N + 2 : (N / 16 | 1) * 16 + (N % 32 > 16 ? 32 : 0);
-  const int64_t chunk = std::min(round_up_to(group.m, R), kChunk<together>);
-  Floats scratch = make_floats(((ld + 1) * N + chunk * N) * E);
-  float *const S = scratch.get(), *const inverses = S + ld * N * E, *const X = inverses + N * E;
+  Floats scratch = make_floats((ld + 1) * N * E);
+  float *const S = scratch.get(), *const inverses = S + ld * N * E;
   int32_t info[kLanes]{};
-  pack<together>(from, N, N, true, S, ld);
+  share_rows<together>(share, 0, N, [&](int64_t begin, int64_t end) TARGET {
+    pack<together>(from, begin, end, N, true, S, ld);
+  });
   for (int64_t i = 0; i < N; ++i) {
     float* p = S + (i * ld + i) * E;
     for (int64_t l = 0; l < E; ++l) {
@@ -336,28 +354,40 @@ TARGET void run_group(const CholeskyGroup& group) {
     }
   }
   if (factorising) {
-    factorise<together>(S, ld, N, inverses, info);
-    unpack<together>(S, ld, true, to, N, N);
+    factorise<together>(S, ld, N, inverses, info, share);
+    share_rows<together>(share, 0, N, [&](int64_t begin, int64_t end) TARGET {
+      unpack<together>(S, ld, true, to, begin, end, N);
+    });
     for (int64_t l = 0; l < group.count; ++l) {
       *group.info[l] = info[l];
       if (info[l]) std::fill_n(group.factor[l], group.n[l] * group.n[l], kNaN);
     }
   }
-  for (int64_t first = 0; first < group.m; first += chunk) {
-    const int64_t count = std::min(chunk, group.m - first);
-    for (int64_t l = 0; l < group.count; ++l) {
-      const int64_t n = group.n[l];
-      rows[l] = {group.rows[l] + first * group.rows_stride, group.rows_stride, count, n};
-      solved[l] = {group.solved[l] + first * group.solved_stride, group.solved_stride, count, n};
-    }
-    pack<together>(rows, count, N, false, X, chunk);
-    solve<together>(S, ld, N, inverses, X, chunk, (count + R - 1) / R);
-    unpack<together>(X, chunk, false, solved, count, N);
-    for (int64_t l = 0; l < group.count; ++l) {
-      if (!info[l]) continue;
-      for (int64_t i = 0; i < count; ++i) {
-        std::fill_n(solved[l].data + i * group.solved_stride, group.n[l], kNaN);
+  if (group.m == 0) return;
+  const int64_t chunk = std::min(round_up_to(group.m, R), kChunk<together>);
+  const auto solve_chunks = [&](int64_t begin, int64_t end) TARGET {
+    Floats space = make_floats(chunk * N * E);
+    float* const X = space.get();
+    for (int64_t first = begin * chunk; first < std::min(end * chunk, group.m); first += chunk) {
+      const int64_t count = std::min(chunk, group.m - first);
+      Table<const float> rows[kLanes]{};
+      Table<float> solved[kLanes]{};
+      for (int64_t l = 0; l < group.count; ++l) {
+        const int64_t n = group.n[l];
+        rows[l] = {group.rows[l] + first * group.rows_stride, group.rows_stride, count, n};
+        solved[l] = {group.solved[l] + first * group.solved_stride, group.solved_stride, count, n};
+      }
+      pack<together>(rows, 0, count, N, false, X, chunk);
+      solve<together>(S, ld, N, inverses, X, chunk, (count + R - 1) / R);
+      unpack<together>(X, chunk, false, solved, 0, count, N);
+      for (int64_t l = 0; l < group.count; ++l) {
+        if (!info[l]) continue;
+        for (int64_t i = 0; i < count; ++i) {
+          std::fill_n(solved[l].data + i * group.solved_stride, group.n[l], kNaN);
+        }
       }
     }
-  }
+  };
+  const int64_t num_chunks = (group.m + chunk - 1) / chunk;
+  share&& num_chunks > 1 ? (*share)(num_chunks, solve_chunks) : solve_chunks(0, num_chunks);
 }

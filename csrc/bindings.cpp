@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -350,9 +351,11 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                     layers[std::max<int64_t>(bad, 0)].numel, " elements");
 }
 
-// What damped_cholesky and cholesky_solve repeat of the checks: [L + 1] rising bounds.
-void check_layers(const char* op, const at::Tensor& offsets, const at::Tensor& matrices,
-                  const std::optional<at::Tensor>& rows, const at::Tensor& solved) {
+// What gram, damped_cholesky and cholesky_solve repeat of the checks: [L + 1] rising bounds, and
+// the packed matrices and rows that fit them.
+void check_layers(const char* op, const at::Tensor& offsets,
+                  std::initializer_list<const at::Tensor*> packed,
+                  std::initializer_list<const at::Tensor*> rows) {
   TORCH_CHECK_VALUE(offsets.scalar_type() == at::kLong && offsets.dim() == 1 &&
                         offsets.numel() > 0 && offsets.is_contiguous(),
                     op, ": offsets must be contiguous int64 [L + 1], got ", offsets.sizes());
@@ -365,19 +368,54 @@ void check_layers(const char* op, const at::Tensor& offsets, const at::Tensor& m
     num_packed += r * r;
   }
   TORCH_CHECK_VALUE(rising, op, ": offsets must rise from 0");
-  TORCH_CHECK_VALUE(matrices.scalar_type() == at::kFloat && matrices.is_contiguous() &&
-                        matrices.dim() == 1 && matrices.numel() == num_packed,
-                    op, ": matrices must be contiguous float32 [", num_packed, "], got ",
-                    matrices.scalar_type(), " ", matrices.sizes());
-  if (!rows) return;
+  for (const at::Tensor* tensor : packed) {
+    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->is_contiguous() &&
+                          tensor->dim() == 1 && tensor->numel() == num_packed,
+                      op, ": packed matrices must be contiguous float32 [", num_packed, "], got ",
+                      tensor->scalar_type(), " ", tensor->sizes());
+  }
   const int64_t R = bounds[offsets.numel() - 1];
-  for (const at::Tensor* tensor : {&*rows, &solved}) {
+  for (const at::Tensor* tensor : rows) {
     TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->dim() == 2 &&
-                          tensor->size(0) == rows->size(0) && tensor->size(1) == R &&
+                          tensor->size(0) == (*rows.begin())->size(0) && tensor->size(1) == R &&
                           (tensor->stride(1) == 1 || R <= 1),
                       op, ": rows and their solutions must be float32 [m, R=", R,
                       "] with stride 1 in R, got ", tensor->scalar_type(), " ", tensor->sizes());
   }
+}
+
+// item(k) for k in [first, num_items), each by whichever thread is free.
+template <typename F>
+void run_items(int64_t first, int64_t num_items, double ns, const F& item) {
+  std::atomic<int64_t> next{first};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < num_items; k = next++) item(k);
+  };
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t workers =
+      std::min({threads, num_items - first, 1 + static_cast<int64_t>(ns / kThreadNs)});
+  if (workers > 1) {
+    at::parallel_for(0, workers, 1, work);
+  } else {
+    work(0, 1);
+  }
+}
+
+void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool accumulate,
+          const at::Tensor& out) {
+  check_layers("gram", offsets, {&out}, {&rows});
+  if (out.numel() == 0) return;
+  GramArgs args;
+  args.rows = rows.const_data_ptr<float>();
+  args.n = rows.size(0);
+  args.rows_stride = rows.stride(0);
+  args.L = offsets.numel() - 1;
+  args.offsets = offsets.const_data_ptr<int64_t>();
+  args.scale = static_cast<float>(scale);
+  args.accumulate = accumulate;
+  args.out = out.mutable_data_ptr<float>();
+  const GramCall call(args);
+  run_items(0, call.num_items(), call.total_ns, [&](int64_t k) { call.item(k); });
 }
 
 // A layer must have this much to do for its rows to be shared out: threads meet twice for each
@@ -399,17 +437,7 @@ void run(const CholeskyArgs& args) {
     rest_ns -= call.item_ns(shared);
     call.item(shared++, &share);
   }
-  std::atomic<int64_t> next{shared};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t k = next++; k < num_items; k = next++) call.item(k, nullptr);
-  };
-  const int64_t workers =
-      std::min({threads, num_items - shared, 1 + static_cast<int64_t>(rest_ns / kThreadNs)});
-  if (workers > 1) {
-    at::parallel_for(0, workers, 1, work);
-  } else {
-    work(0, 1);
-  }
+  run_items(shared, num_items, rest_ns, [&](int64_t k) { call.item(k, nullptr); });
 }
 
 void damped_cholesky(const at::Tensor& matrices, const at::Tensor& offsets, const at::Tensor& shift,
@@ -417,11 +445,9 @@ void damped_cholesky(const at::Tensor& matrices, const at::Tensor& offsets, cons
                      const at::Tensor& info, const std::optional<at::Tensor>& solved) {
   const char* const op = "damped_cholesky";
   TORCH_CHECK_VALUE(rows.has_value() == solved.has_value(), op, ": rows and solved go together");
-  check_layers(op, offsets, matrices, rows, solved ? *solved : matrices);
+  check_layers(op, offsets, {&matrices, &out}, {});
+  if (rows) check_layers(op, offsets, {}, {&*rows, &*solved});
   const int64_t L = offsets.numel() - 1;
-  TORCH_CHECK_VALUE(
-      out.scalar_type() == at::kFloat && out.is_contiguous() && out.sizes() == matrices.sizes(), op,
-      ": out must be contiguous float32 ", matrices.sizes(), ", got ", out.sizes());
   TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous() &&
                         shift.numel() == L && info.scalar_type() == at::kInt &&
                         info.is_contiguous() && info.numel() == L,
@@ -447,7 +473,7 @@ void damped_cholesky(const at::Tensor& matrices, const at::Tensor& offsets, cons
 
 void cholesky_solve(const at::Tensor& factors, const at::Tensor& offsets, const at::Tensor& rows,
                     const at::Tensor& out) {
-  check_layers("cholesky_solve", offsets, factors, rows, out);
+  check_layers("cholesky_solve", offsets, {&factors}, {&rows, &out});
   if (out.numel() == 0) return;
   CholeskyArgs args{};
   args.L = offsets.numel() - 1;
@@ -473,6 +499,8 @@ void sampled_conv_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, 
 
 void gather_grads_meta(const c10::List<std::optional<at::Tensor>>&, at::TensorList,
                        at::ArrayRef<double>, const at::Tensor&) {}
+
+void gram_meta(const at::Tensor&, const at::Tensor&, double, bool, const at::Tensor&) {}
 
 void damped_cholesky_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                           const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
@@ -517,6 +545,7 @@ TORCH_LIBRARY(dropinf, m) {
       "sampled_conv(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, int[] kernel_size, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool bias, float scale, "
       "Tensor(a!) out) -> ()");
+  m.def("gram(Tensor rows, Tensor offsets, float scale, bool accumulate, Tensor(a!) out) -> ()");
   m.def(
       "damped_cholesky(Tensor matrices, Tensor offsets, Tensor shift, Tensor? rows, "
       "Tensor(a!) out, Tensor(b!) info, Tensor(c!)? solved) -> ()");
@@ -529,6 +558,7 @@ TORCH_LIBRARY_IMPL(dropinf, CPU, m) {
   m.impl("sampled_embedding", &dropinf::sampled_embedding);
   m.impl("sampled_conv", &dropinf::sampled_conv);
   m.impl("gather_grads", &dropinf::gather_grads);
+  m.impl("gram", &dropinf::gram);
   m.impl("damped_cholesky", &dropinf::damped_cholesky);
   m.impl("cholesky_solve", &dropinf::cholesky_solve);
 }
@@ -538,6 +568,7 @@ TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
   m.impl("sampled_embedding", &dropinf::sampled_embedding_meta);
   m.impl("sampled_conv", &dropinf::sampled_conv_meta);
   m.impl("gather_grads", &dropinf::gather_grads_meta);
+  m.impl("gram", &dropinf::gram_meta);
   m.impl("damped_cholesky", &dropinf::damped_cholesky_meta);
   m.impl("cholesky_solve", &dropinf::cholesky_solve_meta);
 }

@@ -49,7 +49,7 @@ KERNELS: dict[str, dict[str, Callable]] = {
     },
     "sampled_conv": {"cpu": _native("sampled_conv"), "reference": reference.sampled_conv},
     "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
-    "gram": {"reference": reference.gram},
+    "gram": {"cpu": _native("gram"), "reference": reference.gram},
     "damped_cholesky": {
         "cpu": _native("damped_cholesky"),
         "reference": reference.damped_cholesky,

@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -349,6 +351,142 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                     layers[std::max<int64_t>(bad, 0)].numel, " elements");
 }
 
+// What gram, damped_cholesky and cholesky_solve repeat of the checks: [L + 1] rising bounds, and
+// the packed matrices and rows that fit them.
+void check_layers(const char* op, const at::Tensor& offsets,
+                  std::initializer_list<const at::Tensor*> packed,
+                  std::initializer_list<const at::Tensor*> rows) {
+  TORCH_CHECK_VALUE(offsets.scalar_type() == at::kLong && offsets.dim() == 1 &&
+                        offsets.numel() > 0 && offsets.is_contiguous(),
+                    op, ": offsets must be contiguous int64 [L + 1], got ", offsets.sizes());
+  const int64_t* const bounds = offsets.const_data_ptr<int64_t>();
+  int64_t num_packed = 0;
+  bool rising = bounds[0] == 0;
+  for (int64_t l = 0; l + 1 < offsets.numel(); ++l) {
+    const int64_t r = bounds[l + 1] - bounds[l];
+    rising &= r >= 0;
+    num_packed += r * r;
+  }
+  TORCH_CHECK_VALUE(rising, op, ": offsets must rise from 0");
+  for (const at::Tensor* tensor : packed) {
+    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->is_contiguous() &&
+                          tensor->dim() == 1 && tensor->numel() == num_packed,
+                      op, ": packed matrices must be contiguous float32 [", num_packed, "], got ",
+                      tensor->scalar_type(), " ", tensor->sizes());
+  }
+  const int64_t R = bounds[offsets.numel() - 1];
+  for (const at::Tensor* tensor : rows) {
+    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->dim() == 2 &&
+                          tensor->size(0) == (*rows.begin())->size(0) && tensor->size(1) == R &&
+                          (tensor->stride(1) == 1 || R <= 1),
+                      op, ": rows and their solutions must be float32 [m, R=", R,
+                      "] with stride 1 in R, got ", tensor->scalar_type(), " ", tensor->sizes());
+  }
+}
+
+// item(k) for k in [first, num_items), each by whichever thread is free.
+template <typename F>
+void run_items(int64_t first, int64_t num_items, double ns, const F& item) {
+  std::atomic<int64_t> next{first};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < num_items; k = next++) item(k);
+  };
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t workers =
+      std::min({threads, num_items - first, 1 + static_cast<int64_t>(ns / kThreadNs)});
+  if (workers > 1) {
+    at::parallel_for(0, workers, 1, work);
+  } else {
+    work(0, 1);
+  }
+}
+
+void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool accumulate,
+          const at::Tensor& out) {
+  check_layers("gram", offsets, {&out}, {&rows});
+  if (out.numel() == 0) return;
+  GramArgs args;
+  args.rows = rows.const_data_ptr<float>();
+  args.n = rows.size(0);
+  args.rows_stride = rows.stride(0);
+  args.L = offsets.numel() - 1;
+  args.offsets = offsets.const_data_ptr<int64_t>();
+  args.scale = static_cast<float>(scale);
+  args.accumulate = accumulate;
+  args.out = out.mutable_data_ptr<float>();
+  const GramCall call(args);
+  run_items(0, call.num_items(), call.total_ns, [&](int64_t k) { call.item(k); });
+}
+
+// A layer must have this much to do for its rows to be shared out: threads meet twice for each
+// panel.
+constexpr double kSharedNs = 100e3;
+
+// An item that would keep one thread busy while the others are done is shared by all of them.
+void run(const CholeskyArgs& args) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const CholeskyCall call(args);
+  const int64_t num_items = call.num_items();
+  const Share share = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+    at::parallel_for(0, count, 1, f);
+  };
+  int64_t shared = 0;
+  double rest_ns = call.total_ns;
+  while (threads > 1 && shared < num_items && call.item_ns(shared) > kSharedNs &&
+         call.item_ns(shared) * threads > 0.5 * rest_ns) {
+    rest_ns -= call.item_ns(shared);
+    call.item(shared++, &share);
+  }
+  run_items(shared, num_items, rest_ns, [&](int64_t k) { call.item(k, nullptr); });
+}
+
+void damped_cholesky(const at::Tensor& matrices, const at::Tensor& offsets, const at::Tensor& shift,
+                     const std::optional<at::Tensor>& rows, const at::Tensor& out,
+                     const at::Tensor& info, const std::optional<at::Tensor>& solved) {
+  const char* const op = "damped_cholesky";
+  TORCH_CHECK_VALUE(rows.has_value() == solved.has_value(), op, ": rows and solved go together");
+  check_layers(op, offsets, {&matrices, &out}, {});
+  if (rows) check_layers(op, offsets, {}, {&*rows, &*solved});
+  const int64_t L = offsets.numel() - 1;
+  TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous() &&
+                        shift.numel() == L && info.scalar_type() == at::kInt &&
+                        info.is_contiguous() && info.numel() == L,
+                    op, ": shift must be float32 and info int32 [L=", L, "], got ", shift.sizes(),
+                    " and ", info.sizes());
+  CholeskyArgs args{};
+  args.L = L;
+  args.offsets = offsets.const_data_ptr<int64_t>();
+  args.matrices = matrices.const_data_ptr<float>();
+  args.factors = out.mutable_data_ptr<float>();
+  args.shift = shift.const_data_ptr<float>();
+  args.info = info.mutable_data_ptr<int32_t>();
+  std::fill_n(args.info, L, 0);
+  if (rows) {
+    args.rows = rows->const_data_ptr<float>();
+    args.solved = solved->mutable_data_ptr<float>();
+    args.m = rows->size(0);
+    args.rows_stride = rows->stride(0);
+    args.solved_stride = solved->stride(0);
+  }
+  run(args);
+}
+
+void cholesky_solve(const at::Tensor& factors, const at::Tensor& offsets, const at::Tensor& rows,
+                    const at::Tensor& out) {
+  check_layers("cholesky_solve", offsets, {&factors}, {&rows, &out});
+  if (out.numel() == 0) return;
+  CholeskyArgs args{};
+  args.L = offsets.numel() - 1;
+  args.offsets = offsets.const_data_ptr<int64_t>();
+  args.matrices = factors.const_data_ptr<float>();
+  args.rows = rows.const_data_ptr<float>();
+  args.solved = out.mutable_data_ptr<float>();
+  args.m = rows.size(0);
+  args.rows_stride = rows.stride(0);
+  args.solved_stride = out.stride(0);
+  run(args);
+}
+
 void sampled_outer_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                         const std::optional<at::Tensor>&, bool, double, const at::Tensor&) {}
 
@@ -361,6 +499,15 @@ void sampled_conv_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, 
 
 void gather_grads_meta(const c10::List<std::optional<at::Tensor>>&, at::TensorList,
                        at::ArrayRef<double>, const at::Tensor&) {}
+
+void gram_meta(const at::Tensor&, const at::Tensor&, double, bool, const at::Tensor&) {}
+
+void damped_cholesky_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                          const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
+                          const std::optional<at::Tensor>&) {}
+
+void cholesky_solve_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                         const at::Tensor&) {}
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -398,6 +545,11 @@ TORCH_LIBRARY(dropinf, m) {
       "sampled_conv(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, int[] kernel_size, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool bias, float scale, "
       "Tensor(a!) out) -> ()");
+  m.def("gram(Tensor rows, Tensor offsets, float scale, bool accumulate, Tensor(a!) out) -> ()");
+  m.def(
+      "damped_cholesky(Tensor matrices, Tensor offsets, Tensor shift, Tensor? rows, "
+      "Tensor(a!) out, Tensor(b!) info, Tensor(c!)? solved) -> ()");
+  m.def("cholesky_solve(Tensor factors, Tensor offsets, Tensor rows, Tensor(a!) out) -> ()");
   m.def("gather_grads(Tensor?[] grads, Tensor[] indices, float[] scales, Tensor(a!) out) -> ()");
 }
 
@@ -406,6 +558,9 @@ TORCH_LIBRARY_IMPL(dropinf, CPU, m) {
   m.impl("sampled_embedding", &dropinf::sampled_embedding);
   m.impl("sampled_conv", &dropinf::sampled_conv);
   m.impl("gather_grads", &dropinf::gather_grads);
+  m.impl("gram", &dropinf::gram);
+  m.impl("damped_cholesky", &dropinf::damped_cholesky);
+  m.impl("cholesky_solve", &dropinf::cholesky_solve);
 }
 
 TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
@@ -413,6 +568,9 @@ TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
   m.impl("sampled_embedding", &dropinf::sampled_embedding_meta);
   m.impl("sampled_conv", &dropinf::sampled_conv_meta);
   m.impl("gather_grads", &dropinf::gather_grads_meta);
+  m.impl("gram", &dropinf::gram_meta);
+  m.impl("damped_cholesky", &dropinf::damped_cholesky_meta);
+  m.impl("cholesky_solve", &dropinf::cholesky_solve_meta);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

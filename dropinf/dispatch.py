@@ -49,9 +49,12 @@ KERNELS: dict[str, dict[str, Callable]] = {
     },
     "sampled_conv": {"cpu": _native("sampled_conv"), "reference": reference.sampled_conv},
     "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
-    "gram": {"reference": reference.gram},
-    "damped_cholesky": {"reference": reference.damped_cholesky},
-    "cholesky_solve": {"reference": reference.cholesky_solve},
+    "gram": {"cpu": _native("gram"), "reference": reference.gram},
+    "damped_cholesky": {
+        "cpu": _native("damped_cholesky"),
+        "reference": reference.damped_cholesky,
+    },
+    "cholesky_solve": {"cpu": _native("cholesky_solve"), "reference": reference.cholesky_solve},
 }
 
 

@@ -15,6 +15,9 @@ NAMES = {
     "bench_sampled_conv": "sampled_conv, B=8, r=1024, float32; C, O, plane, kernel: {}",
     "bench_gather_grads": "gather_grads, 200 layers of 512 x 512; r of each: {}",
     "bench_streamed_fit": "solvers.Cholesky on 100,000 rows from disk, 1,000 layers, r 1 to 8192",
+    "bench_damped_cholesky": "damped_cholesky, float32, 16 right-hand sides; r, layers; what: {}",
+    "bench_ragged_cholesky": "damped_cholesky, 200 layers of all sizes: {}",
+    "bench_gram": "gram, 50 layers, n=512; r of each: {}",
     "bench_whole_model": "a whole model, r=1024 a layer: {}",
     "bench_whole_model_memory": "memory of one step of a whole model: {}",
 }

@@ -478,10 +478,10 @@ def _checked_offsets(op: str, offsets: tuple[int, ...]) -> tuple[Tensor, int]:
 def _packed(
     op: str, name: str, tensor: Tensor, size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    if dtype not in (torch.float32, torch.float64):
+    if dtype is not torch.float32 and dtype is not torch.float64:
         raise ValueError(f"{op}: {name} must be float32 or float64, got {dtype}")
     _same(op, name, tensor, dtype, device)
-    if tensor.shape != (size,) or not tensor.is_contiguous():
+    if tensor.dim() != 1 or tensor.numel() != size or not tensor.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous [{size}], got {tuple(tensor.shape)}")
 
 

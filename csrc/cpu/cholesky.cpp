@@ -88,7 +88,7 @@ CholeskyCall::CholeskyCall(const CholeskyArgs& args)
 
 void CholeskyCall::item(int64_t k, const Share* share) const {
   const Item& item = items_[k];
-  CholeskyGroup group{};
+  CholeskyGroup group;
   group.count = item.count;
   group.m = args_.m;
   group.rows_stride = args_.rows_stride;
@@ -97,12 +97,9 @@ void CholeskyCall::item(int64_t k, const Share* share) const {
     const int64_t layer = order_[item.first + l], offset = args_.offsets[layer];
     group.n[l] = args_.offsets[layer + 1] - offset;
     group.matrix[l] = args_.matrices + starts_[layer];
-    if (args_.factors) {
-      group.factor[l] = args_.factors + starts_[layer];
-      group.shift[l] = args_.shift[layer];
-      group.info[l] = args_.info + layer;
-    }
-    if (!args_.rows) continue;
+    group.factor[l] = args_.factors ? args_.factors + starts_[layer] : nullptr;
+    group.shift[l] = args_.factors ? args_.shift[layer] : 0.0f;
+    group.info[l] = args_.info + layer;
     group.rows[l] = args_.rows + offset;
     group.solved[l] = args_.solved + offset;
   }

@@ -276,15 +276,19 @@ TARGET void pack(const Table<const float>* tables, int64_t begin, int64_t height
     const int64_t end = lower ? std::min(N, i + R) : N;
     for (int64_t j = 0; j < end; j += kLanes) {
       Lanes a[kLanes];
-      for (int64_t l = 0; l < kLanes; ++l) {
+#pragma GCC unroll 8
+      for (int l = 0; l < kLanes; ++l) {
         const Table<const float>& table = tables[together ? l : 0];
         const int64_t row = together ? i : i + l;
         a[l] = row < table.rows ? load_part(table.data + row * table.stride + j, table.columns - j)
                                 : spread(0.0f);
       }
       transpose(a);
-      const int64_t count = std::min(kLanes, N - j);
-      for (int64_t c = 0; c < count; ++c) store(S + ((j + c) * ld + i) * E, a[c]);
+      const int64_t count = N - j;
+#pragma GCC unroll 8
+      for (int c = 0; c < kLanes; ++c) {
+        if (c < count) store(S + ((j + c) * ld + i) * E, a[c]);
+      }
     }
   }
 }
@@ -298,11 +302,13 @@ TARGET void unpack(const float* S, int64_t ld, bool lower, const Table<float>* t
     for (int64_t j = 0; j < N; j += kLanes) {
       Lanes a[kLanes];
       const int64_t count = std::min(N, lower ? i + R : N) - j;
-      for (int64_t c = 0; c < kLanes; ++c) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kLanes; ++c) {
         a[c] = c < count ? load(S + ((j + c) * ld + i) * E) : spread(0.0f);
       }
       transpose(a);
-      for (int64_t l = 0; l < kLanes; ++l) {
+#pragma GCC unroll 8
+      for (int l = 0; l < kLanes; ++l) {
         const Table<float>& table = tables[together ? l : 0];
         const int64_t row = together ? i : i + l;
         if (row >= table.rows) continue;
@@ -319,31 +325,37 @@ template <bool together>
 TARGET void run_group(const CholeskyGroup& group, const Share* share) {
   constexpr int64_t R = kRows<together>, E = kStep<together>;
   const bool factorising = group.factor[0];
-  int64_t largest = 0;
-  Table<const float> from[kLanes]{};
-  Table<float> to[kLanes]{};
-  float shift[kLanes]{};
-  for (int64_t l = 0; l < group.count; ++l) {
-    const int64_t n = group.n[l];
+  int64_t largest = 0, smallest = group.n[0];
+  Table<const float> from[kLanes];
+  Table<float> to[kLanes];
+  float shift[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) {
+    const bool there = l < group.count;
+    const int64_t n = there ? group.n[l] : 0;
     largest = std::max(largest, n);
-    from[l] = {group.matrix[l], n, n, n};
-    if (factorising) {
-      to[l] = {group.factor[l], n, n, n};
-      shift[l] = group.shift[l];
-    }
+    smallest = std::min(smallest, n);
+    from[l] = {there ? group.matrix[l] : nullptr, n, n, n};
+    to[l] = {there ? group.factor[l] : nullptr, n, n, n};
+    shift[l] = there ? group.shift[l] : 0.0f;
   }
   if (largest == 0) return;
   const int64_t N = round_up_to(largest, together ? 4 : kLanes);
   // An odd number of cache lines from column to column, so that columns fall into all cache sets.
   const int64_t ld = together ? N + 2 : (N / 16 | 1) * 16 + (N % 32 > 16 ? 32 : 0);
-  Floats scratch = make_floats((ld + 1) * N * E);
-  float *const S = scratch.get(), *const inverses = S + ld * N * E;
+  alignas(64) float small[2048];  // of eight 12 x 12 matrices, allocating would cost a tenth
+  const int64_t size = (ld + 1) * N * E;
+  Floats scratch = size > 2048 ? make_floats(size) : nullptr;
+  float *const S = scratch ? scratch.get() : small, *const inverses = S + ld * N * E;
   int32_t info[kLanes]{};
   share_rows<together>(share, 0, N, [&](int64_t begin, int64_t end) TARGET {
     pack<together>(from, begin, end, N, true, S, ld);
   });
   for (int64_t i = 0; i < N; ++i) {
     float* p = S + (i * ld + i) * E;
+    if (together && factorising && i < smallest) {
+      store(p, add(load(p), load(shift)));  // element by element, the next loads would wait
+      continue;
+    }
     for (int64_t l = 0; l < E; ++l) {
       if (l >= group.count || i >= group.n[l]) {
         p[l] = 1.0f;

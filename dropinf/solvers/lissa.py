@@ -18,7 +18,7 @@ from dropinf.streaming import mean_squares
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
 # σ_max / 2.2 would do. Power iteration comes to less from all four random vectors with a
 # probability of at most (0.83 √r 2.2^-11.5)⁴, 8e-9 at r = 10⁴, whatever the other eigenvalues are
-# (Kuczynski and Wozniakowski 1992, doi 10.1137/0613066, theorem 4.1).
+# (Kuczynski and Wozniakowski 1992, doi 10.1137/0613066, section 4).
 _POWER_PASSES = 12
 _POWER_VECTORS = 4
 _MARGIN = 1.1

@@ -19,6 +19,15 @@ TOL = 1e-7  # of the iterations
 RANK = 3
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of small products, in which threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def inverse(G, λ):
     return np.linalg.inv(matrix(G) + λ * np.eye(G.shape[1]))
 
@@ -246,6 +255,25 @@ def test_eigen_of_rows_that_repeat():
         check(name, make(name).fit(store).solve(queries.rows), store, queries)
 
 
+def test_products_stay_small():
+    """[m, c] of a part has no more than R columns, or 256."""
+    for n, R in [(600, 4), (900, 300)]:
+        store, _ = stores(n, 1, R)
+        cut = list(dropinf.solvers.gauss_newton.parts(store))
+        assert max(map(len, cut)) <= max(256, R) and torch.equal(torch.cat(cut), store.rows)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_failed_fit_leaves_nothing_of_the_one_before(name):
+    store, queries = stores(30, 2, 4, 9)
+    solver = make(name, {"0": 0.1, "1": 0} if name in EXACT else 0.1).fit(store)
+    store.rows[4, 4] = torch.inf
+    with pytest.raises(ValueError, match="row 4 of the store"):
+        solver.fit(store)
+    with pytest.raises(RuntimeError, match="call fit"):
+        solver.solve(queries.rows)
+
+
 def passes(monkeypatch, module):
     """A list that grows by the number of layers of each product with F."""
     seen = []
@@ -272,6 +300,36 @@ def test_cg_takes_one_pass_a_step(monkeypatch):
     seen.clear()
     CG().fit(store).solve(stores(60, 50, 3, 20)[1].rows)  # more queries than dimensions
     assert len(seen) == 2
+
+
+def test_cg_searches_no_direction_twice(monkeypatch):
+    """Queries that depend on others cost nothing."""
+    store, queries = stores(60, 3, 20)
+    widths = []
+
+    def counted(store, n, vectors):
+        widths.append(len(vectors[0][1]))
+        return dropinf.solvers.gauss_newton.multiply(store, n, vectors)
+
+    monkeypatch.setattr(dropinf.solvers.cg, "multiply", counted)
+    mixed = torch.randn(9, 3, dtype=torch.float64) @ queries.rows
+    solved = CG(tol=TOL).fit(store).solve(mixed)
+    check("cg", solved, store, RowStore(mixed, store.plan))
+    assert max(widths[:-1]) == 3
+
+
+def test_cg_does_not_trust_the_running_residual():
+    """At a condition of 1e8 it comes below 1e-14, which the true one cannot."""
+    store, queries = stores(100, 3, 40)
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((40, 40)))[0]
+    store.rows.copy_(store.rows * torch.logspace(0, -4, 40, dtype=torch.float64))
+    store.rows.copy_(store.rows @ torch.from_numpy(turn))
+    with pytest.raises(RuntimeError, match=r"above tol=1e-14 .*take Cholesky or Eigen"):
+        CG(0, tol=1e-14, max_iterations=1000).fit(store).solve(queries.rows)
+    solved = CG(0, tol=1e-7, max_iterations=1000).fit(store).solve(queries.rows)
+    residual = queries.rows.numpy() - solved.numpy() @ matrix(store.rows.numpy())
+    lengths = np.linalg.norm(queries.rows.numpy(), axis=1)
+    assert (np.linalg.norm(residual, axis=1) <= 1.1e-7 * lengths).all()
 
 
 def test_cg_where_coordinates_differ_in_size(monkeypatch):

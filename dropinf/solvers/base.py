@@ -37,6 +37,7 @@ class Solver(ABC):
             raise ValueError(
                 f"{type(self).__name__}.fit: none of the store's {len(store)} rows is valid"
             )
+        self.plan = self.store = None  # an error leaves it unfitted, not half of the one before
         self._fit(store, n)
         self.plan, self.store = store.plan, store
         return self

@@ -44,7 +44,8 @@ class CG(Solver):
     Raises:
         ValueError: an argument is out of range; or, at `fit`, a layer with λ_l = 0 has n < r_l or
             a coordinate that is zero in every row.
-        RuntimeError: at `solve`, a layer did not come to `tol`.
+        RuntimeError: at `solve`, a layer did not come to `tol`. Rounding alone can keep it from
+            there where the condition of A is above 1e8 or so: take `Cholesky` or `Eigen`.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class CG(Solver):
             raise RuntimeError(
                 f"CG.solve: layer {worst.block.name!r} has a relative residual of "
                 f"{worst.residual():.2g} after max_iterations={most}, above tol={self.tol:g} "
-                f"(layers not done: {len(systems)}); raise max_iterations, tol or the damping"
+                f"(layers not done: {len(systems)}); raise max_iterations, tol or the damping, or "
+                "take Cholesky or Eigen"
             )
         return solved
 
@@ -128,7 +130,8 @@ class _System:
         if info:
             raise RuntimeError(
                 f"CG.solve: layer {self.block.name!r} is singular to float64 rounding, its "
-                f"relative residual is {self.residual():.2g}; raise the damping"
+                f"relative residual is {self.residual():.2g}; raise the damping, or take Cholesky "
+                "or Eigen"
             )
         α = torch.cholesky_solve(P @ self._residuals.T, factor)
         self.x.addmm_(α.T, P)

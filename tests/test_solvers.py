@@ -51,6 +51,7 @@ def matrix(G):
 
 
 SOLVERS = {
+    "cholesky": (partial(Cholesky, dtype=torch.float64), inverse),
     "cg": (partial(CG, tol=TOL), inverse),
     "lissa": (partial(LiSSA, tol=TOL, depth=100_000), inverse),
     "eigen": (Eigen, inverse),

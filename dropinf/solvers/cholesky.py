@@ -117,12 +117,15 @@ class Cholesky(Solver):
                 )
             if form is Dual:
                 alone.append(Dual([block], setting))
-            elif together and held + size + max(scratch, beside) <= budget:
-                together[-1].append(block)
-                held, scratch = held + size, max(scratch, beside)
-            else:
-                together.append([block])
-                held, scratch = size, beside
+                continue
+            if together:
+                widest = max(scratch, beside) * min(len(together[-1]) + 1, torch.get_num_threads())
+                if held + size + widest <= budget:
+                    together[-1].append(block)
+                    held, scratch = held + size, max(scratch, beside)
+                    continue
+            together.append([block])
+            held, scratch = size, beside
         return [*(Primal(members, setting) for members in together), *alone]
 
     def _solve(self, rows: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ class Group(ABC):
         unit = 1.0 if self.setting.damping.absolute else mean_diagonal
         works = (f"1e{e:+03d}" for e in range(-12, 13) if not factorise(10.0**e * unit)[0])
         raise ValueError(
-            f"{where} is singular at damping={layer.λ / unit:.3g}; the smallest power of ten that "
-            f"works is {next(works, 'beyond 1e+12')}"
+            f"{where} is singular at damping={layer.λ / unit:.3g}; raise the damping: the smallest "
+            f"power of ten that works is {next(works, 'beyond 1e+12')}"
         )
 
 

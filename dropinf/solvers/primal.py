@@ -25,8 +25,9 @@ class Primal(Group):
 
     @staticmethod
     def scratch_bytes(block: Block, setting: Setting) -> int:
-        # float32 factors are made in place; float64 ones go through torch, which copies twice.
-        return 2 * 8 * block.r**2 if setting.dtype == torch.float64 else 0
+        # Each thread's kernel packs its layer; float64 goes through torch, which copies twice.
+        copies = 2 if setting.dtype == torch.float64 else 1.1
+        return int(copies * setting.dtype.itemsize * block.r**2)
 
     def size(self) -> tuple[int, torch.dtype]:
         return sum(block.r**2 for block in self.blocks), self.setting.dtype

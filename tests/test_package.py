@@ -147,11 +147,36 @@ def test_no_module_has_the_name_of_a_public_function():
     assert not modules & functions
 
 
+def readme_blocks():
+    return [
+        part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]
+    ]
+
+
 def test_readme_example():
     """The README's ten lines run as they stand."""
-    text = (ROOT / "README.md").read_text()
-    example = text.split("```python\n", 2)[1].split("```")[0]
+    example = readme_blocks()[0]
     assert example.count("\n") <= 25
     namespace = {}
     exec(example, namespace)
     assert namespace["values"].shape == namespace["indices"].shape == (20, 5)
+
+
+def test_readme_solvers(tmp_path, monkeypatch):
+    """So do its lines on solvers, after those."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    model, train, queries, loss_fn = (
+        namespace[k] for k in ("model", "train", "queries", "loss_fn")
+    )
+    namespace["parts"] = parts = []
+    for seed in range(2):
+        plan = dropinf.Plan.make(model, dropinf.Dropout(r=50, seed=seed))
+        store, asked = (dropinf.collect(model, d, loss_fn, plan) for d in (train, queries))
+        parts.append((asked, store, dropinf.solvers.Cholesky().fit(store)))
+    exec(next(block for block in others if "solver.sweep" in block), namespace)
+    assert namespace["many"].shape == (4, 20, 100) and namespace["own"].shape == (100,)
+    assert namespace["mean"].shape == namespace["error"].shape == (20, 100)
+    assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)

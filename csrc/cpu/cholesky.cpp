@@ -35,14 +35,14 @@ namespace {
 // Rough times, of 2-core AMD EPYC Zen 4, 2026-11.
 double together_ns(int64_t n, int64_t m, bool factorising) {
   const double size = static_cast<double>(n);
-  return 300 + 20 * size * size + (factorising ? 0.03 * size * size * size : 0) +
-         m * size * (3 + 0.2 * size);
+  return 200 + 8 * size * size + (factorising ? 0.03 * size * size * size : 0) +
+         static_cast<double>(m) * size * (10 + 0.5 * size);
 }
 
 double alone_ns(int64_t n, int64_t m, bool factorising) {
   const double size = static_cast<double>(n);
-  const double rows = static_cast<double>((m + kLanes - 1) / kLanes * kLanes);
-  return 100 + 30 * size + size * size + (factorising ? 0.008 * size * size * size : 0) +
+  const double rows = static_cast<double>(round_up_to(m, kLanes));
+  return 300 + 30 * size + 0.3 * size * size + (factorising ? 0.0035 * size * size * size : 0) +
          rows * size * (1 + 0.04 * size);
 }
 

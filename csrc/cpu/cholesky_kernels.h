@@ -342,9 +342,9 @@ TARGET void run_group(const CholeskyGroup& group, const Share* share) {
   const int64_t N = round_up_to(largest, together ? 4 : kLanes);
   // An odd number of cache lines from column to column, so that columns fall into all cache sets.
   const int64_t ld = together ? N + 2 : (N / 16 | 1) * 16 + (N % 32 > 16 ? 32 : 0);
-  alignas(64) float small[2048];  // of eight 12 x 12 matrices, allocating would cost a tenth
+  alignas(64) float small[4096];  // for eight 20 x 20 matrices allocating would cost a tenth
   const int64_t size = (ld + 1) * N * E;
-  Floats scratch = size > 2048 ? make_floats(size) : nullptr;
+  Floats scratch = size > 4096 ? make_floats(size) : nullptr;
   float *const S = scratch ? scratch.get() : small, *const inverses = S + ld * N * E;
   int32_t info[kLanes]{};
   share_rows<together>(share, 0, N, [&](int64_t begin, int64_t end) TARGET {

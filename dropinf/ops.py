@@ -391,7 +391,7 @@ def damped_cholesky(
     offsets, num_packed = _offsets(op, offsets)
     dtype, device = matrices.dtype, matrices.device
     _packed(op, "matrices", matrices, num_packed, dtype, device)
-    L = len(offsets) - 1
+    L = offsets.numel() - 1
     if not isinstance(shift, Tensor):
         shift = torch.full((L,), shift, dtype=dtype, device=device)
     _packed(op, "shift", shift, L, dtype, device)

@@ -17,6 +17,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "launchers.h"
@@ -418,24 +419,85 @@ void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool 
   run_items(0, call.num_items(), call.total_ns, [&](int64_t k) { call.item(k); });
 }
 
-// A layer must have this much to do for its rows to be shared out: threads meet twice for each
-// panel.
+// A layer must have this much to do for its rows to be shared out.
 constexpr double kSharedNs = 100e3;
+
+// Threads that stay together over many short jobs of one caller. They take the parts of a job as
+// they come free, so a thread that the system has put aside holds nobody up; a parallel_for for
+// each job would wait for it every time.
+class Team {
+ public:
+  // f(part, part + 1) for each part, on the caller and on the helpers that are there.
+  void share(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+    job_ = &f;
+    done_ = 0;
+    ++generation_;
+    left_.store(generation_ << 32 | static_cast<uint64_t>(count), std::memory_order_release);
+    while (take()) {
+    }
+    for (int64_t tries = 0; done_.load(std::memory_order_acquire) < count;) wait(&tries);
+  }
+  void help() {
+    for (int64_t tries = 0; !over_.load(std::memory_order_acquire);) {
+      take() ? void(tries = 0) : wait(&tries);
+    }
+  }
+  void end() { over_.store(true, std::memory_order_release); }
+
+ private:
+  struct Count {
+    ~Count() { done.fetch_add(1, std::memory_order_release); }
+    std::atomic<int64_t>& done;
+  };
+
+  // The part is counted even if f throws. Its job is the current one: until all parts are counted,
+  // the caller does not go on.
+  bool take() {
+    uint64_t left = left_.load(std::memory_order_acquire);
+    do {
+      if ((left & kParts) == 0) return false;
+    } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel));
+    const Count count{done_};
+    const int64_t part = static_cast<int64_t>(left & kParts) - 1;
+    (*job_)(part, part + 1);
+    return true;
+  }
+  static void wait(int64_t* tries) {
+    if (++*tries > 2000) std::this_thread::yield();
+  }
+
+  static constexpr uint64_t kParts = 0xffffffff;
+  std::atomic<uint64_t> left_{0};  // the job's generation, and its parts that nobody took yet
+  std::atomic<int64_t> done_{0};
+  std::atomic<bool> over_{false};
+  uint64_t generation_ = 0;
+  const std::function<void(int64_t, int64_t)>* job_ = nullptr;
+};
 
 // An item that would keep one thread busy while the others are done is shared by all of them.
 void run(const CholeskyArgs& args) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const CholeskyCall call(args);
   const int64_t num_items = call.num_items();
-  const Share share = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-    at::parallel_for(0, count, 1, f);
-  };
   int64_t shared = 0;
   double rest_ns = call.total_ns;
   while (threads > 1 && shared < num_items && call.item_ns(shared) > kSharedNs &&
          call.item_ns(shared) * threads > 0.5 * rest_ns) {
-    rest_ns -= call.item_ns(shared);
-    call.item(shared++, &share);
+    rest_ns -= call.item_ns(shared++);
+  }
+  if (shared > 0) {
+    Team team;
+    const Share share = [&](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+      team.share(count, f);
+    };
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+      if (begin > 0) return team.help();
+      const struct End {
+        ~End() { team.end(); }
+        Team& team;
+      } end{team};
+      for (int64_t k = 0; k < shared; ++k) call.item(k, &share);
+    });
   }
   run_items(shared, num_items, rest_ns, [&](int64_t k) { call.item(k, nullptr); });
 }

@@ -265,6 +265,25 @@ struct Table {
   int64_t stride, rows, columns;
 };
 
+// The fewest rows and columns of the eight tables.
+template <typename Float>
+inline void fewest(const Table<Float>* tables, int64_t* rows, int64_t* columns) {
+  *rows = tables[0].rows;
+  *columns = tables[0].columns;
+  for (int64_t l = 1; l < kLanes; ++l) {
+    *rows = std::min(*rows, tables[l].rows);
+    *columns = std::min(*columns, tables[l].columns);
+  }
+}
+
+// Up to `count` of eight columns, `step` apart.
+TARGET inline void put(const Lanes* a, int64_t count, float* to, int64_t step) {
+#pragma GCC unroll 8
+  for (int c = 0; c < kLanes; ++c) {
+    if (c < count) store(to + c * step, a[c]);
+  }
+}
+
 // Row-major tables into elements: rows [begin, height), and columns [0, N) or, of a lower triangle,
 // those up to the diagonal. What a table does not have is zeros. Above the diagonal, up to the next
 // multiple of 8, is anything.
@@ -272,10 +291,21 @@ template <bool together>
 TARGET void pack(const Table<const float>* tables, int64_t begin, int64_t height, int64_t N,
                  bool lower, float* S, int64_t ld) {
   constexpr int64_t R = kRows<together>, E = kStep<together>;
+  int64_t fewest_rows = 0, fewest_columns = 0;
+  if (together) fewest(tables, &fewest_rows, &fewest_columns);
   for (int64_t i = begin; i < height; i += R) {
     const int64_t end = lower ? std::min(N, i + R) : N;
     for (int64_t j = 0; j < end; j += kLanes) {
       Lanes a[kLanes];
+      if (together && i < fewest_rows && j + kLanes <= fewest_columns) {
+#pragma GCC unroll 8
+        for (int l = 0; l < kLanes; ++l) {
+          a[l] = load(tables[l].data + i * tables[l].stride + j);
+        }
+        transpose(a);
+        put(a, N - j, S + (j * ld + i) * E, ld * E);
+        continue;
+      }
 #pragma GCC unroll 8
       for (int l = 0; l < kLanes; ++l) {
         const Table<const float>& table = tables[together ? l : 0];
@@ -284,11 +314,7 @@ TARGET void pack(const Table<const float>* tables, int64_t begin, int64_t height
                                 : spread(0.0f);
       }
       transpose(a);
-      const int64_t count = N - j;
-#pragma GCC unroll 8
-      for (int c = 0; c < kLanes; ++c) {
-        if (c < count) store(S + ((j + c) * ld + i) * E, a[c]);
-      }
+      put(a, N - j, S + (j * ld + i) * E, ld * E);
     }
   }
 }
@@ -298,6 +324,8 @@ template <bool together>
 TARGET void unpack(const float* S, int64_t ld, bool lower, const Table<float>* tables,
                    int64_t begin, int64_t height, int64_t N) {
   constexpr int64_t R = kRows<together>, E = kStep<together>;
+  int64_t fewest_rows = 0, fewest_columns = 0;
+  if (together) fewest(tables, &fewest_rows, &fewest_columns);
   for (int64_t i = begin; i < height; i += R) {
     for (int64_t j = 0; j < N; j += kLanes) {
       Lanes a[kLanes];
@@ -307,6 +335,13 @@ TARGET void unpack(const float* S, int64_t ld, bool lower, const Table<float>* t
         a[c] = c < count ? load(S + ((j + c) * ld + i) * E) : spread(0.0f);
       }
       transpose(a);
+      if (together && i < fewest_rows && j + kLanes <= fewest_columns) {
+#pragma GCC unroll 8
+        for (int l = 0; l < kLanes; ++l) {
+          store(tables[l].data + i * tables[l].stride + j, a[l]);
+        }
+        continue;
+      }
 #pragma GCC unroll 8
       for (int l = 0; l < kLanes; ++l) {
         const Table<float>& table = tables[together ? l : 0];
@@ -342,9 +377,9 @@ TARGET void run_group(const CholeskyGroup& group, const Share* share) {
   const int64_t N = round_up_to(largest, together ? 4 : kLanes);
   // An odd number of cache lines from column to column, so that columns fall into all cache sets.
   const int64_t ld = together ? N + 2 : (N / 16 | 1) * 16 + (N % 32 > 16 ? 32 : 0);
-  alignas(64) float small[2048];  // of eight 12 x 12 matrices, allocating would cost a tenth
+  alignas(64) float small[4096];  // for eight 20 x 20 matrices allocating would cost a tenth
   const int64_t size = (ld + 1) * N * E;
-  Floats scratch = size > 2048 ? make_floats(size) : nullptr;
+  Floats scratch = size > 4096 ? make_floats(size) : nullptr;
   float *const S = scratch ? scratch.get() : small, *const inverses = S + ld * N * E;
   int32_t info[kLanes]{};
   share_rows<together>(share, 0, N, [&](int64_t begin, int64_t end) TARGET {

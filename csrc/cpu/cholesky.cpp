@@ -13,6 +13,8 @@ namespace {
 #define TARGET
 #include "cpu/tile_kernels.h"
 // After the tiles.
+#include "cpu/table_kernels.h"
+// After both.
 #include "cpu/cholesky_kernels.h"
 #undef TARGET
 }  // namespace
@@ -24,6 +26,8 @@ namespace {
 #define TARGET AVX2
 #include "cpu/tile_kernels.h"
 // After the tiles.
+#include "cpu/table_kernels.h"
+// After both.
 #include "cpu/cholesky_kernels.h"
 #undef TARGET
 }  // namespace

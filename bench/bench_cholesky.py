@@ -36,7 +36,7 @@ def fastest(solve, n, L):
 def bench_damped_cholesky(timed, shape, solve):
     n, L = shape
     matrices, offsets, rows, _ = layers([n] * L)
-    shift, out = torch.zeros(L), torch.empty_like(matrices)
+    shift = torch.zeros(L)
     batch = matrices.view(L, n, n)
     columns = rows.view(M, L, n).permute(1, 2, 0).contiguous()
 
@@ -46,7 +46,7 @@ def bench_damped_cholesky(timed, shape, solve):
 
     def dropinf():
         return ops.damped_cholesky(
-            matrices, offsets, shift, rows=rows if solve else None, out=out, backend="cpu"
+            matrices, offsets, shift, rows=rows if solve else None, backend="cpu"
         )
 
     assert not dropinf().info.any()
@@ -58,7 +58,7 @@ def bench_damped_cholesky(timed, shape, solve):
 def bench_ragged_cholesky(timed, sizes, solve):
     widths = torch.randint(8, 513, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     matrices, offsets, rows, views = layers(widths)
-    shift, out = torch.zeros(len(widths)), torch.empty_like(matrices)
+    shift = torch.zeros(len(widths))
     columns = [part.T.contiguous() for part in rows.split(widths, 1)]
 
     def torch_loop():
@@ -69,7 +69,7 @@ def bench_ragged_cholesky(timed, sizes, solve):
 
     def dropinf():
         return ops.damped_cholesky(
-            matrices, offsets, shift, rows=rows if solve else None, out=out, backend="cpu"
+            matrices, offsets, shift, rows=rows if solve else None, backend="cpu"
         )
 
     timed({"dropinf": dropinf, "torch": torch_loop}, "dropinf", {"torch": (3, None)})

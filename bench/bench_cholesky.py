@@ -50,7 +50,12 @@ def bench_damped_cholesky(timed, shape, solve):
         )
 
     assert not dropinf().info.any()
-    timed({"dropinf": dropinf, "torch": torch_batch}, "dropinf", {"torch": fastest(solve, n, L)})
+    timed(
+        {"dropinf": dropinf, "torch": torch_batch},
+        "dropinf",
+        {"torch": fastest(solve, n, L)},
+        rounds=5,
+    )
 
 
 @pytest.mark.parametrize("solve", [False, True], ids=["factors", "and solve"])
@@ -72,7 +77,7 @@ def bench_ragged_cholesky(timed, sizes, solve):
             matrices, offsets, shift, rows=rows if solve else None, backend="cpu"
         )
 
-    timed({"dropinf": dropinf, "torch": torch_loop}, "dropinf", {"torch": (3, None)})
+    timed({"dropinf": dropinf, "torch": torch_loop}, "dropinf", {"torch": (3, None)}, rounds=5)
 
 
 @pytest.mark.parametrize("r", [8, 32, 64, 256, 1024])
@@ -90,4 +95,4 @@ def bench_gram(timed, r):
         "dropinf": lambda: ops.gram(rows, offsets, out=out, backend="cpu"),
         "torch.mm": torch_loop,
     }
-    timed(contestants, "dropinf", {"torch.mm": (1, None)})
+    timed(contestants, "dropinf", {"torch.mm": (1, None)}, rounds=5)

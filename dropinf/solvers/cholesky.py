@@ -79,8 +79,9 @@ class Cholesky(Solver):
             part_bytes = min(part_bytes, max(1, self.max_bytes // 8))
         setting = Setting(type(self).__name__, self._damping, dtype, n, part_bytes)
         groups = self._grouped(blocks, setting)
-        total = sum(size * kind.itemsize for size, kind in (group.size() for group in groups))
-        self._spill = spill = None if total <= self._budget(setting) else Spill()
+        total = sum(group.num_bytes(block, setting) for group in groups for block in group.blocks)
+        beside = max(group.scratch_bytes(group.blocks, setting) for group in groups)
+        self._spill = spill = None if total + beside <= self._budget(setting) else Spill()
         for group in groups:
             group.fit(store, [dampings[block] for block in group.blocks])
             if spill is not None:
@@ -105,27 +106,27 @@ class Cholesky(Solver):
         budget = self._budget(setting)
         together: list[list[Block]] = []
         alone: list[Group] = []
-        held = scratch = 0
+
+        def needs(form: type[Group], members: Sequence[Block]) -> int:
+            held = sum(form.num_bytes(block, setting) for block in members)
+            return held + form.scratch_bytes(members, setting)
+
         for block in blocks:
             form = Dual if 2 * setting.n <= block.r else Primal
-            size, beside = form.num_bytes(block, setting), form.scratch_bytes(block, setting)
-            if size + beside > budget:
+            if needs(form, [block]) > budget:
                 raise ValueError(
                     f"{setting.op}.fit: layer {block.name!r} (n={setting.n}, r={block.r}) needs "
-                    f"max_bytes={(size + beside) * 8 // 5 + 1} or more, got {self.max_bytes}; "
+                    f"max_bytes={needs(form, [block]) * 8 // 5 + 1} or more, got {self.max_bytes}; "
                     "raise it, or keep fewer coordinates"
                 )
             if form is Dual:
                 alone.append(Dual([block], setting))
-                continue
-            if together:
-                widest = max(scratch, beside) * min(len(together[-1]) + 1, torch.get_num_threads())
-                if held + size + widest <= budget:
-                    together[-1].append(block)
-                    held, scratch = held + size, max(scratch, beside)
-                    continue
-            together.append([block])
-            held, scratch = size, beside
+            elif together and (
+                self.max_bytes is None or needs(form, [*together[-1], block]) <= budget
+            ):
+                together[-1].append(block)
+            else:
+                together.append([block])
         return [*(Primal(members, setting) for members in together), *alone]
 
     def _solve(self, rows: Tensor) -> Tensor:

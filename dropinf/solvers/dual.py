@@ -27,9 +27,9 @@ class Dual(Group):
     def num_bytes(block: Block, setting: Setting) -> int:
         return 8 * setting.n**2
 
-    @staticmethod
-    def scratch_bytes(block: Block, setting: Setting) -> int:
-        return 2 * 8 * setting.n**2
+    @classmethod
+    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+        return 2 * 8 * setting.n**2  # K is kept for another try, and torch copies
 
     def size(self) -> tuple[int, torch.dtype]:
         return self.setting.n**2, torch.float64
@@ -47,16 +47,19 @@ class Dual(Group):
             self.factors = K.view(-1)
             return
 
-        def factorise(λ: float) -> tuple[int, Tensor]:
+        factor = K
+
+        def factorise(λ: float) -> int:
+            nonlocal factor
             damped = K.clone()
             damped.diagonal().add_(n * λ)
             factor, info = torch.linalg.cholesky_ex(damped)
-            return int(info) or lost_pivot(factor, damped.diagonal()), factor
+            return int(info) or lost_pivot(factor, damped.diagonal())
 
         # F has rank n < r: without damping it is singular, whatever rounding makes of K.
-        failed, factor = (n + 1, K) if λ == 0 else factorise(λ)
+        failed = n + 1 if λ == 0 else factorise(λ)
         if failed:
-            self.layers[0], factor = self._retried(self.layers[0], failed, factorise, mean)
+            self.layers[0] = self._retried(self.layers[0], failed, factorise, mean)
         self.factors = factor.reshape(-1)
 
     def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -79,10 +80,10 @@ class Group(ABC):
     def num_bytes(block: Block, setting: Setting) -> int:
         """Of one layer's factor."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def scratch_bytes(block: Block, setting: Setting) -> int:
-        """Beside the factor, while it is made."""
+    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+        """Beside the factors of a group of those layers, while they are made."""
 
     @abstractmethod
     def size(self) -> tuple[int, torch.dtype]:
@@ -108,10 +109,14 @@ class Group(ABC):
         self,
         layer: Layer,
         failed: int,
-        factorise: Callable[[float], tuple[int, Tensor]],
+        factorise: Callable[[float], int],
         mean_diagonal: float,
-    ) -> tuple[Layer, Tensor]:
-        """With ten times the damping, until `factorise` gives no failed pivot."""
+    ) -> Layer:
+        """With ten times the damping, until `factorise(λ)` makes a factor and gives 0, not a pivot.
+
+        Raises:
+            ValueError: it gave a failed pivot at the last try, or λ is zero.
+        """
         op, pivots = self.setting.op, [failed]
         where = f"{op}.fit: layer {layer.name!r} (n={self.setting.n}, r={layer.r})"
         while layer.λ > 0 and len(pivots) <= _RETRIES:
@@ -121,15 +126,17 @@ class Group(ABC):
                 stacklevel=6,
             )
             layer = replace(layer, λ=10 * layer.λ, failed_pivots=tuple(pivots))
-            failed, factor = factorise(layer.λ)
+            failed = factorise(layer.λ)
             if not failed:
-                return layer, factor
+                return layer
             pivots.append(failed)
         unit = 1.0 if self.setting.damping.absolute else mean_diagonal
-        works = (f"1e{e:+03d}" for e in range(-12, 13) if not factorise(10.0**e * unit)[0])
+        powers = range(-12, 13)
+        first = bisect_left(powers, True, key=lambda e: factorise(10.0**e * unit) == 0)
+        works = f"1e{powers[first]:+03d}" if first < len(powers) else "beyond 1e+12"
         raise ValueError(
             f"{where} is singular at damping={layer.λ / unit:.3g}; raise the damping: the smallest "
-            f"power of ten that works is {next(works, 'beyond 1e+12')}"
+            f"power of ten that works is {works}"
         )
 
 

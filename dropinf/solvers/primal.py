@@ -23,17 +23,21 @@ class Primal(Group):
     def num_bytes(block: Block, setting: Setting) -> int:
         return setting.dtype.itemsize * block.r**2
 
-    @staticmethod
-    def scratch_bytes(block: Block, setting: Setting) -> int:
-        # Each thread's kernel packs its layer; float64 goes through torch, which copies twice.
-        copies = 2 if setting.dtype == torch.float64 else 1.1
-        return int(copies * setting.dtype.itemsize * block.r**2)
+    @classmethod
+    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+        widest = max(cls.num_bytes(block, setting) for block in blocks)
+        if setting.dtype == torch.float64:  # a layer at a time through torch, which copies twice
+            return 2 * widest
+        # Each thread's kernel packs its layer, with a little padding.
+        return int(1.1 * widest) * min(len(blocks), torch.get_num_threads())
 
     def size(self) -> tuple[int, torch.dtype]:
         return sum(block.r**2 for block in self.blocks), self.setting.dtype
 
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
-        F = self._gram(store)
+        numbers, dtype = self.size()
+        F = torch.empty(numbers, dtype=dtype)
+        self._gram(store, F)
         matrices = ops.unpack(F, self.offsets)
         diagonals = [matrix.diagonal().clone() for matrix in matrices]
         shift = F.new_empty(len(self.blocks))
@@ -50,33 +54,31 @@ class Primal(Group):
             if self.layers[l].λ == 0 and self.setting.n < len(diagonal) and diagonal.any():
                 failed = self.setting.n + 1  # the rank of F_l, whatever rounding made of it
             if failed:
-                self.layers[l], factor = self._retry(store, l, failed)
-                matrix.copy_(factor)
+                self.layers[l] = self._retry(store, l, failed, matrix, diagonal)
         self.factors = F
 
-    def _gram(self, store: RowStore) -> Tensor:
-        numbers, dtype = self.size()
-        F = torch.empty(numbers, dtype=dtype)
+    def _gram(self, store: RowStore, F: Tensor) -> None:
+        """Every layer's F_l, packed, into F."""
         parts = valid_rows(store, self.columns, part_bytes=self.setting.part_bytes)
         for i, rows in enumerate(parts):
             ops.gram(rows, self.offsets, scale=1 / self.setting.n, accumulate=i > 0, out=F)
         for block, matrix in zip(self.blocks, ops.unpack(F, self.offsets), strict=True):
             if not matrix.diagonal().isfinite().all():
                 raise ValueError(
-                    f"{self.setting.op}.fit: the squares of layer {block.name!r} overflow {dtype}; "
-                    "scale the loss down, or use dtype=torch.float64"
+                    f"{self.setting.op}.fit: the squares of layer {block.name!r} overflow "
+                    f"{F.dtype}; scale the loss down, or use dtype=torch.float64"
                 )
-        return F
 
-    def _retry(self, store: RowStore, l: int, failed: int) -> tuple[Layer, Tensor]:
-        alone = Primal([self.blocks[l]], self.setting)
-        F, r = alone._gram(store), self.blocks[l].r
-        diagonal = F.view(r, r).diagonal()
+    def _retry(
+        self, store: RowStore, l: int, failed: int, factor: Tensor, diagonal: Tensor
+    ) -> Layer:
+        """Each try sums F_l and factorises it where its factor belongs: no memory beyond that."""
+        alone, packed = Primal([self.blocks[l]], self.setting), factor.view(-1)
 
-        def factorise(λ: float) -> tuple[int, Tensor]:
-            done = ops.damped_cholesky(F, alone.offsets, λ)
-            factor = done.factors.view(r, r)
-            return int(done.info[0]) or lost_pivot(factor, diagonal + λ), factor
+        def factorise(λ: float) -> int:
+            alone._gram(store, packed)
+            info = ops.damped_cholesky(packed, alone.offsets, λ, out=packed).info
+            return int(info[0]) or lost_pivot(factor, diagonal + λ)
 
         mean = float(diagonal.double().mean())
         return self._retried(self.layers[l], failed, factorise, mean)

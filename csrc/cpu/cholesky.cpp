@@ -8,31 +8,8 @@
 
 namespace dropinf {
 
-namespace portable {
-namespace {
-#define TARGET
-#include "cpu/tile_kernels.h"
-// After the tiles.
-#include "cpu/table_kernels.h"
-// After both.
-#include "cpu/cholesky_kernels.h"
-#undef TARGET
-}  // namespace
-}  // namespace portable
-
-#if DROPINF_AVX2
-namespace avx2 {
-namespace {
-#define TARGET AVX2
-#include "cpu/tile_kernels.h"
-// After the tiles.
-#include "cpu/table_kernels.h"
-// After both.
-#include "cpu/cholesky_kernels.h"
-#undef TARGET
-}  // namespace
-}  // namespace avx2
-#endif
+#define KERNELS "cpu/cholesky_kernels.h"
+#include "cpu/each_capability.h"
 
 namespace {
 

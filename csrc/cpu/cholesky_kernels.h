@@ -10,6 +10,8 @@
 // the place alone, never on the tile, the group or the padding. Sums from zero round less than
 // one long subtraction from a large a(j, j).
 
+#include "cpu/table_kernels.h"
+
 // to -= the product of one block, where 4 columns of `to` are to_step apart.
 template <bool together, int V>
 TARGET void update_tile(const float* a, int64_t a_step, const float* b, int64_t b_step,

@@ -15,27 +15,8 @@ constexpr int64_t kDepth = 128;
 
 }  // namespace
 
-namespace portable {
-namespace {
-#define TARGET
-#include "cpu/tile_kernels.h"
-// After the tiles.
-#include "cpu/gram_kernels.h"
-#undef TARGET
-}  // namespace
-}  // namespace portable
-
-#if DROPINF_AVX2
-namespace avx2 {
-namespace {
-#define TARGET AVX2
-#include "cpu/tile_kernels.h"
-// After the tiles.
-#include "cpu/gram_kernels.h"
-#undef TARGET
-}  // namespace
-}  // namespace avx2
-#endif
+#define KERNELS "cpu/gram_kernels.h"
+#include "cpu/each_capability.h"
 
 GramCall::GramCall(const GramArgs& args) : args_(args) {
   int64_t start = 0;

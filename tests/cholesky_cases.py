@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-# Nothing, one, registers and their neighbours, panels of 64 and theirs, and two LAPACK sizes.
+# Nothing, one, registers and their neighbours, panels of 64 and theirs, and wide ones.
 SIZES = (0, 1, 2, 7, 8, 9, 17, 31, 64, 65, 130, 257, 300, 512)
 
 

@@ -56,8 +56,9 @@ setup(
     ext_modules=[
         CppExtension(
             "dropinf._C",
-            sorted(glob("csrc/**/*.cpp", recursive=True)),
+            sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]),
             depends=sorted(glob("csrc/**/*.h", recursive=True)),
+            define_macros=[("DROPINF_WHY_NO_CUDA", '"not yet"')],
             include_dirs=[os.path.abspath("csrc")],
             extra_compile_args=["-O3", "-g0", *OPENMP],
             extra_link_args=OPENMP,

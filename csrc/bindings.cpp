@@ -1,11 +1,7 @@
-// The one file that includes torch: registers the ops, shares their work out over threads, and
-// makes the module dropinf._C with build information.
-//
-// dropinf/ops.py checks for people; here only what would read or write out of bounds is repeated.
+// Registers the ops, shares their work out over threads on a CPU, and makes the module dropinf._C
+// with build information.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -13,14 +9,13 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
-#include <initializer_list>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <thread>
 #include <vector>
 
-#include "launchers.h"
+#include "checks.h"
+#include "ops.h"
 
 namespace dropinf {
 namespace {
@@ -35,22 +30,6 @@ constexpr int64_t kItemsPerThread = 2;
 // Rough times of one token's search and of one entry: they only decide when a thread pays.
 constexpr double kSearchNs = 20;
 constexpr double kZeroNs = 0.5;
-
-constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
-
-DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "dropinf: need float32, bfloat16 or float16, got ",
-                       tensor.scalar_type());
-  }
-}
 
 int64_t grain(double item_ns) {
   return std::max<int64_t>(1, static_cast<int64_t>(kThreadNs / std::max(item_ns, 1e-3)));
@@ -85,39 +64,8 @@ void run(const SampledOuter& call, const SampledOuterArgs& args) {
 
 void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
                    const at::Tensor& i_idx, const std::optional<at::Tensor>& sign, bool bias,
-                   double scale, const at::Tensor& out) {
-  TORCH_CHECK_VALUE(x.dim() == 3 && dy.dim() == 3 && x.size(0) == dy.size(0) &&
-                        x.size(1) == dy.size(1) && x.scalar_type() == dy.scalar_type(),
-                    "sampled_outer: x must be [B, T, I] and dy [B, T, O] of one dtype, got ",
-                    x.scalar_type(), " ", x.sizes(), " and ", dy.scalar_type(), " ", dy.sizes());
-  for (const auto& tensor : {x, dy}) {
-    TORCH_CHECK_VALUE(tensor.stride(2) == 1 || tensor.size(2) <= 1,
-                      "sampled_outer: x and dy must have stride 1 in the last dimension, got ",
-                      tensor.strides());
-  }
-  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
-                        o_idx.is_contiguous() && i_idx.is_contiguous() &&
-                        o_idx.sizes() == i_idx.sizes() && o_idx.dim() == (sign ? 2 : 1),
-                    "sampled_outer: o_idx and i_idx must be contiguous int32, [r] or with sign "
-                    "[r, s], got ",
-                    o_idx.sizes(), " and ", i_idx.sizes());
-  TORCH_CHECK_VALUE(!sign || (sign->scalar_type() == at::kChar && sign->is_contiguous() &&
-                              sign->sizes() == o_idx.sizes()),
-                    "sampled_outer: sign must be contiguous int8 ", o_idx.sizes());
-  SampledOuterArgs args;
-  args.B = x.size(0);
-  args.T = x.size(1);
-  args.I = x.size(2);
-  args.O = dy.size(2);
-  args.r = o_idx.size(0);
-  args.s = sign ? o_idx.size(1) : 1;
-  args.bias = bias;
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 && out.size(0) == args.B &&
-                        out.size(1) == args.r,
-                    "sampled_outer: out must be float32 [B=", args.B, ", r=", args.r, "], got ",
-                    out.sizes());
-  args.o_idx = o_idx.const_data_ptr<int32_t>();
-  args.i_idx = i_idx.const_data_ptr<int32_t>();
+                   double scale, at::TensorList, const at::Tensor& out) {
+  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
   TORCH_CHECK_INDEX(indices_in_range(args.o_idx, o_idx.numel(), args.O),
                     "sampled_outer: o_idx is out of range for O=", args.O);
   TORCH_CHECK_INDEX(indices_in_range(args.i_idx, i_idx.numel(), args.I + bias),
@@ -128,154 +76,47 @@ void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& 
     out.zero_();
     return;
   }
-  args.dtype = dtype_of(x);
-  args.x = x.const_data_ptr();
-  args.dy = dy.const_data_ptr();
-  args.x_stride_b = x.stride(0);
-  args.x_stride_t = x.stride(1);
-  args.dy_stride_b = dy.stride(0);
-  args.dy_stride_t = dy.stride(1);
-  args.sign = sign ? sign->const_data_ptr<int8_t>() : nullptr;
-  args.scale = static_cast<float>(scale);
-  args.out = out.mutable_data_ptr<float>();
-  args.out_stride_b = out.stride(0);
-  args.out_stride_k = out.stride(1);
   run(*SampledOuter::make(args), args);
 }
 
 void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
                        const at::Tensor& i_idx, double scale, const at::Tensor& out) {
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
-                        dy.dim() == 3 && dy.size(0) == ids.size(0) && dy.size(1) == ids.size(1) &&
-                        (dy.stride(2) == 1 || dy.size(2) <= 1),
-                    "sampled_embedding: ids must be contiguous int64 [B, T] and dy [B, T, O] with "
-                    "stride 1 in O, got ",
-                    ids.scalar_type(), " ", ids.sizes(), " and ", dy.sizes());
-  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
-                        o_idx.is_contiguous() && i_idx.is_contiguous() && o_idx.dim() == 1 &&
-                        o_idx.sizes() == i_idx.sizes(),
-                    "sampled_embedding: o_idx and i_idx must be contiguous int32 [r], got ",
-                    o_idx.sizes(), " and ", i_idx.sizes());
-  SampledEmbeddingArgs args;
-  args.r = o_idx.numel();
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 &&
-                        out.size(0) == ids.size(0) && out.size(1) == args.r,
-                    "sampled_embedding: out must be float32 [B=", ids.size(0), ", r=", args.r,
-                    "], got ", out.sizes());
-  args.o_idx = o_idx.const_data_ptr<int32_t>();
-  args.i_idx = i_idx.const_data_ptr<int32_t>();
-  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, dy.size(2)),
-                    "sampled_embedding: o_idx is out of range for O=", dy.size(2));
+  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, scale, out);
+  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, args.O),
+                    "sampled_embedding: o_idx is out of range for O=", args.O);
   TORCH_CHECK_VALUE(std::is_sorted(args.i_idx, args.i_idx + args.r),
                     "sampled_embedding: i_idx must be sorted");
   if (out.numel() == 0) return;
-  args.ids = ids.const_data_ptr<int64_t>();
-  args.dtype = dtype_of(dy);
-  args.dy = dy.const_data_ptr();
-  args.T = ids.size(1);
-  args.dy_stride_b = dy.stride(0);
-  args.dy_stride_t = dy.stride(1);
-  args.scale = static_cast<float>(scale);
-  args.out = out.mutable_data_ptr<float>();
-  args.out_stride_b = out.stride(0);
-  args.out_stride_k = out.stride(1);
-  at::parallel_for(0, ids.size(0), grain(kSearchNs * args.T + kZeroNs * args.r),
+  at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
                    [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
-}
-
-// The values of one argument of sampled_conv, behind `fill` for the dimensions that are missing.
-void spatial(const char* name, at::IntArrayRef values, int64_t num_dims, int64_t least,
-             int64_t fill, int64_t* to) {
-  TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == num_dims, "sampled_conv: ", name,
-                    " must be ", num_dims, " ints, got ", values);
-  std::fill_n(to, 3, fill);
-  for (int64_t d = 0; d < num_dims; ++d) {
-    TORCH_CHECK_VALUE(values[d] >= least && values[d] <= kInt32Max, "sampled_conv: ", name,
-                      " must be ints from ", least, " to ", kInt32Max, ", got ", values);
-    to[3 - num_dims + d] = values[d];
-  }
 }
 
 void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
                   const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
                   double scale, const at::Tensor& out) {
-  const int64_t num_dims = x.dim() - 2;
-  TORCH_CHECK_VALUE(num_dims >= 1 && num_dims <= 3 && dy.dim() == x.dim() &&
-                        x.size(0) == dy.size(0) && x.scalar_type() == dy.scalar_type(),
-                    "sampled_conv: x must be [B, C, *S] and dy [B, O, *S'] of one dtype, got ",
-                    x.scalar_type(), " ", x.sizes(), " and ", dy.scalar_type(), " ", dy.sizes());
-  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
-                        o_idx.is_contiguous() && i_idx.is_contiguous() && o_idx.dim() == 1 &&
-                        o_idx.sizes() == i_idx.sizes(),
-                    "sampled_conv: o_idx and i_idx must be contiguous int32 [r], got ",
-                    o_idx.sizes(), " and ", i_idx.sizes());
-  SampledConvArgs args;
-  args.C = x.size(1);
-  args.O = dy.size(1);
-  args.groups = groups;
-  TORCH_CHECK_VALUE(groups >= 1 && args.C % groups == 0 && args.O % groups == 0,
-                    "sampled_conv: groups must divide C=", args.C, " and O=", args.O, ", got ",
-                    groups);
-  spatial("kernel_size", kernel_size, num_dims, 1, 1, args.kernel_size);
-  spatial("stride", stride, num_dims, 1, 1, args.stride);
-  spatial("padding", padding, num_dims, 0, 0, args.padding);
-  spatial("dilation", dilation, num_dims, 1, 1, args.dilation);
-  int64_t taps = 1;
-  for (const int64_t size : args.kernel_size) {
-    TORCH_CHECK_VALUE(taps <= kInt32Max / size, "sampled_conv: kernel_size ", kernel_size,
-                      " is too large");
-    taps *= size;
-  }
-  TORCH_CHECK_VALUE(args.C / groups < kInt32Max / taps, "sampled_conv: C=", args.C,
-                    " and kernel_size ", kernel_size, " are too large for int32 indices");
-  const int64_t I = args.C / groups * taps;
-  args.r = o_idx.numel();
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 && out.size(0) == x.size(0) &&
-                        out.size(1) == args.r,
-                    "sampled_conv: out must be float32 [B=", x.size(0), ", r=", args.r, "], got ",
-                    out.sizes());
-  args.o_idx = o_idx.const_data_ptr<int32_t>();
-  args.i_idx = i_idx.const_data_ptr<int32_t>();
+  // Strided rows, as of channels_last, cost several times contiguous ones: they are copied unless
+  // less is read of them than there is.
+  const auto with_rows = [&](const at::Tensor& tensor) {
+    const bool empty = tensor.dim() < 3 || tensor.numel() == 0 || dy.numel() == 0;
+    if (empty || tensor.stride(-1) == 1 || tensor.size(-1) == 1) return tensor;
+    const int64_t outputs = dy.numel() / (dy.size(0) * dy.size(1));
+    const bool in_place = o_idx.numel() * outputs <= tensor.numel() / tensor.size(0);
+    return in_place ? tensor : tensor.contiguous();
+  };
+  const at::Tensor x_rows = with_rows(x), dy_rows = with_rows(dy);
+  const SampledConvArgs args = sampled_conv_args(x_rows, dy_rows, o_idx, i_idx, kernel_size, stride,
+                                                 padding, dilation, groups, bias, scale, out);
   TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, args.O),
                     "sampled_conv: o_idx is out of range for O=", args.O);
-  TORCH_CHECK_INDEX(indices_in_range(args.i_idx, args.r, I + bias),
-                    "sampled_conv: i_idx is out of range for C / groups * prod(kernel_size)=", I,
-                    bias ? " and the bias" : "");
+  TORCH_CHECK_INDEX(indices_in_range(args.i_idx, args.r, args.I + bias),
+                    "sampled_conv: i_idx is out of range for C / groups * prod(kernel_size)=",
+                    args.I, bias ? " and the bias" : "");
   if (out.numel() == 0) return;
   if (dy.numel() == 0) {
     out.zero_();
     return;
   }
-  // Strided rows, as of channels_last, cost several times contiguous ones: they are copied unless
-  // less is read of them than there is.
-  const int64_t outputs = dy.numel() / (dy.size(0) * args.O);
-  const auto with_rows = [&](const at::Tensor& tensor) {
-    const bool in_place = tensor.stride(-1) == 1 || tensor.size(-1) == 1 ||
-                          args.r * outputs <= tensor.numel() / tensor.size(0);
-    return in_place ? tensor : tensor.contiguous();
-  };
-  const at::Tensor x_rows = with_rows(x), dy_rows = with_rows(dy);
-  args.dtype = dtype_of(x);
-  args.x = x_rows.const_data_ptr();
-  args.dy = dy_rows.const_data_ptr();
-  args.x_stride_b = x_rows.stride(0);
-  args.x_stride_c = x_rows.stride(1);
-  args.dy_stride_b = dy_rows.stride(0);
-  args.dy_stride_c = dy_rows.stride(1);
-  for (int64_t d = 0; d < 3; ++d) {
-    const int64_t from = d - 3 + x_rows.dim();
-    const bool there = from >= 2;
-    args.x_size[d] = there ? x_rows.size(from) : 1;
-    args.dy_size[d] = there ? dy_rows.size(from) : 1;
-    args.x_stride[d] = there ? x_rows.stride(from) : 0;
-    args.dy_stride[d] = there ? dy_rows.stride(from) : 0;
-  }
-  args.bias = bias;
-  args.scale = static_cast<float>(scale);
-  args.out = out.mutable_data_ptr<float>();
-  args.out_stride_b = out.stride(0);
-  args.out_stride_k = out.stride(1);
   const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
   const int64_t r = args.r;
   at::parallel_for(0, out.numel(), grain(call->entry_ns), [&](int64_t begin, int64_t end) {
@@ -289,100 +130,21 @@ void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o
 
 void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
                   at::ArrayRef<double> scales, const at::Tensor& out) {
-  const int64_t L = indices.size();
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(grads.size()) == L && static_cast<int64_t>(scales.size()) == L,
-      "gather_grads: grads, indices and scales must be equally long, got ", grads.size(), ", ", L,
-      " and ", scales.size());
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 1,
-                    "gather_grads: out must be float32 [R], got ", out.scalar_type(), " ",
-                    out.sizes());
-  std::vector<at::Tensor> kept(L), positions(L);  // what the entries below point into
-  std::vector<GradEntries> layers(L);
-  std::vector<int64_t> offsets(L + 1);
-  for (int64_t l = 0; l < L; ++l) {
-    TORCH_CHECK_VALUE(indices[l].scalar_type() == at::kLong && indices[l].dim() == 1,
-                      "gather_grads: indices[", l, "] must be int64 [r], got ", indices[l].sizes());
-    const at::Tensor& index = positions[l] = indices[l].contiguous();
-    offsets[l + 1] = offsets[l] + index.numel();
-    GradEntries& entries = layers[l];
-    entries = GradEntries{};
-    entries.idx = index.const_data_ptr<int64_t>();
-    entries.r = index.numel();
-    entries.scale = static_cast<float>(scales[l]);
-    std::optional<at::Tensor> grad = grads.get(l);
-    if (!grad || !grad->defined()) continue;
-    kept[l] = std::move(*grad);
-    const at::Tensor& g = kept[l];
-    TORCH_CHECK_VALUE(g.layout() == at::kStrided, "gather_grads: grads[", l, "] is ", g.layout(),
-                      ", not dense");
-    entries.dtype = dtype_of(g);
-    entries.numel = g.numel();
-    TORCH_CHECK_INDEX(entries.numel > 0 || entries.r == 0, "gather_grads: indices[", l,
-                      "] has an index out of range for a gradient of 0 elements");
-    entries.data = g.const_data_ptr();
-    if (!g.is_contiguous()) {
-      entries.num_dims = g.dim();
-      entries.sizes = g.sizes().data();
-      entries.strides = g.strides().data();
-    }
-  }
-  const int64_t R = offsets[L];
-  TORCH_CHECK_VALUE(out.numel() == R, "gather_grads: out must have the ", R,
-                    " entries of all indices, got ", out.numel());
-  if (R == 0) return;
-  float* const data = out.mutable_data_ptr<float>();
-  const int64_t out_stride = out.stride(0);
-  for (int64_t l = 0; l < L; ++l) {
-    layers[l].out = data + offsets[l] * out_stride;
-    layers[l].out_stride = out_stride;
-  }
-
+  const GatherCall call = gather_call(grads, indices, scales, out);
+  const std::vector<int64_t>& offsets = call.offsets;
+  const int64_t L = call.layers.size();
   std::atomic<int64_t> bad{-1};  // a layer with an index out of range
-  at::parallel_for(0, R, grain(5.0), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, offsets[L], grain(5.0), [&](int64_t begin, int64_t end) {
     int64_t l = std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
     for (; l < L && offsets[l] < end; ++l) {
       const int64_t k_begin = std::max(begin, offsets[l]) - offsets[l];
       const int64_t k_end = std::min(end, offsets[l + 1]) - offsets[l];
-      if (!gather_entries(layers[l], k_begin, k_end)) bad = l;
+      if (!gather_entries(call.layers[l], k_begin, k_end)) bad = l;
     }
   });
   TORCH_CHECK_INDEX(bad < 0, "gather_grads: indices[", bad.load(),
                     "] has an index out of range for a gradient of ",
-                    layers[std::max<int64_t>(bad, 0)].numel, " elements");
-}
-
-// What gram, damped_cholesky and cholesky_solve repeat of the checks: [L + 1] rising bounds, and
-// the packed matrices and rows that fit them.
-void check_layers(const char* op, const at::Tensor& offsets,
-                  std::initializer_list<const at::Tensor*> packed,
-                  std::initializer_list<const at::Tensor*> rows) {
-  TORCH_CHECK_VALUE(offsets.scalar_type() == at::kLong && offsets.dim() == 1 &&
-                        offsets.numel() > 0 && offsets.is_contiguous(),
-                    op, ": offsets must be contiguous int64 [L + 1], got ", offsets.sizes());
-  const int64_t* const bounds = offsets.const_data_ptr<int64_t>();
-  int64_t num_packed = 0;
-  bool rising = bounds[0] == 0;
-  for (int64_t l = 0; l + 1 < offsets.numel(); ++l) {
-    const int64_t r = bounds[l + 1] - bounds[l];
-    rising &= r >= 0;
-    num_packed += r * r;
-  }
-  TORCH_CHECK_VALUE(rising, op, ": offsets must rise from 0");
-  for (const at::Tensor* tensor : packed) {
-    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->is_contiguous() &&
-                          tensor->dim() == 1 && tensor->numel() == num_packed,
-                      op, ": packed matrices must be contiguous float32 [", num_packed, "], got ",
-                      tensor->scalar_type(), " ", tensor->sizes());
-  }
-  const int64_t R = bounds[offsets.numel() - 1];
-  for (const at::Tensor* tensor : rows) {
-    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->dim() == 2 &&
-                          tensor->size(0) == (*rows.begin())->size(0) && tensor->size(1) == R &&
-                          (tensor->stride(1) == 1 || R <= 1),
-                      op, ": rows and their solutions must be float32 [m, R=", R,
-                      "] with stride 1 in R, got ", tensor->scalar_type(), " ", tensor->sizes());
-  }
+                    call.layers[std::max<int64_t>(bad, 0)].numel, " elements");
 }
 
 // item(k) for k in [first, num_items), each by whichever thread is free.
@@ -404,17 +166,8 @@ void run_items(int64_t first, int64_t num_items, double ns, const F& item) {
 
 void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool accumulate,
           const at::Tensor& out) {
-  check_layers("gram", offsets, {&out}, {&rows});
+  const GramArgs args = gram_args(rows, offsets, scale, accumulate, out);
   if (out.numel() == 0) return;
-  GramArgs args;
-  args.rows = rows.const_data_ptr<float>();
-  args.n = rows.size(0);
-  args.rows_stride = rows.stride(0);
-  args.L = offsets.numel() - 1;
-  args.offsets = offsets.const_data_ptr<int64_t>();
-  args.scale = static_cast<float>(scale);
-  args.accumulate = accumulate;
-  args.out = out.mutable_data_ptr<float>();
   const GramCall call(args);
   run_items(0, call.num_items(), call.total_ns, [&](int64_t k) { call.item(k); });
 }
@@ -505,52 +258,20 @@ void run(const CholeskyArgs& args) {
 void damped_cholesky(const at::Tensor& matrices, const at::Tensor& offsets, const at::Tensor& shift,
                      const std::optional<at::Tensor>& rows, const at::Tensor& out,
                      const at::Tensor& info, const std::optional<at::Tensor>& solved) {
-  const char* const op = "damped_cholesky";
-  TORCH_CHECK_VALUE(rows.has_value() == solved.has_value(), op, ": rows and solved go together");
-  check_layers(op, offsets, {&matrices, &out}, {});
-  if (rows) check_layers(op, offsets, {}, {&*rows, &*solved});
-  const int64_t L = offsets.numel() - 1;
-  TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous() &&
-                        shift.numel() == L && info.scalar_type() == at::kInt &&
-                        info.is_contiguous() && info.numel() == L,
-                    op, ": shift must be float32 and info int32 [L=", L, "], got ", shift.sizes(),
-                    " and ", info.sizes());
-  CholeskyArgs args{};
-  args.L = L;
-  args.offsets = offsets.const_data_ptr<int64_t>();
-  args.matrices = matrices.const_data_ptr<float>();
-  args.factors = out.mutable_data_ptr<float>();
-  args.shift = shift.const_data_ptr<float>();
-  args.info = info.mutable_data_ptr<int32_t>();
-  std::fill_n(args.info, L, 0);
-  if (rows) {
-    args.rows = rows->const_data_ptr<float>();
-    args.solved = solved->mutable_data_ptr<float>();
-    args.m = rows->size(0);
-    args.rows_stride = rows->stride(0);
-    args.solved_stride = solved->stride(0);
-  }
+  const CholeskyArgs args = damped_cholesky_args(matrices, offsets, shift, rows, out, info, solved);
+  std::fill_n(args.info, args.L, 0);
   run(args);
 }
 
 void cholesky_solve(const at::Tensor& factors, const at::Tensor& offsets, const at::Tensor& rows,
                     const at::Tensor& out) {
-  check_layers("cholesky_solve", offsets, {&factors}, {&rows, &out});
-  if (out.numel() == 0) return;
-  CholeskyArgs args{};
-  args.L = offsets.numel() - 1;
-  args.offsets = offsets.const_data_ptr<int64_t>();
-  args.matrices = factors.const_data_ptr<float>();
-  args.rows = rows.const_data_ptr<float>();
-  args.solved = out.mutable_data_ptr<float>();
-  args.m = rows.size(0);
-  args.rows_stride = rows.stride(0);
-  args.solved_stride = out.stride(0);
-  run(args);
+  const CholeskyArgs args = cholesky_solve_args(factors, offsets, rows, out);
+  if (out.numel() > 0) run(args);
 }
 
 void sampled_outer_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const std::optional<at::Tensor>&, bool, double, const at::Tensor&) {}
+                        const std::optional<at::Tensor>&, bool, double, at::TensorList,
+                        const at::Tensor&) {}
 
 void sampled_embedding_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                             const at::Tensor&, double, const at::Tensor&) {}
@@ -589,31 +310,23 @@ pybind11::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["cuda"] = false;
+#ifdef DROPINF_CUDA
+  info["cuda"] = DROPINF_CUDA;
+#else
+  info["cuda"] = "";
+  info["why_no_cuda"] = DROPINF_WHY_NO_CUDA;
+#endif
   return info;
 }
 
 }  // namespace
 }  // namespace dropinf
 
-TORCH_LIBRARY(dropinf, m) {
-  m.def(
-      "sampled_outer(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, Tensor? sign, bool bias, "
-      "float scale, Tensor(a!) out) -> ()");
-  m.def(
-      "sampled_embedding(Tensor ids, Tensor dy, Tensor o_idx, Tensor i_idx, float scale, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "sampled_conv(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, int[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation, int groups, bool bias, float scale, "
-      "Tensor(a!) out) -> ()");
-  m.def("gram(Tensor rows, Tensor offsets, float scale, bool accumulate, Tensor(a!) out) -> ()");
-  m.def(
-      "damped_cholesky(Tensor matrices, Tensor offsets, Tensor shift, Tensor? rows, "
-      "Tensor(a!) out, Tensor(b!) info, Tensor(c!)? solved) -> ()");
-  m.def("cholesky_solve(Tensor factors, Tensor offsets, Tensor rows, Tensor(a!) out) -> ()");
-  m.def("gather_grads(Tensor?[] grads, Tensor[] indices, float[] scales, Tensor(a!) out) -> ()");
-}
+TORCH_LIBRARY(dropinf, m) { dropinf::define_ops(m); }
+
+#ifdef DROPINF_CUDA
+TORCH_LIBRARY_IMPL(dropinf, CUDA, m) { dropinf::implement_cuda_ops(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(dropinf, CPU, m) {
   m.impl("sampled_outer", &dropinf::sampled_outer);

@@ -69,7 +69,7 @@ struct SampledEmbeddingArgs {
   const int64_t* ids;  // [B, T], contiguous
   DType dtype;         // of dy
   const void* dy;      // [B, T, O], stride 1 in O
-  int64_t T;
+  int64_t B, T, O;
   int64_t dy_stride_b, dy_stride_t;
   const int32_t* o_idx;  // [r]
   const int32_t* i_idx;  // [r], rising
@@ -91,7 +91,8 @@ struct SampledConvArgs {
   DType dtype;     // of x and dy
   const void* x;   // [B, C, *x_size]
   const void* dy;  // [B, O, *dy_size]
-  int64_t C, O, groups;
+  int64_t B, C, O, groups;
+  int64_t I;  // C / groups * prod(kernel_size)
   int64_t x_size[3], dy_size[3];
   int64_t x_stride_b, x_stride_c, x_stride[3];
   int64_t dy_stride_b, dy_stride_c, dy_stride[3];

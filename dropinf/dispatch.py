@@ -1,15 +1,22 @@
-"""Which backends are here, why the others are not, and which one a call gets."""
+"""Which backends are here, why the others are not, and which one a call gets.
+
+A backend for GPUs is picked by default only for the ops that VERIFIED names: those whose results on
+a GPU are recorded. Named, it is used wherever it can run, after a self-test of the op on that
+device; a mismatch is an error.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from dropinf import reference
+from dropinf import reference, selftest
 
 try:
     importlib.import_module("dropinf._C")  # registers the ops
@@ -18,18 +25,49 @@ except ImportError as error:
     _failure = Path(__file__).with_name("_build_failure.txt")
     _why_no_cpu = _failure.read_text().strip() if _failure.exists() else str(error)
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_STATES = {
-    "cpu": f"not available: {_why_no_cpu}" if _why_no_cpu else "available",
-    "reference": "available",
-    "cuda": "not available: this version has no CUDA kernels; 'reference' takes CUDA tensors",
-    "triton": "not available: this version has no Triton kernels",
-}
+# (backend, op) -> the file in bench/results/ that records its results on a GPU.
+VERIFIED: dict[tuple[str, str], str] = {}
 
 
 class BackendError(RuntimeError):
-    """A backend that was named cannot take this call."""
+    """A backend that was named cannot take this call, or computes something else."""
+
+
+def _why_no_cuda() -> str:
+    if _why_no_cpu:
+        return _why_no_cpu
+    build = importlib.import_module("dropinf._C").build_info()
+    if not build["cuda"]:
+        return f"the extension was built without CUDA, {build['why_no_cuda']}"
+    return "" if torch.cuda.is_available() else "torch finds no GPU"
+
+
+# Triton decides this when a kernel is defined, so when triton_kernels is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _INTERPRETED or torch.cuda.is_available():
+        return ""
+    return "torch finds no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter"
+
+
+def _state(why_not: str) -> str:
+    return f"not available: {why_not}" if why_not else "available"
+
+
+_STATES = {
+    "cpu": _state(_why_no_cpu),
+    "reference": "available",
+    "cuda": _state(_why_no_cuda()),
+    "triton": _state(_why_no_triton()),
+}
+# The tensors that a backend takes; reference takes any.
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _INTERPRETED else "cuda"}
 
 
 def backends() -> dict[str, str]:
@@ -45,21 +83,32 @@ def _missing(*args: object) -> None:
     raise BackendError(f"backend 'cpu' is {_STATES['cpu']}")
 
 
+def _triton(op: str) -> Callable:
+    """The launcher in triton_kernels, which is imported when it is first called."""
+
+    def launch(*args: object) -> object:
+        return getattr(importlib.import_module(f"dropinf.triton_kernels.{op}"), op)(*args)
+
+    return launch
+
+
+def _row(op: str, *names: str) -> dict[str, Callable]:
+    makers = {"cuda": _native, "triton": _triton, "cpu": _native}
+    return {
+        **{name: makers[name](op) for name in names},
+        "reference": getattr(reference, op),
+    }
+
+
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
-    "sampled_outer": {"cpu": _native("sampled_outer"), "reference": reference.sampled_outer},
-    "sampled_embedding": {
-        "cpu": _native("sampled_embedding"),
-        "reference": reference.sampled_embedding,
-    },
-    "sampled_conv": {"cpu": _native("sampled_conv"), "reference": reference.sampled_conv},
-    "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
-    "gram": {"cpu": _native("gram"), "reference": reference.gram},
-    "damped_cholesky": {
-        "cpu": _native("damped_cholesky"),
-        "reference": reference.damped_cholesky,
-    },
-    "cholesky_solve": {"cpu": _native("cholesky_solve"), "reference": reference.cholesky_solve},
+    "sampled_outer": _row("sampled_outer", "cpu"),
+    "sampled_embedding": _row("sampled_embedding", "cpu"),
+    "sampled_conv": _row("sampled_conv", "cpu"),
+    "gather_grads": _row("gather_grads", "cuda", "cpu"),
+    "gram": _row("gram", "cpu"),
+    "damped_cholesky": _row("damped_cholesky", "cpu"),
+    "cholesky_solve": _row("cholesky_solve", "cpu"),
 }
 
 
@@ -74,20 +123,45 @@ def kernel(
 ) -> Callable:
     """The kernel for a call on `device` with inputs of `dtypes` and an output of `out_dtype`.
 
-    A named `backend` is taken or refused; None takes the first that can take the call.
+    A named `backend` is taken or refused; None takes the first that can take the call and, on a
+    GPU, is verified.
 
     Raises:
-        BackendError: the named backend is unknown, not available, or cannot take the call.
+        BackendError: the named backend is unknown, not available, or cannot take the call; or the
+            one taken fails its self-test.
     """
     kernels = KERNELS[op]
     call = (device, dtypes, out_dtype)
-    if backend is None:
-        return next(k for name, k in kernels.items() if not _obstacle(op, name, *call))
-    obstacle = _obstacle(op, backend, *call)
+    name = backend
+    if name is None:
+        name = next(n for n in kernels if _by_default(op, n) and not _obstacle(op, n, *call))
+    obstacle = _obstacle(op, name, *call)
     if obstacle:
-        here = [name for name in kernels if not _obstacle(op, name, *call)]
-        raise BackendError(f"{op}: backend '{backend}' is {obstacle}. Here: {str(here)[1:-1]}.")
-    return kernels[backend]
+        here = [n for n in kernels if not _obstacle(op, n, *call)]
+        raise BackendError(f"{op}: backend '{name}' is {obstacle}. Here: {str(here)[1:-1]}.")
+    if name in ("cuda", "triton"):
+        _self_test(op, name, device)
+    return kernels[name]
+
+
+def _by_default(op: str, backend: str) -> bool:
+    return backend not in ("cuda", "triton") or (backend, op) in VERIFIED
+
+
+@lru_cache(maxsize=256)
+def _self_test(op: str, backend: str, device: torch.device) -> None:
+    """Once a process for each op and device; errors are not cached, so they come every time."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"{op}: the self-test of backend '{backend}' cannot run while a CUDA graph is "
+            "captured; call the op once before"
+        )
+    mismatch = selftest.mismatch(op, KERNELS[op][backend], device)
+    if mismatch:
+        raise BackendError(
+            f"{op}: backend '{backend}' fails its self-test on {device}: {mismatch}. "
+            "Name backend='reference', and report it with the output of python -m dropinf doctor."
+        )
 
 
 def _obstacle(
@@ -105,11 +179,13 @@ def _obstacle(
         return state
     if backend not in KERNELS[op]:
         return "not written for this op"
-    if backend == "cpu" and device.type != "cpu":
+    if backend == "reference":
+        return None
+    if device.type != _DEVICES[backend]:
         return f"not for tensors on {device}"
-    wrong = [d for d in dtypes if d not in _CPU_DTYPES]
-    if backend == "cpu" and wrong:
+    wrong = [d for d in dtypes if d not in _DTYPES]
+    if wrong:
         return f"for float32, bfloat16 and float16, not {wrong[0]}"
-    if backend == "cpu" and out_dtype != torch.float32:
+    if out_dtype != torch.float32:
         return f"for a float32 out, not {out_dtype}"
     return None

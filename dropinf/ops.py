@@ -86,6 +86,7 @@ def sampled_outer(
         sign,
         bias,
         scale,
+        (),
         out,
     )
     return out

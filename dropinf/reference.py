@@ -25,6 +25,7 @@ def sampled_outer(
     sign: Tensor | None = None,
     bias: bool = False,
     scale: float = 1.0,
+    order: Sequence[Tensor] = (),
     out: Tensor | None = None,
 ) -> Tensor:
     """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]."""

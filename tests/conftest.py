@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cuda_host import build
 
 import dropinf
+from dropinf import dispatch
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 
@@ -25,19 +27,37 @@ def empties_are_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", "cpu-portable", "reference"])
-def backend(request):
-    name, _, capability = request.param.partition("-")
+@pytest.fixture(params=["cpu", "cpu-portable", "cuda-host", "reference"])
+def backend(request, monkeypatch):
+    name, _, variant = request.param.partition("-")
+    op = request.module.__name__.removeprefix("test_")
+    if name not in dispatch.KERNELS.get(op, [name]):
+        pytest.skip(f"{op} is not written for backend {name!r}")
+    if variant == "host":
+        on_the_host(request, monkeypatch)
     state = dropinf.backends()[name]
     if state != "available":
         pytest.skip(f"backend {name!r} is {state}")
-    if not capability:
+    if variant != "portable":
         yield Backend(name, "cpu")
         return
     before = dropinf._C.cpu_capability()
-    dropinf._C.set_cpu_capability(capability)
+    dropinf._C.set_cpu_capability(variant)
     yield Backend(name, "cpu")
     dropinf._C.set_cpu_capability(before)
+
+
+def on_the_host(request, monkeypatch):
+    """Backend "cuda" for CPU tensors: the same kernels, run by threads of the host."""
+    build.load()
+    for op, kernels in dispatch.KERNELS.items():
+        if "cuda" in kernels:
+            monkeypatch.setitem(kernels, "cuda", getattr(torch.ops.dropinf_host, op).default)
+    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+    for cached in (dispatch.kernel, dispatch._self_test):
+        cached.cache_clear()
+        request.addfinalizer(cached.cache_clear)
 
 
 def assert_within(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
@@ -45,3 +65,13 @@ def assert_within(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -
     assert out.shape == exact.shape
     excess = (out.double() - exact).abs() - bound
     assert (excess <= 0).all(), f"exceeds the bound by {excess.max().item():.3g}"
+
+
+def assert_refused(backend: Backend, call, message: str) -> None:
+    """The call raises; or, for an index out of range on a GPU's backend, which cannot raise without
+    waiting for the device, gives NaN."""
+    if backend.name in ("cuda", "triton") and "range" in message:
+        assert call().isnan().all()
+        return
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
+        call()

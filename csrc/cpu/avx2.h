@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu/elements.h"
+#include "elements.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DROPINF_AVX2 1

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cpu/elements.h"
+#include "elements.h"
 #include "launchers.h"
 
 namespace dropinf {

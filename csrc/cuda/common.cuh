@@ -1,0 +1,115 @@
+// What every CUDA kernel uses: widening loads, warp sums, shared memory, asynchronous copies, the
+// launch. No torch.
+//
+// Compiled by nvcc, and as C++ for the tests, which then have a <cuda_runtime.h> of their own that
+// runs every thread of a block as a real one. Whatever the two spell differently is in this file.
+//
+// Kernels use dynamic shared memory only, leave no barrier out by returning early, and use no
+// atomics.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "elements.h"
+
+namespace dropinf {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+__device__ inline float widen(float value) { return value; }
+
+__device__ inline float widen(BFloat16 value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+
+__device__ inline float widen(Float16 value) {
+#ifdef __CUDACC__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  return to_float(value);
+#endif
+}
+
+__device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+// The sum over a warp, in the order of a tree, in every lane.
+__device__ inline float warp_sum(float value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+template <typename T>
+__device__ T* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char dropinf_shared[];
+  return reinterpret_cast<T*>(dropinf_shared);
+#else
+  return static_cast<T*>(host_execution::shared_memory());
+#endif
+}
+
+// Copies 16 bytes to shared memory, without waiting; both addresses are multiples of 16.
+__device__ inline void copy_16_async(void* shared, const void* global) {
+#ifdef __CUDACC__
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+  host_execution::copy_async(shared, global, 16);
+#endif
+}
+
+// The copies of this thread since the last call are a group.
+__device__ inline void end_copy_group() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  host_execution::end_copy_group();
+#endif
+}
+
+// Waits for this thread's copies, but for those of the latest `pending` groups. Other threads see
+// them after a barrier.
+template <int pending>
+__device__ void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#else
+  host_execution::wait_for_copies(pending);
+#endif
+}
+
+// Launches kernel(params...); every launch of the package is this one.
+template <typename... Params>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, Params... params) {
+#ifdef __CUDACC__
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(params...);
+  return cudaGetLastError();
+#else
+  (void)stream;
+  return host_execution::run(grid, threads, shared_bytes, [&] { kernel(params...); });
+#endif
+}
+
+}  // namespace cuda
+}  // namespace dropinf

@@ -1,0 +1,202 @@
+// CUDA on the host, for tests: compiles .cu files as C++ and runs their kernels, one block after
+// the other, with every thread of the block a real one. AddressSanitizer then sees accesses out of
+// range, and ThreadSanitizer missing barriers.
+//
+// Barriers are pthread barriers, which put a waiting thread to sleep: 256 threads share few cores.
+// Shared memory starts as NaN in every block. Copies are made when they are waited for, so that a
+// missing wait is seen. What kernels must not use is not here: atomics, static shared memory.
+
+#pragma once
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace host_execution {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of sm_90; sm_80 has 163 KB
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  Barrier(const Barrier&) = delete;
+  void wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
+struct Warp {
+  explicit Warp(int threads) : barrier(threads) {}
+  Barrier barrier;
+  uint64_t slots[kWarp] = {};
+};
+
+struct Block {
+  Block(int threads, int64_t shared_bytes)
+      : barrier(threads),
+        start(::operator new(shared_bytes, std::align_val_t{16})),
+        shared_bytes(shared_bytes) {
+    for (int first = 0; first < threads; first += kWarp) {
+      warps.push_back(std::make_unique<Warp>(std::min(kWarp, threads - first)));
+    }
+  }
+  ~Block() { ::operator delete(start, std::align_val_t{16}); }
+  Block(const Block&) = delete;
+  void clear() { std::memset(start, 0xff, shared_bytes); }
+
+  Barrier barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  void* start;  // exactly as long as asked for, for AddressSanitizer
+  int64_t shared_bytes;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t num_bytes;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local std::deque<std::vector<Copy>> copies;  // groups; the last one is open
+
+inline void* shared_memory() { return block->start; }
+
+inline Warp& warp() { return *block->warps[threadIdx.x / kWarp]; }
+
+inline void copy_async(void* to, const void* from, size_t num_bytes) {
+  copies.back().push_back({to, from, num_bytes});
+}
+
+inline void end_copy_group() { copies.emplace_back(); }
+
+inline void wait_for_copies(size_t pending) {
+  while (copies.size() > pending + 1) {
+    for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.num_bytes);
+    copies.pop_front();
+  }
+}
+
+template <typename Kernel>
+cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kernel) {
+  const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu &&
+                    grid.y <= 65535 && grid.z <= 65535 && threads > 0 && threads <= kMaxThreads &&
+                    shared_bytes <= kMaxSharedBytes;
+  if (!fits) return cudaErrorInvalidValue;
+  Block shared_block(threads, shared_bytes);
+  const auto work = [&](unsigned thread) {
+    block = &shared_block;
+    threadIdx = dim3(thread, 0, 0);
+    blockDim = dim3(threads);
+    gridDim = grid;
+    for (unsigned z = 0; z < grid.z; ++z) {
+      for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+          blockIdx = dim3(x, y, z);
+          copies.assign(1, {});
+          if (thread == 0) shared_block.clear();
+          shared_block.barrier.wait();
+          kernel();
+          shared_block.barrier.wait();
+        }
+      }
+    }
+  };
+  std::vector<std::thread> team;
+  for (int thread = 1; thread < threads; ++thread) team.emplace_back(work, thread);
+  work(0);
+  for (std::thread& thread : team) thread.join();
+  return cudaSuccess;
+}
+
+// What lane `from` of the warp gave, for every lane that calls it.
+template <typename T>
+T exchange(T value, int from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Warp& mine = warp();
+  std::memcpy(&mine.slots[threadIdx.x % kWarp], &value, sizeof value);
+  mine.barrier.wait();
+  T result = value;
+  if (from >= 0 && from < kWarp) std::memcpy(&result, &mine.slots[from], sizeof result);
+  mine.barrier.wait();
+  return result;
+}
+
+}  // namespace host_execution
+
+inline void __syncthreads() { host_execution::block->barrier.wait(); }
+inline void __syncwarp(unsigned = ~0u) { host_execution::warp().barrier.wait(); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return host_execution::exchange(value, lane % host_execution::kWarp);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host_execution::exchange(value, static_cast<int>(threadIdx.x % 32) ^ mask);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  return host_execution::exchange(value, static_cast<int>(threadIdx.x % 32) - int(delta));
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  return host_execution::exchange(value, static_cast<int>(threadIdx.x % 32) + int(delta));
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    result |= unsigned(host_execution::exchange(predicate, lane) != 0) << lane;
+  }
+  return result;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+// Rounded as the device's are; its approximate ones (__fdividef, rsqrtf) are not here.
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }

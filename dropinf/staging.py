@@ -29,6 +29,7 @@ try:
 except ImportError:
     _C = None
 
+AVAILABLE = _C is not None
 WARP = 32  # lanes; and banks of shared memory
 _BANK_BYTES = 4
 _COPY_BYTES = 16  # what the kernel stages at once; windows of dy are aligned to it
@@ -118,8 +119,8 @@ def staged_order(
     max_outputs = min(room, _MAX_INDEX)
     if width > _MAX_INDEX or max_outputs <= 0:
         return None
-    # Cuts help coordinates that rise with o, but for the few places where a range of outputs follows
-    # another: a layer's weight and bias.
+    # Cuts help coordinates that rise with o, but for a few places where another range of outputs
+    # begins: those of a layer's weight, and then of its bias.
     ranges = 1 + np.count_nonzero(o.ravel()[1:] < o.ravel()[:-1])
     if ranges > _MAX_RANGES and _window(o, align, O)[2] > max_outputs:
         return None

@@ -1,6 +1,8 @@
 """The order of the staged kernel: no bank of shared memory is asked twice, nothing is lost."""
 
+import copy
 import math
+import pickle
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import nn
 
 import dropinf
-from dropinf import staging
+from dropinf import Dropout, Plan, capture, entries, ops, staging
 from dropinf.staging import staged_order
 
 pytestmark = pytest.mark.skipif(
@@ -288,6 +291,57 @@ def test_rows_in_this_order(element_size, max_slots, s):
     truth = 0.5 * dense[:, o_idx.long(), i_idx.long()]
     truth = truth if sign is None else (truth * sign).sum(2)
     assert (rows - truth).abs().max() < 1e-12
+
+
+def test_sampled_outer_checks_it():
+    """An order is for r coordinates and one element size; rows are the same with it."""
+    layer = Layer(37, 91, 400)
+    o_idx, i_idx = coordinates(layer)
+    x, dy = torch.randn(2, 5, 37).bfloat16(), torch.randn(2, 5, 91).bfloat16()
+    order = order_of(layer, o_idx, i_idx)
+    without = ops.sampled_outer(x, dy, o_idx, i_idx)
+    assert torch.equal(ops.sampled_outer(x, dy, o_idx, i_idx, order=order), without)
+    message = "sampled_outer: order must be for {} entries of {}-byte elements on cpu, got one for "
+    for arguments, wanted in (
+        ((x.float(), dy.float(), o_idx, i_idx), (400, 4)),
+        ((x, dy, o_idx[1:], i_idx[1:]), (399, 2)),
+    ):
+        with pytest.raises(ValueError, match=message.format(*wanted)):
+            ops.sampled_outer(*arguments, order=order)
+
+
+def test_kept_by_the_plan(monkeypatch):
+    """Coordinates and orders are made once for a plan, not for a batch or a capture."""
+    model = nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 3))
+    plan, x = Plan.make(model, Dropout(r=50)), torch.randn(6, 4, 9)
+
+    def rows():
+        with capture(model, plan) as tap:
+            return [tap.rows(model(part).square().sum((1, 2))) for part in (x[:3], x[3:])]
+
+    def twice():
+        return rows() + rows()
+
+    without = twice()
+    prepared = dict(plan.prepared)
+    assert len(prepared) == 3 and not any(kept.orders for kept in prepared.values())
+    made, used = [], []
+
+    def make(*arguments, **options):
+        made.append(staged_order(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(staging, "staged_order", make)
+    # On CUDA tensors they are made; here the CPU stands in for it.
+    monkeypatch.setattr(entries, "_on_cuda", lambda dy: True)
+    monkeypatch.setattr(ops, "_check_order", lambda op, order, r, x: used.append(order))
+    for a, b in zip(twice(), without, strict=True):
+        assert torch.equal(a, b)
+    assert len(made) == 3 and {id(order) for order in used} == {id(order) for order in made}
+    assert len(used) == 12
+    assert all(plan.prepared[key] is kept for key, kept in prepared.items())
+    for other in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)):
+        assert other.fingerprint == plan.fingerprint and not other.prepared
 
 
 small = st.integers(1, 90)

@@ -400,3 +400,16 @@ def test_colours(num_edges, banks):
         assert len({*zip(side.tolist(), colour.tolist(), strict=True)}) == num_edges
     with pytest.raises(IndexError):
         dropinf._C.colour_edges(left + 32, right)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 64, 65, 500])
+def test_colours_of_regular_graphs(degree):
+    """Every bank equally full, edges in random order: hardly any without exchanged colours."""
+    rng = np.random.default_rng(degree)
+    banks = np.repeat(np.arange(32, dtype=np.uint8), degree)
+    for _ in range(5):
+        left, right = rng.permutation(banks), rng.permutation(banks)
+        colour, count = dropinf._C.colour_edges(left, right)
+        assert count == degree and colour.min() >= 0 and colour.max() < degree
+        for side in (left, right):
+            assert len({*zip(side.tolist(), colour.tolist(), strict=True)}) == 32 * degree

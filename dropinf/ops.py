@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dropinf import reference
 from dropinf.dispatch import kernel
+from dropinf.staging import StagedOrder
 
 _dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
 
@@ -26,6 +27,7 @@ def sampled_outer(
     sign: Tensor | None = None,
     bias: bool = False,
     scale: float = 1.0,
+    order: StagedOrder | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -42,6 +44,8 @@ def sampled_outer(
         sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates.
         bias: let i_idx = I name the layer's bias, a virtual input column of ones.
         scale: factor of every entry.
+        order: of these coordinates, from `staging.staged_order`. Backends other than cuda ignore
+            it; it changes rounding nowhere but on cuda.
         out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
         backend: a name from `dropinf.backends()`; None takes the first available.
 
@@ -76,6 +80,8 @@ def sampled_outer(
                 f"{op}: sign must have o_idx's shape {tuple(o_idx.shape)}, got {tuple(sign.shape)}"
             )
         sign = sign.contiguous()
+    if order is not None:
+        _check_order(op, order, o_idx.shape[0], x)
     out = _output(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(
@@ -86,7 +92,7 @@ def sampled_outer(
         sign,
         bias,
         scale,
-        (),
+        () if order is None else order[:3],
         out,
     )
     return out
@@ -522,6 +528,14 @@ def _check_gather(
                 f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
                 "so build the embedding with sparse=False"
             )
+
+
+def _check_order(op: str, order: StagedOrder, r: int, x: Tensor) -> None:
+    wanted = (r, x.element_size(), x.device)
+    given = (order.num_entries, order.element_size, order.packed.device)
+    if given != wanted:
+        described = ["{} entries of {}-byte elements on {}".format(*t) for t in (wanted, given)]
+        raise ValueError(f"{op}: order must be for {described[0]}, got one for {described[1]}")
 
 
 def _floating(op: str, name: str, tensor: Tensor) -> None:

@@ -104,7 +104,7 @@ def imports(path):
 
 # From the backends, which know only tensors, to the calls that do everything.
 ORDER = [
-    ["reference"],
+    ["reference", "staging"],
     ["dispatch"],
     ["ops"],
     ["calls", "forms", "compress", "marks", "rowmap", "composites", "tables"],

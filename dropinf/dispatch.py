@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dropinf import reference
 
@@ -24,8 +26,10 @@ _STATES = {
     "cpu": f"not available: {_why_no_cpu}" if _why_no_cpu else "available",
     "reference": "available",
     "cuda": "not available: this version has no CUDA kernels; 'reference' takes CUDA tensors",
-    "triton": "not available: this version has no Triton kernels",
+    "triton": "not available: its kernels run in Triton's interpreter, under TRITON_INTERPRET=1",
 }
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _STATES["triton"] = "available"
 
 
 class BackendError(RuntimeError):
@@ -41,13 +45,25 @@ def _native(op: str) -> Callable:
     return _missing if _why_no_cpu else getattr(torch.ops.dropinf, op).default
 
 
+def _triton(op: str) -> Callable:
+    def call(*args: object) -> Tensor:
+        name = "merge_topk" if op == "score_topk" else op
+        return getattr(importlib.import_module(f"dropinf.triton_kernels.{op}"), name)(*args)
+
+    return call
+
+
 def _missing(*args: object) -> None:
     raise BackendError(f"backend 'cpu' is {_STATES['cpu']}")
 
 
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
-    "sampled_outer": {"cpu": _native("sampled_outer"), "reference": reference.sampled_outer},
+    "sampled_outer": {
+        "cpu": _native("sampled_outer"),
+        "reference": reference.sampled_outer,
+        "triton": _triton("sampled_outer"),
+    },
     "sampled_embedding": {
         "cpu": _native("sampled_embedding"),
         "reference": reference.sampled_embedding,
@@ -108,8 +124,8 @@ def _obstacle(
     if backend == "cpu" and device.type != "cpu":
         return f"not for tensors on {device}"
     wrong = [d for d in dtypes if d not in _CPU_DTYPES]
-    if backend == "cpu" and wrong:
+    if backend in ("cpu", "triton") and wrong:
         return f"for float32, bfloat16 and float16, not {wrong[0]}"
-    if backend == "cpu" and out_dtype != torch.float32:
+    if backend in ("cpu", "triton") and out_dtype != torch.float32:
         return f"for a float32 out, not {out_dtype}"
     return None

@@ -7,6 +7,8 @@ from conftest import EPS32, assert_within
 import dropinf
 from dropinf import ops
 
+OPS = ("gather_grads",)
+
 SHAPES = [(7,), (3, 5), (4, 3, 2), (1,), (), (17, 31), (2, 3, 4, 5)]
 
 

@@ -9,6 +9,8 @@ from conftest import EPS32
 import dropinf
 from dropinf import ops
 
+OPS = ("gram",)
+
 
 def assert_gram(out, rows, sizes, scale=1.0, before=None):
     """Within the rounding bound of any float32 sum, and zero above the diagonals."""

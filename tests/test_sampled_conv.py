@@ -12,6 +12,8 @@ from hypothesis import given, settings
 import dropinf
 from dropinf import ops
 
+OPS = ("sampled_conv",)
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

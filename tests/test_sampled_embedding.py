@@ -7,6 +7,8 @@ from conftest import EPS32, assert_within
 import dropinf
 from dropinf import ops
 
+OPS = ("sampled_embedding",)
+
 SHAPES = [  # B, T, vocabulary, O, r
     (3, 1, 5, 7, 11),
     (2, 13, 17, 11, 60),

@@ -70,12 +70,13 @@ KERNELS: dict[str, dict[str, Callable]] = {
     },
     "sampled_conv": {"cpu": _native("sampled_conv"), "reference": reference.sampled_conv},
     "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
-    "gram": {"cpu": _native("gram"), "reference": reference.gram},
+    "gram": {"cpu": _native("gram"), "reference": reference.gram, "triton": _triton("gram")},
     "damped_cholesky": {
         "cpu": _native("damped_cholesky"),
         "reference": reference.damped_cholesky,
     },
     "cholesky_solve": {"cpu": _native("cholesky_solve"), "reference": reference.cholesky_solve},
+    "score_topk": {"reference": reference.merge_topk, "triton": _triton("score_topk")},
 }
 
 

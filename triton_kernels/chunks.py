@@ -13,6 +13,7 @@ CHUNK_T = 64  # positions, for T up to CHUNK_T * MAX_CHUNKS; then a multiple of 
 MAX_CHUNKS = 64  # bounds the scratch at this many outputs
 
 BLOCK = 256
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def chunk_length(T: int) -> int:
@@ -59,5 +60,14 @@ def add_chunks(parts: Tensor, scale: float, out: Tensor) -> None:
     """out = scale * parts.sum(0), in the order of the chunks."""
     num_chunks, B, r = parts.shape
     add_chunks_kernel[(triton.cdiv(B * r, BLOCK),)](
-        parts, out, num_chunks, B * r, r, out.stride(0), out.stride(1), scale, BLOCK=BLOCK
+        parts,
+        out,
+        num_chunks,
+        B * r,
+        r,
+        out.stride(0),
+        out.stride(1),
+        scale,
+        BLOCK=BLOCK,
+        **OPTIONS,
     )

@@ -16,7 +16,7 @@ from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums
 # Not measured on a GPU. Coordinates are sorted by o, so neighbouring lanes share sectors of dy.
 BLOCK_T = 32
 BLOCK_R = 64
-NUM_WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit(
@@ -70,7 +70,7 @@ def sampled_outer_kernel(
     program = tl.program_id(0)
     chunk = program // num_blocks % num_chunks
     b = (program // num_blocks // num_chunks).to(tl.int64)
-    k = (program % num_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = program % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     in_r = k < r
     start = chunk * length
     stop = tl.minimum(start + length, T)
@@ -83,6 +83,8 @@ def sampled_outer_kernel(
         in_dy = in_r & (o >= 0) & (o < O)
         in_x = in_r & (i >= 0) & (i < I)
         bad = tl.where(in_dy & (i >= 0) & (i < width), bad, 1)
+        if sign_ptr is not None:
+            sign = tl.load(sign_ptr + k * s + j, mask=in_r, other=0).to(tl.float32)
         for t in range(start, stop, BLOCK_T):
             position = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
             in_t = position < stop
@@ -93,13 +95,12 @@ def sampled_outer_kernel(
             dy = tl.load(dy_ptr + dy_at, mask=in_t[:, None] & in_dy[None, :], other=0.0)
             terms = x.to(tl.float32) * dy.to(tl.float32)
             if sign_ptr is not None:
-                sign = tl.load(sign_ptr + k * s + j, mask=in_r, other=0)
-                terms *= sign.to(tl.float32)[None, :]
+                terms *= sign[None, :]
             sums += terms
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
     entries = tl.where(bad != 0, float("nan"), tl.sum(sums, 0) * scale)
-    to = tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b + k * out_stride_k
-    tl.store(out_ptr + to, entries, mask=in_r)
+    out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b
+    tl.store(out_ptr + k.to(tl.int64) * out_stride_k, entries, mask=in_r)
 
 
 def sampled_outer(
@@ -145,7 +146,7 @@ def sampled_outer(
             scale if num_chunks == 1 else 1.0,
             BLOCK_T=BLOCK_T,
             BLOCK_R=BLOCK_R,
-            num_warps=NUM_WARPS,
+            **OPTIONS,
         )
         if num_chunks > 1:
             add_chunks(parts, scale, out)

@@ -67,8 +67,13 @@ KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_embedding": {
         "cpu": _native("sampled_embedding"),
         "reference": reference.sampled_embedding,
+        "triton": _triton("sampled_embedding"),
     },
-    "sampled_conv": {"cpu": _native("sampled_conv"), "reference": reference.sampled_conv},
+    "sampled_conv": {
+        "cpu": _native("sampled_conv"),
+        "reference": reference.sampled_conv,
+        "triton": _triton("sampled_conv"),
+    },
     "gather_grads": {"cpu": _native("gather_grads"), "reference": reference.gather_grads},
     "gram": {"cpu": _native("gram"), "reference": reference.gram, "triton": _triton("gram")},
     "damped_cholesky": {

@@ -15,7 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dropinf.triton_kernels import chunks, gram, sampled_outer, score_topk
+from dropinf.triton_kernels import (
+    chunks,
+    gram,
+    sampled_conv,
+    sampled_embedding,
+    sampled_outer,
+    score_topk,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -32,6 +39,14 @@ def variants():
         yield f"{dtype} sign", outer.sampled_outer_kernel, types | signed, tiles, outer.OPTIONS
     long = dict.fromkeys(("x_stride_b", "x_stride_t", "dy_stride_b", "dy_stride_t"), "i64")
     yield "long", outer.sampled_outer_kernel, types | long, tiles | plain, outer.OPTIONS
+
+    for file in (sampled_embedding, sampled_conv):
+        kernel = getattr(file, f"{file.__name__.rsplit('.', 1)[1]}_kernel")
+        tiles = {"BLOCK_T": file.BLOCK_T, "BLOCK_R": file.BLOCK_R}
+        for dtype in ("fp32", "bf16", "fp16"):
+            types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "scale": "fp32"}
+            types |= {"ids_ptr": "*i64", "o_ptr": "*i32", "i_ptr": "*i32", "out_ptr": "*fp32"}
+            yield dtype, kernel, types, tiles, file.OPTIONS
 
     types = {"parts_ptr": "*fp32", "out_ptr": "*fp32", "scale": "fp32"}
     yield "", chunks.add_chunks_kernel, types, {"BLOCK": chunks.BLOCK}, chunks.OPTIONS

@@ -52,6 +52,12 @@ def backend(request):
     dropinf._C.set_cpu_capability(before)
 
 
+def few_in_interpreter(backend: Backend, wanted: bool) -> None:
+    """Skip a case that Triton's interpreter takes long for, unless it is one of the few wanted."""
+    if backend.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" and not wanted:
+        pytest.skip("slow in Triton's interpreter, and covered by the cases that are run there")
+
+
 def assert_within(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
     """Each |out - exact| <= bound, which NaN is not."""
     assert out.shape == exact.shape

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import EPS32, assert_refused_or_nan, assert_within
+from conftest import EPS32, assert_refused_or_nan, assert_within, few_in_interpreter
 from hypothesis import given, settings
 
 import dropinf
@@ -54,6 +54,7 @@ def exact(x, dy, o_idx, i_idx, bias=False):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_sampled_outer(backend, shape, dtype, bias):
     B, T, _, _, r = shape
+    few_in_interpreter(backend, T < 100 or dtype == torch.float32)
     x, dy, o_idx, i_idx = inputs(*shape, dtype, bias=bias)
     row = torch.full((B, r + 9), torch.nan)
     out = ops.sampled_outer(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dropinf import reference
 from dropinf.dispatch import kernel
 
-# Bounds the temporaries of score_topk: this many scores at a time.
+# Bounds the temporaries of score_topk: this many scores at a time, or as many as it keeps.
 _MAX_SCORES = 1 << 22
 
 # The kernels keep k scores in registers; the reference takes any k.
@@ -530,7 +530,7 @@ def score_topk(
     merge = kernel(op, backend, device, (dtype,), dtype)
     if m * k == 0:
         return values, indices
-    step = max(1, _MAX_SCORES // m)
+    step = max(k, _MAX_SCORES // m)
     for start in range(0, c, step):
         part = slice(start, start + step)
         scores = queries @ rows[part].T

@@ -1,9 +1,9 @@
 """gram in Triton: one launch for each run of neighbouring layers of equal r.
 
 Triton takes no arrays by value, and a table of the layers on the device would have to be copied
-there first, which neither synchronises nor breaks a CUDA graph only if it stays there for good.
-Layers of one size are an arithmetic progression, which needs no table; most plans give nearly all
-layers the same r.
+there first: a synchronisation, or a copy that another stream or a CUDA graph may overtake. Layers
+of one size are an arithmetic progression, which needs no table, and most plans give nearly all
+layers the same r; where sizes alternate, it is a launch a layer.
 """
 
 from __future__ import annotations

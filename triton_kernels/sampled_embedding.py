@@ -14,7 +14,7 @@ from torch import Tensor
 from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums
 
 # Not measured on a GPU.
-BLOCK_T = 32
+BLOCK_T = 16
 BLOCK_R = 64
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 

@@ -111,7 +111,7 @@ KERNELS: dict[str, dict[str, Callable]] = {
     "gram": _row("gram", "triton", "cpu"),
     "damped_cholesky": _row("damped_cholesky", "cpu"),
     "cholesky_solve": _row("cholesky_solve", "cpu"),
-    "score_topk": _row("score_topk", "triton"),
+    "score_topk": _row("score_topk", "cuda", "triton"),
 }
 
 

@@ -88,11 +88,37 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                                c10::cuda::getCurrentCUDAStream()));
 }
 
+void score_topk(const at::Tensor& scores, int64_t first, const at::Tensor& values,
+                const at::Tensor& indices) {
+  const char* const op = "score_topk";
+  const c10::cuda::CUDAGuard guard(values.device());
+  same_device(op, values, {scores, indices});
+  TORCH_CHECK_VALUE(scores.scalar_type() == at::kFloat && scores.dim() == 2 &&
+                        (scores.stride(1) == 1 || scores.size(1) <= 1) &&
+                        values.scalar_type() == at::kFloat && indices.scalar_type() == at::kLong &&
+                        values.dim() == 2 && values.size(0) == scores.size(0) &&
+                        values.sizes() == indices.sizes() && values.is_contiguous() &&
+                        indices.is_contiguous(),
+                    op,
+                    ": scores must be float32 [m, c] with stride 1 in c, values float32 and "
+                    "indices int64 contiguous [m, k], got ",
+                    scores.sizes(), ", ", values.sizes(), " and ", indices.sizes());
+  const int64_t k = values.size(1);
+  TORCH_CHECK_VALUE(k <= cuda::kMaxTopk, op, ": backend 'cuda' takes k up to ", cuda::kMaxTopk,
+                    ", got ", k, "; backend='reference' takes any");
+  if (values.numel() == 0 || scores.numel() == 0) return;
+  check(op, cuda::score_topk(scores.const_data_ptr<float>(), scores.size(0), scores.size(1),
+                             scores.stride(0), first, values.mutable_data_ptr<float>(),
+                             indices.mutable_data_ptr<int64_t>(), k,
+                             c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void implement_cuda_ops(torch::Library& m) {
   m.impl("sampled_outer", &sampled_outer);
   m.impl("gather_grads", &gather_grads);
+  m.impl("score_topk", &score_topk);
 }
 
 }  // namespace dropinf

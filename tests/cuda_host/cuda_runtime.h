@@ -11,6 +11,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -194,6 +195,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline int __popc(unsigned value) { return std::popcount(value); }
 
 inline float __uint_as_float(uint32_t bits) {
   float value;

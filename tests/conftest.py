@@ -7,16 +7,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_host import build
+from on_device import OpsOn
 
 import dropinf
 from dropinf import dispatch
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
+ON_A_GPU = ["cuda", "triton"] if torch.cuda.is_available() else []
 
 
 class Backend(NamedTuple):
     name: str
-    device: str
+    device: str  # where it computes; what tests give to the ops is on the CPU, see `OpsOn`
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def empties_are_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", "cpu-portable", "cuda-host", "reference"])
+@pytest.fixture(params=["cpu", "cpu-portable", "cuda-host", "reference", *ON_A_GPU])
 def backend(request, monkeypatch):
     name, _, variant = request.param.partition("-")
     op = request.module.__name__.removeprefix("test_")
@@ -38,6 +40,12 @@ def backend(request, monkeypatch):
     state = dropinf.backends()[name]
     if state != "available":
         pytest.skip(f"backend {name!r} is {state}")
+    if dispatch._DEVICES.get(name) == "cuda":
+        if op not in dispatch.KERNELS:
+            pytest.skip("test_gpu.py has the model that runs on a GPU")
+        monkeypatch.setattr(request.module, "ops", OpsOn("cuda:0"))
+        yield Backend(name, "cuda:0")
+        return
     if variant != "portable":
         yield Backend(name, "cpu")
         return
@@ -73,5 +81,6 @@ def assert_refused(backend: Backend, call, message: str) -> None:
     if backend.name in ("cuda", "triton") and "range" in message:
         assert call().isnan().all()
         return
+    message = message.replace("on cpu", f"on {backend.device}")
     with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
         call()

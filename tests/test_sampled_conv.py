@@ -3,12 +3,11 @@
 from functools import partial
 from typing import NamedTuple
 
-import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EPS32, assert_refused, assert_within
-from hypothesis import given, settings
+from properties import given, settings, st
 
 import dropinf
 from dropinf import ops

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import EPS32, assert_refused, assert_within
-from hypothesis import given, settings
+from properties import given, settings, st
 
 import dropinf
 from dropinf import ops

@@ -112,8 +112,12 @@ def run_cases(
             raise
         except Exception as error:
             results.leave_out(part, case.name, reason_of(error))
+            if not bench.healthy():
+                done.append(case.name)
+                raise Poisoned(case.name) from error
         finally:
             spent[case.group] = spent.get(case.group, 0.0) + left - deadline.left()
+            results.save()
         done.append(case.name)
         state["current"] = None
         bench.forget()

@@ -16,7 +16,7 @@ def print_part(results: Results, part: str) -> None:
     print(f"\n## make gpu PART={part}: {where}\n")
     if part == "test":
         table(
-            ["backend/op", "passed", "failed", "skipped"],
+            ["backend/op", "passed", "failed", "skipped", "complete"],
             [[of, *counts.values()] for of, counts in sorted(data["verified"].items())],
         )
     elif part == "sanitize":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from gpu.ratios import Case, Contestant, Setup, Target, backends_of
+from gpu.ratios import Case, Contestant, Setup, Target, backends_of, reason_of
 from gpu.timing import Bench, Loop, relative_error
 
 GROUP = "sampled_outer"
@@ -108,8 +108,8 @@ def make(bench: Bench, dtype: torch.dtype, r: int, O: int) -> Setup:
             try:
                 order = staged_order(o_idx, i_idx, I, O, size)
                 contestants[f"{backend}, ordered"] = ours(backend, order=order)
-            except (ImportError, ValueError, RuntimeError) as error:
-                left_out[f"{backend}, ordered"] = str(error)
+            except Exception as error:
+                left_out[f"{backend}, ordered"] = reason_of(error)
     contestants[FLOOR] = Contestant(of_sets(lambda x, dy: (x.sum(), dy.sum())), num_bytes=once)
 
     def peer(call: Callable[[Tensor, Tensor], Tensor], wanted: Tensor = truth) -> Contestant:

@@ -18,21 +18,21 @@ Loop = Callable[[int], object]
 
 
 class Bench:
-    """A device to time on."""
+    """A device to time on; in a rehearsal the CPU, with tiny sizes."""
 
     def __init__(self, rehearsal: bool) -> None:
-        self.rehearsal = rehearsal
+        self.rehearsal, self.cuda = rehearsal, not rehearsal
         self.device = "cpu" if rehearsal else "cuda"
         self.loop_seconds = 0.0005 if rehearsal else 0.03
         self.rounds = 2 if rehearsal else 5
 
     def synchronize(self) -> None:
-        if not self.rehearsal:
+        if self.cuda:
             torch.cuda.synchronize()
 
     def seconds(self, call: Callable[[], object]) -> float:
         """One call, all that it launched included."""
-        if self.rehearsal:
+        if not self.cuda:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
@@ -61,7 +61,7 @@ class Bench:
         Raises:
             RuntimeError: the call cannot be captured.
         """
-        if self.rehearsal:
+        if not self.cuda:
             raise RuntimeError("no CUDA graphs on the CPU")
         call(0)
         once = self.seconds(lambda: call(0))
@@ -95,7 +95,7 @@ class Bench:
     @contextmanager
     def peak_bytes(self, found: list[int]) -> Iterator[None]:
         """Append the most memory that was allocated inside, above what was before; None on CPU."""
-        if self.rehearsal:
+        if not self.cuda:
             yield
             return
         torch.cuda.synchronize()
@@ -107,19 +107,19 @@ class Bench:
 
     def forget(self) -> None:
         """Give cached memory back."""
-        if not self.rehearsal:
+        if self.cuda:
             torch.cuda.empty_cache()
 
     def num_sets(self, num_bytes: int, most: int = 16) -> int:
         """How many input sets of which `num_bytes` are touched exceed twice the L2 cache."""
-        if self.rehearsal:
+        if not self.cuda:
             return 2
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return min(most, max(2, -(-2 * cache // max(1, num_bytes))))
 
     def launches(self, call: Loop) -> int | None:
         """Kernels, copies and fills that one call launches."""
-        if self.rehearsal:
+        if not self.cuda:
             return None
         from torch.profiler import ProfilerActivity, profile
 
@@ -127,7 +127,10 @@ class Bench:
             call(0)
             torch.cuda.synchronize()
         on_device = torch.autograd.DeviceType.CUDA
-        return sum(event.device_type == on_device for event in profiled.events())
+        return sum(
+            event.device_type == on_device and not event.name.startswith("Activity Buffer")
+            for event in profiled.events()
+        )
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -151,7 +154,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
     for name, call in calls.items():
         call(0)
         loops[name] = bench.eager(call)
-    if not tiny:
+    if bench.cuda:
         loops["launch in a graph"] = bench.graph(calls["launch"])
     times = {k: statistics.median(v) for k, v in bench.alternate(loops, lambda: 1.0).items()}
     found = {
@@ -159,7 +162,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
         "bf16_matmul_tflop_per_s": 2 * side**3 / times["matmul"] / 1e12,
         "launch_us": times["launch"] * 1e6,
     }
-    if not tiny:
+    if bench.cuda:
         found["launch_in_graph_us"] = times["launch in a graph"] * 1e6
     return found
 

@@ -20,9 +20,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("backend")
-        only_here = item.path.name == "test_gpu.py" and backend is None
-        (kept if backend in WANTED or only_here else left).append(item)
-        op = params.get("op", item.path.stem.removeprefix("test_"))
+        in_test_gpu = item.path.name == "test_gpu.py"
+        (kept if backend in WANTED or (in_test_gpu and backend is None) else left).append(item)
+        op = item.path.stem.removeprefix("test_")
+        if in_test_gpu and backend is not None:
+            op = params.get("op", "sampled_outer")
         item.user_properties.append(("of", f"{backend}/{op}" if backend else op))
     items[:] = kept
     config.hook.pytest_deselected(items=left)

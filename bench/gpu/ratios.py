@@ -149,6 +149,7 @@ def run_case(
 
     def fails(name: str, reason: str) -> None:
         results.add("rows", part, case=case.name, contestant=name, mode=None, reason=reason)
+        bench.forget()
         if not bench.healthy():
             raise Poisoned(f"{case.name}: {name}: {reason}")
 

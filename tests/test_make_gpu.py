@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import dropinf
+
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
 
 from gpu import ratios, report, rest, run, suite  # noqa: E402
 from gpu.ratios import Case, Contestant, Setup, Target  # noqa: E402
-from gpu.results import Deadline, Results, environment  # noqa: E402
+from gpu.results import Deadline, Results, default_path, environment  # noqa: E402
 from gpu.timing import Bench, ceilings  # noqa: E402
 
 
@@ -60,6 +62,7 @@ def test_structure(rehearsed):
     data = rehearsed[0]
     assert set(data["versions"]) == {"python", "cuda", "torch", "triton", "numpy"}
     assert data["versions"]["torch"] == torch.__version__
+    assert set(data["backends"]) == set(dropinf.backends())
     for part in ("bench", "model"):
         entry = data["parts"][part]
         assert entry["start"] <= entry["end"] and entry["commit"] and entry["seconds"] > 0
@@ -238,6 +241,20 @@ def test_a_lost_device_is_left_to_the_next_process(tmp_path, monkeypatch):
     ratios.run_cases(again, Bench(True), "bench", ODD[1:], [], {"g": 60.0})
     names = [row["contestant"] for row in again.data["rows"]]
     assert names.count("out of memory") == 1 and names.count("good") == 1
+
+
+def test_file_of_a_gpu(tmp_path, monkeypatch):
+    properties = SimpleNamespace(
+        name="NVIDIA H200", total_memory=150, multi_processor_count=132, L2_cache_size=50
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (a test)")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    today = time.strftime("%Y-%m-%d")
+    assert default_path() == ROOT / f"bench/results/nvidia-h200-a-test-{today}.json"
+    data = Results(tmp_path / "r.json", rehearsal=False).data
+    assert data["rehearsal"] is False
+    assert data["device"]["type"] == "cuda" and data["device"]["capability"] == [9, 0]
 
 
 class Event:

@@ -157,6 +157,7 @@ def run_case(
     known: dict[str, dict[str, Any]] = {}
     no_graph: dict[str, str] = {}
     for name, contestant in setup.contestants.items():
+        results.save()  # a sign of life
         if name in failed:
             continue
         if deadline.left() < 0:

@@ -85,6 +85,7 @@ def draw(results: Results, part: str) -> Path | None:
     axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks], fontsize=6)
     for label, tick in zip(axes.get_yticklabels(), ticks, strict=True):
         label.set_fontweight(tick[2])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("µs; CUDA graph replays where there are any")

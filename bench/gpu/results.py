@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+import dropinf
+
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "bench" / "results"
 
@@ -28,6 +30,7 @@ class Results:
             "rehearsal": rehearsal,
             "device": device(rehearsal),
             "versions": versions(),
+            "backends": dropinf.backends(),
             "date": date.today().isoformat(),
             "parts": {},
             "ceilings": {},
@@ -42,7 +45,7 @@ class Results:
             for key in ("rehearsal", "device"):
                 if before[key] != self.data[key]:
                     raise SystemExit(f"{path} is of {before[key]}, not of {self.data[key]}")
-            self.data = before | {"versions": self.data["versions"]}
+            self.data = before | {key: self.data[key] for key in ("versions", "backends")}
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +133,10 @@ def printed(*command: str) -> str:
 
 
 def environment(rehearsal: bool, **more: str) -> dict[str, str]:
-    """For child processes: this checkout first, and no GPU in a rehearsal."""
+    """For child processes: this checkout first, kernels compiled, and no GPU in a rehearsal."""
     paths = [str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+    made.pop("TRITON_INTERPRET", None)
     if rehearsal:
         made["CUDA_VISIBLE_DEVICES"] = ""
     return made

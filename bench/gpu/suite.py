@@ -31,7 +31,7 @@ FEW = "same_bits or each_layer_has_its_own_shift or accumulate or many_layers"
 # In a rehearsal these stand for the kernels on a GPU, and few tests for all.
 REHEARSED = "cuda-host,triton,reference"
 REHEARSED_FILES = ["test_gather_grads", "test_gram"]
-REHEARSED_TESTS = "empty or many_layers"
+REHEARSED_TESTS = "empty or many_layers or test_model"
 
 
 def existing(names: list[str]) -> list[str]:
@@ -53,7 +53,7 @@ def run_tests(results: Results, seconds: float) -> None:
             continue
         options = ["-k", REHEARSED_TESTS] if rehearsal else []
         # Half of what is left, so that one slow file does not keep the others from running.
-        code, lines, output = pytest(rehearsal, max(60.0, left / 2), [file, *options])
+        code, lines, output = pytest(rehearsal, min(left, max(60.0, left / 2)), [file, *options])
         for of, counts in counted(lines).items():
             sums = verified.setdefault(of, {**dict.fromkeys(counts, 0), "complete": True})
             for outcome, number in counts.items():

@@ -170,11 +170,7 @@ def make(bench: Bench, model: str, r: int) -> Setup:
             net.zero_grad(set_to_none=True)
 
     plan = dropinf.Plan.make(net, dropinf.Dropout(r=r))
-    if bench.rehearsal:
-        choices = [None]
-    else:
-        choices = [None, "reference"]
-        take_unverified()
+    take_unverified()
     contestants: dict[str, Contestant] = {}
 
     def passes(call: Callable[[int], object]) -> Contestant:
@@ -183,7 +179,7 @@ def make(bench: Bench, model: str, r: int) -> Setup:
     contestants["forward"] = passes(forward)
     contestants[INPUT_GRADIENT] = passes(input_gradient)
     contestants[ORDINARY] = passes(ordinary)
-    for backend in choices:
+    for backend in (None, "reference"):
         name = captured(r) if backend is None else f"{captured(r)}, {backend}"
         contestants[name] = Contestant(
             capture(net, plan, ids, backend),
@@ -227,6 +223,6 @@ def rows_error(net: NeoX, plan: dropinf.Plan, ids: Tensor, rows: Tensor) -> floa
 def take_unverified() -> None:
     """Let None pick every GPU kernel there is; their verification is another part of this run."""
     for op, kernels in dispatch.KERNELS.items():
-        for backend in kernels:
+        for backend in kernels:  # of which only those for GPUs have to be verified
             dispatch.VERIFIED.setdefault((backend, op), "this run")
     dispatch.kernel.cache_clear()

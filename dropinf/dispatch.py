@@ -104,13 +104,14 @@ def _row(op: str, *names: str) -> dict[str, Callable]:
 
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
-    "sampled_outer": _row("sampled_outer", "cuda", "cpu"),
-    "sampled_embedding": _row("sampled_embedding", "cpu"),
-    "sampled_conv": _row("sampled_conv", "cpu"),
+    "sampled_outer": _row("sampled_outer", "cuda", "triton", "cpu"),
+    "sampled_embedding": _row("sampled_embedding", "triton", "cpu"),
+    "sampled_conv": _row("sampled_conv", "triton", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
-    "gram": _row("gram", "cpu"),
+    "gram": _row("gram", "triton", "cpu"),
     "damped_cholesky": _row("damped_cholesky", "cpu"),
     "cholesky_solve": _row("cholesky_solve", "cpu"),
+    "score_topk": _row("score_topk", "triton"),
 }
 
 

@@ -146,6 +146,15 @@ def _cholesky_solve(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield (factors, offsets, rows), (new.out(*rows.shape),)
 
 
+def _score_topk(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    m, k = 3, 7
+    values = torch.full((m, k), -torch.inf, dtype=dtype, device=device)
+    indices = torch.full((m, k), -1, device=device)
+    yield (new.numbers(m, 300), 5), (values, indices)  # ties: 17 numbers for 300 scores
+    yield (new.numbers(m, 4), 305), (values, indices)
+
+
 # op -> its cases, the dtypes of inputs, and how far off a result may be.
 _CASES: dict[str, tuple[Callable[..., Iterator[Case]], tuple[torch.dtype, ...], float]] = {
     "sampled_outer": (_sampled_outer, _DTYPES, 0.0),
@@ -155,4 +164,5 @@ _CASES: dict[str, tuple[Callable[..., Iterator[Case]], tuple[torch.dtype, ...], 
     "gram": (_gram, (torch.float32,), 0.0),
     "damped_cholesky": (_damped_cholesky, (torch.float32,), 1e-5),
     "cholesky_solve": (_cholesky_solve, (torch.float32,), 1e-5),
+    "score_topk": (_score_topk, (torch.float32,), 0.0),
 }

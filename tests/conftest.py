@@ -12,15 +12,18 @@ from cuda_host import build
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 
+from on_device import OpsOn
+
 import dropinf
 from dropinf import dispatch
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
+ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []
 
 
 class Backend(NamedTuple):
     name: str
-    device: str
+    device: str  # where it computes; what tests give to the ops is on the CPU, see `OpsOn`
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,7 @@ def empties_are_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", "cpu-portable", "cuda-host", "triton", "reference"])
+@pytest.fixture(params=["cpu", "cpu-portable", "cuda-host", *ON_A_GPU, "triton", "reference"])
 def backend(request, monkeypatch):
     """Every backend; a module says in OPS which ops it tests."""
     name, _, variant = request.param.partition("-")
@@ -46,6 +49,10 @@ def backend(request, monkeypatch):
     state = dropinf.backends()[name]
     if state != "available":
         pytest.skip(f"backend {name!r} is {state}")
+    if dispatch._DEVICES.get(name) == "cuda":
+        monkeypatch.setattr(request.module, "ops", OpsOn("cuda:0"))
+        yield Backend(name, "cuda:0")
+        return
     if variant != "portable":
         yield Backend(name, "cpu")
         return

@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EPS32, assert_refused_or_nan, assert_within, few_in_interpreter
-from hypothesis import given, settings
+from properties import given, settings, st
 
 import dropinf
 from dropinf import ops

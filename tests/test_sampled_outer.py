@@ -1,10 +1,9 @@
 """sampled_outer: every backend within the rounding bound of a float64 einsum."""
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import EPS32, assert_refused_or_nan, assert_within, few_in_interpreter
-from hypothesis import given, settings
+from properties import given, settings, st
 
 import dropinf
 from dropinf import ops, staging

@@ -1,0 +1,1 @@
+"""`make gpu`: tests, sanitizers, benchmarks and whole models on a machine with a GPU."""

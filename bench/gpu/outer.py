@@ -1,0 +1,167 @@
+"""sampled_outer against what a user of torch would write, and against one read of its inputs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropinf import ops
+from gpu.ratios import Case, Contestant, Setup, Target, backends_of, reason_of
+from gpu.timing import Bench, Loop, relative_error
+
+GROUP = "sampled_outer"
+FLOOR = "one read of x and dy"
+DENSE = "dense product + gather"
+COMPILED = "torch.compile of the products"
+SIZES = (64, 1024, 8192, 65536)
+SECTOR = 32  # bytes that memory gives at least
+MAX_PRODUCTS = 20e9  # bytes of [B, T, r] that plain torch forms, three times over
+
+
+def name_of(dtype: str, r: int) -> str:
+    return f"sampled_outer, {dtype}, r={r}"
+
+
+LM_HEAD = "sampled_outer, bfloat16, r=65536, LM head"
+SCRATCH = "scratch over x"
+
+TARGETS = [
+    Target("sampled_outer, r=64: ≤ 0.5x one read", name_of("bfloat16", 64), (FLOOR,), at_most=0.5),
+    Target(
+        "sampled_outer, r=1024: ≤ 1.25x one read", name_of("bfloat16", 1024), (FLOOR,), at_most=1.25
+    ),
+    Target(
+        "sampled_outer, r=8192: ≤ 1.25x one read", name_of("bfloat16", 8192), (FLOOR,), at_most=1.25
+    ),
+    Target(
+        "sampled_outer, r=65536: ≤ 2.2x one read", name_of("bfloat16", 65536), (FLOOR,), at_most=2.2
+    ),
+    Target(
+        "sampled_outer, r=65536: ≥ 5x dense + gather",
+        name_of("bfloat16", 65536),
+        (DENSE,),
+        at_least=5,
+    ),
+    Target(
+        "sampled_outer, scratch: no [B,O,I], [B,T,r] or copy of x",
+        name_of("bfloat16", 8192),
+        at_most=0.5,
+        fact=SCRATCH,
+    ),
+]
+
+
+def cases() -> list[Case]:
+    def case(name: str, dtype: torch.dtype, r: int, O: int = 4096) -> Case:
+        return Case(name, partial(make, dtype=dtype, r=r, O=O), GROUP)
+
+    made = [case(name_of("bfloat16", r), torch.bfloat16, r) for r in SIZES]
+    made.append(case(LM_HEAD, torch.bfloat16, 65536, O=128256))
+    return made + [case(name_of("float32", r), torch.float32, r) for r in SIZES]
+
+
+def make(bench: Bench, dtype: torch.dtype, r: int, O: int) -> Setup:
+    B, T, I = 8, 2048, 4096
+    if bench.rehearsal:
+        B, T, I, O, r = 2, 16, 64, O // 64, max(16, r // 64)
+    size = torch.finfo(dtype).bits // 8
+    generator = torch.Generator().manual_seed(r)
+    at = torch.randperm(O * I, generator=generator)[:r].sort().values.to(bench.device)
+    o_long, i_long = at // I, at % I
+    o_idx, i_idx = o_long.int(), i_long.int()
+    once = B * T * (I + O) * size
+    fewest = B * T * (sectors(i_idx, I, size) + sectors(o_idx, O, size)) * SECTOR + 4 * B * r
+    sets = [
+        tuple(torch.randn(B, T, n, device=bench.device, dtype=dtype) for n in (I, O))
+        for _ in range(bench.num_sets(fewest, most=3))
+    ]
+    x, dy = sets[0]
+
+    def of_sets(call: Callable[[Tensor, Tensor], Any]) -> Loop:
+        return lambda i: call(*sets[i % len(sets)])
+
+    truth = exact(x, dy, o_long, i_long)
+    side = round(r**0.5)
+    rows, columns = (
+        torch.randperm(n, generator=generator)[:side].sort().values.to(bench.device) for n in (O, I)
+    )
+
+    def close(wanted: Tensor) -> Callable[[Tensor], float]:
+        return lambda out: relative_error(out.reshape(wanted.shape), wanted)
+
+    def ours(backend: str, **options: Any) -> Contestant:
+        call = partial(ops.sampled_outer, o_idx=o_idx, i_idx=i_idx, backend=backend, **options)
+        return Contestant(
+            of_sets(call), close(truth), ours=backend != "reference", num_bytes=min(fewest, once)
+        )
+
+    contestants: dict[str, Contestant] = {}
+    left_out: dict[str, str] = {}
+    for backend in backends_of("sampled_outer", bench.device):
+        contestants[backend] = ours(backend)
+        if backend in ("cuda", "cpu"):
+            try:
+                order = staged_order(o_idx, i_idx, I, O, size)
+                contestants[f"{backend}, ordered"] = ours(backend, order=order)
+            except Exception as error:
+                left_out[f"{backend}, ordered"] = reason_of(error)
+    contestants[FLOOR] = Contestant(of_sets(lambda x, dy: (x.sum(), dy.sum())), num_bytes=once)
+
+    def peer(call: Callable[[Tensor, Tensor], Tensor], wanted: Tensor = truth) -> Contestant:
+        return Contestant(of_sets(call), close(wanted), tolerance=2e-2)
+
+    if 3 * B * T * r * size <= MAX_PRODUCTS:
+        torch.compiler.reset()  # or it gives up on the ninth shape
+        backend = "eager" if bench.rehearsal else "inductor"  # which takes seconds to compile
+        compiled = torch.compile(products, dynamic=False, backend=backend)
+        contestants[COMPILED] = peer(lambda x, dy: compiled(x, dy, o_long, i_long))
+        contestants["eager products"] = peer(lambda x, dy: products(x, dy, o_long, i_long))
+    contestants[DENSE] = peer(lambda x, dy: torch.bmm(dy.mT, x)[:, o_long, i_long])
+
+    def grid(x: Tensor, dy: Tensor) -> Tensor:
+        return torch.bmm(dy.index_select(2, rows).mT, x.index_select(2, columns))
+
+    at_grid = torch.cartesian_prod(rows, columns).unbind(1)
+    contestants["grid"] = peer(grid, exact(x, dy, *at_grid))
+
+    def scratch() -> float | None:
+        out = torch.empty(B, r, device=bench.device)
+        peaks: list[int] = []
+        mine = [name for name, c in contestants.items() if c.ours]
+        for backend in {name.split(",")[0] for name in mine}:
+            with bench.peak_bytes(peaks):
+                ops.sampled_outer(x, dy, o_idx, i_idx, out=out, backend=backend)
+        return max(peaks) / x.nbytes if peaks else None
+
+    return Setup(contestants, {SCRATCH: scratch}, left_out)
+
+
+def products(x: Tensor, dy: Tensor, o: Tensor, i: Tensor) -> Tensor:
+    return (x[:, :, i] * dy[:, :, o]).sum(1)
+
+
+def exact(x: Tensor, dy: Tensor, o: Tensor, i: Tensor) -> Tensor:
+    """The definition in float64, some coordinates at a time."""
+    step = max(1, (1 << 25) // (x.shape[0] * x.shape[1]))
+    parts = [
+        (x[:, :, some_i].double() * dy[:, :, some_o].double()).sum(1)
+        for some_o, some_i in zip(o.split(step), i.split(step), strict=True)
+    ]
+    return torch.cat(parts, 1)
+
+
+def sectors(index: Tensor, width: int, size: int) -> int:
+    """Of one position of an operand, how many the sampled elements touch."""
+    return min(len((index.long() * size // SECTOR).unique()), -(-width * size // SECTOR))
+
+
+def staged_order(o_idx: Tensor, i_idx: Tensor, I: int, O: int, size: int) -> Any:
+    order = importlib.import_module("dropinf.staging").staged_order(o_idx, i_idx, I, O, size)
+    if order is None:
+        raise ValueError("these coordinates have no staged order")
+    return order

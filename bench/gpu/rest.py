@@ -1,0 +1,198 @@
+"""gather_grads, sampled_embedding, sampled_conv and score_topk against plain torch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropinf import ops
+from gpu.ratios import Case, Contestant, Setup, Target, backends_of
+from gpu.timing import Bench, relative_error
+
+GATHER, OTHERS, SCORES = "gather_grads", "embedding and convolution", "scores"
+INDEX_CAT, LAUNCHES = "index + cat", "launches"
+GATHER_1024 = "gather_grads, 200 layers, r=1024"
+TOPK = "score_topk, m=64, n=100,000, R=8192, k=10"
+PRODUCT = "torch.mm"
+
+TARGETS = [
+    Target("gather_grads, r=1024: one launch", GATHER_1024, at_most=1, fact=LAUNCHES),
+    Target("gather_grads, r=1024: ≤ 12 µs", GATHER_1024, at_most=12),
+    Target("gather_grads, r=1024: ≥ 50x index + cat", GATHER_1024, (INDEX_CAT,), at_least=50),
+    Target("scores: ≥ 0.9x one product", TOPK, (PRODUCT,), at_least=0.9),
+]
+
+
+def cases() -> list[Case]:
+    gathers = [
+        Case(f"gather_grads, 200 layers, r={r}", partial(gather, r=r), GATHER)
+        for r in (1024, 256, 4096)
+    ]
+    return [
+        *gathers,
+        Case(TOPK, topk, SCORES),
+        Case("sampled_embedding, V=50304, O=4096, r=8192", embedding, OTHERS),
+        Case("sampled_conv, 128 to 128 channels of 28 x 28, 3 x 3, r=1024", conv, OTHERS),
+    ]
+
+
+def gather(bench: Bench, r: int) -> Setup:
+    """The gradients are views of one buffer, so that one index call over it can compete too."""
+    L, side = 200, 512
+    if bench.rehearsal:
+        L, side, r = 20, 32, r // 16
+    touched = L * r * 32  # bytes of sectors
+    count = bench.num_sets(touched, most=8)
+    buffers = [torch.randn(L * side * side, device=bench.device) for _ in range(count)]
+    sets = [list(buffer.view(L, side, side).unbind()) for buffer in buffers]
+    generator = torch.Generator().manual_seed(0)
+    indices = [
+        torch.randperm(side * side, generator=generator)[:r].sort().values.to(bench.device)
+        for _ in range(L)
+    ]
+    everywhere = torch.cat([index + l * side * side for l, index in enumerate(indices)])
+    out = torch.empty(L * r, device=bench.device)
+    parts = list(out.view(L, r).unbind())
+    truth = buffers[0][everywhere].double()
+
+    def index_cat(i: int) -> Tensor:
+        grads = sets[i % count]
+        return torch.cat([g.view(-1)[at] for g, at in zip(grads, indices, strict=True)])
+
+    def select_into(i: int) -> Tensor:
+        for g, at, part in zip(sets[i % count], indices, parts, strict=True):
+            torch.index_select(g.view(-1), 0, at, out=part)
+        return out
+
+    def ours(backend: str) -> Contestant:
+        def call(i: int) -> Tensor:
+            return ops.gather_grads(sets[i % count], indices, out=out, backend=backend)
+
+        num_bytes = touched + L * r * 12  # positions in, entries out
+        return Contestant(call, error, ours=backend != "reference", num_bytes=num_bytes)
+
+    def error(out: Tensor) -> float:
+        return relative_error(out, truth)
+
+    contestants = {b: ours(b) for b in backends_of("gather_grads", bench.device)}
+    contestants[INDEX_CAT] = Contestant(index_cat, error)
+    contestants["index_select into slices"] = Contestant(select_into, error)
+    contestants["one index over one buffer"] = Contestant(
+        lambda i: buffers[i % count][everywhere], error
+    )
+
+    def launches() -> float | None:
+        mine = [c for c in contestants.values() if c.ours]
+        counts = [bench.launches(c.call) for c in mine]
+        return None if not counts or None in counts else max(counts)
+
+    return Setup(contestants, {LAUNCHES: launches})
+
+
+def topk(bench: Bench) -> Setup:
+    m, n, R, k = 64, 100_000, 8192, 10
+    if bench.rehearsal:
+        m, n, R, k = 4, 300, 64, 3
+    queries, rows = (torch.randn(c, R, device=bench.device) for c in (m, n))
+    values = torch.empty(m, k, device=bench.device)
+    indices = torch.empty(m, k, device=bench.device, dtype=torch.int64)
+    products = [queries.double() @ part.double().T for part in rows.split(4096)]
+    truth = torch.cat(products, 1).topk(k).values
+
+    def ours(backend: str) -> Contestant:
+        def call(i: int) -> Tensor:
+            ops.score_topk(
+                queries,
+                rows,
+                values.fill_(-torch.inf),
+                indices.fill_(-1),
+                first=0,
+                backend=backend,
+            )
+            return values
+
+        num_bytes = 4 * (n + m) * R
+        return Contestant(call, error, ours=backend != "reference", num_bytes=num_bytes)
+
+    def error(out: Tensor) -> float:
+        return relative_error(out, truth)
+
+    contestants = {b: ours(b) for b in backends_of("score_topk", bench.device)}
+    contestants[PRODUCT] = Contestant(lambda i: torch.mm(queries, rows.T))
+    contestants["torch.mm + topk"] = Contestant(
+        lambda i: torch.mm(queries, rows.T).topk(k).values, error
+    )
+    return Setup(contestants)
+
+
+def embedding(bench: Bench) -> Setup:
+    B, T, V, O, r = 8, 2048, 50304, 4096, 8192
+    if bench.rehearsal:
+        B, T, V, O, r = 2, 16, 50, 8, 60
+    dtype = torch.bfloat16
+    ids = torch.randint(V, (B, T), device=bench.device)
+    dy = torch.randn(B, T, O, device=bench.device, dtype=dtype)
+    at = torch.randperm(V * O, generator=torch.Generator().manual_seed(0))[:r].sort().values
+    i_idx, o_idx = (at // O).int().to(bench.device), (at % O).int().to(bench.device)
+    truth = torch.zeros(B, r, dtype=torch.float64, device=bench.device)
+    for b in range(B):
+        hit = ids[b][:, None] == i_idx  # [T, r]
+        truth[b] = (hit * dy[b].double()[:, o_idx.long()]).sum(0)
+    num_met = int(torch.isin(ids, i_idx.long()).sum())
+
+    def ours(backend: str) -> Contestant:
+        def call(i: int) -> Tensor:
+            return ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend)
+
+        def error(out: Tensor) -> float:
+            return relative_error(out, truth)
+
+        num_bytes = ids.nbytes + 32 * num_met + 4 * B * r
+        return Contestant(call, error, ours=backend != "reference", num_bytes=num_bytes)
+
+    return Setup({b: ours(b) for b in backends_of("sampled_embedding", bench.device)})
+
+
+def conv(bench: Bench) -> Setup:
+    B, C, side, kernel, r = 32, 128, 28, 3, 1024
+    if bench.rehearsal:
+        B, C, side, kernel, r = 2, 4, 7, 3, 30
+    dtype, device = torch.bfloat16, bench.device
+    x, dy = (torch.randn(B, C, side, side, device=device, dtype=dtype) for _ in range(2))
+    I = C * kernel * kernel
+    at = torch.randperm(C * I, generator=torch.Generator().manual_seed(0))[:r].sort().values
+    o_long, i_long = (at // I).to(device), (at % I).to(device)
+    o_idx, i_idx = o_long.int(), i_long.int()
+    layer: dict[str, Any] = {
+        "kernel_size": (kernel, kernel),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+    }
+
+    def unfold_index(x: Tensor, dy: Tensor) -> Tensor:
+        rows = []
+        for b in range(B):  # all at once, the patches take nine times x
+            patches = F.unfold(x[b : b + 1], kernel, padding=1)[0]  # [I, T]
+            rows.append((patches[i_long] * dy[b].flatten(1)[o_long]).sum(1))
+        return torch.stack(rows)
+
+    truth = unfold_index(x.double(), dy.double())
+
+    def error(out: Tensor) -> float:
+        return relative_error(out, truth)
+
+    def ours(backend: str) -> Contestant:
+        def call(i: int) -> Tensor:
+            return ops.sampled_conv(x, dy, o_idx, i_idx, **layer, backend=backend)
+
+        num_bytes = x.nbytes + dy.nbytes + 4 * B * r
+        return Contestant(call, error, ours=backend != "reference", num_bytes=num_bytes)
+
+    contestants = {b: ours(b) for b in backends_of("sampled_conv", bench.device)}
+    contestants["unfold + index"] = Contestant(lambda i: unfold_index(x, dy), error, tolerance=2e-2)
+    return Setup(contestants)

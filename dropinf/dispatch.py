@@ -106,7 +106,7 @@ KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_embedding": _row("sampled_embedding", "cpu"),
     "sampled_conv": _row("sampled_conv", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
-    "gram": _row("gram", "cpu"),
+    "gram": _row("gram", "cuda", "cpu"),
     "damped_cholesky": _row("damped_cholesky", "cpu"),
     "cholesky_solve": _row("cholesky_solve", "cpu"),
 }

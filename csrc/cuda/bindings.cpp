@@ -42,8 +42,24 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                                c10::cuda::getCurrentCUDAStream()));
 }
 
+void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool accumulate,
+          const at::Tensor& out) {
+  const char* const op = "gram";
+  const c10::cuda::CUDAGuard guard(out.device());
+  const GramArgs args = gram_args(rows, offsets, scale, accumulate, out);
+  same_device(op, out, {rows});
+  if (out.numel() == 0 || (accumulate && args.n == 0)) return;
+  const int64_t size = cuda::gram_scratch(args);
+  const at::Tensor scratch = at::empty({size}, out.options());
+  float* const sums = size > 0 ? scratch.mutable_data_ptr<float>() : nullptr;
+  check(op, cuda::gram(args, sums, c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
-void implement_cuda_ops(torch::Library& m) { m.impl("gather_grads", &gather_grads); }
+void implement_cuda_ops(torch::Library& m) {
+  m.impl("gather_grads", &gather_grads);
+  m.impl("gram", &gram);
+}
 
 }  // namespace dropinf

@@ -18,5 +18,9 @@ namespace cuda {
 constexpr int kMaxDims = 8;
 cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stream);
 
+// `scratch`: as many floats as gram_scratch says, or null where that is 0.
+int64_t gram_scratch(const GramArgs& args);
+cudaError_t gram(const GramArgs& args, float* scratch, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace dropinf

@@ -42,7 +42,7 @@ def library(sources: Path, sanitizer: str) -> Path:
     system = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
     include = [f"-I{HERE}", f"-I{sources}"]
     jobs = [
-        ([*flags, *watched, *include, "-x", "c++"], source)
+        ([*flags, "-Wno-unknown-pragmas", *watched, *include, "-x", "c++"], source)
         for source in sorted((sources / "cuda").glob("*.cu"))
     ]
     jobs.append(([*flags, *include, *system], HERE / "module.cpp"))

@@ -107,8 +107,8 @@ KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_conv": _row("sampled_conv", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
     "gram": _row("gram", "cuda", "cpu"),
-    "damped_cholesky": _row("damped_cholesky", "cpu"),
-    "cholesky_solve": _row("cholesky_solve", "cpu"),
+    "damped_cholesky": _row("damped_cholesky", "cuda", "cpu"),
+    "cholesky_solve": _row("cholesky_solve", "cuda", "cpu"),
 }
 
 

@@ -22,5 +22,10 @@ cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stre
 int64_t gram_scratch(const GramArgs& args);
 cudaError_t gram(const GramArgs& args, float* scratch, cudaStream_t stream);
 
+// The widest layer of damped_cholesky and cholesky_solve that fits in the current device's shared
+// memory; `cholesky` leaves wider ones alone.
+cudaError_t widest_cholesky(int64_t* width);
+cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace dropinf

@@ -155,6 +155,16 @@ T exchange(T value, int from) {
 
 }  // namespace host_execution
 
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(host_execution::kMaxSharedBytes);
+  return cudaSuccess;
+}
+
 inline void __syncthreads() { host_execution::block->barrier.wait(); }
 inline void __syncwarp(unsigned = ~0u) { host_execution::warp().barrier.wait(); }
 

@@ -62,6 +62,8 @@ struct Cholesky {
   int num_slots;  // right-hand sides in shared memory at a time
 };
 
+static_assert(sizeof(Cholesky) <= 32764);
+
 __host__ __device__ constexpr int padded(int width) {
   return (width + kPanel - 1) / kPanel * kPanel;
 }
@@ -97,7 +99,7 @@ __device__ void panel_sums(const float* own, const float* panel, int panel_strid
                            float (&sums)[kPanel]) {
 #pragma unroll
   for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;
-#pragma unroll 2
+#pragma unroll 1  // twice would not fit in 96 registers
   for (int k = 0; k < count; k += 4) {
     float x[4];
     load_4(own + k, x);
@@ -123,15 +125,15 @@ __device__ void store_8(const float (&from)[kPanel], float* to) {
 
 // The factor of a panel's block on the diagonal; returns its first bad pivot from 1, or 0.
 __device__ int factor_corner(const float* corner, float (&l)[kPanel][kPanel],
-                             float (&roots)[kPanel], float (&inverses)[kPanel]) {
+                             float (&inverses)[kPanel]) {
   int bad = 0;
 #pragma unroll
   for (int c = 0; c < kPanel; ++c) load_8(corner + c * kPanel, l[c]);
 #pragma unroll
   for (int c = 0; c < kPanel; ++c) {
     if (!(l[c][c] > 0.0f) && bad == 0) bad = c + 1;
-    roots[c] = sqrtf(l[c][c]);
-    inverses[c] = 1.0f / roots[c];
+    l[c][c] = sqrtf(l[c][c]);
+    inverses[c] = 1.0f / l[c][c];
 #pragma unroll
     for (int i = c + 1; i < kPanel; ++i) l[i][c] *= inverses[c];
 #pragma unroll
@@ -160,8 +162,8 @@ __device__ int factorise(const Shared& shared, int N) {
     }
     __syncthreads();
     if (at_work) {
-      float l[kPanel][kPanel], roots[kPanel], inverses[kPanel];
-      const int bad = factor_corner(shared.corner, l, roots, inverses);
+      float l[kPanel][kPanel], inverses[kPanel];
+      const int bad = factor_corner(shared.corner, l, inverses);
 #pragma unroll
       for (int c = 0; c < kPanel; ++c) {
         t[c] *= inverses[c];
@@ -172,7 +174,7 @@ __device__ int factorise(const Shared& shared, int N) {
 #pragma unroll
         for (int c = 0; c < kPanel; ++c) {
           if (c != row_in_panel) continue;
-          t[c] = roots[c];
+          t[c] = l[c][c];
           shared.inverses[i] = inverses[c];
         }
         if (row_in_panel == 0) *shared.bad = bad;
@@ -286,7 +288,7 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
 }
 
 // Blocks (layer, part): the right-hand sides of a layer go round its parts.
-__global__ void __launch_bounds__(kMaxThreads, 1) cholesky_kernel(const Cholesky all) {
+__global__ void __launch_bounds__(kMaxThreads, 2) cholesky_kernel(const Cholesky all) {
   const Layer& layer = all.layers[blockIdx.x];
   const int n = layer.width, N = padded(n), thread = threadIdx.x;
   const Shared shared(shared_memory<float>(), N);

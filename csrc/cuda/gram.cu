@@ -48,6 +48,8 @@ struct Gram {
   bool accumulate;
 };
 
+static_assert(sizeof(Gram) <= 32764);
+
 // Tile `index` of layer `last`, or the tile of layers `first` to `last`: rows from `i` and columns
 // from `j` of a strip of `width` columns from `column`.
 struct Tile {

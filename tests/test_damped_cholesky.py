@@ -145,8 +145,8 @@ def test_bits_depend_on_the_layer_alone(backend):
     if backend.name == "reference":
         pytest.skip("LAPACK's bits depend on its threads")
     sizes = (*SIZES, 8, 8, 60, 61, 62, 64, 64, 64, 63, 9, 20, 96)
-    if backend.name == "cuda":  # wider layers go through torch
-        sizes = tuple(r for r in sizes if r <= 256)
+    if backend.name == "cuda":  # the widest go through torch; many take long on the host
+        sizes = (0, 1, 8, 9, 31, 64, 65, 130)
     matrices, shift = layers("spread", sizes)
     rows = random_rows(67, sum(sizes))
     offsets, starts = bounds(sizes), bounds([r * r for r in sizes])

@@ -1,19 +1,21 @@
 """sampled_conv: every backend within the rounding bound of torch.autograd in float64."""
 
-from functools import partial
 from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EPS32, assert_refused, assert_within
+from conftest import EPS32, assert_refused_or_nan, assert_within, few_in_interpreter
 from hypothesis import given, settings
 
 import dropinf
 from dropinf import ops
 
+OPS = ("sampled_conv",)
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = {"2-D": torch.bfloat16, "groups": torch.float16}  # what of them Triton is tested with
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -131,7 +133,9 @@ def bound(x, dy, o_idx, i_idx, it):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_sampled_conv(backend, name, dtype, bias):
     it = LAYERS[name]
-    x, dy, o_idx, i_idx = inputs(it, 2, 300, dtype, bias)
+    long = name in ("planes longer than a box", "rows longer than a box")
+    few_in_interpreter(backend, bias and not long and dtype in (torch.float32, HALF.get(name)))
+    x, dy, o_idx, i_idx = inputs(it, 2, 35 if backend.name == "triton" else 300, dtype, bias)
     r = len(o_idx)
     row = torch.full((2, r + 9), torch.nan)
     ops.sampled_conv(
@@ -151,6 +155,7 @@ def test_sampled_conv(backend, name, dtype, bias):
 
 @pytest.mark.parametrize("name", ["2-D", "stride 2", "groups"])
 def test_all_coordinates_in_any_order(backend, name):
+    few_in_interpreter(backend, name == "groups")
     it = LAYERS[name]
     x, dy, o_idx, i_idx = inputs(it, 3, it.O * (it.I + 1), torch.float32, bias=True)
     order = torch.randperm(len(o_idx), generator=torch.Generator().manual_seed(1))
@@ -222,6 +227,7 @@ def flipped_planes(x):
 @pytest.mark.parametrize("r", [3, 100], ids=["read in place", "copied"])
 def test_strides(backend, name, view, dtype, r):
     """x and dy of any strides, each on its own and both; out with any strides."""
+    few_in_interpreter(backend, name == "2-D" and dtype == torch.float32 and r == 3)
     it = LAYERS[name]
     x, dy, o_idx, i_idx = inputs(it, 3, r, dtype, bias=True)
     truth, largest = exact(x, dy, o_idx, i_idx, it), bound(x, dy, o_idx, i_idx, it)
@@ -290,6 +296,7 @@ def test_empty(backend, B, r, size, size_out):
 def test_same_bits(backend, name, dtype):
     """Run to run, for any number of threads, for any batch around an example and any coordinates
     around one."""
+    few_in_interpreter(backend, name == "2-D" and dtype == torch.float32)
     it = LAYERS[name]
     x, dy, o_idx, i_idx = inputs(it, 5, 200, dtype, bias=True)
 
@@ -368,12 +375,6 @@ good = {
         ({"x": torch.zeros(2, 4, 5, 5).long()}, "x must be floating point, got torch.int64"),
         ({"o_idx": torch.zeros(6).long()}, "o_idx must be torch.int32 on cpu, got torch.int64"),
         ({"i_idx": torch.zeros(5).int()}, r"must both be \[r\], got \(6,\) and \(5,\)"),
-        ({"o_idx": torch.full((6,), 6).int()}, "o_idx is out|out of range"),
-        ({"o_idx": torch.full((6,), -1).int()}, "o_idx is out|out of range"),
-        ({"i_idx": torch.full((6,), 36).int()}, "i_idx is out|out of range"),
-        ({"i_idx": torch.full((6,), 37).int(), "bias": True}, "i_idx is out|out of range"),
-        ({"i_idx": torch.full((6,), -1).int()}, "i_idx is out|out of range"),
-        ({"i_idx": torch.full((6,), 18).int(), "groups": 2}, "i_idx is out|out of range"),
         ({"kernel_size": (3,)}, r"kernel_size must be 2 ints of at least 1, .*, got \(3,\)"),
         ({"kernel_size": 3}, "kernel_size must be 2 ints of at least 1, .*, got 3"),
         ({"stride": (1, 0)}, r"stride must be 2 ints of at least 1, .*, got \(1, 0\)"),
@@ -387,8 +388,27 @@ good = {
     ids=str,
 )
 def test_bad_input(backend, change, message):
-    call = partial(ops.sampled_conv, **{**good, **change}, backend=backend.name)
-    assert_refused(backend, call, message)
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
+        ops.sampled_conv(**{**good, **change}, backend=backend.name)
+
+
+@pytest.mark.parametrize(
+    "name, index, options",
+    [
+        ("o_idx", 6, {}),
+        ("o_idx", -1, {}),
+        ("i_idx", 36, {}),
+        ("i_idx", 37, {"bias": True}),
+        ("i_idx", -1, {}),
+        ("i_idx", 18, {"groups": 2}),
+        ("i_idx", 2**31 - 1, {}),
+    ],
+    ids=str,
+)
+def test_index_out_of_range(backend, name, index, options):
+    call = {**good, **options, name: good[name].clone(), "backend": backend.name}
+    call[name][2] = index
+    assert_refused_or_nan(backend, lambda: ops.sampled_conv(**call), 2, name)
 
 
 def test_float64_is_for_the_reference():

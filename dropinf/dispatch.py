@@ -108,9 +108,9 @@ KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_embedding": _row("sampled_embedding", "triton", "cpu"),
     "sampled_conv": _row("sampled_conv", "triton", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
-    "gram": _row("gram", "triton", "cpu"),
-    "damped_cholesky": _row("damped_cholesky", "cpu"),
-    "cholesky_solve": _row("cholesky_solve", "cpu"),
+    "gram": _row("gram", "cuda", "triton", "cpu"),
+    "damped_cholesky": _row("damped_cholesky", "cuda", "cpu"),
+    "cholesky_solve": _row("cholesky_solve", "cuda", "cpu"),
     "score_topk": _row("score_topk", "cuda", "triton"),
 }
 

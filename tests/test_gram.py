@@ -85,6 +85,27 @@ def test_bits_depend_on_the_layer_alone(backend):
         assert torch.equal(alone, one[starts[l] : starts[l + 1]])
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_long_sums(backend, accumulate):
+    """Of more rows than a block sums at a time."""
+    few_in_interpreter(backend, False)
+    sizes, rows = (5, 70, 8), random_rows(1100, 83)
+    before = random_rows(1, sum(r * r for r in sizes), seed=1)[0]
+    out = before.clone()
+    ops.gram(rows, bounds(sizes), scale=0.5, accumulate=accumulate, out=out, backend=backend.name)
+    assert_gram(out, rows, sizes, scale=0.5, before=before if accumulate else None)
+
+
+def test_bits_of_long_sums_depend_on_the_layer_alone(backend):
+    if backend.name == "reference":
+        pytest.skip("the bits of torch.mm depend on its threads")
+    few_in_interpreter(backend, False)
+    sizes, rows = (1400, 9, 70), random_rows(600, 1479)  # 257 tiles: each has one block
+    out = ops.gram(rows, bounds(sizes), backend=backend.name)
+    alone = ops.gram(rows[:, 1400:], (0, 9, 79), backend=backend.name)
+    assert torch.equal(out[1400 * 1400 :], alone)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -62,6 +62,26 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+// Reads four floats from an address that is a multiple of 16, or writes them to one.
+__device__ inline void load_4(const float* from, float* to) {
+#ifdef __CUDACC__
+  const float4 values = *reinterpret_cast<const float4*>(from);
+  to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
+#else
+  host_execution::check_aligned(from, 16);
+  for (int k = 0; k < 4; ++k) to[k] = from[k];
+#endif
+}
+
+__device__ inline void store_4(const float* from, float* to) {
+#ifdef __CUDACC__
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+#else
+  host_execution::check_aligned(to, 16);
+  for (int k = 0; k < 4; ++k) to[k] = from[k];
+#endif
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 template <typename T>
 __device__ T* shared_memory() {

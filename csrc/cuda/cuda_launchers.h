@@ -37,5 +37,14 @@ constexpr int kMaxTopk = 1024;  // k
 cudaError_t score_topk(const float* scores, int64_t m, int64_t c, int64_t stride, int64_t first,
                        float* values, int64_t* indices, int64_t k, cudaStream_t stream);
 
+// `scratch`: as many floats as gram_scratch says, or null where that is 0.
+int64_t gram_scratch(const GramArgs& args);
+cudaError_t gram(const GramArgs& args, float* scratch, cudaStream_t stream);
+
+// The widest layer of damped_cholesky and cholesky_solve that fits in the current device's shared
+// memory; `cholesky` leaves wider ones alone.
+cudaError_t widest_cholesky(int64_t* width);
+cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace dropinf

@@ -14,6 +14,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -105,7 +107,16 @@ inline void* shared_memory() { return block->start; }
 
 inline Warp& warp() { return *block->warps[threadIdx.x / kWarp]; }
 
+// A device faults on a vector that is not aligned to its size; a host may not.
+inline void check_aligned(const void* address, size_t num_bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % num_bytes == 0) return;
+  std::fprintf(stderr, "an access of %zu bytes at %p is not aligned\n", num_bytes, address);
+  std::abort();
+}
+
 inline void copy_async(void* to, const void* from, size_t num_bytes) {
+  check_aligned(to, num_bytes);
+  check_aligned(from, num_bytes);
   copies.back().push_back({to, from, num_bytes});
 }
 
@@ -165,6 +176,16 @@ T exchange(T value, int from) {
 }
 
 }  // namespace host_execution
+
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(host_execution::kMaxSharedBytes);
+  return cudaSuccess;
+}
 
 inline void __syncthreads() { host_execution::block->barrier.wait(host_execution::block_turn); }
 inline void __syncwarp(unsigned = ~0u) {

@@ -103,7 +103,7 @@ def _row(op: str, *names: str) -> dict[str, Callable]:
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_outer": _row("sampled_outer", "cpu"),
-    "sampled_embedding": _row("sampled_embedding", "cpu"),
+    "sampled_embedding": _row("sampled_embedding", "cuda", "cpu"),
     "sampled_conv": _row("sampled_conv", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
     "gram": _row("gram", "cpu"),

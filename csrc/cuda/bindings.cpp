@@ -42,8 +42,20 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                                c10::cuda::getCurrentCUDAStream()));
 }
 
+void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
+                       const at::Tensor& i_idx, double scale, const at::Tensor& out) {
+  const char* const op = "sampled_embedding";
+  const c10::cuda::CUDAGuard guard(out.device());
+  same_device(op, out, {ids, dy, o_idx, i_idx});
+  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, scale, out);
+  check(op, cuda::sampled_embedding(args, c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
-void implement_cuda_ops(torch::Library& m) { m.impl("gather_grads", &gather_grads); }
+void implement_cuda_ops(torch::Library& m) {
+  m.impl("gather_grads", &gather_grads);
+  m.impl("sampled_embedding", &sampled_embedding);
+}
 
 }  // namespace dropinf

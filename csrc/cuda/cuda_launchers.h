@@ -18,5 +18,8 @@ namespace cuda {
 constexpr int kMaxDims = 8;
 cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stream);
 
+// Entries are NaN too where i_idx is not sorted.
+cudaError_t sampled_embedding(const SampledEmbeddingArgs& args, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace dropinf

@@ -36,6 +36,7 @@ def load() -> None:
 def library(sources: Path, sanitizer: str) -> Path:
     """The shared library of the kernels in `sources`/cuda, built if it is not there yet."""
     flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-Wall", "-Werror"]
+    flags.append("-Wno-unknown-pragmas")  # #pragma unroll
     # The bindings are torch's and ours, without a thread: only the kernels are watched.
     watched = [f"-fsanitize={sanitizer}"] if sanitizer else []
     python = sysconfig.get_paths()["include"]

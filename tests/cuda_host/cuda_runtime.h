@@ -175,10 +175,12 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return host_execution::exchange(value, static_cast<int>(threadIdx.x % 32) + int(delta));
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
+  host_execution::Warp& mine = host_execution::warp();
+  mine.slots[threadIdx.x % 32] = predicate != 0;
+  mine.barrier.wait();
   unsigned result = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    result |= unsigned(host_execution::exchange(predicate, lane) != 0) << lane;
-  }
+  for (int lane = 0; lane < 32; ++lane) result |= unsigned(mine.slots[lane]) << lane;
+  mine.barrier.wait();
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -193,6 +195,7 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;

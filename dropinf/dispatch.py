@@ -104,7 +104,7 @@ def _row(op: str, *names: str) -> dict[str, Callable]:
 KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_outer": _row("sampled_outer", "cpu"),
     "sampled_embedding": _row("sampled_embedding", "cuda", "cpu"),
-    "sampled_conv": _row("sampled_conv", "cpu"),
+    "sampled_conv": _row("sampled_conv", "cuda", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
     "gram": _row("gram", "cpu"),
     "damped_cholesky": _row("damped_cholesky", "cpu"),

@@ -51,11 +51,24 @@ void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Te
   check(op, cuda::sampled_embedding(args, c10::cuda::getCurrentCUDAStream()));
 }
 
+void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
+                  const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
+                  double scale, const at::Tensor& out) {
+  const char* const op = "sampled_conv";
+  const c10::cuda::CUDAGuard guard(out.device());
+  same_device(op, out, {x, dy, o_idx, i_idx});
+  const SampledConvArgs args = sampled_conv_args(x, dy, o_idx, i_idx, kernel_size, stride, padding,
+                                                 dilation, groups, bias, scale, out);
+  check(op, cuda::sampled_conv(args, c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void implement_cuda_ops(torch::Library& m) {
   m.impl("gather_grads", &gather_grads);
   m.impl("sampled_embedding", &sampled_embedding);
+  m.impl("sampled_conv", &sampled_conv);
 }
 
 }  // namespace dropinf

@@ -21,5 +21,8 @@ cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stre
 // Entries are NaN too where i_idx is not sorted.
 cudaError_t sampled_embedding(const SampledEmbeddingArgs& args, cudaStream_t stream);
 
+// Invalid where a plane has 2^31 outputs or more.
+cudaError_t sampled_conv(const SampledConvArgs& args, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace dropinf

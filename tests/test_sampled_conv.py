@@ -89,6 +89,7 @@ LAYERS = {
     "one position": layer(9, 8, (3, 3), 3),
     "planes longer than a box": layer(2, 2, (66, 67), 3, padding=1),
     "rows longer than a box": layer(2, 3, (9001,), 5, padding=2),
+    "tall kernel over long rows": layer(2, 3, (2, 700), (2, 1), padding=(1, 0)),
     "patches": layer(3, 20, (32, 32), 8, stride=8),
 }
 

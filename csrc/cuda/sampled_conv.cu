@@ -5,17 +5,17 @@
 // order that depends on the layer and its strides alone.
 //
 // Floor: one read of x and dy. For 64 to 64 channels of 56x56, 3x3, B=8, bf16: 6.4 MB, 1.5 µs at
-// 4.3 TB/s. At r=1024 these kernels do more: 25.7 million products, each some 50 instructions of a
-// lane and 4 bytes from L2. That is 40 million warp instructions, 45 µs at 132 * 4 a cycle and
+// 4.3 TB/s. At r=1024 these kernels do more: 25.7 million products, each some 35 instructions of a
+// lane and 4 bytes from L2. That is 28 million warp instructions, 31 µs at 132 * 4 a cycle and
 // 1.7 GHz, and 103 MB, 21 µs at 5 TB/s. For 256 to 256 channels of 14x14: 1.6 million products,
-// 3 µs, about as long as the launch and the setup of a block. channels_last at 56x56: 70
-// instructions a product, 63 µs, and if L1 caught nothing some 22 sectors of 32 bytes for 32
-// products, 560 MB, 110 µs. (All predicted, not measured.)
+// 2 µs, no longer than the launch and the setup of a block. channels_last at 56x56: 70 instructions
+// a product, 63 µs, and if L1 caught nothing some 22 sectors of 32 bytes for 32 products, 560 MB,
+// 110 µs. (All predicted, not measured; instructions counted for sm_90.)
 //
-// What a measurement could ask for: 32-bit offsets where the strides allow, rows of 2 to 8 elements
-// a lane, for the instructions; a plane of dy in shared memory for the coordinates of one o, for
-// L2; tiles of rows [position, channel] as in sampled_outer for channels_last; outputs of one
-// coordinate over several blocks where B * r is below the number of SMs.
+// What a measurement could ask for: rows of 2 to 8 elements a lane, for the instructions; a plane
+// of dy in shared memory for the coordinates of one o, for L2; tiles of rows [position, channel] as
+// in sampled_outer for channels_last; outputs of one coordinate over several blocks where B * r is
+// below the number of SMs.
 
 #include "cuda/common.cuh"
 #include "cuda/cuda_launchers.h"
@@ -95,57 +95,60 @@ __device__ bool within(int32_t p, const Coordinate& it, int d) {
   return static_cast<uint32_t>(p - it.begin[d]) < static_cast<uint32_t>(it.size[d]);
 }
 
-// The products of every kLanes-th output from the j-th on.
-template <typename E, int kLanes>
+// The products of every kLanes-th output from the j-th on. Offset holds what offsets_fit has asked.
+template <typename E, int kLanes, typename Offset>
 __device__ float lane_sum(const SampledConvArgs& args, const Coordinate& it, const E* x,
                           const E* dy, int j) {
   if (j >= it.num_outputs) return 0.0f;
-  const Steps x_steps = steps(args.x_stride, args.stride);
+  // For the bias dy stands for x, so that every load is of something that is there.
   const Steps dy_steps = steps(args.dy_stride, nullptr);
+  const Steps x_steps = it.ones ? dy_steps : steps(args.x_stride, args.stride);
   const int32_t H = it.size[1], W = it.size[2];
-  const int64_t x_row = x_steps.h - W * x_steps.w, x_plane = x_steps.d - H * x_steps.h;
-  const int64_t dy_row = dy_steps.h - W * dy_steps.w, dy_plane = dy_steps.d - H * dy_steps.h;
+  const Offset x_row = x_steps.h - W * x_steps.w, x_plane = x_steps.d - H * x_steps.h;
+  const Offset dy_row = dy_steps.h - W * dy_steps.w, dy_plane = dy_steps.d - H * dy_steps.h;
   // kLanes outputs on are step_d planes, step_h rows and step_w outputs on.
   const int32_t step_w = kLanes % W, step_h = kLanes / W % H, step_d = kLanes / W / H;
-  const int64_t x_step = step_d * x_steps.d + step_h * x_steps.h + step_w * x_steps.w;
-  const int64_t dy_step = step_d * dy_steps.d + step_h * dy_steps.h + step_w * dy_steps.w;
+  const Offset x_step = step_d * x_steps.d + step_h * x_steps.h + step_w * x_steps.w;
+  const Offset dy_step = step_d * dy_steps.d + step_h * dy_steps.h + step_w * dy_steps.w;
 
   int32_t w = j % W, h = j / W % H;
   const int32_t first_d = it.begin[0] + j / W / H, first_h = it.begin[1] + h,
                 first_w = it.begin[2] + w;
-  x += it.x + first_d * x_steps.d + first_h * x_steps.h + first_w * x_steps.w;
+  x = it.ones ? dy + it.dy : x + it.x;
+  x += first_d * x_steps.d + first_h * x_steps.h + first_w * x_steps.w;
   dy += it.dy + first_d * dy_steps.d + first_h * dy_steps.h + first_w * dy_steps.w;
+  Offset x_next = 0, dy_next = 0;
   float sum = 0.0f;
   int32_t left = (it.num_outputs - 1 - j) / kLanes + 1;
   for (; left > 0; left -= kFewLoads) {
-    // The steps first, and every load of an element that is there, so that no branch is between
-    // the loads.
-    const E *x_at[kFewLoads], *dy_at[kFewLoads];
+    // The steps first, and the first output again instead of one too many, so that no branch is
+    // between the loads.
+    Offset x_at[kFewLoads], dy_at[kFewLoads];
 #pragma unroll
     for (int n = 0; n < kFewLoads; ++n) {
-      dy_at[n] = n < left ? dy : dy_at[0];
-      x_at[n] = n < left && !it.ones ? x : dy_at[0];
+      x_at[n] = n < left ? x_next : x_at[0];
+      dy_at[n] = n < left ? dy_next : dy_at[0];
       w += step_w;
       h += step_h;
-      x += x_step;
-      dy += dy_step;
+      x_next += x_step;
+      dy_next += dy_step;
       if (w >= W) {
         w -= W;
         ++h;
-        x += x_row;
-        dy += dy_row;
+        x_next += x_row;
+        dy_next += dy_row;
       }
       if (h >= H) {
         h -= H;
-        x += x_plane;
-        dy += dy_plane;
+        x_next += x_plane;
+        dy_next += dy_plane;
       }
     }
     float u[kFewLoads], v[kFewLoads];
 #pragma unroll
     for (int n = 0; n < kFewLoads; ++n) {
-      u[n] = widen(*x_at[n]);
-      v[n] = widen(*dy_at[n]);
+      u[n] = widen(x[x_at[n]]);
+      v[n] = widen(dy[dy_at[n]]);
     }
 #pragma unroll
     for (int n = 0; n < kFewLoads; ++n) {
@@ -161,7 +164,7 @@ struct Shared {
   float sums[kMaxCoordinates][kParts];
 };
 
-template <typename E, int kLanes>
+template <typename E, int kLanes, typename Offset>
 __global__ void __launch_bounds__(kThreads)
     conv_positions_kernel(const SampledConvArgs args, int per_block, int blocks_per_example) {
   constexpr int kWidth = kLanes < kWarp ? kLanes : kWarp;
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int c0 = 0; c0 < count; c0 += kThreads / kLanes) {
     const int c = c0 + thread / kLanes;
     float sum = 0.0f;
-    if (c < count) sum = lane_sum<E, kLanes>(args, shared.coordinates[c], x, dy, j);
+    if (c < count) sum = lane_sum<E, kLanes, Offset>(args, shared.coordinates[c], x, dy, j);
     for (int distance = kWidth / 2; distance > 0; distance /= 2) {
       sum += __shfl_xor_sync(kAllLanes, sum, distance);
     }
@@ -272,17 +275,39 @@ bool channels_innermost(int64_t channels, int64_t stride_c, const int64_t* size,
   return channels > 1 && stride_c == 1 && !positions;
 }
 
-template <typename E, int kLanes>
-cudaError_t run_positions(const SampledConvArgs& args, cudaStream_t stream) {
+// Whether 32 bits hold the offsets of a coordinate's outputs from its first one, and of the steps
+// that are taken beyond the last one. The sums are the same with 64.
+bool offsets_fit(const SampledConvArgs& args) {
+  int64_t x = 0, dy = 0;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t outputs = args.dy_size[d] + kThreads * kFewLoads;
+    if (args.x_stride[d] > INT32_MAX / args.stride[d] || args.dy_stride[d] > INT32_MAX)
+      return false;
+    x += outputs * args.x_stride[d] * args.stride[d];
+    dy += outputs * args.dy_stride[d];
+    if (x > INT32_MAX || dy > INT32_MAX) return false;
+  }
+  return true;
+}
+
+template <typename E, int kLanes, typename Offset>
+cudaError_t launch_positions(const SampledConvArgs& args, cudaStream_t stream) {
   constexpr int kSlots = kThreads / kLanes;
   const int64_t wanted = ceil_div(ceil_div(args.B * args.r, kBlocks), int64_t{kSlots}) * kSlots;
   int64_t per_block = wanted < kRounds * kSlots ? kRounds * kSlots : wanted;
   if (per_block > kMaxCoordinates) per_block = kMaxCoordinates;
   const int64_t blocks = ceil_div(args.r, per_block);
   if (args.B > INT32_MAX / blocks) return cudaErrorInvalidValue;
-  return launch(conv_positions_kernel<E, kLanes>, dim3(static_cast<unsigned>(args.B * blocks)),
-                kThreads, sizeof(Shared<ceil_div(kLanes, kWarp)>), stream, args,
-                static_cast<int>(per_block), static_cast<int>(blocks));
+  return launch(conv_positions_kernel<E, kLanes, Offset>,
+                dim3(static_cast<unsigned>(args.B * blocks)), kThreads,
+                sizeof(Shared<ceil_div(kLanes, kWarp)>), stream, args, static_cast<int>(per_block),
+                static_cast<int>(blocks));
+}
+
+template <typename E, int kLanes>
+cudaError_t run_positions(const SampledConvArgs& args, cudaStream_t stream) {
+  return offsets_fit(args) ? launch_positions<E, kLanes, int32_t>(args, stream)
+                           : launch_positions<E, kLanes, int64_t>(args, stream);
 }
 
 template <typename E>

@@ -23,6 +23,7 @@ inline void define_ops(torch::Library& m) {
       "Tensor(a!) out, Tensor(b!) info, Tensor(c!)? solved) -> ()");
   m.def("cholesky_solve(Tensor factors, Tensor offsets, Tensor rows, Tensor(a!) out) -> ()");
   m.def("gather_grads(Tensor?[] grads, Tensor[] indices, float[] scales, Tensor(a!) out) -> ()");
+  m.def("score_topk(Tensor scores, int first, Tensor(a!) values, Tensor(b!) indices) -> ()");
 }
 
 // In cuda/bindings.cpp.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import dropinf
+from dropinf import doctor
 
 
 def main() -> None:
@@ -20,11 +22,14 @@ def main() -> None:
         help="where to draw the most suspicious digits (default: %(default)s)",
     )
     commands.add_parser("backends", help="which backends are here, and why others are not")
+    commands.add_parser("doctor", help="versions, devices, and a self-test of every backend")
     arguments = parser.parse_args()
     if arguments.command == "backends":
         for name, state in dropinf.backends().items():
             print(f"{name:12}{state}")
         return
+    if arguments.command == "doctor":
+        sys.exit(doctor.main())
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401

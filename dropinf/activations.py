@@ -41,7 +41,6 @@ class ActivationsTap(Tap):
         super().__init__(model, plan, backend)
         self._per, self._batch_dim = per, batch_dim
         self._loss_dims = (1,) if per == "example" else (1, 2)
-        self._coordinates: dict[Any, tuple[Tensor, ...]] = {}
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         slots = {id(p): s for s, p in zip(self.plan.slots, self.parameters, strict=True)}
@@ -173,7 +172,7 @@ class ActivationsTap(Tap):
             raise unconnected
         row_map = self._row_map(losses, segment_ids)
         rows = self.empty_rows(losses, row_map.num_rows)
-        entries = Entries(rows, row_map, loss_scale, self.backend, self._coordinates)
+        entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
         with torch._C.DisableTorchFunction():
             before = [p.grad for p in self.parameters]
             for p in self.parameters:

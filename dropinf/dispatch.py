@@ -27,6 +27,8 @@ except ImportError as error:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+GPU_BACKENDS = ("cuda", "triton")
+
 # (backend, op) -> the file in bench/results/ that records its results on a GPU.
 VERIFIED: dict[tuple[str, str], str] = {}
 
@@ -102,13 +104,14 @@ def _row(op: str, *names: str) -> dict[str, Callable]:
 
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
-    "sampled_outer": _row("sampled_outer", "cpu"),
-    "sampled_embedding": _row("sampled_embedding", "cuda", "cpu"),
-    "sampled_conv": _row("sampled_conv", "cuda", "cpu"),
+    "sampled_outer": _row("sampled_outer", "cuda", "triton", "cpu"),
+    "sampled_embedding": _row("sampled_embedding", "cuda", "triton", "cpu"),
+    "sampled_conv": _row("sampled_conv", "cuda", "triton", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
-    "gram": _row("gram", "cpu"),
+    "gram": _row("gram", "triton", "cpu"),
     "damped_cholesky": _row("damped_cholesky", "cpu"),
     "cholesky_solve": _row("cholesky_solve", "cpu"),
+    "score_topk": _row("score_topk", "cuda", "triton"),
 }
 
 
@@ -132,20 +135,25 @@ def kernel(
     """
     kernels = KERNELS[op]
     call = (device, dtypes, out_dtype)
-    name = backend
-    if name is None:
-        name = next(n for n in kernels if _by_default(op, n) and not _obstacle(op, n, *call))
-    obstacle = _obstacle(op, name, *call)
-    if obstacle:
-        here = [n for n in kernels if not _obstacle(op, n, *call)]
-        raise BackendError(f"{op}: backend '{name}' is {obstacle}. Here: {str(here)[1:-1]}.")
-    if name in ("cuda", "triton"):
+    name = default(op, *call) if backend is None else backend
+    why_not = obstacle(op, name, *call)
+    if why_not:
+        here = [n for n in kernels if not obstacle(op, n, *call)]
+        raise BackendError(f"{op}: backend '{name}' is {why_not}. Here: {str(here)[1:-1]}.")
+    if name in GPU_BACKENDS:
         _self_test(op, name, device)
     return kernels[name]
 
 
-def _by_default(op: str, backend: str) -> bool:
-    return backend not in ("cuda", "triton") or (backend, op) in VERIFIED
+def default(
+    op: str, device: torch.device, dtypes: Sequence[torch.dtype], out_dtype: torch.dtype
+) -> str:
+    """The backend that a call gets that names none."""
+    for name in KERNELS[op]:
+        unverified = name in GPU_BACKENDS and (name, op) not in VERIFIED
+        if not unverified and not obstacle(op, name, device, dtypes, out_dtype):
+            return name
+    raise AssertionError("reference takes every call")
 
 
 @lru_cache(maxsize=256)
@@ -164,7 +172,7 @@ def _self_test(op: str, backend: str, device: torch.device) -> None:
         )
 
 
-def _obstacle(
+def obstacle(
     op: str,
     backend: str,
     device: torch.device,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dropinf.forms import Form, Role
+from dropinf import ops, staging
+from dropinf.forms import Form, Role, outer
 from dropinf.plan import Slot
 from dropinf.rowmap import Route, RowMap, groups
 from dropinf.sources import Lookup, Source, View, chunk_items
+
+# Ops that take a staged order -> whether a bias is an input of theirs.
+_WITH_ORDER = {ops.sampled_outer: False, outer: True}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,20 @@ class Where:
     route: Route | None
 
 
+class Coordinates(NamedTuple):
+    """The coordinates of a run of views, on the device of its gradients.
+
+    Attributes:
+        o_idx, i_idx: [r] int32.
+        orders: (op, I, O, bytes of an element) -> their staged order, or None where they have
+            none; itself None for coordinates that are not kept, so that one would not pay.
+    """
+
+    o_idx: Tensor
+    i_idx: Tensor
+    orders: dict[Any, staging.StagedOrder | None] | None
+
+
 class Entries:
     """Rows [num_rows, R] that start empty.
 
@@ -40,7 +58,7 @@ class Entries:
     def __init__(
         self, rows: Tensor, map: RowMap, factor: float, backend: str | None, cache: dict
     ) -> None:
-        """`factor` is taken out of every gradient; `cache` keeps coordinates between batches."""
+        """`factor` is taken out of every gradient; `cache` keeps `Coordinates` between batches."""
         self.rows, self.map, self.touched = rows, map, set()
         self._factor, self._backend, self._cache = factor, backend, cache
 
@@ -81,7 +99,8 @@ class Entries:
     ) -> None:
         (first, role), (last, _) = run[0], run[-1]
         names = {view.slot.name for view, _ in run}
-        o_idx, i_idx = self._coordinates(run, dy.device)
+        coordinates = self._coordinates(run, dy.device)
+        o_idx, i_idx, _ = coordinates
         if not len(o_idx):
             self._begin(first.slot)
             return
@@ -90,6 +109,8 @@ class Entries:
         if len(run) > 1:
             columns = slice(first.columns.start, last.columns.stop)
         options = {"scale": scale, "backend": self._backend}
+        if _on_cuda(dy) and role.op in _WITH_ORDER and self._backend in (None, "cuda"):
+            options["order"] = _order(coordinates, role.op, x, dy)
         all_new = isinstance(rows, slice) and not self.touched & names
         if all_new and isinstance(columns, slice) and dy.device == self.rows.device:
             self.touched |= names
@@ -100,9 +121,7 @@ class Entries:
             self._begin(view.slot)
         self._add(columns, entries, rows)
 
-    def _coordinates(
-        self, run: list[tuple[View, Role]], device: torch.device
-    ) -> tuple[Tensor, ...]:
+    def _coordinates(self, run: list[tuple[View, Role]], device: torch.device) -> Coordinates:
         """The (o, i) of a run of views; of whole parameters, kept for the next batch."""
         key = None
         if all(view.which is None and view.at is view.slot.index for view, _ in run):
@@ -112,12 +131,12 @@ class Entries:
             )
         if key not in self._cache or key is None:
             pairs = [role.coordinates(view.at) for view, role in run]
-            found = tuple(
+            o_idx, i_idx = (
                 torch.cat(part).to(device, torch.int32) for part in zip(*pairs, strict=True)
             )
             if key is None:
-                return found
-            self._cache[key] = found
+                return Coordinates(o_idx, i_idx, None)
+            self._cache[key] = Coordinates(o_idx, i_idx, {})
         return self._cache[key]
 
     def pull(
@@ -186,6 +205,21 @@ class Entries:
         for here, at, real in groups(rows.to(self.rows.device), len(self.rows), entries.shape[1]):
             sums = entries[at].where(real[..., None], 0).sum(1)
             self.rows[here if isinstance(columns, slice) else here[:, None], columns] += sums
+
+
+def _on_cuda(dy: Tensor) -> bool:
+    return dy.device.type == "cuda" and staging.AVAILABLE
+
+
+def _order(coordinates: Coordinates, op: Any, x: Tensor, dy: Tensor) -> staging.StagedOrder | None:
+    """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
+    o_idx, i_idx, orders = coordinates
+    if orders is None or x.element_size() > 4:  # float64 is for `reference` alone
+        return None
+    key = (op, x.shape[-1], dy.shape[-1], x.element_size())
+    if key not in orders:
+        orders[key] = staging.order_if_faster(o_idx, i_idx, *key[1:], bias=_WITH_ORDER[op])
+    return orders[key]
 
 
 def _view_entries(

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from dropinf import reference
 from dropinf.dispatch import kernel
+from dropinf.staging import StagedOrder
+
+# Bounds the temporaries of score_topk: this many scores at a time, or as many as it keeps.
+_MAX_SCORES = 1 << 22
+
+# The kernels keep k scores in registers; the reference takes any k.
+_MERGE_MAX_K = 1024
 
 _dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
 
@@ -26,6 +33,7 @@ def sampled_outer(
     sign: Tensor | None = None,
     bias: bool = False,
     scale: float = 1.0,
+    order: StagedOrder | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -42,6 +50,8 @@ def sampled_outer(
         sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates.
         bias: let i_idx = I name the layer's bias, a virtual input column of ones.
         scale: factor of every entry.
+        order: of these coordinates, from `staging.staged_order`. Backends other than cuda ignore
+            it; it changes rounding nowhere but on cuda.
         out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
         backend: a name from `dropinf.backends()`; None takes the first available.
 
@@ -76,6 +86,8 @@ def sampled_outer(
                 f"{op}: sign must have o_idx's shape {tuple(o_idx.shape)}, got {tuple(sign.shape)}"
             )
         sign = sign.contiguous()
+    if order is not None:
+        _check_order(op, order, o_idx.shape[0], x)
     out = _output(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(
@@ -86,7 +98,7 @@ def sampled_outer(
         sign,
         bias,
         scale,
-        (),
+        () if order is None else order[:3],
         out,
     )
     return out
@@ -453,6 +465,90 @@ def cholesky_solve(
     return out
 
 
+def score_topk(
+    queries: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    *,
+    first: int = 0,
+    factors: Tensor | None = None,
+    valid: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge the scores of some rows into each query's largest k so far, in place.
+
+    scores[q, i] = (queries[q] · rows[i]) * factors[i], of row number first + i
+
+    Start with values of -inf and indices of -1, and call it for all parts of a store in any order:
+    the result is that of one call. The scores are formed some rows at a time, never as [m, n].
+
+    Args:
+        queries: [m, R] float32 or float64.
+        rows: [c, R], dtype of the queries.
+        values: [m, k] largest scores so far, in descending order, dtype of the queries.
+        indices: [m, k] int64 row numbers of the values; -1, with a value of -inf, where there is
+            none yet.
+        first: row number of rows[0].
+        factors: [c], dtype of the queries; None is 1 for each.
+        valid: [c] bool; rows with False never enter. None takes all.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        values and indices. NaN counts as largest, as in torch.topk; of equal scores the lower row
+        number comes first; a score of -inf never enters.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or k is too large for the named backend.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "score_topk"
+    if queries.dim() != 2 or queries.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: queries must be [m, R] float32 or float64, got {_describe(queries)}"
+        )
+    (m, R), dtype, device = queries.shape, queries.dtype, queries.device
+    _same(op, "rows", rows, dtype, device)
+    if rows.dim() != 2 or rows.shape[1] != R:
+        raise ValueError(f"{op}: rows must be [c, R={R}], got {tuple(rows.shape)}")
+    _same(op, "values", values, dtype, device)
+    _same(op, "indices", indices, torch.int64, device)
+    if values.dim() != 2 or values.shape[0] != m or indices.shape != values.shape:
+        raise ValueError(
+            f"{op}: values and indices must both be [m={m}, k], "
+            f"got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    for name, tensor in (("values", values), ("indices", indices)):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} is written in place and must be contiguous, "
+                f"got strides {tensor.stride()}"
+            )
+    c, k = rows.shape[0], values.shape[1]
+    for name, tensor, wanted in (("factors", factors, dtype), ("valid", valid, torch.bool)):
+        if tensor is not None:
+            _same(op, name, tensor, wanted, device)
+            if tensor.shape != (c,):
+                raise ValueError(f"{op}: {name} must be [c={c}], got {tuple(tensor.shape)}")
+    if first < 0:
+        raise ValueError(f"{op}: first must be at least 0, got {first}")
+    if backend is None and k > _MERGE_MAX_K:
+        backend = "reference"
+    merge = kernel(op, backend, device, (dtype,), dtype)
+    if m * k == 0:
+        return values, indices
+    step = max(k, _MAX_SCORES // m)
+    for start in range(0, c, step):
+        part = slice(start, start + step)
+        scores = queries @ rows[part].T
+        if factors is not None:
+            scores *= factors[part]
+        if valid is not None:
+            scores.masked_fill_(~valid[part], -torch.inf)
+        merge(scores, first + start, values, indices)
+    return values, indices
+
+
 def unpack(packed: Tensor, offsets: Sequence[int] | Tensor) -> list[Tensor]:
     """Views [r_l, r_l] of the matrices of a packed tensor [Σ r_l²], as `gram` makes it."""
     offsets, num_packed = _offsets("unpack", offsets)
@@ -522,6 +618,14 @@ def _check_gather(
                 f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
                 "so build the embedding with sparse=False"
             )
+
+
+def _check_order(op: str, order: StagedOrder, r: int, x: Tensor) -> None:
+    wanted = (r, x.element_size(), x.device)
+    given = (order.num_entries, order.element_size, order.packed.device)
+    if given != wanted:
+        described = ["{} entries of {}-byte elements on {}".format(*t) for t in (wanted, given)]
+        raise ValueError(f"{op}: order must be for {described[0]}, got one for {described[1]}")
 
 
 def _floating(op: str, name: str, tensor: Tensor) -> None:

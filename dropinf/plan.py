@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class Plan:
         width: R, entries in a row.
         fingerprint: 16 hexadecimal digits; two plans with equal ones make comparable rows.
         paths: parameter name -> how its entries were computed so far, see `describe`.
+        prepared: what captures made of the coordinates for their devices, kept for the next one;
+            neither saved nor pickled.
     """
 
     def __init__(
@@ -95,6 +98,11 @@ class Plan:
         self.blocks = tuple(blocks)
         self.width = offset
         self.paths: dict[str, str] = {}
+        self.prepared: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Its keys hold addresses, which mean nothing in another process.
+        return {**self.__dict__, "prepared": {}}
 
     @classmethod
     def make(

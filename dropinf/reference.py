@@ -188,6 +188,25 @@ def cholesky_solve(factors: Tensor, offsets: Tensor, rows: Tensor, out: Tensor) 
     return out
 
 
+def score_topk(scores: Tensor, first: int, values: Tensor, indices: Tensor) -> None:
+    """Merge scores [m, c] of rows first .. first + c - 1 into values and indices [m, k], in place.
+
+    NaN counts as largest; of equal scores the lower index comes first; -inf never enters.
+    """
+    (c, k), floor = (scores.shape[1], values.shape[1]), values[:, -1:]
+    if c >= k:
+        floor = torch.maximum(floor, scores.topk(k).values[:, -1:])
+    # Sorting everything would cost several times as much: only rows that some query may keep.
+    kept = (~(scores < floor) & (scores != -math.inf)).any(0).nonzero().flatten()
+    both = torch.cat([values, scores[:, kept]], 1)
+    where = torch.cat([indices, (kept + first).expand(len(values), -1)], 1)
+    where.masked_fill_(both == -math.inf, -1)
+    where, by_index = where.sort(1)
+    both, by_value = both.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    values.copy_(both[:, :k])
+    indices.copy_(where.gather(1, by_value[:, :k]))
+
+
 def unpack(packed: Tensor, offsets: Tensor) -> list[Tensor]:
     """Views [r_l, r_l] of matrices that lie one after the other, row-major."""
     sizes = offsets.diff().tolist()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dropinf import ops
 from dropinf.collecting import LossFn, collect
 from dropinf.compress import Dropout, Full
 from dropinf.plan import Plan
@@ -68,16 +69,18 @@ def topk(
     solved = solver.solve(queries.rows)
     factors = _factors("topk", store, solver, relative)
     values = solved.new_full((len(queries), k), -torch.inf)
-    indices = torch.full((len(queries), k), -1)
+    indices = torch.full((len(queries), k), -1, device=solved.device)
     for start, chunk in store.chunks():
-        part = solved @ chunk.to(solved).T
-        if factors is not None:
-            part *= factors[start : start + len(chunk)]
-        part[:, ~store.valid[start : start + len(chunk)]] = -torch.inf
-        best, where = part.topk(min(k, part.shape[1]))
-        merged = torch.cat([values, best], 1)
-        values, order = merged.topk(k)
-        indices = torch.cat([indices, where + start], 1).gather(1, order)
+        part = slice(start, start + len(chunk))
+        ops.score_topk(
+            solved,
+            chunk.to(solved),
+            values,
+            indices,
+            first=start,
+            factors=None if factors is None else factors[part].to(solved),
+            valid=store.valid[part].to(solved.device),
+        )
     values[~queries.valid] = torch.nan
     indices[~queries.valid] = -1
     return values, indices

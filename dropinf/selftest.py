@@ -1,12 +1,168 @@
-"""Small inputs that show whether a backend computes what `reference` says."""
+"""Small inputs that show whether a backend computes what `reference` says.
+
+The truth is `reference` in float64 on the CPU. Inputs are multiples of 1/8 with few bits, so that
+every product and sum is exact in float32 and each dtype, and the results must be equal; those of
+the Cholesky ops must agree to 1e-5 of the largest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from dropinf import reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def mismatch(op: str, kernel: Callable, device: torch.device) -> str | None:
-    """What `kernel` got wrong on `device`, or None."""
+    """What `kernel` got wrong on `device`, or None.
+
+    Args:
+        op: name of the op.
+        kernel: with the signature of its function in `reference`.
+        device: where its tensors are.
+    """
+    make, dtypes, tolerance = _CASES[op]
+    for dtype in dtypes:
+        cases = zip(make(torch.float64, torch.device("cpu")), make(dtype, device), strict=True)
+        for (args, exact), (args_here, outs) in cases:
+            getattr(reference, op)(*args, *exact)
+            kernel(*args_here, *outs)
+            for truth, out in zip(exact, outs, strict=True):
+                if truth is None:
+                    continue
+                truth, out = truth.double(), out.cpu().double()
+                largest = truth.nan_to_num(0.0).abs().max().item()
+                atol = tolerance * largest
+                if not torch.isclose(out, truth, rtol=0, atol=atol, equal_nan=True).all():
+                    error = (out - truth).abs().max().item()
+                    return f"with {dtype}, off by {error:.3g} where the largest is {largest:.3g}"
     return None
+
+
+Case = tuple[Sequence[Any], Sequence[Tensor | None]]  # arguments, and what to write into
+
+
+class _Inputs:
+    """Tensors that are the same numbers for every dtype and device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(1)
+
+    def numbers(self, *shape: int) -> Tensor:
+        eighths = torch.randint(-8, 9, shape, generator=self.generator)
+        return (eighths / 8).to(self.device, self.dtype)
+
+    def indices(self, size: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.randint(size, shape, generator=self.generator).to(self.device, dtype)
+
+    def out(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32) if dtype is None else dtype
+        # Numbers that nothing here gives, as an integer has no NaN.
+        return torch.full(shape, 12345, dtype=wide, device=self.device)
+
+
+def _sampled_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    B, T, I, O, r, s = 2, 37, 41, 19, 67, 3
+    x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
+    o_idx, i_idx = new.indices(O, r), new.indices(I + 1, r)
+    yield (x, dy, o_idx, i_idx, None, True, 0.5, ()), (new.out(B, r),)
+    o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
+    sign = 2 * new.indices(2, r, s, dtype=torch.int8) - 1
+    yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
+
+
+def _sampled_embedding(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    B, T, vocabulary, O, r = 2, 37, 11, 19, 67
+    ids = new.indices(vocabulary, B, T, dtype=torch.int64)
+    o_idx, i_idx = new.indices(O, r), new.indices(vocabulary, r).sort().values
+    yield (ids, new.numbers(B, T, O), o_idx, i_idx, 0.5), (new.out(B, r),)
+
+
+def _sampled_conv(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    B, C, O, r = 2, 4, 6, 35
+    x, dy = new.numbers(B, C, 9, 7), new.numbers(B, O, 5, 4)
+    o_idx, i_idx = new.indices(O, r), new.indices(C // 2 * 6 + 1, r)
+    options = ((3, 2), (2, 2), (1, 1), (1, 1), 2, True, 0.5)
+    yield (x, dy, o_idx, i_idx, *options), (new.out(B, r),)
+
+
+def _gather_grads(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    grads = [new.numbers(13, 5), None, new.numbers(7, 3).T, new.numbers(300)]
+    sizes = [65, 9, 21, 300]
+    indices = [new.indices(size, size // 2, dtype=torch.int64) for size in sizes]
+    yield (grads, indices, [0.5, 1.0, 2.0, -1.0]), (new.out(sum(map(len, indices))),)
+
+
+def _layers(new: _Inputs) -> tuple[Tensor, int, int]:
+    """Column bounds of some layers, on the CPU; their last, and the packed matrices' size."""
+    sizes = [1, 33, 0, 70]
+    bounds = [0, *accumulate(sizes)]
+    return torch.tensor(bounds), bounds[-1], sum(r * r for r in sizes)
+
+
+def _gram(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    offsets, R, num_packed = _layers(new)
+    rows = new.numbers(45, R)
+    yield (rows, offsets, 0.5, False), (new.out(num_packed),)
+    yield (rows, offsets, 0.5, True), (new.out(num_packed),)
+
+
+def _matrices(new: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed matrices that are positive definite with a shift, and right-hand sides."""
+    offsets, R, num_packed = _layers(new)
+    matrices = new.out(num_packed)
+    half = _Inputs(new.dtype, new.device).numbers(90, R)
+    reference.gram(half, offsets, 1 / 64, False, matrices)
+    shift = torch.ones(len(offsets) - 1, dtype=new.dtype, device=new.device)
+    return matrices, offsets, shift, new.numbers(5, R)
+
+
+def _damped_cholesky(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    matrices, offsets, shift, rows = _matrices(new)
+    factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
+    yield (matrices, offsets, shift, rows), (factors, info, new.out(*rows.shape))
+    failing = -100 * shift
+    yield (matrices, offsets, failing, None), (new.out(len(matrices)), info.clone(), None)
+
+
+def _cholesky_solve(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    matrices, offsets, shift, rows = _matrices(new)
+    factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
+    reference.damped_cholesky(matrices, offsets, shift, None, factors, info, None)
+    yield (factors, offsets, rows), (new.out(*rows.shape),)
+
+
+def _score_topk(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    m, k = 3, 7
+    values = torch.full((m, k), -torch.inf, dtype=dtype, device=device)
+    indices = torch.full((m, k), -1, device=device)
+    yield (new.numbers(m, 300), 5), (values, indices)  # ties: 17 numbers for 300 scores
+    yield (new.numbers(m, 4), 305), (values, indices)
+
+
+# op -> its cases, the dtypes of inputs, and how far off a result may be.
+_CASES: dict[str, tuple[Callable[..., Iterator[Case]], tuple[torch.dtype, ...], float]] = {
+    "sampled_outer": (_sampled_outer, _DTYPES, 0.0),
+    "sampled_embedding": (_sampled_embedding, _DTYPES, 0.0),
+    "sampled_conv": (_sampled_conv, _DTYPES, 0.0),
+    "gather_grads": (_gather_grads, _DTYPES, 0.0),
+    "gram": (_gram, (torch.float32,), 0.0),
+    "damped_cholesky": (_damped_cholesky, (torch.float32,), 1e-5),
+    "cholesky_solve": (_cholesky_solve, (torch.float32,), 1e-5),
+    "score_topk": (_score_topk, (torch.float32,), 0.0),
+}

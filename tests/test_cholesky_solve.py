@@ -9,6 +9,8 @@ from conftest import EPS32
 import dropinf
 from dropinf import ops
 
+OPS = ("cholesky_solve", "damped_cholesky")
+
 
 def factors_of(sizes, seed=0):
     """Lower factors with diagonals well away from zero."""

@@ -20,6 +20,8 @@ from conftest import EPS32
 import dropinf
 from dropinf import ops
 
+OPS = ("damped_cholesky", "cholesky_solve")
+
 
 def layers(name, sizes):
     make, shift = MATRICES[name]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dropinf
+from dropinf import dispatch
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dropinf"
@@ -91,6 +92,27 @@ def test_command_line():
     assert "reference   available" in run("-m", "dropinf", "backends")
 
 
+def test_doctor():
+    """Every backend that is here passes its self-test, and each op has a line."""
+    printed = run("-m", "dropinf", "doctor", TRITON_INTERPRET="1")
+    for op, kernels in dispatch.KERNELS.items():
+        for name in kernels:
+            here = dropinf.backends()[name] == "available" and name != "cuda"
+            lines = [x for x in printed.splitlines() if x.split()[:2] == [op, name]]
+            assert len(lines) == here and all("ok (" in x for x in lines), (op, name)
+    assert "FAILS" not in printed and "picked by default" in printed
+
+
+def test_doctor_finds_a_wrong_backend():
+    """It prints what is wrong, and ends with 1."""
+    broken = "from dropinf import dispatch, doctor; "
+    broken += (
+        "dispatch.KERNELS['gram']['cpu'] = lambda *args: None; raise SystemExit(doctor.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+    assert done.returncode == 1 and "FAILS with torch.float32, off by" in done.stdout
+
+
 def imports(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
@@ -104,7 +126,8 @@ def imports(path):
 
 # From the backends, which know only tensors, to the calls that do everything.
 ORDER = [
-    ["reference"],
+    ["reference", "staging"],
+    ["selftest"],
     ["dispatch"],
     ["ops"],
     ["calls", "forms", "compress", "marks", "rowmap", "composites", "tables"],
@@ -125,6 +148,7 @@ ORDER = [
     ],
     ["solvers", "collecting"],
     ["scoring", "dampings"],
+    ["doctor"],
 ]
 
 

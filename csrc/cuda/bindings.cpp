@@ -24,6 +24,52 @@ void same_device(const char* op, const at::Tensor& out, at::TensorList tensors) 
   }
 }
 
+at::Tensor scratch(const at::Tensor& out, int64_t num_floats) {
+  return at::empty({num_floats}, out.options().dtype(at::kFloat));
+}
+
+void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
+                   const at::Tensor& i_idx, const std::optional<at::Tensor>& sign, bool bias,
+                   double scale, at::TensorList order, const at::Tensor& out) {
+  const char* const op = "sampled_outer";
+  const c10::cuda::CUDAGuard guard(out.device());
+  same_device(op, out, {x, dy, o_idx, i_idx, sign.value_or(x)});
+  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
+  if (out.numel() == 0) return;
+  if (args.T == 0 || args.s == 0) {
+    out.zero_();
+    return;
+  }
+  cuda::StagedOrder staged{};
+  if (!order.empty()) {
+    TORCH_CHECK_VALUE(order.size() == 3, op, ": order must be passes, packed and target");
+    const at::Tensor &passes = order[0], &packed = order[1], &target = order[2];
+    same_device(op, out, {packed, target});
+    TORCH_CHECK_VALUE(passes.device().is_cpu() && passes.scalar_type() == at::kLong &&
+                          passes.dim() == 2 && passes.size(1) == 6 && passes.is_contiguous(),
+                      op, ": passes must be int64 [num_passes, 6] on the CPU");
+    TORCH_CHECK_VALUE(packed.scalar_type() == at::kInt && packed.is_contiguous() &&
+                          target.scalar_type() == at::kInt && target.is_contiguous() &&
+                          packed.dim() == 1 && packed.sizes() == target.sizes(),
+                      op, ": packed and target must be int32 [num_slots]");
+    staged.passes = passes.const_data_ptr<int64_t>();
+    staged.num_passes = passes.size(0);
+    staged.packed = packed.const_data_ptr<int32_t>();
+    staged.target = target.const_data_ptr<int32_t>();
+    for (int64_t p = 0; p < staged.num_passes; ++p) {
+      const int64_t* const pass = staged.passes + 6 * p;
+      TORCH_CHECK_VALUE(0 <= pass[0] && pass[0] <= pass[1] && pass[1] <= args.r && 0 <= pass[2] &&
+                            pass[2] < pass[3] && pass[3] <= args.O && 0 <= pass[4] &&
+                            pass[4] + pass[5] <= packed.numel() && 0 < pass[5] &&
+                            pass[5] <= cuda::kMaxStagedSlots,
+                        op, ": pass ", p, " of the order is not of this call");
+    }
+  }
+  const at::Tensor sums = scratch(out, cuda::sampled_outer_scratch(args));
+  check(op, cuda::sampled_outer(args, order.empty() ? nullptr : &staged,
+                                sums.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+}
+
 void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
                   at::ArrayRef<double> scales, const at::Tensor& out) {
   const char* const op = "gather_grads";
@@ -63,12 +109,39 @@ void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o
   check(op, cuda::sampled_conv(args, c10::cuda::getCurrentCUDAStream()));
 }
 
+void score_topk(const at::Tensor& scores, int64_t first, const at::Tensor& values,
+                const at::Tensor& indices) {
+  const char* const op = "score_topk";
+  const c10::cuda::CUDAGuard guard(values.device());
+  same_device(op, values, {scores, indices});
+  TORCH_CHECK_VALUE(scores.scalar_type() == at::kFloat && scores.dim() == 2 &&
+                        (scores.stride(1) == 1 || scores.size(1) <= 1) &&
+                        values.scalar_type() == at::kFloat && indices.scalar_type() == at::kLong &&
+                        values.dim() == 2 && values.size(0) == scores.size(0) &&
+                        values.sizes() == indices.sizes() && values.is_contiguous() &&
+                        indices.is_contiguous(),
+                    op,
+                    ": scores must be float32 [m, c] with stride 1 in c, values float32 and "
+                    "indices int64 contiguous [m, k], got ",
+                    scores.sizes(), ", ", values.sizes(), " and ", indices.sizes());
+  const int64_t k = values.size(1);
+  TORCH_CHECK_VALUE(k <= cuda::kMaxTopk, op, ": backend 'cuda' takes k up to ", cuda::kMaxTopk,
+                    ", got ", k, "; backend='reference' takes any");
+  if (values.numel() == 0 || scores.numel() == 0) return;
+  check(op, cuda::score_topk(scores.const_data_ptr<float>(), scores.size(0), scores.size(1),
+                             scores.stride(0), first, values.mutable_data_ptr<float>(),
+                             indices.mutable_data_ptr<int64_t>(), k,
+                             c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void implement_cuda_ops(torch::Library& m) {
+  m.impl("sampled_outer", &sampled_outer);
   m.impl("gather_grads", &gather_grads);
   m.impl("sampled_embedding", &sampled_embedding);
   m.impl("sampled_conv", &sampled_conv);
+  m.impl("score_topk", &score_topk);
 }
 
 }  // namespace dropinf

@@ -44,6 +44,16 @@ __device__ inline float widen(Float16 value) {
 
 __device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
+// Makes the compiler forget what it knows of a value, so that nothing made of it is kept in
+// registers from one turn of a loop to the next.
+__device__ inline void make_opaque(uint32_t& value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#else
+  (void)value;
+#endif
+}
+
 // The sum over a warp, in the order of a tree, in every lane.
 __device__ inline float warp_sum(float value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {

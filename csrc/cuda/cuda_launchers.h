@@ -13,6 +13,20 @@
 namespace dropinf {
 namespace cuda {
 
+// The coordinates of a layer in the order of dropinf/staging.py.
+struct StagedOrder {
+  const int64_t* passes;  // [num_passes, 6] on the host: k0, k1, o0, o1, first slot, slots
+  int64_t num_passes;
+  const int32_t* packed;  // [num_slots] (o - o0) << 16 | i
+  const int32_t* target;  // [num_slots] place among the sums of the pass, or -1 for padding
+};
+extern const int64_t kMaxStagedSlots;  // of a pass
+
+// `order` may be null. `scratch` has sampled_outer_scratch(args) floats. No size may be zero.
+int64_t sampled_outer_scratch(const SampledOuterArgs& args);
+cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order, float* scratch,
+                          cudaStream_t stream);
+
 // The entries of L gradients, in one launch for every kMaxGrads contiguous ones and one for each
 // that is strided, which has at most kMaxDims dimensions.
 constexpr int kMaxDims = 8;
@@ -23,6 +37,11 @@ cudaError_t sampled_embedding(const SampledEmbeddingArgs& args, cudaStream_t str
 
 // Invalid where a plane has 2^31 outputs or more.
 cudaError_t sampled_conv(const SampledConvArgs& args, cudaStream_t stream);
+
+// Merges scores [m, c] of rows first, first + 1, ... into values and indices [m, k].
+constexpr int kMaxTopk = 1024;  // k
+cudaError_t score_topk(const float* scores, int64_t m, int64_t c, int64_t stride, int64_t first,
+                       float* values, int64_t* indices, int64_t k, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace dropinf

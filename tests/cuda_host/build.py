@@ -36,21 +36,19 @@ def load() -> None:
 def library(sources: Path, sanitizer: str) -> Path:
     """The shared library of the kernels in `sources`/cuda, built if it is not there yet."""
     flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-Wall", "-Werror"]
-    flags.append("-Wno-unknown-pragmas")  # #pragma unroll
+    flags.append("-Wno-unknown-pragmas")  # unroll
     # The bindings are torch's and ours, without a thread: only the kernels are watched.
     watched = [f"-fsanitize={sanitizer}"] if sanitizer else []
     python = sysconfig.get_paths()["include"]
     system = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
     include = [f"-I{HERE}", f"-I{sources}"]
-    jobs = [
-        ([*flags, *watched, *include, "-x", "c++"], source)
-        for source in sorted((sources / "cuda").glob("*.cu"))
-    ]
-    jobs.append(([*flags, *include, *system], HERE / "module.cpp"))
+    kernels = sorted((sources / "cuda").glob("*.cu"))
+    jobs = [([*flags, *watched, "-x", "c++"], kernel) for kernel in kernels]
+    jobs.append(([*flags, *system], HERE / "module.cpp"))
     BUILD.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++")
     headers = sorted([*sources.rglob("*.h"), *sources.rglob("*.cuh"), *HERE.rglob("*.h")])
-    common = hashlib.sha256(f"{compiler} {torch.__version__} {sources}".encode())
+    common = hashlib.sha256(f"{compiler} {torch.__version__}".encode())
     for file in [*headers, sources / "cuda" / "bindings.cpp"]:
         common.update(file.read_bytes())
 
@@ -60,7 +58,7 @@ def library(sources: Path, sanitizer: str) -> Path:
         digest.update(" ".join(options).encode() + source.read_bytes())
         target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
-            _run(compiler, *options, "-c", str(source), "-o", f"{target}.partial")
+            _run(compiler, *include, *options, "-c", str(source), "-o", f"{target}.partial")
             Path(f"{target}.partial").replace(target)
         return target
 

@@ -11,6 +11,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -46,16 +47,25 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of sm_90; sm_80 has 163 KB
 
+// Two in turn. A thread that leaves a barrier late would otherwise meet there what others did
+// since, on their way to the next one, and ThreadSanitizer would take that for order.
 class Barrier {
  public:
-  explicit Barrier(int threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  explicit Barrier(int threads) {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_init(&barrier, nullptr, threads);
+  }
+  ~Barrier() {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_destroy(&barrier);
+  }
   Barrier(const Barrier&) = delete;
-  void wait() { pthread_barrier_wait(&barrier_); }
+  // `turn` counts the calling thread's waits.
+  void wait(int& turn) { pthread_barrier_wait(&barriers_[turn++ % 2]); }
 
  private:
-  pthread_barrier_t barrier_;
+  pthread_barrier_t barriers_[2];
 };
+
+inline thread_local int block_turn, warp_turn;
 
 struct Warp {
   explicit Warp(int threads) : barrier(threads) {}
@@ -117,6 +127,7 @@ cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kern
   Block shared_block(threads, shared_bytes);
   const auto work = [&](unsigned thread) {
     block = &shared_block;
+    block_turn = warp_turn = 0;
     threadIdx = dim3(thread, 0, 0);
     blockDim = dim3(threads);
     gridDim = grid;
@@ -126,9 +137,9 @@ cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kern
           blockIdx = dim3(x, y, z);
           copies.assign(1, {});
           if (thread == 0) shared_block.clear();
-          shared_block.barrier.wait();
+          shared_block.barrier.wait(block_turn);
           kernel();
-          shared_block.barrier.wait();
+          shared_block.barrier.wait(block_turn);
         }
       }
     }
@@ -146,17 +157,19 @@ T exchange(T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Warp& mine = warp();
   std::memcpy(&mine.slots[threadIdx.x % kWarp], &value, sizeof value);
-  mine.barrier.wait();
+  mine.barrier.wait(warp_turn);
   T result = value;
   if (from >= 0 && from < kWarp) std::memcpy(&result, &mine.slots[from], sizeof result);
-  mine.barrier.wait();
+  mine.barrier.wait(warp_turn);
   return result;
 }
 
 }  // namespace host_execution
 
-inline void __syncthreads() { host_execution::block->barrier.wait(); }
-inline void __syncwarp(unsigned = ~0u) { host_execution::warp().barrier.wait(); }
+inline void __syncthreads() { host_execution::block->barrier.wait(host_execution::block_turn); }
+inline void __syncwarp(unsigned = ~0u) {
+  host_execution::warp().barrier.wait(host_execution::warp_turn);
+}
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -177,13 +190,15 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
 inline unsigned __ballot_sync(unsigned, int predicate) {
   host_execution::Warp& mine = host_execution::warp();
   mine.slots[threadIdx.x % 32] = predicate != 0;
-  mine.barrier.wait();
+  mine.barrier.wait(host_execution::warp_turn);
   unsigned result = 0;
   for (int lane = 0; lane < 32; ++lane) result |= unsigned(mine.slots[lane]) << lane;
-  mine.barrier.wait();
+  mine.barrier.wait(host_execution::warp_turn);
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline int __popc(unsigned value) { return std::popcount(value); }
 
 inline float __uint_as_float(uint32_t bits) {
   float value;
@@ -195,7 +210,6 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;

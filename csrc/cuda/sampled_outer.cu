@@ -1,0 +1,410 @@
+// sampled_outer on CUDA, in two ways.
+//
+// Direct: a lane an entry reads x and dy where they lie. Takes any call. Best where few of the
+// 32-byte sectors hold a wanted element: r up to about (I + O) * element_size / 32.
+//
+// Staged: a block copies positions x[b, t, :] and dy[b, t, o0:o1] to shared memory, whole, while it
+// works on the ones before; each thread keeps up to kCoordinates coordinates and their float32 sums
+// in registers. The coordinates come in an order in which the lanes of a warp read different banks
+// (dropinf/staging.py), and return to their places at the end.
+//
+// Both cut the positions into chunks, whose sums a second kernel adds in order. The chunks depend
+// on T and the layer alone, so neither B nor the device changes a bit.
+//
+// Predicted, not measured, for B=8, T=2048, I=O=4096, bf16 on an H200 (4.3 TB/s, 132 SMs, 1.75
+// GHz): one read of x and dy is 268 MB, 62 us. Staged at r=8192, 16 % padding: 156 M
+// coordinate-positions; 2 shared reads each are 74 k cycles of an SM, 42 us, and about 9
+// instructions each 83 k cycles, 47 us, both behind the copies; the sums of 32 chunks are written
+// and read in 16 MB, 4 us. Direct at r=64: 64 of 512 sectors twice a position, 67 MB, 16 us.
+
+#include <algorithm>
+
+#include "cuda/common.cuh"
+#include "cuda/cuda_launchers.h"
+
+namespace dropinf {
+namespace cuda {
+namespace {
+
+// Both kernels.
+constexpr int64_t kMaxChunks = 32;  // B = 8 then fills 132 SMs twice
+constexpr int64_t kMinChunk = 32;   // positions
+constexpr int64_t kChunkMultiple = 8;
+
+// Direct.
+constexpr int kDirectWarps = 8;  // they share the positions of a chunk
+constexpr int kDirectThreads = kDirectWarps * kWarp;
+
+// Staged. Two blocks an SM, so that one computes while the other waits: 80 registers a thread, of
+// which a coordinate takes two, and 80 KB each of sm_80's 164 KB (sm_90 has 228). A position of
+// more than 20 KB gets one block an SM; it has at most 40.
+constexpr int kStagedThreads = 384;
+constexpr int kMostCoordinates = 25;  // of a thread: r=8192 with its padding is one pass
+constexpr int kStagedBlocksPerSM = 2;
+constexpr int64_t kStagedBytes = 80 * 1024;
+constexpr int kUnroll = 2;         // positions that a coordinate is unpacked for
+constexpr int kMaxPositions = 16;  // in a buffer; a multiple of kUnroll
+constexpr int kMaxPasses = 64;     // in a launch; they travel as kernel arguments
+
+// Sums.
+constexpr int kSumThreads = 256;
+
+struct Rows {  // x or dy
+  const void* data;
+  int64_t stride_b, stride_t;
+};
+
+struct DirectCall {
+  Rows x, dy;
+  int64_t T, I, O;
+  const int32_t *o_idx, *i_idx;
+  const int8_t* sign;
+  int64_t r, s;
+  bool bias;
+  float scale;  // 1 where there are partial sums
+  int64_t chunk, num_chunks, num_parts;
+  float* sums;  // + chunk * stride_chunk + b * stride_b + k * stride_k
+  int64_t stride_chunk, stride_b, stride_k;
+};
+
+__device__ bool in_range(int32_t index, int64_t size) { return index >= 0 && index < size; }
+
+// blockIdx.x counts (b, chunk, part of kWarp entries), the parts fastest. Warp w takes the
+// positions w, w + kDirectWarps, ... of the chunk, lane k an entry.
+template <typename E>
+__global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall call) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t part = blockIdx.x % call.num_parts, item = blockIdx.x / call.num_parts;
+  const int64_t c = item % call.num_chunks, b = item / call.num_chunks;
+  const int64_t k = part * kWarp + lane;
+  const E* const x = static_cast<const E*>(call.x.data) + b * call.x.stride_b;
+  const E* const dy = static_cast<const E*>(call.dy.data) + b * call.dy.stride_b;
+  const int64_t begin = c * call.chunk;
+  const int64_t end = begin + call.chunk < call.T ? begin + call.chunk : call.T;
+  float total = 0.0f;
+  if (k < call.r) {
+    for (int64_t j = 0; j < call.s; ++j) {
+      const int32_t o = call.o_idx[k * call.s + j], i = call.i_idx[k * call.s + j];
+      const bool ones = call.bias && i == call.I;
+      const bool good = in_range(o, call.O) && (ones || in_range(i, call.I));
+      float sum = good ? 0.0f : not_a_number();
+      if (good && ones) {
+#pragma unroll 4
+        for (int64_t t = begin + warp; t < end; t += kDirectWarps) {
+          sum += widen(dy[t * call.dy.stride_t + o]);
+        }
+      } else if (good) {
+#pragma unroll 4
+        for (int64_t t = begin + warp; t < end; t += kDirectWarps) {
+          sum += widen(x[t * call.x.stride_t + i]) * widen(dy[t * call.dy.stride_t + o]);
+        }
+      }
+      const float sign = call.sign ? static_cast<float>(call.sign[k * call.s + j]) : 1.0f;
+      total += sign * sum;
+    }
+  }
+  float* const of_warps = shared_memory<float>();  // [kDirectWarps, kWarp]
+  of_warps[threadIdx.x] = total;
+  __syncthreads();
+  if (warp == 0 && k < call.r) {
+    for (int w = 1; w < kDirectWarps; ++w) total += of_warps[w * kWarp + lane];
+    call.sums[c * call.stride_chunk + b * call.stride_b + k * call.stride_k] = call.scale * total;
+  }
+}
+
+struct Pass {
+  int32_t k0, k1, o0, o1, first, num_slots;
+};
+
+struct StagedCall {
+  Rows x, dy;
+  int64_t T, I;
+  const int8_t* sign;
+  int64_t s;
+  bool bias, aligned;
+  float scale;
+  int64_t chunk, num_chunks;
+  float* sums;
+  int64_t stride_chunk, stride_b, stride_k;
+  const int32_t *packed, *target;
+  int positions;          // in a buffer
+  int x_pitch, dy_pitch;  // elements of a position in shared memory, multiples of 16 bytes
+  int num_passes;
+  Pass passes[kMaxPasses];
+};
+
+template <typename E>
+__device__ E one();
+template <>
+__device__ inline float one<float>() {
+  return 1.0f;
+}
+template <>
+__device__ inline BFloat16 one<BFloat16>() {
+  return {0x3f80};
+}
+template <>
+__device__ inline Float16 one<Float16>() {
+  return {0x3c00};
+}
+
+// Starts the copy of a row to shared memory, or clears it if it is behind the last position.
+template <typename E>
+__device__ void stage_row(E* to, const E* from, int width, bool there, bool aligned) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(E));
+  const int done = there && aligned ? width / kVector * kVector : 0;
+#pragma unroll 1  // registers are for the sums
+  for (int i = threadIdx.x * kVector; i < done; i += kStagedThreads * kVector) {
+    copy_16_async(to + i, from + i);
+  }
+#pragma unroll 1
+  for (int i = done + threadIdx.x; i < width; i += kStagedThreads) to[i] = there ? from[i] : E{};
+}
+
+// blockIdx.x counts (b, chunk, pass), the passes fastest: they read the same x.
+template <typename E, int kCoordinates>
+__global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
+    staged_kernel(const StagedCall call) {
+  const int64_t item = blockIdx.x / call.num_passes;
+  const Pass& pass = call.passes[blockIdx.x % call.num_passes];
+  const int64_t c = item % call.num_chunks, b = item / call.num_chunks;
+  const int I = static_cast<int>(call.I), O = pass.o1 - pass.o0;
+  const int64_t begin = c * call.chunk;
+  const int64_t left = call.T - begin;
+  const int count = static_cast<int>(left < call.chunk ? left : call.chunk);
+  const int num_buffers = ceil_div(count, call.positions);
+  const E* x = static_cast<const E*>(call.x.data) + b * call.x.stride_b + begin * call.x.stride_t;
+  const E* dy = static_cast<const E*>(call.dy.data) + b * call.dy.stride_b +
+                begin * call.dy.stride_t + pass.o0;
+
+  // Two buffers, each of `positions` rows of x and then as many of dy.
+  E* const shared = shared_memory<E>();
+  const int x_size = call.positions * call.x_pitch;
+  const int buffer_size = x_size + call.positions * call.dy_pitch;
+
+  uint32_t packed[kCoordinates];
+  float sums[kCoordinates];
+#pragma unroll
+  for (int k = 0; k < kCoordinates; ++k) {
+    const int slot = k * kStagedThreads + threadIdx.x;
+    // Lanes behind the last slot do the same work on element 0, which costs less than a branch.
+    packed[k] = slot < pass.num_slots ? static_cast<uint32_t>(call.packed[pass.first + slot]) : 0;
+    sums[k] = 0.0f;
+  }
+  if (call.bias) {  // no copy writes there
+    for (int p = threadIdx.x; p < 2 * call.positions; p += kStagedThreads) {
+      shared[p / call.positions * buffer_size + p % call.positions * call.x_pitch + I] = one<E>();
+    }
+  }
+
+  // Turn n starts the copies of buffer n and works on buffer n - 1.
+  for (int n = 0; n <= num_buffers; ++n) {
+    if (n < num_buffers) {
+      E* const to = shared + n % 2 * buffer_size;
+#pragma unroll 1
+      for (int p = 0; p < call.positions; ++p) {
+        const bool there = n * call.positions + p < count;
+        stage_row(to + p * call.x_pitch, x, I, there, call.aligned);
+        stage_row(to + x_size + p * call.dy_pitch, dy, O, there, call.aligned);
+        x += call.x.stride_t;
+        dy += call.dy.stride_t;
+      }
+    }
+    end_copy_group();
+    if (n == 0) continue;
+    wait_for_copies<1>();
+    __syncthreads();
+    const E* x_rows = shared + (n - 1) % 2 * buffer_size;
+    const E* dy_rows = x_rows + x_size;
+#pragma unroll 1
+    for (int p = 0; p < call.positions; p += kUnroll) {
+#pragma unroll
+      for (int k = 0; k < kCoordinates; ++k) {
+        make_opaque(packed[k]);  // or o and i are kept for every k, and registers spill
+        const int o = packed[k] >> 16, i = packed[k] & 0xffff;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          sums[k] += widen(x_rows[u * call.x_pitch + i]) * widen(dy_rows[u * call.dy_pitch + o]);
+        }
+      }
+      x_rows += kUnroll * call.x_pitch;
+      dy_rows += kUnroll * call.dy_pitch;
+    }
+    __syncthreads();
+  }
+
+  float* const placed = shared_memory<float>();  // [k1 - k0, s], over the buffers
+#pragma unroll
+  for (int k = 0; k < kCoordinates; ++k) {
+    const int slot = k * kStagedThreads + threadIdx.x;
+    if (slot >= pass.num_slots) break;
+    const int target = call.target[pass.first + slot];
+    if (target >= 0) placed[target] = sums[k];  // else padding
+  }
+  __syncthreads();
+  float* const to = call.sums + c * call.stride_chunk + b * call.stride_b;
+  const int s = static_cast<int>(call.s);
+  for (int n = threadIdx.x; n < pass.k1 - pass.k0; n += kStagedThreads) {
+    const int64_t k = pass.k0 + n;
+    float total = 0.0f;
+    for (int j = 0; j < s; ++j) {
+      const float sign = call.sign ? static_cast<float>(call.sign[k * s + j]) : 1.0f;
+      total += sign * placed[n * s + j];
+    }
+    to[k * call.stride_k] = call.scale * total;
+  }
+}
+
+struct SumCall {
+  const float* sums;  // [num_chunks, B, r]
+  int64_t num_chunks, B, r;
+  float scale;
+  float* out;
+  int64_t out_stride_b, out_stride_k;
+};
+
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const SumCall call) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (n >= call.B * call.r) return;
+  float total = 0.0f;
+  for (int64_t c = 0; c < call.num_chunks; ++c) total += call.sums[c * call.B * call.r + n];
+  call.out[n / call.r * call.out_stride_b + n % call.r * call.out_stride_k] = call.scale * total;
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// Positions of a chunk. The sums of a chunk, written and read once, are at most 1/16 of its inputs,
+// so that they cost little whatever r is.
+int64_t chunk_of(const SampledOuterArgs& args) {
+  const int64_t input_bytes = (args.I + args.O) * size_of(args.dtype);
+  const int64_t few_sums =
+      ceil_div<int64_t>(16 * 2 * 4 * args.r, std::max<int64_t>(input_bytes, 1));
+  const int64_t chunk = std::max({kMinChunk, ceil_div(args.T, kMaxChunks), few_sums});
+  return round_up(std::min(chunk, args.T), kChunkMultiple);
+}
+
+template <typename Call>
+void set_sums(const SampledOuterArgs& args, float* scratch, Call* call) {
+  call->chunk = chunk_of(args);
+  call->num_chunks = ceil_div(args.T, call->chunk);
+  const bool direct = call->num_chunks == 1;  // nothing to add up
+  call->scale = direct ? args.scale : 1.0f;
+  call->sums = direct ? args.out : scratch;
+  call->stride_chunk = args.B * args.r;
+  call->stride_b = direct ? args.out_stride_b : args.r;
+  call->stride_k = direct ? args.out_stride_k : 1;
+}
+
+cudaError_t run_direct(const SampledOuterArgs& args, float* scratch, cudaStream_t stream) {
+  DirectCall call{};
+  call.x = {args.x, args.x_stride_b, args.x_stride_t};
+  call.dy = {args.dy, args.dy_stride_b, args.dy_stride_t};
+  call.T = args.T;
+  call.I = args.I;
+  call.O = args.O;
+  call.o_idx = args.o_idx;
+  call.i_idx = args.i_idx;
+  call.sign = args.sign;
+  call.r = args.r;
+  call.s = args.s;
+  call.bias = args.bias;
+  call.num_parts = ceil_div<int64_t>(args.r, kWarp);
+  set_sums(args, scratch, &call);
+  const auto kernel = args.dtype == DType::kBFloat16  ? direct_kernel<BFloat16>
+                      : args.dtype == DType::kFloat16 ? direct_kernel<Float16>
+                                                      : direct_kernel<float>;
+  const int64_t blocks = args.B * call.num_chunks * call.num_parts;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), kDirectThreads,
+                kDirectThreads * static_cast<int64_t>(sizeof(float)), stream, call);
+}
+
+using StagedKernel = void (*)(StagedCall);
+
+template <typename E>
+StagedKernel staged_for(int64_t num_slots) {
+  // Not every count: each is a kernel to compile, for 3 dtypes and 3 architectures.
+  if (num_slots <= 5 * kStagedThreads) return staged_kernel<E, 5>;
+  if (num_slots <= 13 * kStagedThreads) return staged_kernel<E, 13>;
+  return staged_kernel<E, kMostCoordinates>;
+}
+
+cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, float* scratch,
+                       cudaStream_t stream) {
+  const int64_t size = size_of(args.dtype), vector = 16 / size;
+  StagedCall call{};
+  call.x = {args.x, args.x_stride_b, args.x_stride_t};
+  call.dy = {args.dy, args.dy_stride_b, args.dy_stride_t};
+  call.T = args.T;
+  call.I = args.I;
+  call.sign = args.sign;
+  call.s = args.s;
+  call.bias = args.bias;
+  call.packed = order.packed;
+  call.target = order.target;
+  set_sums(args, scratch, &call);
+  int64_t width = 0, num_slots = 0, num_sums = 0;
+  call.aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
+                 reinterpret_cast<uintptr_t>(args.dy) % 16 == 0;
+  for (const int64_t stride :
+       {args.x_stride_b, args.x_stride_t, args.dy_stride_b, args.dy_stride_t}) {
+    call.aligned &= stride % vector == 0;
+  }
+  for (int64_t p = 0; p < order.num_passes; ++p) {
+    const int64_t* const pass = order.passes + 6 * p;
+    width = std::max(width, pass[3] - pass[2]);
+    num_slots = std::max(num_slots, pass[5]);
+    num_sums = std::max(num_sums, (pass[1] - pass[0]) * args.s);
+    call.aligned &= pass[2] % vector == 0;
+  }
+  call.x_pitch = static_cast<int>(round_up(args.I + args.bias, vector));
+  call.dy_pitch = static_cast<int>(round_up(width, vector));
+  const int64_t position_bytes = (call.x_pitch + call.dy_pitch) * size;
+  call.positions = kUnroll;
+  while (2 * call.positions <= kMaxPositions && call.positions < call.chunk &&
+         4 * call.positions * position_bytes <= kStagedBytes) {
+    call.positions *= 2;
+  }
+  const int64_t shared_bytes = std::max<int64_t>(2 * call.positions * position_bytes, 4 * num_sums);
+  const StagedKernel kernel = args.dtype == DType::kBFloat16  ? staged_for<BFloat16>(num_slots)
+                              : args.dtype == DType::kFloat16 ? staged_for<Float16>(num_slots)
+                                                              : staged_for<float>(num_slots);
+  for (int64_t first = 0; first < order.num_passes; first += kMaxPasses) {
+    call.num_passes = static_cast<int>(std::min<int64_t>(kMaxPasses, order.num_passes - first));
+    for (int p = 0; p < call.num_passes; ++p) {
+      const int64_t* const from = order.passes + 6 * (first + p);
+      int32_t* const to = &call.passes[p].k0;
+      std::transform(from, from + 6, to, [](int64_t v) { return static_cast<int32_t>(v); });
+    }
+    const int64_t blocks = args.B * call.num_chunks * call.num_passes;
+    const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(blocks)), kStagedThreads,
+                                     shared_bytes, stream, call);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const int64_t kMaxStagedSlots = kMostCoordinates * kStagedThreads;
+
+int64_t sampled_outer_scratch(const SampledOuterArgs& args) {
+  const int64_t num_chunks = ceil_div(args.T, chunk_of(args));
+  return num_chunks == 1 ? 0 : num_chunks * args.B * args.r;
+}
+
+cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order, float* scratch,
+                          cudaStream_t stream) {
+  cudaError_t error =
+      order ? run_staged(args, *order, scratch, stream) : run_direct(args, scratch, stream);
+  const int64_t num_chunks = ceil_div(args.T, chunk_of(args));
+  if (error != cudaSuccess || num_chunks == 1) return error;
+  const SumCall call{scratch,  num_chunks,        args.B,           args.r, args.scale,
+                     args.out, args.out_stride_b, args.out_stride_k};
+  const int64_t blocks = ceil_div<int64_t>(args.B * args.r, kSumThreads);
+  return launch(sum_kernel, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0, stream, call);
+}
+
+}  // namespace cuda
+}  // namespace dropinf

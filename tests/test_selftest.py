@@ -1,0 +1,97 @@
+"""The self-test of backends: right ones pass, wrong ones are refused by name."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_sampled_outer import good
+
+import dropinf
+from dropinf import dispatch, ops, reference, selftest
+
+CPU = torch.device("cpu")
+OPS = sorted(dispatch.KERNELS)
+
+
+def test_every_op_has_one():
+    assert set(selftest._CASES) == set(dispatch.KERNELS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_passes(op):
+    assert selftest.mismatch(op, getattr(reference, op), CPU) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_passes(op):
+    if dropinf.backends()["cpu"] != "available":
+        pytest.skip(dropinf.backends()["cpu"])
+    if "cpu" not in dispatch.KERNELS[op]:
+        pytest.skip(f"{op} is not written for backend 'cpu'")
+    assert selftest.mismatch(op, dispatch.KERNELS[op]["cpu"], CPU) is None
+
+
+def spoilt(op, how, *args):
+    """`reference`, and then one of its results spoilt."""
+    getattr(reference, op)(*args)
+    out = next(a for a in reversed(args) if isinstance(a, torch.Tensor) and a.is_floating_point())
+    how(out.flatten() if out.is_contiguous() else out)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "how",
+    [lambda out: out[-1:].add_(0.01), lambda out: out[:1].fill_(torch.nan)],
+    ids=["off", "NaN"],
+)
+def test_wrong_results_are_seen(op, how):
+    message = selftest.mismatch(op, partial(spoilt, op, how), CPU)
+    assert message.startswith("with torch.float32, off by ")
+
+
+def test_nothing_written_is_seen():
+    for op in OPS:
+        assert selftest.mismatch(op, lambda *args: None, CPU)
+
+
+def test_a_backend_that_fails_is_refused(monkeypatch):
+    """Named, it raises with its name and the way out, every time; the default is another."""
+    wrong = partial(spoilt, "sampled_outer", lambda out: out.mul_(2))
+    monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", wrong)
+    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+    dispatch.kernel.cache_clear()
+    for _ in range(2):
+        with pytest.raises(dropinf.BackendError, match="sampled_outer: backend 'cuda' fails its"):
+            ops.sampled_outer(**good, backend="cuda")
+    assert ops.sampled_outer(**good).shape == (2, 6)
+    # Verified, it is the default, and its failure is an error: nothing falls back silently.
+    monkeypatch.setitem(dispatch.VERIFIED, ("cuda", "sampled_outer"), "some.json")
+    dispatch.kernel.cache_clear()
+    with pytest.raises(dropinf.BackendError, match="backend 'cuda' fails its self-test"):
+        ops.sampled_outer(**good)
+    dispatch.kernel.cache_clear()
+
+
+def test_default_only_if_verified(monkeypatch):
+    """A backend for GPUs that is there and right is still not the default until it is verified."""
+    calls = []
+
+    def traced(*args):
+        calls.append("cuda")
+        return reference.sampled_outer(*args)
+
+    monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", traced)
+    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+    dispatch.kernel.cache_clear()
+    ops.sampled_outer(**good)
+    assert not calls
+    ops.sampled_outer(**good, backend="cuda")
+    assert calls
+    calls.clear()
+    monkeypatch.setitem(dispatch.VERIFIED, ("cuda", "sampled_outer"), "some.json")
+    dispatch.kernel.cache_clear()
+    ops.sampled_outer(**good)
+    assert calls
+    dispatch.kernel.cache_clear()

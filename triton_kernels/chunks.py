@@ -1,0 +1,73 @@
+"""A long sum over positions in chunks: how it is cut, and how the parts are added up."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Not measured on a GPU. Of T alone, never of the batch or of the device: the bits of a row depend
+# on how its sum is cut.
+CHUNK_T = 64  # positions, for T up to CHUNK_T * MAX_CHUNKS; then a multiple of it
+MAX_CHUNKS = 64  # bounds the scratch at this many outputs
+
+BLOCK = 256
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def chunk_length(T: int) -> int:
+    """Positions a program sums: all chunks of T positions but the last are this long."""
+    return CHUNK_T * max(1, triton.cdiv(T, CHUNK_T * MAX_CHUNKS))
+
+
+def partial_sums(T: int, out: Tensor) -> tuple[Tensor, int]:
+    """Where the chunks' sums go, [num_chunks, B, r] float32, and num_chunks.
+
+    One chunk needs no scratch: then that is a view of `out`.
+    """
+    num_chunks = max(1, triton.cdiv(T, chunk_length(T)))
+    if num_chunks == 1:
+        return out.unsqueeze(0), 1
+    return out.new_empty((num_chunks, *out.shape), dtype=torch.float32), num_chunks
+
+
+@triton.jit(
+    do_not_specialize=["num_chunks", "num_elements", "r", "out_stride_b", "out_stride_k", "scale"]
+)
+def add_chunks_kernel(
+    parts_ptr,  # [num_chunks, B, r] float32
+    out_ptr,  # [B, r]
+    num_chunks,
+    num_elements,  # B * r
+    r,
+    out_stride_b,
+    out_stride_k,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(num_chunks):
+        part = tl.cast(chunk, tl.int64) * num_elements + at
+        total += tl.load(parts_ptr + part, mask=inside, other=0.0)
+    to = at // r * out_stride_b + at % r * out_stride_k
+    tl.store(out_ptr + to, total * scale, mask=inside)
+
+
+def add_chunks(parts: Tensor, scale: float, out: Tensor) -> None:
+    """out = scale * parts.sum(0), in the order of the chunks."""
+    num_chunks, B, r = parts.shape
+    add_chunks_kernel[(triton.cdiv(B * r, BLOCK),)](
+        parts,
+        out,
+        num_chunks,
+        B * r,
+        r,
+        out.stride(0),
+        out.stride(1),
+        scale,
+        BLOCK=BLOCK,
+        **OPTIONS,
+    )

@@ -105,8 +105,8 @@ def _row(op: str, *names: str) -> dict[str, Callable]:
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_outer": _row("sampled_outer", "cuda", "triton", "cpu"),
-    "sampled_embedding": _row("sampled_embedding", "triton", "cpu"),
-    "sampled_conv": _row("sampled_conv", "triton", "cpu"),
+    "sampled_embedding": _row("sampled_embedding", "cuda", "triton", "cpu"),
+    "sampled_conv": _row("sampled_conv", "cuda", "triton", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),
     "gram": _row("gram", "cuda", "triton", "cpu"),
     "damped_cholesky": _row("damped_cholesky", "cuda", "cpu"),

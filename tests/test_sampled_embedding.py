@@ -63,6 +63,31 @@ def test_strides_and_same_bits(backend):
     assert torch.equal(alone, out[2:3])
 
 
+def test_only_bad_indices_give_nan(backend):
+    if backend.name != "cuda":
+        pytest.skip("about what the CUDA kernels do instead of raising")
+    ids, dy, o_idx, i_idx = inputs(2, 40, 30, 12, 300, torch.float32)
+    truth = exact(ids, dy, o_idx, i_idx)
+    bound = 41 * EPS32 * exact(ids, dy.abs(), o_idx, i_idx)
+    bad = torch.tensor([0, 130, 299])
+    good = torch.ones(300, dtype=torch.bool).index_fill(0, bad, False)
+    o_idx[bad] = torch.tensor([-1, 12, 2**31 - 1]).int()
+    out = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend.name)
+    assert out[:, bad].isnan().all()
+    assert_within(out[:, good], truth[:, good], bound[:, good])
+    i_idx[200:202] = torch.tensor([5, 4]).int()  # not sorted, so not all are found
+    out = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend.name)
+    assert out[:, 200:202].isnan().all()
+
+
+def test_long_examples(backend):
+    """Several steps of every warp; more meetings of a coordinate than are added at a time."""
+    ids, dy, o_idx, i_idx = inputs(1, 5000, 40, 6, 200, torch.bfloat16)
+    out = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend.name)
+    bound = 5001 * EPS32 * exact(ids, dy.abs(), o_idx, i_idx)
+    assert_within(out, exact(ids, dy, o_idx, i_idx), bound)
+
+
 def test_opcheck():
     if dropinf.backends()["cpu"] != "available":
         pytest.skip(dropinf.backends()["cpu"])

@@ -89,6 +89,27 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                                c10::cuda::getCurrentCUDAStream()));
 }
 
+void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
+                       const at::Tensor& i_idx, double scale, const at::Tensor& out) {
+  const char* const op = "sampled_embedding";
+  const c10::cuda::CUDAGuard guard(out.device());
+  same_device(op, out, {ids, dy, o_idx, i_idx});
+  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, scale, out);
+  check(op, cuda::sampled_embedding(args, c10::cuda::getCurrentCUDAStream()));
+}
+
+void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
+                  const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
+                  double scale, const at::Tensor& out) {
+  const char* const op = "sampled_conv";
+  const c10::cuda::CUDAGuard guard(out.device());
+  same_device(op, out, {x, dy, o_idx, i_idx});
+  const SampledConvArgs args = sampled_conv_args(x, dy, o_idx, i_idx, kernel_size, stride, padding,
+                                                 dilation, groups, bias, scale, out);
+  check(op, cuda::sampled_conv(args, c10::cuda::getCurrentCUDAStream()));
+}
+
 void score_topk(const at::Tensor& scores, int64_t first, const at::Tensor& values,
                 const at::Tensor& indices) {
   const char* const op = "score_topk";
@@ -221,6 +242,8 @@ void cholesky_solve(const at::Tensor& factors, const at::Tensor& offsets, const 
 void implement_cuda_ops(torch::Library& m) {
   m.impl("sampled_outer", &sampled_outer);
   m.impl("gather_grads", &gather_grads);
+  m.impl("sampled_embedding", &sampled_embedding);
+  m.impl("sampled_conv", &sampled_conv);
   m.impl("score_topk", &score_topk);
   m.impl("gram", &gram);
   m.impl("damped_cholesky", &damped_cholesky);

@@ -32,6 +32,12 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
 constexpr int kMaxDims = 8;
 cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stream);
 
+// Entries are NaN too where i_idx is not sorted.
+cudaError_t sampled_embedding(const SampledEmbeddingArgs& args, cudaStream_t stream);
+
+// Invalid where a plane has 2^31 outputs or more.
+cudaError_t sampled_conv(const SampledConvArgs& args, cudaStream_t stream);
+
 // Merges scores [m, c] of rows first, first + 1, ... into values and indices [m, k].
 constexpr int kMaxTopk = 1024;  // k
 cudaError_t score_topk(const float* scores, int64_t m, int64_t c, int64_t stride, int64_t first,

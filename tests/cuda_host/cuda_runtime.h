@@ -209,10 +209,12 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return host_execution::exchange(value, static_cast<int>(threadIdx.x % 32) + int(delta));
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
+  host_execution::Warp& mine = host_execution::warp();
+  mine.slots[threadIdx.x % 32] = predicate != 0;
+  mine.barrier.wait(host_execution::warp_turn);
   unsigned result = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    result |= unsigned(host_execution::exchange(predicate, lane) != 0) << lane;
-  }
+  for (int lane = 0; lane < 32; ++lane) result |= unsigned(mine.slots[lane]) << lane;
+  mine.barrier.wait(host_execution::warp_turn);
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }

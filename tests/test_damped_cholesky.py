@@ -143,6 +143,30 @@ def test_empty(backend):
         assert info.shape == (len(offsets) - 1,) and solved.shape == (m, offsets[-1])
 
 
+def test_chips_with_more_shared_memory(backend, request):
+    """sm_90 has 227 KB for a block, so wider layers than sm_80's 163 KB fit; wider still go through
+    torch."""
+    if request.node.callspec.params["backend"] != "cuda-host":
+        pytest.skip("the shared memory of a GPU is what it is")
+    sizes = (264, 272, 280, 320, 321)
+    matrices = packed([spread(r, r) for r in sizes])
+    rows = random_rows(3, sum(sizes))
+    found = []
+    for num_bytes in (227 * 1024, 163 * 1024):  # the last one is what all other tests have
+        torch.ops.dropinf_host.set_max_shared_bytes(num_bytes)
+        found.append(
+            ops.damped_cholesky(matrices, bounds(sizes), 0.1, rows=rows, backend=backend.name)
+        )
+    for whole, exact in zip(
+        parts(found[0].factors, sizes), symmetric(matrices, [0.1] * len(sizes), sizes), strict=True
+    ):
+        assert np.abs(whole @ whole.T - exact).max() < 1e-5 * np.abs(exact).max()
+    large, small = (f.factors for f in found)
+    assert not torch.equal(large, small)  # 280 and 320 are torch's where they do not fit
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0].solved, found[1].solved, rtol=1e-3, atol=1e-4)
+
+
 def test_bits_depend_on_the_layer_alone(backend):
     if backend.name == "reference":
         pytest.skip("LAPACK's bits depend on its threads")

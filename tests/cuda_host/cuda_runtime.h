@@ -11,6 +11,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -47,7 +48,8 @@ namespace host_execution {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of sm_90; sm_80 has 163 KB
+// Of a block, as on sm_80; sm_90 and sm_100 have 227 KB.
+inline std::atomic<int64_t> max_shared_bytes{163 * 1024};
 
 // Two in turn. A thread that leaves a barrier late would otherwise meet there what others did
 // since, on their way to the next one, and ThreadSanitizer would take that for order.
@@ -133,7 +135,7 @@ template <typename Kernel>
 cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kernel) {
   const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu &&
                     grid.y <= 65535 && grid.z <= 65535 && threads > 0 && threads <= kMaxThreads &&
-                    shared_bytes <= kMaxSharedBytes;
+                    shared_bytes <= max_shared_bytes;
   if (!fits) return cudaErrorInvalidValue;
   Block shared_block(threads, shared_bytes);
   const auto work = [&](unsigned thread) {
@@ -183,7 +185,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(host_execution::kMaxSharedBytes);
+  *value = static_cast<int>(host_execution::max_shared_bytes);
   return cudaSuccess;
 }
 

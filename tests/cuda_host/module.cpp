@@ -3,5 +3,8 @@
 
 #include "cuda/bindings.cpp"
 
-TORCH_LIBRARY(dropinf_host, m) { dropinf::define_ops(m); }
+TORCH_LIBRARY(dropinf_host, m) {
+  dropinf::define_ops(m);
+  m.def("set_max_shared_bytes", [](int64_t n) { host_execution::max_shared_bytes = n; });
+}
 TORCH_LIBRARY_IMPL(dropinf_host, CPU, m) { dropinf::implement_cuda_ops(m); }

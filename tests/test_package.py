@@ -78,11 +78,19 @@ def test_extension_that_was_asked_for_is_an_error(tmp_path):
         install(tmp_path, CXX="/nowhere/c++", CC="/nowhere/cc", DROPINF_EXTENSION="1")
 
 
+def test_cuda_kernels_that_were_asked_for_are_an_error(tmp_path):
+    if torch.version.cuda:
+        pytest.skip("torch is a CUDA build")
+    with pytest.raises(AssertionError, match=r"DROPINF_CUDA=1, but torch .* is not a CUDA build"):
+        install(tmp_path, DROPINF_CUDA="1")
+
+
 def test_build_information():
     if dropinf.backends()["cpu"] != "available":
         pytest.skip(dropinf.backends()["cpu"])
     info = dropinf._C.build_info()
-    assert info["torch"] == torch.__version__.split("+")[0] and info["openmp"] and not info["cuda"]
+    assert info["torch"] == torch.__version__.split("+")[0] and info["openmp"]
+    assert bool(info["cuda"]) != bool(info.get("why_no_cuda"))
     assert dropinf._C.cpu_capability() in ("avx2", "portable")
     with pytest.raises((ValueError, RuntimeError)):
         dropinf._C.set_cpu_capability("nonsense")

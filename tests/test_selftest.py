@@ -1,6 +1,8 @@
 """The self-test of backends: right ones pass, wrong ones are refused by name."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_sampled_outer import good
 import dropinf
 from dropinf import dispatch, ops, reference, selftest
 
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 CPU = torch.device("cpu")
 OPS = sorted(dispatch.KERNELS)
 
@@ -71,6 +74,38 @@ def test_a_backend_that_fails_is_refused(monkeypatch):
     with pytest.raises(dropinf.BackendError, match="backend 'cuda' fails its self-test"):
         ops.sampled_outer(**good)
     dispatch.kernel.cache_clear()
+
+
+def unproven(verified, folder):
+    """The entries whose file does not show that all tests of the op ran on a GPU and passed."""
+    wrong = []
+    for (backend, op), name in verified.items():
+        file = folder / name
+        record = json.loads(file.read_text()) if file.exists() else {"rehearsal": True}
+        counts = record.get("verified", {}).get(f"{backend}/{op}", {"failed": None})
+        proven = counts["failed"] == 0 and counts["passed"] > 0 and counts["complete"]
+        if record["rehearsal"] or not proven:
+            wrong.append((backend, op))
+    return wrong
+
+
+def test_what_is_verified_has_a_record(tmp_path):
+    assert not unproven(dispatch.VERIFIED, RESULTS)
+    good = {"passed": 9, "failed": 0, "skipped": 1, "complete": True}
+    for name, entry, rehearsal in (
+        ("good", good, False),
+        ("failed", good | {"failed": 1}, False),
+        ("cut", good | {"complete": False}, False),
+        ("none", good | {"passed": 0}, False),
+        ("cpu", good, True),
+    ):
+        record = {"rehearsal": rehearsal, "verified": {"cuda/gram": entry}}
+        (tmp_path / name).write_text(json.dumps(record))
+        assert bool(unproven({("cuda", "gram"): name}, tmp_path)) == (name != "good")
+    assert unproven({("triton", "gram"): "good", ("cuda", "gram"): "missing"}, tmp_path) == [
+        ("triton", "gram"),
+        ("cuda", "gram"),
+    ]
 
 
 def test_default_only_if_verified(monkeypatch):

@@ -123,6 +123,11 @@ __device__ void wait_for_copies() {
 #endif
 }
 
+// A grid of so many blocks; of none, which is refused, if that is more than a grid can have.
+inline dim3 grid_of(int64_t blocks) {
+  return dim3(blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0);
+}
+
 // Launches kernel(params...); every launch of the package is this one.
 template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,

@@ -90,9 +90,7 @@ __global__ void __launch_bounds__(kThreads) gather_strided_kernel(const StridedG
   grad.out[k * strided.out_stride] = grad.scale * value;
 }
 
-dim3 blocks(int64_t num_entries) {
-  return dim3(static_cast<unsigned>(ceil_div<int64_t>(num_entries, kThreads)));
-}
+dim3 blocks(int64_t num_entries) { return grid_of(ceil_div<int64_t>(num_entries, kThreads)); }
 
 Grad grad_of(const GradEntries& entries, int64_t first) {
   return {entries.data, entries.idx,   entries.out,  entries.numel,

@@ -316,7 +316,7 @@ cudaError_t run_direct(const SampledOuterArgs& args, float* scratch, cudaStream_
                       : args.dtype == DType::kFloat16 ? direct_kernel<Float16>
                                                       : direct_kernel<float>;
   const int64_t blocks = args.B * call.num_chunks * call.num_parts;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), kDirectThreads,
+  return launch(kernel, grid_of(blocks), kDirectThreads,
                 kDirectThreads * static_cast<int64_t>(sizeof(float)), stream, call);
 }
 
@@ -378,8 +378,8 @@ cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, f
       std::transform(from, from + 6, to, [](int64_t v) { return static_cast<int32_t>(v); });
     }
     const int64_t blocks = args.B * call.num_chunks * call.num_passes;
-    const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(blocks)), kStagedThreads,
-                                     shared_bytes, stream, call);
+    const cudaError_t error =
+        launch(kernel, grid_of(blocks), kStagedThreads, shared_bytes, stream, call);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -403,7 +403,7 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
   const SumCall call{scratch,  num_chunks,        args.B,           args.r, args.scale,
                      args.out, args.out_stride_b, args.out_stride_k};
   const int64_t blocks = ceil_div<int64_t>(args.B * args.r, kSumThreads);
-  return launch(sum_kernel, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0, stream, call);
+  return launch(sum_kernel, grid_of(blocks), kSumThreads, 0, stream, call);
 }
 
 }  // namespace cuda

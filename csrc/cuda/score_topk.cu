@@ -153,8 +153,7 @@ cudaError_t score_topk(const float* scores, int64_t m, int64_t c, int64_t stride
   const Merge merge{scores, stride, c, first, values, indices, static_cast<int>(k)};
   const int64_t shared_bytes =
       kSorted * (sizeof(int64_t) + sizeof(uint32_t)) + kWarps * sizeof(int);
-  return launch(merge_kernel, dim3(static_cast<unsigned>(m)), kThreads, shared_bytes, stream,
-                merge);
+  return launch(merge_kernel, grid_of(m), kThreads, shared_bytes, stream, merge);
 }
 
 }  // namespace cuda

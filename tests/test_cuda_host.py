@@ -1,0 +1,97 @@
+"""The host execution of CUDA kernels: as on a device, and refusing what kernels must not use."""
+
+import os
+import subprocess
+
+import pytest
+from cuda_host import build
+
+KERNELS = """
+#include <cassert>
+#include <cstdio>
+#include <vector>
+
+#include "cuda/common.cuh"
+
+using namespace dropinf::cuda;
+
+__global__ void reverse(const float* from, float* to, int n) {
+  float* shared = shared_memory<float>();
+  shared[threadIdx.x] = from[blockIdx.x * n + threadIdx.x];
+  __syncthreads();
+  to[blockIdx.x * n + threadIdx.x] = shared[n - 1 - threadIdx.x];
+}
+
+__global__ void sum(const float* from, float* to) {
+  const float total = warp_sum(from[threadIdx.x]);
+  const float last = __shfl_sync(kAllLanes, from[threadIdx.x], 31);
+  const float below = __shfl_up_sync(kAllLanes, from[threadIdx.x], 1);
+  const unsigned odd = __ballot_sync(kAllLanes, threadIdx.x % 2);
+  to[threadIdx.x] = total + last + below + (odd == 0xaaaaaaaau);
+}
+
+__global__ void copy(const float* from, float* to, bool waits) {
+  float* shared = shared_memory<float>();
+  if (threadIdx.x < 8) copy_16_async(shared + 4 * threadIdx.x, from + 4 * threadIdx.x);
+  end_copy_group();
+  if (waits) wait_for_copies<0>();
+  __syncthreads();
+  to[threadIdx.x] = shared[threadIdx.x];
+}
+
+int main() {
+  alignas(16) float from[192], to[192];
+  for (int k = 0; k < 192; ++k) from[k] = k;
+  assert(launch(reverse, grid_of(2), 96, 96 * 4, nullptr, (const float*)from, to, 96) == 0);
+  for (int k = 0; k < 192; ++k) assert(to[k] == k / 96 * 96 + 95 - k % 96);
+  assert(launch(sum, grid_of(1), 64, 0, nullptr, (const float*)from, to) == 0);
+  assert(to[1] == 496 + 31 + 0 + 1 && to[0] == 496 + 31 + 0 + 1);
+  assert(to[33] == 1520 + 63 + 32 + 1);
+  assert(launch(copy, grid_of(1), 32, 128, nullptr, (const float*)from, to, true) == 0);
+  for (int k = 0; k < 32; ++k) assert(to[k] == k);
+  assert(launch(copy, grid_of(1), 32, 128, nullptr, (const float*)from, to, false) == 0);
+  for (int k = 0; k < 32; ++k) assert(to[k] != to[k]);  // what was not waited for is not there
+  // What a device refuses to launch.
+  assert(launch(copy, grid_of(1), 32, 200 << 10, nullptr, (const float*)from, to, true) != 0);
+  assert(launch(copy, grid_of(1), 1056, 128, nullptr, (const float*)from, to, true) != 0);
+  const dim3 too_many = grid_of(int64_t{1} << 31);
+  assert(launch(copy, too_many, 32, 128, nullptr, (const float*)from, to, true) != 0);
+  std::puts("as a device");
+}
+"""
+
+
+def compiled(tmp_path, source):
+    file = tmp_path / "kernels.cpp"
+    file.write_text(source)
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-std=c++20", "-pthread", f"-I{build.HERE}", f"-I{build.SOURCES}"]
+    command = [compiler, *flags, str(file), "-o", str(tmp_path / "kernels")]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_as_a_device(tmp_path):
+    done = compiled(tmp_path, KERNELS)
+    assert done.returncode == 0, done.stderr
+    run = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True)
+    assert run.stdout == "as a device\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("float s = 0.0f; atomicAdd(&s, 1.0f);", "atomicAdd"),
+        ("__shared__ float shared[32]; shared[0] = 1.0f;", "__shared__"),
+    ],
+)
+def test_refused(tmp_path, line, name):
+    kernel = f'#include "cuda/common.cuh"\n__global__ void kernel() {{ {line} }}\nint main() {{}}\n'
+    done = compiled(tmp_path, kernel)
+    assert done.returncode != 0 and name in done.stderr
+
+
+def test_an_access_that_is_not_aligned_ends_it(tmp_path):
+    kernel = KERNELS.replace("from + 4 * threadIdx.x", "from + 4 * threadIdx.x + 1")
+    assert compiled(tmp_path, kernel).returncode == 0
+    run = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True)
+    assert run.returncode != 0 and "is not aligned" in run.stderr

@@ -90,7 +90,7 @@ def parse(report):
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels.append(
             Kernel(
-                re.sub(r"^_ZN7dropinf4cuda\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8}\d\d", "", name),
+                re.sub(r"^_ZN7dropinf4cuda(\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8})?\d\d", "", name),
                 architecture,
                 int(registers),
                 int(stack),

@@ -21,6 +21,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/cuda_launchers.h"
+#include "cuda/sampled_outer_staged.cuh"
 
 namespace dropinf {
 namespace cuda {
@@ -35,36 +36,12 @@ constexpr int64_t kChunkMultiple = 8;
 constexpr int kDirectWarps = 8;  // they share the positions of a chunk
 constexpr int kDirectThreads = kDirectWarps * kWarp;
 
-// Staged. Two blocks an SM, so that one computes while the other waits: 80 registers a thread, of
-// which a coordinate takes two, and 80 KB each of sm_80's 164 KB (sm_90 has 228). A position of
-// more than 20 KB gets one block an SM; it has at most 40.
-constexpr int kStagedThreads = 384;
-constexpr int kMostCoordinates = 25;  // of a thread: r=8192 with its padding is one pass
-constexpr int kStagedBlocksPerSM = 2;
-constexpr int64_t kStagedBytes = 80 * 1024;
-constexpr int kUnroll = 2;         // positions that a coordinate is unpacked for
-constexpr int kMaxPositions = 16;  // in a buffer; a multiple of kUnroll
-constexpr int kMaxPasses = 64;     // in a launch; they travel as kernel arguments
-
 // Sums.
 constexpr int kSumThreads = 256;
 
-struct Rows {  // x or dy
-  const void* data;
-  int64_t stride_b, stride_t;
-};
-
-struct DirectCall {
-  Rows x, dy;
-  int64_t T, I, O;
+struct DirectCall : OuterCall {
   const int32_t *o_idx, *i_idx;
-  const int8_t* sign;
-  int64_t r, s;
-  bool bias;
-  float scale;  // 1 where there are partial sums
-  int64_t chunk, num_chunks, num_parts;
-  float* sums;  // + chunk * stride_chunk + b * stride_b + k * stride_k
-  int64_t stride_chunk, stride_b, stride_k;
+  int64_t r, num_parts;
 };
 
 __device__ bool in_range(int32_t index, int64_t size) { return index >= 0 && index < size; }
@@ -112,149 +89,6 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
   }
 }
 
-struct Pass {
-  int32_t k0, k1, o0, o1, first, num_slots;
-};
-
-struct StagedCall {
-  Rows x, dy;
-  int64_t T, I;
-  const int8_t* sign;
-  int64_t s;
-  bool bias, aligned;
-  float scale;
-  int64_t chunk, num_chunks;
-  float* sums;
-  int64_t stride_chunk, stride_b, stride_k;
-  const int32_t *packed, *target;
-  int positions;          // in a buffer
-  int x_pitch, dy_pitch;  // elements of a position in shared memory, multiples of 16 bytes
-  int num_passes;
-  Pass passes[kMaxPasses];
-};
-
-template <typename E>
-__device__ E one();
-template <>
-__device__ inline float one<float>() {
-  return 1.0f;
-}
-template <>
-__device__ inline BFloat16 one<BFloat16>() {
-  return {0x3f80};
-}
-template <>
-__device__ inline Float16 one<Float16>() {
-  return {0x3c00};
-}
-
-// Starts the copy of a row to shared memory, or clears it if it is behind the last position.
-template <typename E>
-__device__ void stage_row(E* to, const E* from, int width, bool there, bool aligned) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(E));
-  const int done = there && aligned ? width / kVector * kVector : 0;
-#pragma unroll 1  // registers are for the sums
-  for (int i = threadIdx.x * kVector; i < done; i += kStagedThreads * kVector) {
-    copy_16_async(to + i, from + i);
-  }
-#pragma unroll 1
-  for (int i = done + threadIdx.x; i < width; i += kStagedThreads) to[i] = there ? from[i] : E{};
-}
-
-// blockIdx.x counts (b, chunk, pass), the passes fastest: they read the same x.
-template <typename E, int kCoordinates>
-__global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
-    staged_kernel(const StagedCall call) {
-  const int64_t item = blockIdx.x / call.num_passes;
-  const Pass& pass = call.passes[blockIdx.x % call.num_passes];
-  const int64_t c = item % call.num_chunks, b = item / call.num_chunks;
-  const int I = static_cast<int>(call.I), O = pass.o1 - pass.o0;
-  const int64_t begin = c * call.chunk;
-  const int64_t left = call.T - begin;
-  const int count = static_cast<int>(left < call.chunk ? left : call.chunk);
-  const int num_buffers = ceil_div(count, call.positions);
-  const E* x = static_cast<const E*>(call.x.data) + b * call.x.stride_b + begin * call.x.stride_t;
-  const E* dy = static_cast<const E*>(call.dy.data) + b * call.dy.stride_b +
-                begin * call.dy.stride_t + pass.o0;
-
-  // Two buffers, each of `positions` rows of x and then as many of dy.
-  E* const shared = shared_memory<E>();
-  const int x_size = call.positions * call.x_pitch;
-  const int buffer_size = x_size + call.positions * call.dy_pitch;
-
-  uint32_t packed[kCoordinates];
-  float sums[kCoordinates];
-#pragma unroll
-  for (int k = 0; k < kCoordinates; ++k) {
-    const int slot = k * kStagedThreads + threadIdx.x;
-    // Lanes behind the last slot do the same work on element 0, which costs less than a branch.
-    packed[k] = slot < pass.num_slots ? static_cast<uint32_t>(call.packed[pass.first + slot]) : 0;
-    sums[k] = 0.0f;
-  }
-  if (call.bias) {  // no copy writes there
-    for (int p = threadIdx.x; p < 2 * call.positions; p += kStagedThreads) {
-      shared[p / call.positions * buffer_size + p % call.positions * call.x_pitch + I] = one<E>();
-    }
-  }
-
-  // Turn n starts the copies of buffer n and works on buffer n - 1.
-  for (int n = 0; n <= num_buffers; ++n) {
-    if (n < num_buffers) {
-      E* const to = shared + n % 2 * buffer_size;
-#pragma unroll 1
-      for (int p = 0; p < call.positions; ++p) {
-        const bool there = n * call.positions + p < count;
-        stage_row(to + p * call.x_pitch, x, I, there, call.aligned);
-        stage_row(to + x_size + p * call.dy_pitch, dy, O, there, call.aligned);
-        x += call.x.stride_t;
-        dy += call.dy.stride_t;
-      }
-    }
-    end_copy_group();
-    if (n == 0) continue;
-    wait_for_copies<1>();
-    __syncthreads();
-    const E* x_rows = shared + (n - 1) % 2 * buffer_size;
-    const E* dy_rows = x_rows + x_size;
-#pragma unroll 1
-    for (int p = 0; p < call.positions; p += kUnroll) {
-#pragma unroll
-      for (int k = 0; k < kCoordinates; ++k) {
-        make_opaque(packed[k]);  // or o and i are kept for every k, and registers spill
-        const int o = packed[k] >> 16, i = packed[k] & 0xffff;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          sums[k] += widen(x_rows[u * call.x_pitch + i]) * widen(dy_rows[u * call.dy_pitch + o]);
-        }
-      }
-      x_rows += kUnroll * call.x_pitch;
-      dy_rows += kUnroll * call.dy_pitch;
-    }
-    __syncthreads();
-  }
-
-  float* const placed = shared_memory<float>();  // [k1 - k0, s], over the buffers
-#pragma unroll
-  for (int k = 0; k < kCoordinates; ++k) {
-    const int slot = k * kStagedThreads + threadIdx.x;
-    if (slot >= pass.num_slots) break;
-    const int target = call.target[pass.first + slot];
-    if (target >= 0) placed[target] = sums[k];  // else padding
-  }
-  __syncthreads();
-  float* const to = call.sums + c * call.stride_chunk + b * call.stride_b;
-  const int s = static_cast<int>(call.s);
-  for (int n = threadIdx.x; n < pass.k1 - pass.k0; n += kStagedThreads) {
-    const int64_t k = pass.k0 + n;
-    float total = 0.0f;
-    for (int j = 0; j < s; ++j) {
-      const float sign = call.sign ? static_cast<float>(call.sign[k * s + j]) : 1.0f;
-      total += sign * placed[n * s + j];
-    }
-    to[k * call.stride_k] = call.scale * total;
-  }
-}
-
 struct SumCall {
   const float* sums;  // [num_chunks, B, r]
   int64_t num_chunks, B, r;
@@ -285,33 +119,33 @@ int64_t chunk_of(const SampledOuterArgs& args) {
   return round_up(std::min(chunk, args.T), kChunkMultiple);
 }
 
-template <typename Call>
-void set_sums(const SampledOuterArgs& args, float* scratch, Call* call) {
-  call->chunk = chunk_of(args);
-  call->num_chunks = ceil_div(args.T, call->chunk);
-  const bool direct = call->num_chunks == 1;  // nothing to add up
-  call->scale = direct ? args.scale : 1.0f;
-  call->sums = direct ? args.out : scratch;
-  call->stride_chunk = args.B * args.r;
-  call->stride_b = direct ? args.out_stride_b : args.r;
-  call->stride_k = direct ? args.out_stride_k : 1;
-}
-
-cudaError_t run_direct(const SampledOuterArgs& args, float* scratch, cudaStream_t stream) {
-  DirectCall call{};
+OuterCall call_of(const SampledOuterArgs& args, float* scratch) {
+  OuterCall call;
   call.x = {args.x, args.x_stride_b, args.x_stride_t};
   call.dy = {args.dy, args.dy_stride_b, args.dy_stride_t};
   call.T = args.T;
   call.I = args.I;
   call.O = args.O;
-  call.o_idx = args.o_idx;
-  call.i_idx = args.i_idx;
   call.sign = args.sign;
-  call.r = args.r;
   call.s = args.s;
   call.bias = args.bias;
+  call.chunk = chunk_of(args);
+  call.num_chunks = ceil_div(args.T, call.chunk);
+  const bool only = call.num_chunks == 1;  // nothing to add up
+  call.scale = only ? args.scale : 1.0f;
+  call.sums = only ? args.out : scratch;
+  call.stride_chunk = args.B * args.r;
+  call.stride_b = only ? args.out_stride_b : args.r;
+  call.stride_k = only ? args.out_stride_k : 1;
+  return call;
+}
+
+cudaError_t run_direct(const SampledOuterArgs& args, float* scratch, cudaStream_t stream) {
+  DirectCall call{call_of(args, scratch)};
+  call.o_idx = args.o_idx;
+  call.i_idx = args.i_idx;
+  call.r = args.r;
   call.num_parts = ceil_div<int64_t>(args.r, kWarp);
-  set_sums(args, scratch, &call);
   const auto kernel = args.dtype == DType::kBFloat16  ? direct_kernel<BFloat16>
                       : args.dtype == DType::kFloat16 ? direct_kernel<Float16>
                                                       : direct_kernel<float>;
@@ -333,17 +167,9 @@ StagedKernel staged_for(int64_t num_slots) {
 cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, float* scratch,
                        cudaStream_t stream) {
   const int64_t size = size_of(args.dtype), vector = 16 / size;
-  StagedCall call{};
-  call.x = {args.x, args.x_stride_b, args.x_stride_t};
-  call.dy = {args.dy, args.dy_stride_b, args.dy_stride_t};
-  call.T = args.T;
-  call.I = args.I;
-  call.sign = args.sign;
-  call.s = args.s;
-  call.bias = args.bias;
+  StagedCall call{call_of(args, scratch)};
   call.packed = order.packed;
   call.target = order.target;
-  set_sums(args, scratch, &call);
   int64_t width = 0, num_slots = 0, num_sums = 0;
   call.aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                  reinterpret_cast<uintptr_t>(args.dy) % 16 == 0;

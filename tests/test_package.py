@@ -139,7 +139,7 @@ ORDER = [
     ["dispatch"],
     ["ops"],
     ["calls", "forms", "compress", "marks", "rowmap", "composites", "tables"],
-    ["norms", "plan", "routes", "general"],
+    ["norms", "plan", "projector", "routes", "general"],
     ["layers", "tap", "store", "sources", "checking"],
     ["entries", "gradients", "solvers.base", "solvers.damping", "solvers.kept", "streaming"],
     ["graph", "solvers.group", "solvers.eigen", "solvers.gauss_newton"],
@@ -192,6 +192,15 @@ def test_readme_example():
     namespace = {}
     exec(example, namespace)
     assert namespace["values"].shape == namespace["indices"].shape == (20, 5)
+
+
+def test_readme_projector():
+    """So do those on the projector."""
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    exec(next(block for block in others if "DropoutProjector" in block), namespace)
+    assert namespace["features"].shape == (32, 256)
 
 
 def test_readme_solvers(tmp_path, monkeypatch):

@@ -88,6 +88,16 @@ def test_bad_input(backend, grads, indices, message):
         ops.gather_grads(grads, indices, backend=backend.name)
 
 
+def test_many_layers(backend):
+    """More than one CUDA launch takes."""
+    grads = list(torch.randn(1500, 7, generator=torch.Generator().manual_seed(0)))
+    indices = [torch.tensor([l % 7, 3]) for l in range(len(grads))]
+    grads[5] = None
+    out = ops.gather_grads(grads, indices, backend=backend.name)
+    grads[5] = torch.zeros(7)
+    assert torch.equal(out, torch.cat([g[i] for g, i in zip(grads, indices, strict=True)]))
+
+
 @pytest.mark.parametrize("index", [3, -1, 2**40])
 def test_index_out_of_range(backend, index):
     indices = [torch.tensor([0, 2]), torch.tensor([1, index, 2])]

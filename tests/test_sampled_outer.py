@@ -72,6 +72,7 @@ STAGED = [  # B, T, I, O, r, and what limits a pass: one for each turn that the 
     (2, 33, 64, 48, 900, {}),  # aligned rows, a chunk and one position more
     (1, 70, 40, 300, 5000, {"max_slots": 3200}),  # passes, and three counts of coordinates
     (1, 9, 96, 160, 9000, {}),
+    (1, 2, 40, 50, 1500, {"max_slots": 64}),  # more passes than one launch takes
     (1, 20, 7000, 8000, 700, {"max_bytes": 40000}),  # few positions in a buffer, windows of dy
 ]
 

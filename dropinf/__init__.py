@@ -7,12 +7,14 @@ from dropinf.compress import Dropout, Full
 from dropinf.dampings import choose_damping
 from dropinf.dispatch import BackendError, backends
 from dropinf.plan import Plan
+from dropinf.projector import DropoutProjector
 from dropinf.scoring import ensemble, influence, scores, self_influence, topk
 from dropinf.store import RowStore
 
 __all__ = [
     "BackendError",
     "Dropout",
+    "DropoutProjector",
     "Full",
     "Plan",
     "RowStore",

@@ -1,5 +1,7 @@
 """TRAK with dropinf's projection, and with its rows, against TRAK's own vmapped gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -210,3 +212,19 @@ def test_versions(monkeypatch):
     monkeypatch.setattr(versions, "version", lambda package: "0.4.0")
     with pytest.raises(ImportError, match=r"traker 0\.4\.0 is not supported, tested is 0\.3\.x"):
         versions.require("traker", "0.3")
+
+
+def test_readme_example(tmp_path, monkeypatch):
+    """Its lines on TRAK run as they stand."""
+    monkeypatch.chdir(tmp_path)
+    model, batch = network(torch.float32), images(40, torch.float32)
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=8))
+    namespace = {"dropinf": dropinf, "model": model, "plan": plan, "n": 40}
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = [x.split("```")[0] for x in readme.split("```python\n")[1:]]
+    (block,) = (x for x in blocks if "integrations.trak" in x)
+    exec(block, namespace)
+    traker = namespace["traker"]
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker.featurize(batch, num_samples=40)
+    assert traker.saver.current_store["grads"].shape == (40, plan.width)

@@ -1,0 +1,204 @@
+"""dattri 0.3 with dropout compression.
+
+Its random projections replaced, while TRAKAttributor, TracIn and DVEmb work:
+
+    with dropinf.integrations.dattri.projection("dropout"):
+        attributor = TRAKAttributor(task, m, projector_kwargs={"proj_dim": 512})
+        attributor.cache(train_loader)
+        scores = attributor.attribute(test_loader)
+
+dattri has no argument for a projection of one's own, so `projection` replaces the function by which
+those modules make one, and puts it back.
+
+The attributor replaced, which computes each example's row inside one batched backward pass:
+
+    from dropinf.integrations.dattri import DropinfAttributor
+
+    attributor = DropinfAttributor(task, dropinf.Dropout(r=1024))
+    attributor.cache(train_loader)
+    scores = attributor.attribute(train_loader, test_loader)  # [n, m], as dattri's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from dropinf.collecting import collect
+from dropinf.compress import Dropout, Full
+from dropinf.integrations.batching import batched_outputs, check_first
+from dropinf.integrations.versions import require
+from dropinf.plan import Plan
+from dropinf.projector import DropoutProjector
+from dropinf.scoring import scores, self_influence
+from dropinf.solvers import Cholesky
+from dropinf.solvers.base import Solver
+from dropinf.store import RowStore
+
+require("dattri", "0.3")
+
+from dattri.algorithm import dvemb, tracin, trak  # noqa: E402
+from dattri.algorithm.base import BaseAttributor  # noqa: E402
+from dattri.task import AttributionTask  # noqa: E402
+
+_NAME = "DropinfAttributor"
+
+
+@contextmanager
+def projection(proj_type: str = "dropout") -> Iterator[None]:
+    """While open, TRAKAttributor, the TracIn and the DVEmb attributors project by dropout.
+
+    Args:
+        proj_type: "dropout" or "sketch", see `dropinf.DropoutProjector`. Dimension, seed and device
+            are those of dattri's projector_kwargs, whose proj_type must not be given.
+    """
+    made: dict[Any, DropoutProjector] = {}  # dattri asks for one a batch
+
+    def random_project(
+        feature: Tensor | dict[str, Tensor],
+        feature_batch_size: int,
+        proj_dim: int,
+        proj_max_batch_size: int,
+        proj_seed: int = 0,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> Callable[..., Tensor]:
+        parts = list(feature.values()) if isinstance(feature, dict) else [feature]
+        grad_dim = sum(part.numel() for part in parts) // feature_batch_size
+        key = (grad_dim, proj_dim, proj_seed, proj_type, str(device), parts[0].dtype)
+        if key not in made:
+            made[key] = DropoutProjector(*key)
+
+        def project(feature: Tensor | dict[str, Tensor], ensemble_id: int = 0) -> Tensor:
+            return made[key].project(feature, ensemble_id=ensemble_id)
+
+        return project
+
+    # TRAKAttributor writes projector_kwargs into its module's defaults, for all that come later.
+    defaults = {k: v for k, v in trak.DEFAULT_PROJECTOR_KWARGS.items() if k != "proj_type"}
+    with (
+        mock.patch.object(trak, "DEFAULT_PROJECTOR_KWARGS", defaults),
+        mock.patch.object(trak, "random_project", random_project),
+        mock.patch.object(tracin, "random_project", random_project),
+        mock.patch.object(dvemb, "random_project", random_project),
+    ):
+        yield
+
+
+class DropinfAttributor(BaseAttributor):
+    """dropinf's influence with dattri's protocol: an AttributionTask, `cache` and `attribute`.
+
+    scores[i, q] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l, with g_i the gradient of the task's loss
+    function and g_q that of its target function, averaged over the task's checkpoints. Its sign is
+    that of dattri's influence functions; the matrix is that of `dropinf.scores`, transposed.
+    """
+
+    def __init__(
+        self,
+        task: AttributionTask,
+        compression: Plan | Dropout | Full,
+        solver: Callable[[], Solver] = Cholesky,
+        *,
+        batch_of_one: bool = True,
+        mode: str = "activations",
+        device: str | torch.device = "cpu",
+        check: bool = True,
+    ) -> None:
+        """
+        Args:
+            task: its functions must call its model, once for an example.
+            compression: which coordinates to keep, or a plan for the task's model.
+            solver: makes the solver of one checkpoint, such as `lambda: Cholesky(damping=0.01)`.
+            batch_of_one: whether the task's functions take a batch of one example, as dattri's
+                influence functions call them, or an example without batch dimension, as its
+                TRAKAttributor does.
+            mode: see `dropinf.capture`.
+            device: where the batches go; the model is there.
+            check: compare the first example of each loader with the task's function alone.
+        """
+        self.task, self.make_solver, self.mode = task, solver, mode
+        self.batch_of_one, self.device, self.check = batch_of_one, device, check
+        is_plan = isinstance(compression, Plan)
+        self.plan = compression if is_plan else Plan.make(task.get_model(), compression)
+        self.solvers: list[Solver] = []  # one a checkpoint, fitted on `stores`
+        self.stores: list[RowStore] = []
+        self._cached: DataLoader | None = None
+
+    def cache(self, full_train_dataloader: DataLoader) -> None:
+        """Collect the rows of the full training set at each checkpoint, and fit the solvers."""
+        _in_order(full_train_dataloader)
+        self._cached = None
+        self.stores = [self._rows(i, full_train_dataloader, "loss") for i in self._checkpoints()]
+        self.solvers = [self.make_solver().fit(store) for store in self.stores]
+        self._cached = full_train_dataloader
+
+    def attribute(self, train_dataloader: DataLoader, test_dataloader: DataLoader) -> Tensor:
+        """[n, m] influence of each training example on each test example.
+
+        Args:
+            train_dataloader: the one of `cache`, or a part of its data, of which rows are made.
+            test_dataloader: of the queries.
+
+        Raises:
+            RuntimeError: `cache` was not called.
+            ValueError: a loader shuffles.
+        """
+        self._need_cache("attribute")
+        _in_order(train_dataloader)
+        _in_order(test_dataloader)
+        mean: Any = 0
+        for i in self._checkpoints():
+            queries = self._rows(i, test_dataloader, "target")
+            same = train_dataloader is self._cached
+            store = self.stores[i] if same else self._rows(i, train_dataloader, "loss")
+            mean = mean + scores(queries, store, self.solvers[i]).T / len(self.stores)
+        return mean
+
+    def self_attribute(self) -> Tensor:
+        """[n] influence of each training example on itself, for dattri's mislabel detection."""
+        self._need_cache("self_attribute")
+        parts = [self_influence(self.stores[i], self.solvers[i]) for i in self._checkpoints()]
+        return torch.stack(parts).mean(0)
+
+    def _checkpoints(self) -> range:
+        return range(len(self.task.get_checkpoints()))
+
+    def _need_cache(self, call: str) -> None:
+        if self._cached is None:
+            raise RuntimeError(f"{_NAME}.{call}: call cache(full_train_dataloader) first")
+
+    def _rows(self, checkpoint: int, loader: DataLoader, which: str) -> RowStore:
+        self.task.get_param(checkpoint)  # loads it into the model
+        model = self.task.get_model()
+        get = self.task.get_loss_func if which == "loss" else self.task.get_target_func
+        function, params = get(flatten=False), dict(model.named_parameters())
+
+        def one(*example: Tensor) -> Tensor:
+            if self.batch_of_one:
+                example = tuple(t.unsqueeze(0) for t in example)
+            return function(params, example)
+
+        def losses(model: nn.Module, batch: Any) -> Tensor:
+            return batched_outputs(_NAME, model, one, [t.to(self.device) for t in batch])
+
+        if self.check:  # outside of the capture, which is not to see a pass of one example
+            batch = [t.to(self.device) for t in next(iter(loader))]
+            with torch.no_grad():
+                check_first(_NAME, losses(model, batch), one, batch)
+        return collect(
+            model, loader, losses, self.plan, mode=self.mode, progress=False, check=self.check
+        )
+
+
+def _in_order(loader: DataLoader) -> None:
+    if isinstance(loader.sampler, RandomSampler):
+        raise ValueError(
+            f"{_NAME}: the loader shuffles, so that scores could not be told to examples; "
+            "make it with shuffle=False"
+        )

@@ -10,7 +10,8 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 from zoo import GROUPED, IDS, SMALL, build_as  # noqa: E402
 
-from dropinf.integrations.transformers import loss_fn_for  # noqa: E402
+import dropinf  # noqa: E402
+from dropinf.integrations.transformers import InfluenceCallback, loss_fn_for  # noqa: E402
 
 T5 = {
     "decoder_start_token_id": 0,
@@ -113,3 +114,169 @@ def test_import_of_dropinf_alone():
     found = "import sys, dropinf; print({'transformers', 'lightning'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+class Texts(torch.utils.data.Dataset):
+    """Seven texts of different lengths."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        self.texts = [torch.randint(1, 23, (n,)).tolist() for n in (8, 5, 7, 2, 8, 6, 4)]
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.texts[i], "labels": self.texts[i]}
+
+
+def pad(examples):
+    width = max(len(e["input_ids"]) for e in examples)
+    filled = [e["input_ids"] + [0] * (width - len(e["input_ids"])) for e in examples]
+    ids = torch.tensor(filled)
+    labels = ids.masked_fill(ids == 0, -100)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def gpt2(lora=False):
+    torch.manual_seed(0)
+    model = MODELS["GPT-2"][0]()
+    if lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"])
+        )
+    return model
+
+
+def train(tmp_path, model, *callbacks, collator=pad, **settings):
+    args = transformers.TrainingArguments(
+        **{
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 2,
+            "learning_rate": 0.05,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+            **settings,
+        }
+    )
+    trainer = transformers.Trainer(
+        model, args, train_dataset=Texts(), data_collator=collator, callbacks=list(callbacks)
+    )
+    trainer.train()
+    return trainer
+
+
+def alone(model, batch, plan):
+    """Rows of a batch by autograd, one example at a time, in eval mode."""
+    named, rows = dict(model.named_parameters()), []
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    for b in range(len(batch["input_ids"])):
+        out = model(**{k: v[b : b + 1] for k, v in batch.items()})
+        count = (batch["labels"][b, 1:] != -100).sum()
+        grads = torch.autograd.grad(
+            out.loss * count, [named[slot.name] for slot in plan.slots], materialize_grads=True
+        )
+        parts = zip(plan.slots, grads, strict=True)
+        rows.append(torch.cat([g.flatten()[s.index] * s.scale for s, g in parts]))
+    for module, mode in modes:
+        module.training = mode
+    return torch.stack(rows)
+
+
+def assert_rows(rows, truth):
+    """To the rounding of float32 through a few layers."""
+    assert truth.abs().amax(1).gt(0).all()
+    torch.testing.assert_close(rows, truth, rtol=0, atol=2e-5 * truth.abs().max().item())
+
+
+def assert_same_weights(model, other):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole model", "LoRA"])
+def test_after(tmp_path, lora):
+    """The data set's rows in its order, as autograd has them; training as without."""
+    model = gpt2(lora)
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
+    callback = InfluenceCallback(plan, tmp_path / "rows", when="after")
+    train(tmp_path, model, callback)
+    random = torch.rand(3)
+    plain = gpt2(lora)
+    train(tmp_path, plain)
+    assert_same_weights(model, plain)
+    assert torch.equal(random, torch.rand(3))
+    store = dropinf.RowStore.load(tmp_path / "rows")
+    assert torch.equal(store.rows, callback.store.rows) and len(store) == 7
+    batch = pad([Texts()[i] for i in range(7)])
+    assert_rows(store.rows, alone(model, batch, plan))
+    model.eval()
+    whole = dropinf.collect(model, [batch], loss_fn_for(model), plan, progress=False)
+    assert_rows(store.rows, whole.rows)
+
+
+class Noting(transformers.Trainer):
+    """Computes the rows of each batch itself, by autograd."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        with torch.random.fork_rng():
+            self.truth.append(alone(model, inputs, self.plan))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole model", "LoRA"])
+def test_during(tmp_path, monkeypatch, lora, accumulated):
+    """Rows of each batch with the weights of its step; training and random numbers as without."""
+    settings = {"gradient_accumulation_steps": accumulated}
+    plain = gpt2(lora)
+    train(tmp_path, plain, **settings)
+    random = torch.rand(3)
+
+    model = gpt2(lora)
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
+    callback = InfluenceCallback(plan, when="during")
+    truth = []
+    monkeypatch.setattr(Noting, "truth", truth, raising=False)
+    monkeypatch.setattr(Noting, "plan", plan, raising=False)
+    monkeypatch.setattr(transformers, "Trainer", Noting)
+    train(tmp_path, model, callback, **settings)
+    assert torch.equal(random, torch.rand(3))
+    assert_same_weights(model, plain)
+    assert not model._forward_pre_hooks and all(p.grad is None for p in model.parameters())
+    store = callback.store
+    assert_rows(store.rows, torch.cat(truth))
+    sizes = [2, 2, 2, 1] * 2  # of the batches of two epochs
+    steps = range(8) if accumulated == 1 else [0, 0, 0, 1, 2, 2, 2, 3]
+    assert store.origin[:, 0].tolist() == [
+        s for s, n in zip(steps, sizes, strict=True) for _ in range(n)
+    ]
+    first = [0, 1] if accumulated == 1 else [0, 1, 2, 3, 4, 5]
+    assert store.origin[: len(first), 1].tolist() == first
+
+
+@pytest.mark.parametrize("when", ["after", "during"])
+def test_callback_refuses(tmp_path, when):
+    model = gpt2()
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
+    callback = InfluenceCallback(plan, tmp_path / "rows", when=when)
+    with pytest.raises(ValueError, match="joins the examples of a batch into one row"):
+        train(tmp_path, model, callback, collator=transformers.DataCollatorWithFlattening())
+    with pytest.raises(ValueError, match="the labels are smoothed"):
+        train(tmp_path, model, callback, label_smoothing_factor=0.1)
+
+    def wrong(model, batch):
+        return model(**batch).loss
+
+    callback = InfluenceCallback(plan, tmp_path / "rows", wrong, when)
+    with pytest.raises(ValueError, match="need one loss per example"):
+        train(tmp_path, model, callback)
+    assert not list(tmp_path.glob("rows*")) and not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="when must be 'after' or 'during', got 'before'"):
+        InfluenceCallback(plan, when="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
-from dropinf.plan import unwrap
+from dropinf.collecting import collect
+from dropinf.integrations.training import TrainingRows, in_order, undisturbed
+from dropinf.plan import Plan, unwrap
+from dropinf.store import RowStore
 
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError(
@@ -163,3 +167,127 @@ def _base(model: nn.Module) -> nn.Module:
 
 def _config(model: nn.Module) -> Any:
     return _base(model).config
+
+
+class InfluenceCallback(transformers.TrainerCallback):
+    """Rows of the training examples of a `transformers.Trainer`.
+
+        callback = InfluenceCallback(plan, path="rows")
+        Trainer(..., callbacks=[callback]).train()
+        callback.store
+
+    Rows are of each example's own loss, unscaled by gradient accumulation, in eval mode (without
+    dropout), in a pass of their own. Training goes on as without the callback, to the bit.
+
+    Args:
+        plan: of the model that is trained; with adapters of peft, of the whole PeftModel.
+        path: a directory to make for the rows; None keeps them in memory.
+        loss_fn: (model, batch) -> [B]; None takes `loss_fn_for(model)`.
+        when: "after" collects every example of the training data set once, in its order, when
+            training has ended; "during" collects each batch as it comes, with the weights of that
+            step, and `store.origin` [n, 2] says the step and the place in it. A training that
+            stops with an error leaves no rows; `close` takes the callback off its model then.
+        options: of `dropinf.collect`: mode, on_nonfinite, check, backend, batch_dim.
+
+    Attributes:
+        store: the rows, once training has ended.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        path: str | os.PathLike | None = None,
+        loss_fn: LossFn | None = None,
+        when: str = "after",
+        **options: Any,
+    ) -> None:
+        if when not in ("after", "during"):
+            raise ValueError(f"InfluenceCallback: when must be 'after' or 'during', got {when!r}")
+        self.plan, self.path, self.loss_fn, self.when = plan, path, loss_fn, when
+        self.options = options
+        self.store: RowStore | None = None
+        self._rows: TrainingRows | None = None
+        self._hook: Any = None
+        self._due = False  # in a training step whose batch has not come yet
+        self._step = 0
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **given: Any
+    ) -> None:
+        """Refuse what gives no rows before training, and look for the batches if "during"."""
+        self.close()
+        self.store = None
+        _refuse_training(args, given["train_dataloader"], self.loss_fn, self.when)
+        self._loss = self.loss_fn or loss_fn_for(model)
+        if self.when == "during":
+            self._rows = TrainingRows(self.plan, self.path, self._loss, self.options)
+            self._hook = model.register_forward_pre_hook(self._on_batch, with_kwargs=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The first batch of a step comes next."""
+        self._due, self._step = True, state.global_step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Another batch of the same step comes next."""
+        self._due = True
+
+    def _on_batch(self, model: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+        if not self._due or not model.training:
+            return
+        self._due = False  # first, since the rows call the model too
+        try:
+            batch = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
+            self._rows.add(model, batch, self._step)
+        except BaseException:
+            self.close()
+            raise
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **given: Any
+    ) -> None:
+        """Put the rows in `store`."""
+        if self.when == "during":
+            rows, self._rows = self._rows, None
+            self.close()
+            self.store = rows.finish()
+            return
+
+        def to_device(batch: Batch) -> Batch:
+            return {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+        loader = in_order(given["train_dataloader"], to_device, args.train_batch_size)
+        with undisturbed(model):
+            self.store = collect(model, loader, self._loss, self.plan, self.path, **self.options)
+
+    def close(self) -> None:
+        """Take the callback off the model; rows that are not finished are dropped."""
+        if self._hook is not None:
+            self._hook.remove()
+        if self._rows is not None:
+            self._rows.close()
+        self._hook = self._rows = None
+        self._due = False
+
+
+def _refuse_training(args: Any, loader: Any, loss_fn: LossFn | None, when: str) -> None:
+    """Refuse a Trainer whose examples or weights the callback cannot reach."""
+    collator = loader.collate_fn
+    collator = getattr(collator, "data_collator", collator)  # inside of what drops columns
+    flattening = isinstance(collator, transformers.DataCollatorWithFlattening)
+    if flattening or getattr(collator, "padding_free", False):
+        why = (
+            f"{type(collator).__name__} joins the examples of a batch into one row; use a data "
+            "collator that pads"
+        )
+    elif args.world_size > 1 or args.n_gpu > 1 or args.deepspeed:
+        why = (
+            "the training is spread over devices, each of which sees a part; load the trained "
+            "model on one device and call dropinf.collect"
+        )
+    elif args.label_smoothing_factor and loss_fn is None:
+        why = "the labels are smoothed, which the model's own loss is not; give loss_fn="
+    elif args.torch_compile and when == "during":
+        why = "a compiled model does not show its batches; use when='after'"
+    else:
+        return
+    raise ValueError(f"InfluenceCallback: {why}")

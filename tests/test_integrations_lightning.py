@@ -1,5 +1,7 @@
 """lightning: rows from a Trainer, against autograd and dropinf.collect."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,3 +134,18 @@ def test_refuses(tmp_path):
     assert not list(tmp_path.glob("rows*"))
     with pytest.raises(ValueError, match="when must be 'after' or 'during', got 'before'"):
         InfluenceCallback(plan, loss_fn, when="before")
+
+
+def test_readme_example(tmp_path, monkeypatch):
+    """The README's lines before and after run as they stand."""
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    train = torch.utils.data.DataLoader(data(), 2)
+    namespace = {"lightning": lightning, "dropinf": dropinf, "loss_fn": loss_fn}
+    namespace |= {"module": Digits(), "train": train}
+    ours = [block for block in blocks if "lightning.Trainer(" in block]
+    assert len(ours) == 2
+    for block in ours:
+        exec(block, namespace)
+    assert len(namespace["rows"].store) == 14

@@ -155,7 +155,8 @@ ORDER = [
         "capturing",
     ],
     ["solvers", "collecting"],
-    ["scoring", "dampings"],
+    ["scoring", "dampings", "integrations.training"],
+    ["integrations.transformers", "integrations.lightning"],
     ["doctor"],
 ]
 

@@ -1,0 +1,109 @@
+"""Lightning: rows from a `lightning.Trainer`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning
+from torch.utils.data import DataLoader
+
+from dropinf.collecting import LossFn, collect
+from dropinf.integrations.training import TrainingRows, in_order, undisturbed
+from dropinf.plan import Plan
+from dropinf.store import RowStore
+
+
+class InfluenceCallback(lightning.Callback):
+    """Rows of the training examples of a `lightning.Trainer`.
+
+        callback = InfluenceCallback(plan, loss_fn, path="rows")
+        lightning.Trainer(callbacks=[callback]).fit(module, loader)
+        callback.store
+
+    Rows are of each example's own loss in eval mode (without dropout), in a pass of their own.
+    Training goes on as without the callback, to the bit.
+
+    Args:
+        plan: of the LightningModule.
+        loss_fn: (module, batch) -> [B], one loss per example.
+        path: a directory to make for the rows; None keeps them in memory.
+        when: "after" collects every example of the training data set once, in its order, when
+            training has ended; "during" collects each batch as it comes, with the weights of that
+            step, and `store.origin` [n, 2] says the step and the place in it.
+        options: of `dropinf.collect`: mode, on_nonfinite, check, backend, batch_dim.
+
+    Attributes:
+        store: the rows, once training has ended.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        loss_fn: LossFn,
+        path: str | os.PathLike | None = None,
+        when: str = "after",
+        **options: Any,
+    ) -> None:
+        if when not in ("after", "during"):
+            raise ValueError(f"InfluenceCallback: when must be 'after' or 'during', got {when!r}")
+        self.plan, self.loss_fn, self.path, self.when = plan, loss_fn, path, when
+        self.options = options
+        self.store: RowStore | None = None
+        self._rows: TrainingRows | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what gives no rows before training, and begin with them if "during"."""
+        self.store = None
+        _refuse_training(trainer, self.when)
+        if self.when == "during":
+            self._rows = TrainingRows(self.plan, self.path, self.loss_fn, self.options)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The rows of a batch that is on its device, before the step takes it."""
+        if self._rows is not None:
+            self._rows.add(pl_module, batch, trainer.global_step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put the rows in `store`."""
+        if self._rows is not None:
+            rows, self._rows = self._rows, None
+            self.store = rows.finish()
+            return
+        given = trainer.train_dataloader
+        loader = in_order(given, trainer.strategy.batch_to_device, given.batch_size)
+        with undisturbed(pl_module):
+            self.store = collect(
+                pl_module, loader, self.loss_fn, self.plan, self.path, **self.options
+            )
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Drop the rows of a training that stopped with an error."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+
+def _refuse_training(trainer: Any, when: str) -> None:
+    """Refuse a Trainer whose examples or weights the callback cannot reach."""
+    loader = trainer.train_dataloader
+    if trainer.world_size > 1:
+        why = (
+            "the training is spread over devices, each of which sees a part; load the trained "
+            "module on one device and call dropinf.collect"
+        )
+    elif trainer.precision != "32-true":
+        why = (
+            f"precision {trainer.precision!r} is not taken, only '32-true'; call dropinf.collect "
+            "on the trained module, under torch.autocast"
+        )
+    elif when == "after" and not (isinstance(loader, DataLoader) and loader.batch_size):
+        why = (
+            f"when='after' needs one DataLoader with a batch_size, got {type(loader).__name__}; "
+            "use when='during', or dropinf.collect after training"
+        )
+    else:
+        return
+    raise ValueError(f"InfluenceCallback: {why}")

@@ -1,0 +1,80 @@
+"""What the callbacks of Trainers share: rows beside training that leave no trace in it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dropinf.collecting import LossFn, collect
+from dropinf.plan import Plan
+from dropinf.store import RowStore, RowWriter
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients; afterwards modes and torch's random numbers are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def in_order(loader: Any, to_device: Callable[[Any], Any], batch_size: int) -> DataLoader:
+    """The data set of a training loader in its own order, every example once, in this process."""
+    collate = loader.collate_fn
+    return DataLoader(
+        loader.dataset, batch_size, collate_fn=lambda examples: to_device(collate(examples))
+    )
+
+
+class TrainingRows:
+    """Rows of one batch after the other, each with the weights that the model has just then.
+
+    `RowStore.origin` says of each row the training step and its place in that step's batches.
+    """
+
+    def __init__(
+        self, plan: Plan, path: str | os.PathLike | None, loss_fn: LossFn, options: dict[str, Any]
+    ) -> None:
+        self._plan, self._loss_fn, self._options = plan, loss_fn, options
+        self._writer = RowWriter(plan, path)
+        self._writer.__enter__()
+        self._step, self._place = -1, 0
+
+    def add(self, model: nn.Module, batch: Any, step: int) -> None:
+        """The rows of a batch; of several batches in one step, each adds its own."""
+        options = {"check": self._writer.num_rows == 0, "progress": False} | self._options
+        with undisturbed(model), warnings.catch_warnings():
+            # An expert that no token of one batch met is no news.
+            warnings.filterwarnings("ignore", "collect: no example had a gradient")
+            store = collect(model, [batch], self._loss_fn, self._plan, **options)
+        if step != self._step:
+            self._step, self._place = step, 0
+        places = self._place + torch.arange(len(store))
+        self._place += len(store)
+        origin = torch.stack([torch.full_like(places, step), places], 1)
+        self._writer.append(store.rows, store.valid, origin)
+
+    def finish(self) -> RowStore:
+        """The store of all rows."""
+        try:
+            if not self._writer.num_rows:
+                raise ValueError("InfluenceCallback: the training saw no batch, so there is no row")
+            return self._writer.finish()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Leave nothing half-written."""
+        self._writer.__exit__(None, None, None)

@@ -19,7 +19,7 @@ from dropinf.store import RowStore
 
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError(
-        f"dropinf.integrations.transformers needs transformers 5 (tested: 5.20 and 5.23), got "
+        f"dropinf.integrations.transformers needs transformers 5 (tested: 5.23), got "
         f"{transformers.__version__}; pip install -U transformers"
     )
 

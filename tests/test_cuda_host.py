@@ -23,7 +23,8 @@ __global__ void reverse(const float* from, float* to, int n) {
 }
 
 __global__ void sum(const float* from, float* to) {
-  const float total = warp_sum(from[threadIdx.x]);
+  float total = from[threadIdx.x];
+  for (int n = 16; n > 0; n /= 2) total += __shfl_xor_sync(kAllLanes, total, n);
   const float last = __shfl_sync(kAllLanes, from[threadIdx.x], 31);
   const float below = __shfl_up_sync(kAllLanes, from[threadIdx.x], 1);
   const unsigned odd = __ballot_sync(kAllLanes, threadIdx.x % 2);

@@ -1,4 +1,4 @@
-// What every CUDA kernel uses: widening loads, warp sums, shared memory, asynchronous copies, the
+// What every CUDA kernel uses: widening loads, shared memory, asynchronous copies, the
 // launch. No torch.
 //
 // Compiled by nvcc, and as C++ for the tests, which then have a <cuda_runtime.h> of their own that
@@ -52,14 +52,6 @@ __device__ inline void make_opaque(uint32_t& value) {
 #else
   (void)value;
 #endif
-}
-
-// The sum over a warp, in the order of a tree, in every lane.
-__device__ inline float warp_sum(float value) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
-  }
-  return value;
 }
 
 // Reads four floats from an address that is a multiple of 16, or writes them to one.

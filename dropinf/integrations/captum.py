@@ -12,27 +12,17 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from dropinf.collecting import collect
 from dropinf.compress import Dropout, Full
+from dropinf.integrations.versions import require
 from dropinf.plan import Plan
 from dropinf.scoring import scores, self_influence, topk
 from dropinf.solvers import Cholesky
 from dropinf.solvers.base import Solver
 from dropinf.store import RowStore
 
-try:
-    import captum
-except ImportError as error:
-    raise ImportError(
-        "dropinf.integrations.captum: captum is not installed; pip install 'captum==0.9.*'"
-    ) from error
+require("captum", "0.9")
 
-if captum.__version__.split(".")[:2] != ["0", "9"]:
-    raise ImportError(
-        f"dropinf.integrations.captum: tested with captum 0.9.0, but {captum.__version__} is "
-        "installed; pip install 'captum==0.9.*'"
-    )
-
-from captum.influence import DataInfluence
-from captum.influence._utils.common import KMostInfluentialResults
+from captum.influence import DataInfluence  # noqa: E402
+from captum.influence._utils.common import KMostInfluentialResults  # noqa: E402
 
 Loss = Callable[[Tensor, Any], Tensor]  # (outputs, labels) -> losses
 

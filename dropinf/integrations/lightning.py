@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import lightning
 from torch.utils.data import DataLoader
 
 from dropinf.collecting import LossFn, collect
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
+from dropinf.integrations.versions import require
 from dropinf.plan import Plan
 from dropinf.store import RowStore
+
+require("lightning", "2.6")
+
+import lightning  # noqa: E402
 
 
 class InfluenceCallback(lightning.Callback):

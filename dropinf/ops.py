@@ -104,6 +104,64 @@ def sampled_outer(
     return out
 
 
+def factored_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor | None,
+    i_idx: Tensor | None,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A grid of entries of each example's weight gradient, as one product of gathered columns.
+
+    out[b, p * b' + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
+
+    Equal to (einsum("bto,bti->boi", dy, x) * scale)[:, o_idx][:, :, i_idx].flatten(1), without the
+    [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
+
+    Args:
+        x: [B, T, I] layer input, float32, bfloat16, float16 or float64.
+        dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
+        o_idx: [a] int64 columns of dy; None for all, which are then not copied (unless they are of
+            half precision).
+        i_idx: [b'] int64 columns of x, or None likewise.
+        scale: factor of every entry.
+        out: [B, a * b'] floating point to write into; any strides.
+        backend: `reference`, or None.
+
+    Returns:
+        [B, a * b'] float32 (float64 for float64 inputs): `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        IndexError: an index is out of range.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "factored_outer"
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
+    B, T = x.shape[:2]
+    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    _floating(op, "x", x)
+    _same(op, "dy", dy, x.dtype, x.device)
+    sides = []
+    for name, index, columns in (("o_idx", o_idx, dy), ("i_idx", i_idx, x)):
+        if index is None:
+            sides.append(columns.shape[2])
+            continue
+        _same(op, name, index, torch.int64, x.device)
+        if index.dim() != 1:
+            raise ValueError(f"{op}: {name} must have one dimension, got {tuple(index.shape)}")
+        sides.append(len(index))
+    out = _output(op, out, (B, sides[0] * sides[1]), x.dtype, x.device)
+    call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
+    call(x, dy, o_idx, i_idx, scale, out)
+    return out
+
+
 def sampled_embedding(
     ids: Tensor,
     dy: Tensor,

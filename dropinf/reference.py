@@ -46,6 +46,34 @@ def sampled_outer(
     return out
 
 
+def factored_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor | None,
+    i_idx: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    """out[b, p n + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]], n = len(i_idx).
+
+    None takes all columns, in place.
+    """
+    B, T = dy.shape[:2]
+    dtype = _sum_dtype(x.dtype)
+    num_columns = sum(
+        t.shape[2] if index is None else len(index) for t, index in ((dy, o_idx), (x, i_idx))
+    )
+    step = max(1, _MAX_ELEMENTS // max(1, T * num_columns))
+    for start in range(0, B, step):
+        part = slice(start, start + step)
+        left, right = (
+            (t[part] if index is None else t[part].index_select(2, index)).to(dtype)
+            for t, index in ((dy, o_idx), (x, i_idx))
+        )
+        out[part] = torch.bmm(left.mT, right).flatten(1).mul_(scale)
+    return out
+
+
 def sampled_embedding(
     ids: Tensor,
     dy: Tensor,

@@ -79,6 +79,14 @@ def _sampled_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
 
 
+def _factored_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    x, dy = new.numbers(2, 37, 41), new.numbers(2, 37, 19)
+    o_idx, i_idx = (new.indices(n, 7, dtype=torch.int64) for n in (19, 41))
+    yield (x, dy, o_idx, i_idx, 0.5), (new.out(2, 49),)
+    yield (x, dy, None, i_idx, 0.5), (new.out(2, 19 * 7),)
+
+
 def _sampled_embedding(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     new = _Inputs(dtype, device)
     B, T, vocabulary, O, r = 2, 37, 11, 19, 67
@@ -158,6 +166,7 @@ def _score_topk(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
 # op -> its cases, the dtypes of inputs, and how far off a result may be.
 _CASES: dict[str, tuple[Callable[..., Iterator[Case]], tuple[torch.dtype, ...], float]] = {
     "sampled_outer": (_sampled_outer, _DTYPES, 0.0),
+    "factored_outer": (_factored_outer, _DTYPES, 0.0),
     "sampled_embedding": (_sampled_embedding, _DTYPES, 0.0),
     "sampled_conv": (_sampled_conv, _DTYPES, 0.0),
     "gather_grads": (_gather_grads, _DTYPES, 0.0),

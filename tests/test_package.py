@@ -134,7 +134,7 @@ def imports(path):
 
 # From the backends, which know only tensors, to the calls that do everything.
 ORDER = [
-    ["reference", "staging"],
+    ["reference", "staging", "projections"],
     ["selftest"],
     ["dispatch"],
     ["ops"],

@@ -38,7 +38,12 @@ class Projection(abc.ABC):
             if not low <= value < 2**bits:
                 bound = f"in {low} .. 2^{bits} - 1"
                 raise ValueError(f"{type(self).__name__}: {name} must be {bound}, got {value}")
-        self.P, self.r, self.seed, self.layer = P, r, seed, layer
+        self.P, self.r, self.seed, self.layer = map(int, (P, r, seed, layer))
+
+    def __repr__(self) -> str:
+        """Its arguments, which a plan's fingerprint holds."""
+        public = {k: v for k, v in vars(self).items() if isinstance(v, int) and k[0] != "_"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in public.items())})"
 
     @torch.no_grad()
     def project(self, values: Tensor, at: Tensor | slice = slice(None)) -> Tensor:
@@ -243,23 +248,23 @@ class Kron(Projection):
         if min(O, I, a, b) < 1:
             raise ValueError(f"Kron: O, I, a and b must be from 1, got {(O, I, a, b)}")
         super().__init__(O * I, a * b, seed, layer)
-        self._A = self._normals(0, O, a).mul_(a**-0.5)
-        self._B = self._normals(1, I, b).mul_(b**-0.5)
+        self.A = self._normals(0, O, a).mul_(a**-0.5)
+        self.B = self._normals(1, I, b).mul_(b**-0.5)
 
     def _project(self, values: Tensor, at: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        self._A, self._B = (t.to(values.device) for t in (self._A, self._B))
-        n, I = len(values), len(self._B)
+        self.A, self.B = (t.to(values.device) for t in (self.A, self.B))
+        n, I = len(values), len(self.B)
         if isinstance(at, slice):  # the rows of G that it has a part of
             first, last = at.start // I, -(-at.stop // I)
             around = (at.start - first * I, last * I - at.stop)
             G = F.pad(values, around) if any(around) else values
-            A = self._A[first:last].to(dtype)
+            A = self.A[first:last].to(dtype)
         else:
             rows, row = torch.unique_consecutive(at // I, return_inverse=True)
             G = values.new_zeros(n, len(rows) * I)
             G[:, row * I + at % I] = values
-            A = self._A[rows].to(dtype)
-        GB = G.reshape(n, len(A), I).to(dtype) @ self._B.to(dtype)  # [n, rows, b]
+            A = self.A[rows].to(dtype)
+        GB = G.reshape(n, len(A), I).to(dtype) @ self.B.to(dtype)  # [n, rows, b]
         return (A.T @ GB).reshape(n, self.r)
 
 

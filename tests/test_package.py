@@ -134,7 +134,7 @@ def imports(path):
 
 # From the backends, which know only tensors, to the calls that do everything.
 ORDER = [
-    ["reference", "staging", "projections"],
+    ["reference", "staging"],
     ["selftest"],
     ["dispatch"],
     ["ops"],

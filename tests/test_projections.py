@@ -87,7 +87,7 @@ def test_normal_numbers_are_normal(kind):
     if kind == "gaussian":
         z = matrix(Gaussian(1, N, 5, 0)).ravel() * math.sqrt(N)
     else:
-        z = Kron(N, 1, 1, 1, 5, 0)._A.double().numpy().ravel()
+        z = Kron(N, 1, 1, 1, 5, 0).A.double().numpy().ravel()
     cdf = 0.5 * (1 + torch.erf(torch.from_numpy(np.sort(z)) / math.sqrt(2)).numpy())
     # Dvoretzky, Kiefer & Wolfowitz, Massart 1990: 2 exp(-2 N d^2), here below 1e-10.
     assert np.abs(cdf - np.arange(N) / N).max() < math.sqrt(12 / N)
@@ -179,7 +179,7 @@ def test_kron_is_two_sided(O, I, a, b):
 
 
 def test_kron_has_two_independent_factors():
-    A, B = Kron(200, 200, 50, 50, 7, 2)._A, Kron(200, 200, 50, 50, 7, 2)._B
+    A, B = Kron(200, 200, 50, 50, 7, 2).A, Kron(200, 200, 50, 50, 7, 2).B
     correlation = (A * B).mean() * 50
     assert 0 < abs(correlation) < 5 / math.sqrt(200 * 50)
 

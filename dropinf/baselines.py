@@ -141,9 +141,7 @@ class LoGra(_Projected):
         return projections.Gaussian(P, r, self.seed, layer)
 
 
-def _parts(
-    projection: Projection, shapes: Sequence[tuple[int, ...]], first: int = 0
-) -> list[Part]:
+def _parts(projection: Projection, shapes: Sequence[tuple[int, ...]], first: int = 0) -> list[Part]:
     """The parts of parameters that one projection takes together, its first entry at `first`."""
     parts, start = [], 0
     for size in map(math.prod, shapes):

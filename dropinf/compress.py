@@ -159,8 +159,8 @@ class FactoredDropout:
 
     Args:
         r, rate, total, seed, allocation: as in `Dropout`. A grid has the largest number of entries
-            that is not above what falls to its weight, with sides at most 2 : 1 where the shape
-            allows it; `plan.describe()` shows how many there are.
+            not above what falls to its weight, with sides as equal as the shape allows, give or
+            take a factor of two; `plan.describe()` says how many that leaves out.
     """
 
     r: int | None = None
@@ -204,10 +204,11 @@ def _grid(shape: tuple[int, ...], r: int, seed: int, number: int) -> np.ndarray:
 
 
 def grid_sides(O: int, I: int, r: int) -> tuple[int, int]:
-    """(a, b): sides of the largest grid a b ≤ r in O x I, at most 2 : 1 if there is such a one."""
-    sides = [(a, min(I, r // a)) for a in range(1, min(O, r) + 1)]
-    near = [(a, b) for a, b in sides if max(a, b) <= 2 * min(a, b)]
-    return max(near or sides, key=lambda side: (side[0] * side[1], min(side)))
+    """(a, b): sides of the largest grid a b ≤ r in O x I, of those about as square as can be."""
+    ideal = min(O, max(math.sqrt(r), r / I))
+    lowest, highest = math.ceil(ideal / math.sqrt(2)), math.floor(ideal * math.sqrt(2))
+    sides = [(a, min(I, r // a)) for a in range(max(1, lowest), min(O, r, highest) + 1)]
+    return max(sides, key=lambda side: (side[0] * side[1], -abs(side[0] - ideal)))
 
 
 def draw(P: int, r: int, seed: int, layer: int) -> np.ndarray:

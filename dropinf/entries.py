@@ -16,6 +16,7 @@ from dropinf.rowmap import Route, RowMap, groups
 from dropinf.runs import Run, alone, columns, in_one, runs, sample, values
 from dropinf.sources import Lookup, Source, View, chunk_items
 
+
 @dataclass(frozen=True)
 class Where:
     """How the data of a call hold the examples.

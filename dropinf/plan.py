@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dropinf.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.compress import Dropout, FactoredDropout, Full, Part, Sketch
 from dropinf.folds import Fold
+from dropinf.shares import entries_of
 from dropinf.tables import print_table
 
 Compression = (
@@ -55,7 +55,9 @@ class Slot:
         a = len(self.index) // b
         if a < 2 or b < 2 or a * b != len(self.index):
             return None
-        same = (rows.view(a, b) == rows[::b, None]).all() and (columns.view(a, b) == columns[:b]).all()
+        same = (rows.view(a, b) == rows[::b, None]).all() and (
+            columns.view(a, b) == columns[:b]
+        ).all()
         return (rows[::b].clone(), columns[:b].clone()) if same else None
 
     @property
@@ -206,9 +208,10 @@ class Plan:
 
         The path is what captures under this plan have taken so far: "closed form" samples the
         coordinates from the layer's input and output gradient; "general" forms the gradients of
-        one example at a time, which is slower; ".grad" gathers from gradient buffers.
+        one example at a time, which is slower; "gradient formed" projects gradients that are formed
+        a few examples at a time; ".grad" reads gradient buffers.
         """
-        rows = [("layer", "type", "parameters", "path", "coordinates", "bytes a row")]
+        rows = [("layer", "type", "parameters", "path", "entries", "bytes a row")]
         for block in self.blocks:
             paths = {self.paths.get(slot.name, "not run yet") for slot in block.slots}
             rows.append(
@@ -224,6 +227,14 @@ class Plan:
         P = sum(block.P for block in self.blocks)
         rows.append(("total", "", f"{P:,}", "", f"{self.width:,}", f"{4 * self.width:,}"))
         print_table(rows, right=(2, 4, 5))
+        if not isinstance(self.compression, Full):
+            layers = [(name, [s for _, s in params]) for name, params in self._layers]
+            wanted = sum(entries_of(self.compression, layers))
+            if wanted > self.width:
+                print(
+                    f"{wanted:,} entries were asked for: grids of a x b have no more than "
+                    f"{self.width:,} of them"
+                )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""

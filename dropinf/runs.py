@@ -169,9 +169,7 @@ def _coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> C
         signs = torch.cat([slot.fold.sign for slot in slots])
         at, sign = by_entry(entry, signs, slots[-1].entries.stop - start)
         o_idx, i_idx, sign = o_idx[at], i_idx[at], sign.to(device)
-    found = Coordinates(
-        o_idx.to(device), i_idx.to(device), sign, grid, None if key is None else {}
-    )
+    found = Coordinates(o_idx.to(device), i_idx.to(device), sign, grid, None if key is None else {})
     if key is not None:
         cache[key] = found
     return found

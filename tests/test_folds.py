@@ -1,11 +1,12 @@
 """Compressions whose entries are made of several coordinates: rows equal a matrix times the whole
 gradient of one example, for every layer, in both modes."""
 
+import copy
 import math
 
 import pytest
 import torch
-from cases import assert_exact, build, example
+from cases import CASES, assert_exact, build, example
 from layer_cases import LAYERS
 
 from dropinf import (
@@ -62,9 +63,8 @@ def true_rows(case, model, batch, plan):
         loss = case.loss_fn(model, example(batch, b)).sum()
         parts = []
         for block, M in zip(plan.blocks, matrices, strict=True):
-            grads = torch.autograd.grad(
-                loss, [named[s.name] for s in block.slots], retain_graph=True, materialize_grads=True
-            )
+            own = [named[slot.name] for slot in block.slots]
+            grads = torch.autograd.grad(loss, own, retain_graph=True, materialize_grads=True)
             parts.append(M @ torch.cat([g.flatten() for g in grads]).double())
         rows.append(torch.cat(parts))
     return torch.stack(rows)
@@ -83,3 +83,30 @@ def test_rows_equal_autograd(layer, compression, mode):
         assert_exact(rows, truth, 1e-12)
         again = tap.rows(case.loss_fn(model, batch))  # with what the first one kept
         assert torch.equal(again, rows)
+
+
+EVERYTHING = [
+    *COMPRESSIONS.values(),
+    Sketch(total=90, allocation="sqrt"),
+    Rademacher(r=7),
+    SJLT(r=7, s=3),
+    FJLT(r=7),
+    LoGra(r=1),
+    FactoredDropout(r=1),
+]
+
+
+@pytest.mark.parametrize("compression", EVERYTHING, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32_rows(case, compression, backend):
+    """As close to the float64 truth as twice what plain float32 autograd reaches."""
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, compression)
+    truth = true_rows(case, model, batch, plan)
+    narrow = copy.deepcopy(model).float()
+    batch = tuple(t.float() if t.is_floating_point() else t for t in batch)
+    plain = (true_rows(case, narrow, batch, plan) - truth).norm()
+    with capture(narrow, plan, backend=backend.name) as tap:
+        rows = tap.rows(case.loss_fn(narrow, batch))
+    assert rows.dtype == torch.float32
+    assert (rows.double() - truth).norm() <= 2 * plain

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CASES, assert_exact, build, example
 from layer_cases import LAYERS
+from torch import nn
 
 from dropinf import (
     FJLT,
@@ -29,6 +30,15 @@ COMPRESSIONS = {
     "Gaussian": Gaussian(r=7),
     "LoGra": LoGra(r=13),
 }
+
+
+OTHERS = [
+    Sketch(total=90, allocation="sqrt"),
+    Rademacher(r=7),
+    SJLT(r=7, s=3),
+    FJLT(r=7),
+    LoGra(r=1),
+]
 
 
 def matrix(block):
@@ -65,16 +75,32 @@ def true_rows(case, model, batch, plan):
         for block, M in zip(plan.blocks, matrices, strict=True):
             own = [named[slot.name] for slot in block.slots]
             grads = torch.autograd.grad(loss, own, retain_graph=True, materialize_grads=True)
-            parts.append(M @ torch.cat([g.flatten() for g in grads]).double())
+            whole = torch.cat([g.flatten() for g in grads])
+            parts.append(M.to(whole) @ whole)
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("mode", ["activations", "grads"])
 @pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
-def test_rows_equal_autograd(layer, compression, mode):
-    case = layer.case
+def test_layers(layer, compression):
+    check(layer.case, compression, "activations")
+
+
+@pytest.mark.parametrize("mode", ["activations", "grads"])
+@pytest.mark.parametrize("compression", OTHERS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_models(case, compression, mode):
+    check(case, compression, mode)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_buffers(case, compression):
+    check(case, compression, "grads")
+
+
+def check(case, compression, mode):
     model, batch = build(case, torch.float64)
     plan = Plan.make(model, compression)
     truth = true_rows(case, model, batch, plan)
@@ -85,18 +111,38 @@ def test_rows_equal_autograd(layer, compression, mode):
         assert torch.equal(again, rows)
 
 
-EVERYTHING = [
-    *COMPRESSIONS.values(),
-    Sketch(total=90, allocation="sqrt"),
-    Rademacher(r=7),
-    SJLT(r=7, s=3),
-    FJLT(r=7),
-    LoGra(r=1),
-    FactoredDropout(r=1),
-]
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_row_of_a_loop(compression):
+    """tap.row() reads .grad of a loop of one's own, one gradient missing."""
+    model = nn.ModuleDict({"a": nn.Linear(5, 4), "b": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
+    model.double()
+    plan = Plan.make(model, compression)
+    with capture(model, plan, "grads") as tap:
+        x = torch.randn(2, 5, dtype=torch.float64)
+        model["b"](model["a"](x).tanh()).square().sum().backward()
+        row = tap.row()
+    parts = []
+    for block in plan.blocks:
+        own = [model.get_parameter(slot.name) for slot in block.slots]
+        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+        parts.append(matrix(block) @ torch.cat([g.flatten() for g in flat]))
+    assert_exact(row[None], torch.cat(parts)[None], 1e-12)
 
 
-@pytest.mark.parametrize("compression", EVERYTHING, ids=str)
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_rows_of_tokens(compression):
+    """Per token, the rows of an example's positions add up to its row."""
+    case = next(case for case in CASES if case.name == "GPT-2, tied")
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, compression)
+    with capture(model, plan) as tap:
+        rows = tap.rows(case.loss_fn(model, batch))
+    with capture(model, plan, per="token") as tap:
+        tokens = tap.rows(case.loss_fn(model, batch))
+    assert_exact(tokens.unflatten(0, (len(rows), -1)).sum(1), rows, 1e-12)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32_rows(case, compression, backend):
     """As close to the float64 truth as twice what plain float32 autograd reaches."""
@@ -105,7 +151,7 @@ def test_float32_rows(case, compression, backend):
     truth = true_rows(case, model, batch, plan)
     narrow = copy.deepcopy(model).float()
     batch = tuple(t.float() if t.is_floating_point() else t for t in batch)
-    plain = (true_rows(case, narrow, batch, plan) - truth).norm()
+    plain = (true_rows(case, narrow, batch, plan).double() - truth).norm()
     with capture(narrow, plan, backend=backend.name) as tap:
         rows = tap.rows(case.loss_fn(narrow, batch))
     assert rows.dtype == torch.float32

@@ -271,12 +271,12 @@ def test_kept_or_made_again_is_the_same(kind, dtype, monkeypatch, small_blocks):
     def run():
         projection = KINDS[kind](4)
         original = projection._made
-        projection._made = lambda block, rows: made.append(block) or original(block, rows)
+        projection._made = lambda block, rows: made.append((block, rows)) or original(block, rows)
         outs = [projection.project(gradients(5, P, dtype)) for _ in range(2)]
         return [*outs, projection.project(gradients(5, 3, dtype), torch.tensor([0, 6, 11]))]
 
-    kept, blocks = run(), sorted(made)
-    assert blocks == list(range(len(blocks))) and len(blocks) > 1
+    kept, (blocks, rows) = run(), zip(*sorted(made), strict=True)
+    assert blocks == tuple(range(len(blocks))) and len(blocks) > 1 and sum(rows) == P
     made.clear()
     monkeypatch.setattr(projections, "_KEEP", 0)
     again = run()
@@ -407,6 +407,7 @@ def test_refused_maps(make, message):
         (torch.ones(1, 11), slice(None), "as many of the P=12 positions as values has columns, 11"),
         (torch.ones(1, 13), slice(0, 13), "as many of the P=12 positions"),
         (torch.ones(1, 6), slice(0, 12, 2), "a slice must have step 1"),
+        (torch.ones(1, 12), slice(0, 12, 2), "a slice must have step 1"),
         (torch.ones(1, 2), torch.tensor([1]), r"at must be \[k=2\] int64 on cpu, got \(1,\)"),
         (torch.ones(1, 1), torch.tensor([1], dtype=torch.int32), "got .* torch.int32 on cpu"),
         (torch.ones(1, 1), torch.tensor([1], device="meta"), "int64 on cpu, got .* on meta"),

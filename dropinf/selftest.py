@@ -75,7 +75,7 @@ def _sampled_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     o_idx, i_idx = new.indices(O, r), new.indices(I + 1, r)
     yield (x, dy, o_idx, i_idx, None, True, 0.5, ()), (new.out(B, r),)
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
-    sign = 2 * new.indices(2, r, s, dtype=torch.int8) - 1
+    sign = new.indices(3, r, s, dtype=torch.int8) - 1
     yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
 
 
@@ -109,7 +109,11 @@ def _gather_grads(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     grads = [new.numbers(13, 5), None, new.numbers(7, 3).T, new.numbers(300)]
     sizes = [65, 9, 21, 300]
     indices = [new.indices(size, size // 2, dtype=torch.int64) for size in sizes]
-    yield (grads, indices, [0.5, 1.0, 2.0, -1.0]), (new.out(sum(map(len, indices))),)
+    scales = [0.5, 1.0, 2.0, -1.0]
+    yield (grads, indices, (), scales), (new.out(sum(map(len, indices))),)
+    indices[2:] = [new.indices(size, 17, 5, dtype=torch.int64) for size in sizes[2:]]
+    signs = [None, None, *(new.indices(3, 17, 5, dtype=torch.int8) - 1 for _ in range(2))]
+    yield (grads, indices, signs, scales), (new.out(sum(map(len, indices))),)
 
 
 def _layers(new: _Inputs) -> tuple[Tensor, int, int]:

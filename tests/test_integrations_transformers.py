@@ -17,6 +17,7 @@ from zoo import GROUPED, IDS, SMALL, build_as  # noqa: E402
 
 import dropinf  # noqa: E402
 from dropinf.integrations import versions  # noqa: E402
+from dropinf.integrations.drawn import Drawn  # noqa: E402
 from dropinf.integrations.transformers import (  # noqa: E402
     InfluenceCallback,
     causal_lm_loss,
@@ -31,7 +32,7 @@ T5 = {
     "num_layers": 2,
     "num_heads": 3,
 }
-GPT2 = {"n_positions": 10, "n_embd": 12, "n_layer": 2, "n_head": 3}
+GPT2 = {"n_positions": 16, "n_embd": 12, "n_layer": 2, "n_head": 3}
 BERT = IDS | SMALL
 
 
@@ -352,6 +353,16 @@ def test_during(tmp_path, plain, lora, accumulated):
     assert_positions(store, trainer)
 
 
+class StepEnds(transformers.TrainerCallback):
+    """How many hooks the model has at the end of each step."""
+
+    def __init__(self):
+        self.hooks = []
+
+    def on_step_end(self, args, state, control, model=None, **given):
+        self.hooks.append(len(model._forward_pre_hooks))
+
+
 class Stopping(transformers.TrainerCallback):
     """Ends each epoch after its first step."""
 
@@ -407,6 +418,22 @@ def test_positions_that_are_not_known(tmp_path):
     assert callback.store.origin.tolist() == [[0, -1]] * 3
 
 
+def test_positions_of_keys():
+    """-1: of a data set whose examples have names."""
+
+    class Keys(torch.utils.data.Sampler):
+        def __iter__(self):
+            yield from (["a", "b"], ["c", "d"])
+
+    loader = torch.utils.data.DataLoader(dict(zip("abcd", range(4))), batch_sampler=Keys())
+    drawn = Drawn(loader)
+    for batch, wanted in zip(loader, ([0, 1], [2, 3])):
+        drawn.next()
+        assert batch.tolist() == wanted and drawn.positions(2) == [-1, -1]
+    drawn.close()
+    assert type(loader.batch_sampler) is Keys
+
+
 def doubled(outputs, labels, num_items_in_batch=None):
     """A loss that a Trainer is given, twice the model's own."""
     return 2 * nn.functional.cross_entropy(outputs.logits[:, :-1].mT, labels[:, 1:])
@@ -443,8 +470,23 @@ def test_answers(tmp_path):
     callback = InfluenceCallback(plan)
     examples = [{k: v[b] for k, v in batch.items()} for b in range(5)]
     collator = transformers.default_data_collator
-    train(tmp_path, model, callback, data=examples, collator=collator)
+    ends = StepEnds()
+    train(tmp_path, model, callback, ends, data=examples, collator=collator)
+    assert ends.hooks == [0] * 6  # the first batch alone was looked at
     assert_rows(callback.store.rows, alone(model, batch, plan, "one"))
+
+
+class PaddingFree:
+    """As other libraries say it of their collators."""
+
+    padding_free = True
+
+
+def two_in_a_row(texts):
+    """Packed by a collator that does not say so."""
+    first, second = (text["input_ids"] for text in texts)
+    positions = torch.tensor([[*range(len(first)), *range(len(second))]])
+    return pad([{"input_ids": first + second}]) | {"position_ids": positions}
 
 
 @pytest.mark.parametrize("when", ["after", "during"])
@@ -452,8 +494,14 @@ def test_callback_refuses(tmp_path, when):
     model = gpt2()
     plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
     callback = InfluenceCallback(plan, tmp_path / "rows", when=when)
-    with pytest.raises(ValueError, match="joins the examples of a batch into one row"):
-        train(tmp_path / "out", model, callback, collator=transformers.DataCollatorWithFlattening())
+    for collator in (transformers.DataCollatorWithFlattening(), PaddingFree()):
+        said = f"{type(collator).__name__} joins the examples of a batch into one row"
+        with pytest.raises(ValueError, match=said):
+            train(tmp_path / "out", model, callback, collator=collator)
+    ends = StepEnds()
+    with pytest.raises(ValueError, match="several examples are packed into one row"):
+        train(tmp_path / "out", model, callback, ends, collator=two_in_a_row)
+    assert not ends.hooks  # before the first step ends
     for loss_fn in (None, causal_lm_loss) if when == "during" else (None,):
         smoothed = InfluenceCallback(plan, tmp_path / "rows", loss_fn, when)
         with pytest.raises(ValueError, match=r"the labels are smoothed.*when='after'"):

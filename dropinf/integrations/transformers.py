@@ -26,6 +26,7 @@ from dropinf.integrations.transformers_losses import (  # noqa: E402
     loss_fn_for,
     masked_lm_loss,
     question_answering_loss,
+    refuse_packed,
     seq2seq_loss,
     target_names,
     token_classification_loss,
@@ -126,10 +127,11 @@ class InfluenceCallback(transformers.TrainerCallback):
             batch = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
             if self.loss_fn is None:
                 _refuse_other_loss(self._loss, batch)
+                refuse_packed(batch)
             if self.when == "during":
                 self._rows.add(model, batch, self._step, self._drawn.positions)
             else:
-                self.close()  # the first batch shows it of all
+                self.close()  # one batch is enough, since looking at it waits for the device
         except BaseException:
             self.close()
             raise

@@ -26,14 +26,14 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
         batch: of a data collator, with labels [B, T], not shifted, -100 where there is no loss.
     """
     labels = _target(batch, "labels")
-    _refuse_packed(batch)
+    refuse_packed(batch)
     logits = _logits(model, batch)
     return _token_losses(logits[:, :-1], labels[:, 1:])
 
 
 def masked_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     """[B] losses at the tokens whose label [B, T] is not -100, summed over each example's."""
-    _refuse_packed(batch)
+    refuse_packed(batch)
     return _token_losses(_logits(model, batch), _target(batch, "labels"))
 
 
@@ -47,7 +47,7 @@ def question_answering_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     A position past the end of the text has no part in the loss.
     """
-    _refuse_packed(batch)
+    refuse_packed(batch)
     positions = [_target(batch, name) for name in _POSITIONS]
     outputs = model(**_without(batch, *_POSITIONS))
     losses = []
@@ -170,7 +170,7 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.sum(1)
 
 
-def _refuse_packed(batch: Batch) -> None:
+def refuse_packed(batch: Batch) -> None:
     """Refuse rows of the batch that hold several examples each."""
     packed = any(name in batch for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
     positions = batch.get("position_ids")

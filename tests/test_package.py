@@ -159,7 +159,8 @@ ORDER = [
         "capturing",
     ],
     ["solvers", "collecting"],
-    ["scoring", "dampings", "integrations.training"],
+    ["scoring", "dampings", "integrations.training", "integrations.drawn"],
+    ["integrations.versions", "integrations.transformers_losses"],
     ["integrations.transformers", "integrations.lightning"],
     ["doctor"],
 ]

@@ -21,8 +21,10 @@ class GradsTap(Tap):
     def _attach(self, undo: contextlib.ExitStack) -> None:
         self._indices, self._signs = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
-            sums = isinstance(slot.fold, Sums)
-            index, sign = slot.fold.groups if sums else (slot.index, None)
+            index, sign = slot.index, None
+            if isinstance(slot.fold, Sums):
+                numbers, sign = slot.fold.groups
+                index = index[numbers]
             self._indices.append(index.to(p.device))
             self._signs.append(None if sign is None else sign.to(p.device))
         # What the forward pass has in place of each parameter: a sharded module swaps them.

@@ -2,11 +2,21 @@
 
 import sys
 
+import embed_captum
 import embed_compress
+import embed_dattri
+import embed_trainers
+import embed_trak
 import pytest
 from memory import peak_in_own_process, peak_of, skip_without_proc
 
-CASES = {**embed_compress.CASES}
+CASES = {
+    **embed_compress.CASES,
+    **embed_trak.CASES,
+    **embed_dattri.CASES,
+    **embed_captum.CASES,
+    **embed_trainers.CASES,
+}
 ROUNDS = 3  # of contestants that take seconds
 
 
@@ -32,7 +42,7 @@ def bench_embed_memory(benchmark, title):
         pytest.skip(left_out[case.ours])
     peaks = {name: peak_in_own_process(__file__, title, name) for name in calls}
     benchmark.extra_info.update(
-        peaks=peaks, rows=case.rows, ours=case.ours, left_out=left_out, at_most=case.at_most
+        peaks=peaks, rows=case.rows, ours=case.ours, left_out=left_out, at_most=case.at_most or {}
     )
     benchmark.pedantic(lambda: None)
 

@@ -78,7 +78,7 @@ def ours(solver: Callable[[], Any]) -> Callable[[Examples], Call]:
 
 
 def check(given: Examples, calls: dict[str, Call]) -> None:
-    """Each against gradients that are formed: products of all coordinates, or of those of the plan."""
+    """Each against gradients that are formed: all coordinates, or those of the plan."""
     plan = dropinf.Plan.make(given.model, dropinf.Dropout(r=R))
     everything = dropinf.Plan.make(given.model, dropinf.Full())
     train, queries = given.loaders()

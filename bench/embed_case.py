@@ -26,7 +26,7 @@ class Case(NamedTuple):
     to_reach: dict[str, tuple[float | None, float | None]]
     check: Callable[[Any, dict[str, Call]], None]  # before anything is timed
     rows: float  # MB of the projections that a call makes
-    at_most: dict[str, float] = {}  # noqa: RUF012; contestant -> MB of memory to stay below
+    at_most: dict[str, float] | None = None  # contestant -> MB of memory to stay below
     held: dict[str, Callable[[Any], Call]] | None = None  # contestants in memory; None: the same
 
     def calls(self, inputs: Any, held: bool = False) -> tuple[dict[str, Call], dict[str, str]]:

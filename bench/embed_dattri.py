@@ -1,18 +1,20 @@
 """dattri's attributors from `cache` to scores, with its projections and with dropinf's.
 
-Its influence functions by conjugate gradients and DataInf need the gradients of all parameters; LoGra
-and FactGraSS keep r numbers of each linear layer, with hooks that dattri compiles once.
+Its influence functions by conjugate gradients and DataInf need the gradients of all parameters;
+LoGra and FactGraSS keep r numbers of each linear layer, with hooks that dattri compiles once.
 """
 
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from embed_case import (
     SIZE,
+    B,
     Call,
     Case,
     Examples,
@@ -31,8 +33,9 @@ from embed_case import (
 from embed_compress import coordinates
 from embed_trak import num_parameters, probabilities
 from peers import only_trainable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, default_collate
 
 import dropinf
 from dropinf import DropoutProjector
@@ -46,6 +49,21 @@ DROPOUT = 'dattri TRAKAttributor, projection("dropout")'
 OURS = "DropinfAttributor"
 CG, DATAINF = "dattri IFAttributorCG", "dattri IFAttributorDataInf"
 LOGRA, FACTGRASS = "dattri LoGra", "dattri FactGraSS"
+
+
+class WithLoss(nn.Module):
+    """As transformers' models, which is the form of batch that those two take whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, label: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=F.cross_entropy(self.model(x), label))
+
+
+def keywords(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return dict(zip(("x", "label"), default_collate(examples), strict=True))
 
 
 def task_of(given: Examples, batch_of_one: bool) -> Any:
@@ -138,12 +156,16 @@ def hooked(method: str) -> Callable[[Examples], Call]:
         from dattri.algorithm.logra import LoGraAttributor
         from dattri.task import AttributionTask
 
+        # dattri compiles its compression for each layer; torch would give up after eight.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        model, (train, queries) = given.model, given.loaders()
+        wrapped = WithLoss(given.model)
+        train, queries = (
+            DataLoader(data, B, collate_fn=keywords) for data in (given.train, given.queries)
+        )
         task = AttributionTask(
-            loss_func=lambda model, batch, device: F.cross_entropy(model(batch[0]), batch[1]),
-            model=model,
-            checkpoints=model.state_dict(),
+            loss_func=lambda model, batch, device: model(**batch).loss,
+            model=wrapped,
+            checkpoints=wrapped.state_dict(),
         )
         folder = tempfile.TemporaryDirectory()  # for its metadata, some lines of JSON
         kind = {LOGRA: LoGraAttributor, FACTGRASS: FactGraSSAttributor}[method]
@@ -151,7 +173,7 @@ def hooked(method: str) -> Callable[[Examples], Call]:
         made = kind(task, hessian="eFIM", damping=DAMPING, **options)
 
         def call() -> Tensor:
-            with only_trainable(model, model[0].bias):
+            with only_trainable(given.model, given.model[0].bias):
                 made.cache(train)
                 return made.attribute(train, queries)
 
@@ -218,7 +240,7 @@ ATTRIBUTORS = Case(
         CG: attributor(cg),
     },
     OURS,
-    {name: (1, None) for name in (LOGRA, FACTGRASS, DATAINF, CG)},
+    dict.fromkeys((LOGRA, FACTGRASS, DATAINF, CG), (1, None)),
     check_attributors,
     (N + M) * 3 * R * 4 / 1e6,
 )

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from embed_case import (
-    M,
-    N,
     SIZE,
     Call,
     Case,
     Examples,
+    M,
+    N,
     assert_near,
     assert_scores,
     at,
@@ -102,7 +102,7 @@ def plan_of(given: Examples) -> dropinf.Plan:
 
 
 def check(given: Examples, calls: dict[str, Call]) -> None:
-    """Dropout against TRAK's formulas in float64, of gradients that are formed (arXiv 2303.14186)."""
+    """Dropout against TRAK's formulas of formed gradients, in float64 (arXiv 2303.14186)."""
     D, plan = num_parameters(given), plan_of(given)
     scale = (D / R) ** 0.5
     index = coordinates(DropoutProjector(D, R, dtype=torch.float64).project, D, scale)
@@ -128,7 +128,7 @@ def probabilities(given: Examples) -> Tensor:
 
 
 CONTESTANTS = {FUSED: with_rows, PROJECTOR: with_projector, OWN: own, KEPT: kept}
-TO_REACH = {name: (1, None) for name in (OWN, KEPT)}
+TO_REACH = dict.fromkeys((OWN, KEPT), (1, None))
 CASES = {
     f"TRAK from beginning to end, r={R}: {SIZE}": Case(
         examples, CONTESTANTS, PROJECTOR, TO_REACH, check, (N + M) * R * 4 / 1e6

@@ -133,7 +133,7 @@ class GradsTap(Tap):
         return ops.gather_grads(
             grads,
             [self._indices[l] for l in numbers],
-            signs=[self._signs[l] for l in numbers],
+            signs=[self._signs[l] for l in numbers] if self.plan.folded else None,
             scales=[slot.scale / loss_scale for slot in slots],
             backend=self.backend,
         )

@@ -18,9 +18,8 @@ from torch.utils.data import (
 )
 
 from dropinf.collecting import collect
-from dropinf.compress import Dropout, Full
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
+from dropinf.plan import Compression, Plan
 from dropinf.scoring import scores, self_influence, topk
 from dropinf.solvers import Cholesky
 from dropinf.solvers.base import Solver
@@ -51,7 +50,7 @@ class DropoutInfluence(DataInfluence):
         model: nn.Module,
         train_dataset: Dataset | DataLoader,
         loss_fn: nn.Module | Loss,
-        compression: Dropout | Full,
+        compression: Compression,
         *,
         solver: Solver | None = None,
         batch_size: int | None = None,

@@ -34,10 +34,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from dropinf.collecting import collect
-from dropinf.compress import Dropout, Full
 from dropinf.integrations.batching import batched_outputs, check_first
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
+from dropinf.plan import Compression, Plan
 from dropinf.projector import DropoutProjector
 from dropinf.scoring import scores, self_influence
 from dropinf.solvers import Cholesky
@@ -130,7 +129,7 @@ class DropinfAttributor(BaseAttributor):
     def __init__(
         self,
         task: AttributionTask,
-        compression: Plan | Dropout | Full,
+        compression: Plan | Compression,
         solver: Callable[[], Solver] = Cholesky,
         *,
         layer_name: str | Sequence[str] | None = None,

@@ -1,13 +1,11 @@
 """Whole models: what capturing rows costs in time and memory, beside the passes it rides on, what a
 user of torch would write, and other packages."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from memory import peak_in_own_process, peak_of, skip_without_proc
 from models import MODELS, loss_fn, losses
 from peers import PEERS, SIDE, LeftOut
 from torch import nn
@@ -179,39 +177,19 @@ def check_rows(model, batch, calls):
 @pytest.mark.parametrize("title", MODELS)
 def bench_whole_model_memory(benchmark, title):
     """Peak resident memory of one step above what the process held before, MB (10⁶ bytes)."""
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("peak memory is read from Linux's /proc")
+    skip_without_proc()
     model, batch = set_up(title)
     calls, left_out = passes(model, batch)
-    peaks = {name: peak_in_own_process(title, name) for name in calls}
+    peaks = {name: peak_in_own_process(__file__, title, name) for name in calls}
     rows = len(batch[0]) * plan_of(model).width * 4 / 1e6
-    benchmark.extra_info.update(peaks=peaks, rows=rows, left_out=left_out)
+    ours = "dropinf capture"
+    benchmark.extra_info.update(peaks=peaks, rows=rows, ours=ours, left_out=left_out)
     benchmark.pedantic(lambda: None)
-
-
-def peak_in_own_process(title: str, name: str) -> float:
-    # Without these, malloc keeps freed blocks, and the peak says nothing about the step.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, __file__, title, name]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return float(run.stdout.splitlines()[-1])
 
 
 def main(title: str, name: str) -> None:
     """Print the peak of one pass, in this process of its own."""
-    call = CONTESTANTS[name](*set_up(title))
-    call()  # libraries allocate their workspaces in the first step
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    call()
-    print(resident("VmHWM") - before)
-
-
-def resident(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise KeyError(key)
+    print(peak_of(CONTESTANTS[name](*set_up(title))))
 
 
 if __name__ == "__main__":

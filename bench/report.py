@@ -20,7 +20,13 @@ NAMES = {
     "bench_gram": "gram, 50 layers, n=512; r of each: {}",
     "bench_whole_model": "a whole model, r=1024 a layer: {}",
     "bench_whole_model_memory": "memory of one step of a whole model: {}",
+    "bench_embed": "{}",
+    "bench_embed_memory": "memory of: {}",
 }
+
+PACKAGES = (
+    *("torch", "numpy", "dattri", "bergson", "traker", "captum", "transformers", "lightning"),
+)
 
 
 def main(path: str) -> None:
@@ -28,7 +34,7 @@ def main(path: str) -> None:
     results = json.loads(Path(path).read_text())
     machine, commit = results["machine_info"], results["commit_info"]
     cpu = machine["cpu"]
-    packages = ", ".join(versions("torch", "numpy", "dattri", "bergson"))
+    packages = ", ".join(versions(*PACKAGES))
     print(
         f"# Benchmarks of {results['datetime'][:10]}\n\n"
         f"{cpu['count']} cores of {cpu['brand_raw']}; {platform.system()}, "
@@ -77,14 +83,24 @@ def times(info: dict) -> None:
 
 def peaks(info: dict) -> None:
     """The table of peak memory."""
-    ours, rows = info["peaks"]["dropinf capture"], info["rows"]
-    print(f"The rows are {rows:.1f} MB.\n")
-    print("| pass | peak above what the process held, MB | (dropinf - rows) / this |")
-    print("| --- | --- | --- |")
+    ours, rows = info["peaks"][info["ours"]], info["rows"]
+    print(f"The rows are {rows:.2g} MB.\n")
+    print(
+        f"| pass | peak above what the process held, MB | ({info['ours']} - rows) / this "
+        "| to reach, MB | reached |"
+    )
+    print("| --- | --- | --- | --- | --- |")
     for name, peak in info["peaks"].items():
-        print(f"| {name} | {peak:.0f} | {(ours - rows) / peak:.2f} |")
+        bound = info.get("at_most", {}).get(name)
+        reached = "" if bound is None else "yes" if peak <= bound else "**no**"
+        bound = "" if bound is None else f"≤ {bound:.2g}"
+        print(f"| {name} | {peak:.3g} | {ratio(ours - rows, peak)} | {bound} | {reached} |")
     for name, reason in info["left_out"].items():
-        print(f"| {name} | not run: {reason} | |")
+        print(f"| {name} | not run: {reason} | | | |")
+
+
+def ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2g}" if part > 0 and whole > 0 else ""
 
 
 def streamed(info: dict) -> None:

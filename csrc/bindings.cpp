@@ -130,18 +130,24 @@ void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o
   });
 }
 
+// The entries of a layer that begin before its term n; an entry has s terms.
+int64_t entries_before(int64_t n, int64_t s) { return s == 1 ? n : (n + s - 1) / s; }
+
 void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                  at::ArrayRef<double> scales, const at::Tensor& out) {
-  const GatherCall call = gather_call(grads, indices, scales, out);
+                  const c10::List<std::optional<at::Tensor>>& signs, at::ArrayRef<double> scales,
+                  const at::Tensor& out) {
+  const GatherCall call = gather_call(grads, indices, signs, scales, out);
   const std::vector<int64_t>& offsets = call.offsets;
   const int64_t L = call.layers.size();
   std::atomic<int64_t> bad{-1};  // a layer with an index out of range
+  // Threads share the terms; an entry goes with its first one.
   at::parallel_for(0, offsets[L], grain(5.0), [&](int64_t begin, int64_t end) {
     int64_t l = std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
     for (; l < L && offsets[l] < end; ++l) {
-      const int64_t k_begin = std::max(begin, offsets[l]) - offsets[l];
-      const int64_t k_end = std::min(end, offsets[l + 1]) - offsets[l];
-      if (!gather_entries(call.layers[l], k_begin, k_end)) bad = l;
+      const GradEntries& entries = call.layers[l];
+      const int64_t k_begin = entries_before(std::max(begin, offsets[l]) - offsets[l], entries.s);
+      const int64_t k_end = entries_before(std::min(end, offsets[l + 1]) - offsets[l], entries.s);
+      if (!gather_entries(entries, k_begin, k_end)) bad = l;
     }
   });
   TORCH_CHECK_INDEX(bad < 0, "gather_grads: indices[", bad.load(),
@@ -283,7 +289,8 @@ void sampled_conv_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, 
                        bool, double, const at::Tensor&) {}
 
 void gather_grads_meta(const c10::List<std::optional<at::Tensor>>&, at::TensorList,
-                       at::ArrayRef<double>, const at::Tensor&) {}
+                       const c10::List<std::optional<at::Tensor>>&, at::ArrayRef<double>,
+                       const at::Tensor&) {}
 
 void gram_meta(const at::Tensor&, const at::Tensor&, double, bool, const at::Tensor&) {}
 

@@ -205,33 +205,54 @@ inline SampledConvArgs sampled_conv_args(const at::Tensor& x, const at::Tensor& 
 // The gradients of gather_grads, with the tensors that the entries point into.
 struct GatherCall {
   std::vector<at::Tensor> kept, positions;
+  std::vector<at::Tensor> signs;  // [L], or empty where no layer has any
   std::vector<GradEntries> layers;
-  std::vector<int64_t> offsets;  // [L + 1] of each layer's entries in the row
+  // [L + 1] of each layer's terms among those of all sums, where an empty sum counts as a zero.
+  std::vector<int64_t> offsets;
 };
 
 inline GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads,
-                              at::TensorList indices, at::ArrayRef<double> scales,
-                              const at::Tensor& out) {
+                              at::TensorList indices,
+                              const c10::List<std::optional<at::Tensor>>& signs,
+                              at::ArrayRef<double> scales, const at::Tensor& out) {
   const int64_t L = indices.size();
   TORCH_CHECK_VALUE(
       static_cast<int64_t>(grads.size()) == L && static_cast<int64_t>(scales.size()) == L,
       "gather_grads: grads, indices and scales must be equally long, got ", grads.size(), ", ", L,
       " and ", scales.size());
+  const bool any_signs = !signs.empty();
+  TORCH_CHECK_VALUE(!any_signs || static_cast<int64_t>(signs.size()) == L,
+                    "gather_grads: signs must be none or ", L, ", got ", signs.size());
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 1,
                     "gather_grads: out must be float32 [R], got ", out.scalar_type(), " ",
                     out.sizes());
   GatherCall call;
-  auto& [kept, positions, layers, offsets] = call;
+  auto& [kept, positions, kept_signs, layers, offsets] = call;
   kept.resize(L), positions.resize(L), layers.resize(L), offsets.resize(L + 1);
+  if (any_signs) kept_signs.resize(L);
+  int64_t R = 0;
   for (int64_t l = 0; l < L; ++l) {
-    TORCH_CHECK_VALUE(indices[l].scalar_type() == at::kLong && indices[l].dim() == 1,
-                      "gather_grads: indices[", l, "] must be int64 [r], got ", indices[l].sizes());
+    const std::optional<at::Tensor> sign = any_signs ? signs.get(l) : std::nullopt;
+    const bool has_signs = sign && sign->defined();
+    TORCH_CHECK_VALUE(indices[l].scalar_type() == at::kLong && indices[l].dim() == 1 + has_signs,
+                      "gather_grads: indices[", l,
+                      "] must be int64 [r], or with signs [r, s], got ", indices[l].sizes());
     const at::Tensor& index = positions[l] = indices[l].contiguous();
-    offsets[l + 1] = offsets[l] + index.numel();
     GradEntries& entries = layers[l];
     entries = GradEntries{};
     entries.idx = index.const_data_ptr<int64_t>();
-    entries.r = index.numel();
+    entries.r = index.sizes()[0];
+    entries.s = 1;
+    if (has_signs) {
+      TORCH_CHECK_VALUE(sign->scalar_type() == at::kChar && sign->sizes() == index.sizes(),
+                        "gather_grads: signs[", l, "] must be int8 ", index.sizes(), ", got ",
+                        sign->scalar_type(), " ", sign->sizes());
+      kept_signs[l] = sign->contiguous();
+      entries.signs = kept_signs[l].const_data_ptr<int8_t>();
+      entries.s = std::max<int64_t>(index.sizes()[1], 1);
+    }
+    R += entries.r;
+    offsets[l + 1] = offsets[l] + entries.r * entries.s;
     entries.scale = static_cast<float>(scales[l]);
     std::optional<at::Tensor> grad = grads.get(l);
     if (!grad || !grad->defined()) continue;
@@ -241,8 +262,9 @@ inline GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads,
                       ", not dense");
     entries.dtype = dtype_of(g);
     entries.numel = g.numel();
-    TORCH_CHECK_INDEX(entries.numel > 0 || entries.r == 0, "gather_grads: indices[", l,
+    TORCH_CHECK_INDEX(entries.numel > 0 || index.numel() == 0, "gather_grads: indices[", l,
                       "] has an index out of range for a gradient of 0 elements");
+    if (index.numel() == 0) continue;  // zeros, if there are entries
     entries.data = g.const_data_ptr();
     if (!g.is_contiguous()) {
       entries.num_dims = g.dim();
@@ -250,14 +272,14 @@ inline GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads,
       entries.strides = g.strides().data();
     }
   }
-  const int64_t R = offsets[L];
   TORCH_CHECK_VALUE(out.numel() == R, "gather_grads: out must have the ", R,
                     " entries of all indices, got ", out.numel());
-  float* const data = out.mutable_data_ptr<float>();
+  float* data = out.mutable_data_ptr<float>();
   const int64_t out_stride = out.stride(0);
-  for (int64_t l = 0; l < L; ++l) {
-    layers[l].out = data + offsets[l] * out_stride;
-    layers[l].out_stride = out_stride;
+  for (GradEntries& entries : layers) {
+    entries.out = data;
+    entries.out_stride = out_stride;
+    data += entries.r * out_stride;
   }
   return call;
 }

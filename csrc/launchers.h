@@ -22,6 +22,7 @@ bool set_cpu_capability(const std::string& name);
 
 // The arguments of sampled_outer:
 //   out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]
+// A sign of 0 leaves its coordinate out, also where that is not finite.
 struct SampledOuterArgs {
   DType dtype;     // of x and dy
   const void* x;   // [B, T, I], stride 1 in I
@@ -128,15 +129,16 @@ struct GradEntries {
   int64_t num_dims;
   const int64_t* sizes;
   const int64_t* strides;
-  const int64_t* idx;  // [r] positions in the flattened gradient
-  int64_t r;
+  const int64_t* idx;   // [r, s] positions in the flattened gradient
+  const int8_t* signs;  // [r, s], 0 leaves a position out; or null for [r, 1] of +1
+  int64_t r, s;         // s > 0
   float scale;
   float* out;  // [r]
   int64_t out_stride;
 };
 
-// out[k] = scale * gradient.flatten()[idx[k]] for k in [k_begin, k_end). False, with every entry
-// still written, if an index is out of range.
+// out[k] = scale * sum_j signs[k, j] * gradient.flatten()[idx[k, j]] for k in [k_begin, k_end),
+// summed in the order of j. False, with every entry still written, if an index is out of range.
 bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end);
 
 // The arguments of gram: out's matrix l (+)= scale * rows_lᵀ rows_l, lower triangles.

@@ -22,7 +22,9 @@ inline void define_ops(torch::Library& m) {
       "damped_cholesky(Tensor matrices, Tensor offsets, Tensor shift, Tensor? rows, "
       "Tensor(a!) out, Tensor(b!) info, Tensor(c!)? solved) -> ()");
   m.def("cholesky_solve(Tensor factors, Tensor offsets, Tensor rows, Tensor(a!) out) -> ()");
-  m.def("gather_grads(Tensor?[] grads, Tensor[] indices, float[] scales, Tensor(a!) out) -> ()");
+  m.def(
+      "gather_grads(Tensor?[] grads, Tensor[] indices, Tensor?[] signs, float[] scales, "
+      "Tensor(a!) out) -> ()");
   m.def("score_topk(Tensor scores, int first, Tensor(a!) values, Tensor(b!) indices) -> ()");
 }
 

@@ -1,9 +1,10 @@
 """dropinf: dropout gradient compression for influence functions (arXiv 2509.15651)."""
 
 from dropinf import ops, solvers
+from dropinf.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.capturing import capture
 from dropinf.collecting import collect
-from dropinf.compress import Dropout, Full
+from dropinf.compress import Dropout, FactoredDropout, Full, Sketch
 from dropinf.dampings import choose_damping
 from dropinf.dispatch import BackendError, backends
 from dropinf.plan import Plan
@@ -12,12 +13,19 @@ from dropinf.scoring import ensemble, influence, scores, self_influence, topk
 from dropinf.store import RowStore
 
 __all__ = [
+    "FJLT",
+    "SJLT",
     "BackendError",
     "Dropout",
     "DropoutProjector",
+    "FactoredDropout",
     "Full",
+    "Gaussian",
+    "LoGra",
     "Plan",
+    "Rademacher",
     "RowStore",
+    "Sketch",
     "backends",
     "capture",
     "choose_damping",

@@ -172,6 +172,8 @@ class ActivationsTap(Tap):
             raise unconnected
         row_map = self._row_map(losses, segment_ids)
         rows = self.empty_rows(losses, row_map.num_rows)
+        if self.plan.folded:
+            rows.zero_()  # parameters add to entries that they share
         entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
         with torch._C.DisableTorchFunction():
             before = [p.grad for p in self.parameters]
@@ -191,8 +193,9 @@ class ActivationsTap(Tap):
             raise unconnected
         self.met |= entries.touched
         self.plan.paths.update(meetings.paths)
+        self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
         for slot in self.plan.slots:
-            if slot.name not in entries.touched:  # it did not meet this batch
+            if slot.fold is None and slot.name not in entries.touched:  # did not meet this batch
                 rows[:, slot.entries].zero_()
         return rows
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
 from dropinf import solvers
+from dropinf.plan import Compression
 
 FLIPPED = 0.2  # share of the training labels that are made wrong
 BUDGETS = (64, 256, 1024, 4096)  # coordinates kept of the whole gradient
@@ -111,7 +112,7 @@ def losses_of(model: nn.Module, data: TensorDataset) -> Tensor:
 def score(
     model: nn.Module,
     digits: Digits,
-    compression: dropinf.Dropout | dropinf.Full,
+    compression: Compression,
     solver: solvers.Cholesky | solvers.Identity | None = None,
 ) -> tuple[Tensor, int]:
     """Scores [m, n] of the queries, and the bytes of the stored training rows."""

@@ -105,6 +105,7 @@ def _row(op: str, *names: str) -> dict[str, Callable]:
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
 KERNELS: dict[str, dict[str, Callable]] = {
     "sampled_outer": _row("sampled_outer", "cuda", "triton", "cpu"),
+    "factored_outer": _row("factored_outer"),  # a matrix product, for which torch's is best
     "sampled_embedding": _row("sampled_embedding", "cuda", "triton", "cpu"),
     "sampled_conv": _row("sampled_conv", "cuda", "triton", "cpu"),
     "gather_grads": _row("gather_grads", "cuda", "cpu"),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dropinf import ops, staging
-from dropinf.forms import Form, Role, outer
+from dropinf.folds import Dense
+from dropinf.forms import Form, Role
 from dropinf.plan import Slot
 from dropinf.rowmap import Route, RowMap, groups
+from dropinf.runs import Run, alone, columns, in_one, runs, sample, values
 from dropinf.sources import Lookup, Source, View, chunk_items
-
-# Ops that take a staged order -> whether a bias is an input of theirs.
-_WITH_ORDER = {ops.sampled_outer: False, outer: True}
 
 
 @dataclass(frozen=True)
@@ -32,20 +30,6 @@ class Where:
     route: Route | None
 
 
-class Coordinates(NamedTuple):
-    """The coordinates of a run of views, on the device of its gradients.
-
-    Attributes:
-        o_idx, i_idx: [r] int32.
-        orders: (op, I, O, bytes of an element) -> their staged order, or None where they have
-            none; itself None for coordinates that are not kept, so that one would not pay.
-    """
-
-    o_idx: Tensor
-    i_idx: Tensor
-    orders: dict[Any, staging.StagedOrder | None] | None
-
-
 class Entries:
     """Rows [num_rows, R] that start empty.
 
@@ -53,13 +37,17 @@ class Entries:
         rows: the rows.
         map: which of them each position of the batch belongs to.
         touched: names of the parameters that wrote some.
+        formed: names of those whose gradients were formed, a few examples at a time.
     """
 
     def __init__(
         self, rows: Tensor, map: RowMap, factor: float, backend: str | None, cache: dict
     ) -> None:
-        """`factor` is taken out of every gradient; `cache` keeps `Coordinates` between batches."""
-        self.rows, self.map, self.touched = rows, map, set()
+        """`factor` is taken out of every gradient; `cache` keeps `Coordinates` between batches.
+
+        Under a plan that is `folded` the rows are zeros already.
+        """
+        self.rows, self.map, self.touched, self.formed = rows, map, set(), set()
         self._factor, self._backend, self._cache = factor, backend, cache
 
     def sample(
@@ -78,7 +66,7 @@ class Entries:
             parts = iter([(slice(None) if rows is None else rows, x, dy)])
         for rows, x_part, dy_part in parts:
             x_part, dy_part = form.prepare(x_part, dy_part)
-            for run in _runs(targets):
+            for run in runs(targets):
                 source, role = run[0]
                 if isinstance(source, View):
                     self._sample_views(run, x_part, dy_part, rows)
@@ -94,50 +82,36 @@ class Entries:
                     for view, entries in source.pull(grads.unflatten(1, shape)):
                         self.add(view, entries, _part(rows, some, len(x_part)))
 
-    def _sample_views(
-        self, run: list[tuple[View, Role]], x: Tensor, dy: Tensor, rows: slice | Tensor
-    ) -> None:
-        (first, role), (last, _) = run[0], run[-1]
+    def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: slice | Tensor) -> None:
+        slot = run[0][0].slot
+        if not in_one(run, self._cache):
+            for view, role in run:
+                self._fold_views(view, role, x, dy, rows)
+            return
+        if not any(len(view.at) for view, _ in run):
+            self._begin(slot)
+            return
         names = {view.slot.name for view, _ in run}
-        coordinates = self._coordinates(run, dy.device)
-        o_idx, i_idx, _ = coordinates
-        if not len(o_idx):
-            self._begin(first.slot)
-            return
-        scale = first.slot.scale / self._factor
-        columns = first.columns
-        if len(run) > 1:
-            columns = slice(first.columns.start, last.columns.stop)
-        options = {"scale": scale, "backend": self._backend}
-        if _on_cuda(dy) and role.op in _WITH_ORDER and self._backend in (None, "cuda"):
-            options["order"] = _order(coordinates, role.op, x, dy)
-        all_new = isinstance(rows, slice) and not self.touched & names
-        if all_new and isinstance(columns, slice) and dy.device == self.rows.device:
+        at, scale = columns(run), slot.scale / self._factor
+        options = (scale, self._backend, self._cache)
+        all_new = isinstance(rows, slice) and not self.touched & names and alone(run)
+        if all_new and isinstance(at, slice) and dy.device == self.rows.device:
             self.touched |= names
-            role.op(x, dy, o_idx, i_idx, out=self.rows[:, columns], **options)
+            sample(run, x, dy, *options, out=self.rows[:, at])
             return
-        entries = role.op(x, dy, o_idx, i_idx, **options)
+        found = sample(run, x, dy, *options)
         for view, _ in run:
             self._begin(view.slot)
-        self._add(columns, entries, rows)
+        self._add(at, found, rows)
 
-    def _coordinates(self, run: list[tuple[View, Role]], device: torch.device) -> Coordinates:
-        """The (o, i) of a run of views; of whole parameters, kept for the next batch."""
-        key = None
-        if all(view.which is None and view.at is view.slot.index for view, _ in run):
-            key = (
-                *((view.slot.name, id(role.coordinates.__code__)) for view, role in run),
-                device,
-            )
-        if key not in self._cache or key is None:
-            pairs = [role.coordinates(view.at) for view, role in run]
-            o_idx, i_idx = (
-                torch.cat(part).to(device, torch.int32) for part in zip(*pairs, strict=True)
-            )
-            if key is None:
-                return Coordinates(o_idx, i_idx, None)
-            self._cache[key] = Coordinates(o_idx, i_idx, {})
-        return self._cache[key]
+    def _fold_views(
+        self, view: View, role: Role, x: Tensor, dy: Tensor, rows: slice | Tensor
+    ) -> None:
+        """The values at all coordinates of a view, a few examples at a time, then folded."""
+        self._begin(view.slot)
+        for some in chunk_items(len(x), len(view.at)):
+            found = values(view, role, x[some], dy[some], self._backend, self._cache)
+            self.add(view, found, _part(rows, some, len(x)))
 
     def pull(
         self, source: Source, shape: torch.Size, grads: Tensor, dims: Sequence[int], where: Where
@@ -184,14 +158,21 @@ class Entries:
             self.add(*source.pull_positions(some_ids[..., 0], dy, self._backend), rows)
         return True
 
-    def add(self, view: View, entries: Tensor, rows: slice | Tensor) -> None:
-        """Add the unscaled entries [n, k] of a view to rows, which may repeat."""
-        self._begin(view.slot)
-        self._add(view.columns, entries * (view.slot.scale / self._factor), rows)
+    def add(self, view: View, values: Tensor, rows: slice | Tensor) -> None:
+        """Add the unscaled values [n, k] of a view to rows, which may repeat."""
+        slot = view.slot
+        self._begin(slot)
+        values = values * (slot.scale / self._factor)
+        if slot.fold is not None:
+            if isinstance(slot.fold, Dense):
+                self.formed.add(slot.name)
+            values = slot.fold(values, view.which)
+        self._add(view.columns, values, rows)
 
     def _begin(self, slot: Slot) -> None:
         if slot.name not in self.touched:
-            self.rows[:, slot.entries] = 0
+            if slot.fold is None:
+                self.rows[:, slot.entries] = 0
             self.touched.add(slot.name)
 
     def _add(self, columns: slice | Tensor, entries: Tensor, rows: slice | Tensor) -> None:
@@ -205,21 +186,6 @@ class Entries:
         for here, at, real in groups(rows.to(self.rows.device), len(self.rows), entries.shape[1]):
             sums = entries[at].where(real[..., None], 0).sum(1)
             self.rows[here if isinstance(columns, slice) else here[:, None], columns] += sums
-
-
-def _on_cuda(dy: Tensor) -> bool:
-    return dy.device.type == "cuda" and staging.AVAILABLE
-
-
-def _order(coordinates: Coordinates, op: Any, x: Tensor, dy: Tensor) -> staging.StagedOrder | None:
-    """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
-    o_idx, i_idx, orders = coordinates
-    if orders is None or x.element_size() > 4:  # float64 is for `reference` alone
-        return None
-    key = (op, x.shape[-1], dy.shape[-1], x.element_size())
-    if key not in orders:
-        orders[key] = staging.order_if_faster(o_idx, i_idx, *key[1:], bias=_WITH_ORDER[op])
-    return orders[key]
 
 
 def _view_entries(
@@ -272,28 +238,3 @@ def _item_gradient(
 
 def _part(rows: slice | Tensor, some: slice, n: int) -> slice | Tensor:
     return some if isinstance(rows, slice) else rows[some]
-
-
-def _runs(targets: Sequence[tuple[Source, Role]]) -> Iterator[list[tuple[Source, Role]]]:
-    """The targets of one call; whole parameters that stand side by side in a row together."""
-    views = [t for t in targets if isinstance(t[0], View)]
-    yield from ([t] for t in targets if not isinstance(t[0], View))
-    run: list[tuple[Source, Role]] = []
-    for view, role in sorted(views, key=lambda t: t[0].slot.offset):
-        if run and not _adjoin(run[-1], (view, role)):
-            yield run
-            run = []
-        run.append((view, role))
-    if run:
-        yield run
-
-
-def _adjoin(one: tuple[View, Role], other: tuple[View, Role]) -> bool:
-    a, b = one[0], other[0]
-    return (
-        a.which is None
-        and b.which is None
-        and a.slot.entries.stop == b.slot.offset
-        and a.slot.scale == b.slot.scale
-        and one[1].op is other[1].op
-    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dropinf import ops
+from dropinf.folds import Dense, Sums
 from dropinf.plan import Slot
 from dropinf.tap import Tap, sharded_modules
 
@@ -17,10 +19,14 @@ class GradsTap(Tap):
     """Rows from the .grad of the parameters, one backward pass an example."""
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
-        self._indices = [
-            slot.index.to(p.device)
-            for slot, p in zip(self.plan.slots, self.parameters, strict=True)
-        ]
+        self._indices, self._signs = [], []
+        for slot, p in zip(self.plan.slots, self.parameters, strict=True):
+            index, sign = slot.index, None
+            if isinstance(slot.fold, Sums):
+                numbers, sign = slot.fold.groups
+                index = index[numbers]
+            self._indices.append(index.to(p.device))
+            self._signs.append(None if sign is None else sign.to(p.device))
         # What the forward pass has in place of each parameter: a sharded module swaps them.
         self._used = {id(p): p for p in self.model.parameters()}
         for sharded in sharded_modules(self.model):
@@ -65,11 +71,9 @@ class GradsTap(Tap):
         before = [p.grad for p in everything]
         current = 0
 
-        def take(slot: Slot, index: Tensor) -> Callable[[Tensor], None]:
+        def take(l: int, slot: Slot) -> Callable[[Tensor], None]:
             def gather(p: Tensor) -> None:
-                part = ops.gather_grads(
-                    [p.grad], [index], scales=[slot.scale / loss_scale], backend=self.backend
-                )
+                part = self._entries([l], [p.grad], loss_scale)
                 rows[current, slot.entries] += part.to(rows.device)
                 p.grad = None
                 self.met.add(slot.name)
@@ -78,8 +82,8 @@ class GradsTap(Tap):
             return gather
 
         with contextlib.ExitStack() as undo:
-            for slot, p, index in zip(self.plan.slots, used, self._indices, strict=True):
-                undo.callback(p.register_post_accumulate_grad_hook(take(slot, index)).remove)
+            for l, (slot, p) in enumerate(zip(self.plan.slots, used, strict=True)):
+                undo.callback(p.register_post_accumulate_grad_hook(take(l, slot)).remove)
             for p in everything:
                 if p.requires_grad and id(p) not in tracked:
                     undo.callback(p.register_post_accumulate_grad_hook(_drop).remove)
@@ -105,10 +109,32 @@ class GradsTap(Tap):
                 "row: the .grad of a sharded model is the mean over all ranks, of one shard; "
                 "use tap.rows(losses)"
             )
+        slots, grads = self.plan.slots, [p.grad for p in self.parameters]
+        entries = self._entries(range(len(slots)), grads, loss_scale)
+        if not self.plan.folded:
+            return entries
+        row = entries.new_zeros(self.plan.width)  # parameters add to entries that they share
+        for slot, part in zip(slots, entries.split([slot.r for slot in slots]), strict=True):
+            row[slot.entries] += part
+        return row
+
+    def _entries(
+        self, numbers: Sequence[int], grads: Sequence[Tensor | None], loss_scale: float
+    ) -> Tensor:
+        """The entries of the parameters of these numbers, side by side, of their gradients."""
+        slots = [self.plan.slots[l] for l in numbers]
+        if any(isinstance(slot.fold, Dense) for slot in slots):
+            wide = [
+                p.detach().new_zeros(p.shape) if g is None else g
+                for p, g in zip((self.parameters[l] for l in numbers), grads, strict=True)
+            ]
+            parts = zip(slots, wide, strict=True)
+            return torch.cat([s.fold(g.reshape(1, -1) / loss_scale)[0] for s, g in parts])
         return ops.gather_grads(
-            [p.grad for p in self.parameters],
-            self._indices,
-            scales=[slot.scale / loss_scale for slot in self.plan.slots],
+            grads,
+            [self._indices[l] for l in numbers],
+            signs=[self._signs[l] for l in numbers] if self.plan.folded else None,
+            scales=[slot.scale / loss_scale for slot in slots],
             backend=self.backend,
         )
 

@@ -47,7 +47,8 @@ def sampled_outer(
         x: [B, T, I] layer input, float32, bfloat16 or float16 (float64 on `reference`).
         dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
         o_idx, i_idx: [r] int32, fastest when sorted by (o, i); or [r, s] with `sign`.
-        sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates.
+        sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates. 0 leaves a
+            coordinate out, for entries of fewer than s; its index must still be in range.
         bias: let i_idx = I name the layer's bias, a virtual input column of ones.
         scale: factor of every entry.
         order: of these coordinates, from `staging.staged_order`. Backends other than cuda ignore
@@ -101,6 +102,64 @@ def sampled_outer(
         () if order is None else order[:3],
         out,
     )
+    return out
+
+
+def factored_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor | None,
+    i_idx: Tensor | None,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A grid of entries of each example's weight gradient, as one product of gathered columns.
+
+    out[b, p * b' + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
+
+    Equal to (einsum("bto,bti->boi", dy, x) * scale)[:, o_idx][:, :, i_idx].flatten(1), without the
+    [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
+
+    Args:
+        x: [B, T, I] layer input, float32, bfloat16, float16 or float64.
+        dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
+        o_idx: [a] int64 columns of dy; None for all, which are then not copied (unless they are of
+            half precision).
+        i_idx: [b'] int64 columns of x, or None likewise.
+        scale: factor of every entry.
+        out: [B, a * b'] floating point to write into; any strides.
+        backend: `reference`, or None.
+
+    Returns:
+        [B, a * b'] float32 (float64 for float64 inputs): `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        IndexError: an index is out of range.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "factored_outer"
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
+    B, T = x.shape[:2]
+    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    _floating(op, "x", x)
+    _same(op, "dy", dy, x.dtype, x.device)
+    sides = []
+    for name, index, columns in (("o_idx", o_idx, dy), ("i_idx", i_idx, x)):
+        if index is None:
+            sides.append(columns.shape[2])
+            continue
+        _same(op, name, index, torch.int64, x.device)
+        if index.dim() != 1:
+            raise ValueError(f"{op}: {name} must have one dimension, got {tuple(index.shape)}")
+        sides.append(len(index))
+    out = _output(op, out, (B, sides[0] * sides[1]), x.dtype, x.device)
+    call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
+    call(x, dy, o_idx, i_idx, scale, out)
     return out
 
 
@@ -266,18 +325,24 @@ def gather_grads(
     grads: Sequence[Tensor | None],
     indices: Sequence[Tensor],
     *,
+    signs: Sequence[Tensor | None] | None = None,
     scales: Sequence[float] | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Sampled entries of L gradient buffers, straight into one packed row.
+    """Sampled entries of L gradient buffers, or signed sums of them, straight into one packed row.
 
     Equal to cat([g.flatten()[i] * c for g, i, c in zip(grads, indices, scales)]), without the
-    flattened copies and the L parts.
+    flattened copies and the L parts. With signs the part of layer l is
+    (g.flatten()[i] * sign).sum(1) * c, summed in that order, and nothing [r_l, s_l] is made.
 
     Args:
         grads: L gradients of any shape and strides, dtypes may differ; None counts as zeros.
-        indices: L tensors [r_l] int64, positions in the flattened gradient.
+        indices: L tensors [r_l] int64, positions in the flattened gradient; [r_l, s_l] where the
+            layer has signs.
+        signs: L tensors [r_l, s_l] int8 of +1 and -1, or None for layers without: entry k is the
+            signed sum of its s_l coordinates. 0 leaves a coordinate out, for entries of fewer than
+            s_l; its index must still be in range. None is None for each.
         scales: L factors; None is 1 for each.
         out: [R] floating point to write into, R the sum of the r_l; any stride.
         backend: a name from `dropinf.backends()`; None takes the first available.
@@ -296,6 +361,11 @@ def gather_grads(
             f"{op}: grads, indices and scales must be equally long, "
             f"got {len(grads)}, {len(indices)} and {len(scales)}"
         )
+    if signs is not None and len(signs) != len(indices):
+        raise ValueError(
+            f"{op}: signs must be as long as indices, {len(indices)}, got {len(signs)}; "
+            "None stands for a layer without"
+        )
     device = indices[0].device if indices else torch.device("cpu")
     there = [g for g in grads if g is not None]
     # Sets first: at 200 layers a look at each tensor in turn costs more than the gathering.
@@ -303,14 +373,20 @@ def gather_grads(
     devices = {*map(_device_of, indices), *map(_device_of, there)}
     wrong = devices - {device} or set(map(_dtype_of, indices)) - {torch.int64}
     if wrong or not all(dtype.is_floating_point for dtype in dtypes):
-        _check_gather(grads, indices, device)
+        _check_gather(grads, indices, signs, device)
+    if signs is None:
+        R = sum(map(Tensor.numel, indices))
+    else:
+        if not all(map(_takes_signs, indices, signs)):
+            _check_gather(grads, indices, signs, device)
+        R = sum(map(len, indices))
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
-    out = _output(op, out, (sum(map(Tensor.numel, indices)),), widest, device)
+    out = _output(op, out, (R,), widest, device)
     call = kernel(op, backend, device, tuple(dtypes), out.dtype)
     try:
-        call(list(grads), list(indices), list(scales), out)
+        call(list(grads), list(indices), list(signs or ()), list(scales), out)
     except (RuntimeError, ValueError, IndexError):
-        _check_gather(grads, indices, device)
+        _check_gather(grads, indices, signs, device)
         raise
     return out
 
@@ -600,15 +676,34 @@ def _packed_rows(op: str, name: str, rows: Tensor, offsets: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be float32 or float64, got {rows.dtype}")
 
 
+def _takes_signs(index: Tensor, sign: Tensor | None) -> bool:
+    if sign is None:
+        return index.dim() == 1
+    alike = sign.shape == index.shape and sign.device == index.device
+    return alike and index.dim() == 2 and sign.dtype is torch.int8
+
+
 def _check_gather(
-    grads: Sequence[Tensor | None], indices: Sequence[Tensor], device: torch.device
+    grads: Sequence[Tensor | None],
+    indices: Sequence[Tensor],
+    signs: Sequence[Tensor | None] | None,
+    device: torch.device,
 ) -> None:
     """Name the tensor that gather_grads cannot take."""
     op = "gather_grads"
-    for l, (grad, index) in enumerate(zip(grads, indices, strict=True)):
+    all_signs = [None] * len(indices) if signs is None else signs
+    for l, (grad, index, sign) in enumerate(zip(grads, indices, all_signs, strict=True)):
         _same(op, f"indices[{l}]", index, torch.int64, device)
-        if index.dim() != 1:
-            raise ValueError(f"{op}: indices[{l}] must be [r], got {tuple(index.shape)}")
+        if index.dim() != (1 if sign is None else 2):
+            wanted = "[r] without signs" if sign is None else "[r, s] with signs"
+            raise ValueError(f"{op}: indices[{l}] must be {wanted}, got {tuple(index.shape)}")
+        if sign is not None:
+            _same(op, f"signs[{l}]", sign, torch.int8, device)
+            if sign.shape != index.shape:
+                raise ValueError(
+                    f"{op}: signs[{l}] must have the shape {tuple(index.shape)} of its indices, "
+                    f"got {tuple(sign.shape)}"
+                )
         if grad is None:
             continue
         _floating(op, f"grads[{l}]", grad)

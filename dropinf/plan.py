@@ -12,16 +12,21 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dropinf.compress import Dropout, Full
+from dropinf.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
+from dropinf.compress import Dropout, FactoredDropout, Full, Part, Sketch
+from dropinf.folds import Fold
+from dropinf.shares import entries_of
 from dropinf.tables import print_table
 
-_COMPRESSIONS = {c.__name__: c for c in (Dropout, Full)}
+Compression = (
+    Dropout | Sketch | FactoredDropout | Full | Gaussian | Rademacher | SJLT | FJLT | LoGra
+)
+_COMPRESSIONS = {c.__name__: c for c in get_args(Compression)}
 _FORMAT = "dropinf plan 1"
 
 
@@ -32,13 +37,38 @@ class Slot:
     name: str  # full name in the model, as in named_parameters()
     shape: tuple[int, ...]
     offset: int  # of its first entry in the row
-    index: Tensor  # [r] int64, sorted positions in the flattened parameter
+    index: Tensor  # [n] int64, sorted positions in the flattened parameter
     scale: float
+    fold: Fold | None = None  # makes entries of the values there; None takes each as one
+
+    @cached_property
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """(rows [a], columns [b]) of the parameter [O, ...] whose product `index` is, or None.
+
+        One row or column alone is no grid.
+        """
+        I = math.prod(self.shape[1:])
+        if len(self.shape) < 2 or not len(self.index):
+            return None
+        rows, columns = self.index // I, self.index % I
+        b = int((rows == rows[0]).sum())
+        a = len(self.index) // b
+        if a < 2 or b < 2 or a * b != len(self.index):
+            return None
+        same = (rows.view(a, b) == rows[::b, None]).all() and (
+            columns.view(a, b) == columns[:b]
+        ).all()
+        return (rows[::b].clone(), columns[:b].clone()) if same else None
+
+    @property
+    def r(self) -> int:
+        """Entries that it has a part in."""
+        return len(self.index) if self.fold is None else self.fold.r
 
     @property
     def entries(self) -> slice:
-        """Where its entries stand in a row."""
-        return slice(self.offset, self.offset + len(self.index))
+        """Where its entries stand in a row; with a fold, other parameters' may be the same."""
+        return slice(self.offset, self.offset + self.r)
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,7 @@ class Plan:
         compression: what chose the coordinates.
         blocks: one `Block` a layer, in the order of the model's modules.
         width: R, entries in a row.
+        folded: whether entries are made of several coordinates, so that parameters share some.
         fingerprint: 16 hexadecimal digits; two plans with equal ones make comparable rows.
         paths: parameter name -> how its entries were computed so far, see `describe`.
         prepared: what captures made of the coordinates for their devices, kept for the next one;
@@ -77,7 +108,7 @@ class Plan:
     def __init__(
         self,
         layers: Sequence[tuple[str, Sequence[tuple[str, tuple[int, ...]]]]],
-        compression: Dropout | Full,
+        compression: Compression,
         types: Sequence[str] | None = None,
     ) -> None:
         """From (layer name, [(parameter name, shape), ...]) of every layer; see `make`.
@@ -89,14 +120,17 @@ class Plan:
         sizes = [sum(math.prod(shape) for _, shape in params) for _, params in self._layers]
         blocks, offset = [], 0
         self._types = [""] * len(sizes) if types is None else list(types)
-        for (name, params), P, coordinates, kind in zip(
-            self._layers, sizes, compression.coordinates(sizes), self._types, strict=True
+        kept = compression.keep([(name, [s for _, s in params]) for name, params in self._layers])
+        for (name, params), P, parts, kind in zip(
+            self._layers, sizes, kept, self._types, strict=True
         ):
-            r = len(coordinates)
-            blocks.append(Block(name, _slots(params, P, coordinates, offset), P, r, offset, kind))
+            slots = _slots(params, parts, offset)
+            r = max(slot.entries.stop for slot in slots) - offset
+            blocks.append(Block(name, slots, P, r, offset, kind))
             offset += r
         self.blocks = tuple(blocks)
         self.width = offset
+        self.folded = any(s.fold is not None for block in self.blocks for s in block.slots)
         self.paths: dict[str, str] = {}
         self.prepared: dict[Any, Any] = {}
 
@@ -108,7 +142,7 @@ class Plan:
     def make(
         cls,
         model: nn.Module,
-        compression: Dropout | Full,
+        compression: Compression,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ) -> Plan:
@@ -165,6 +199,8 @@ class Plan:
             digest.update(json.dumps([shapes, block.r]).encode())
             for slot in block.slots:
                 digest.update(slot.index.numpy().astype("<i8").tobytes())
+                if slot.fold is not None:
+                    digest.update(slot.fold.digest())
         return digest.hexdigest()[:16]
 
     def describe(self) -> None:
@@ -172,9 +208,10 @@ class Plan:
 
         The path is what captures under this plan have taken so far: "closed form" samples the
         coordinates from the layer's input and output gradient; "general" forms the gradients of
-        one example at a time, which is slower; ".grad" gathers from gradient buffers.
+        one example at a time, which is slower; "gradient formed" projects gradients that are formed
+        a few examples at a time; ".grad" reads gradient buffers.
         """
-        rows = [("layer", "type", "parameters", "path", "coordinates", "bytes a row")]
+        rows = [("layer", "type", "parameters", "path", "entries", "bytes a row")]
         for block in self.blocks:
             paths = {self.paths.get(slot.name, "not run yet") for slot in block.slots}
             rows.append(
@@ -190,6 +227,14 @@ class Plan:
         P = sum(block.P for block in self.blocks)
         rows.append(("total", "", f"{P:,}", "", f"{self.width:,}", f"{4 * self.width:,}"))
         print_table(rows, right=(2, 4, 5))
+        if not isinstance(self.compression, Full):
+            layers = [(name, [s for _, s in params]) for name, params in self._layers]
+            wanted = sum(entries_of(self.compression, layers))
+            if wanted > self.width:
+                print(
+                    f"{wanted:,} entries were asked for: grids of a x b have no more than "
+                    f"{self.width:,} of them"
+                )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""
@@ -263,17 +308,12 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
 
 
 def _slots(
-    params: Sequence[tuple[str, tuple[int, ...]]], P: int, coordinates: np.ndarray, offset: int
+    params: Sequence[tuple[str, tuple[int, ...]]], parts: Sequence[Part], offset: int
 ) -> tuple[Slot, ...]:
-    scale = math.sqrt(P / len(coordinates))
-    slots, first = [], 0
-    for name, shape in params:
-        size = math.prod(shape)
-        start, stop = np.searchsorted(coordinates, [first, first + size])
-        index = torch.from_numpy(coordinates[start:stop] - first)
-        slots.append(Slot(name, shape, offset + int(start), index, scale))
-        first += size
-    return tuple(slots)
+    return tuple(
+        Slot(name, shape, offset + part.first, torch.from_numpy(part.index), part.scale, part.fold)
+        for (name, shape), part in zip(params, parts, strict=True)
+    )
 
 
 def _matching(what: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:

@@ -112,8 +112,13 @@ class DropoutProjector:
         mask = self._mask(next((i for i in (model_id, ensemble_id) if i is not None), 0))
         if mask.group is None:
             return self._gather(parts, mask).mul_(mask.scale)
-        entries = self._gather(parts, mask)[:, mask.group]  # [B, r, s]
-        return (entries * mask.sign).sum(2).mul_(mask.scale)
+        gathered = self._gather(parts, mask)
+        # One term after the other: the order of `sum` is not the same on every device.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        out = torch.zeros(len(gathered), self.proj_dim, dtype=wide, device=self.device)
+        for group, sign in zip(mask.group.T, mask.sign.T, strict=True):
+            out += gathered[:, group] * sign
+        return out.mul_(mask.scale).to(self.dtype)
 
     def free_memory(self) -> None:
         """Forget the coordinates; they are drawn again when they are needed."""

@@ -28,7 +28,10 @@ def sampled_outer(
     order: Sequence[Tensor] = (),
     out: Tensor | None = None,
 ) -> Tensor:
-    """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]."""
+    """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
+
+    A sign of 0 leaves its coordinate out, also where that is not finite.
+    """
     B, T, _ = x.shape
     if out is None:
         out = x.new_empty(B, o_idx.shape[0], dtype=_sum_dtype(x.dtype))
@@ -41,8 +44,36 @@ def sampled_outer(
         terms = _columns(x, i_idx[part]) * _columns(dy, o_idx[part])  # [B, T, r] or [B, T, r, s]
         entries = terms.sum(1)
         if sign is not None:
-            entries = (entries * sign[part]).sum(-1)
+            entries = _signed(entries, sign[part]).sum(-1)
         out[:, part] = entries * scale
+    return out
+
+
+def factored_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor | None,
+    i_idx: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    """out[b, p n + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]], n = len(i_idx).
+
+    None takes all columns, in place.
+    """
+    B, T = dy.shape[:2]
+    dtype = _sum_dtype(x.dtype)
+    num_columns = sum(
+        t.shape[2] if index is None else len(index) for t, index in ((dy, o_idx), (x, i_idx))
+    )
+    step = max(1, _MAX_ELEMENTS // max(1, T * num_columns))
+    for start in range(0, B, step):
+        part = slice(start, start + step)
+        left, right = (
+            (t[part] if index is None else t[part].index_select(2, index)).to(dtype)
+            for t, index in ((dy, o_idx), (x, i_idx))
+        )
+        out[part] = torch.bmm(left.mT, right).flatten(1).mul_(scale)
     return out
 
 
@@ -126,18 +157,34 @@ def sampled_conv(
 def gather_grads(
     grads: Sequence[Tensor | None],
     indices: Sequence[Tensor],
+    signs: Sequence[Tensor | None],
     scales: Sequence[float],
     out: Tensor,
 ) -> Tensor:
-    """out = cat of scales[l] * grads[l].flatten()[indices[l]]; a gradient of None is zeros."""
+    """out = cat of scales[l] * grads[l].flatten()[indices[l]]; a gradient of None is zeros.
+
+    With signs[l] the part of layer l is instead, summed in the order of j,
+    scales[l] * sum_j signs[l][k, j] * grads[l].flatten()[indices[l][k, j]]. `signs` is L long, or
+    empty where no layer has any. A sign of 0 leaves its coordinate out, also where that is not
+    finite.
+    """
     start = 0
-    for grad, index, scale in zip(grads, indices, scales, strict=True):
+    all_signs = signs or [None] * len(indices)
+    for grad, index, sign, scale in zip(grads, indices, all_signs, scales, strict=True):
+        if index.dim() != (1 if sign is None else 2):
+            raise ValueError("gather_grads: indices must be [r], or with signs [r, s]")
         entries = out[start : start + len(index)]
         if grad is None:
             entries.zero_()
-        else:
+        elif sign is None:
             picked = grad.reshape(-1).index_select(0, index)
             entries.copy_(picked.to(_sum_dtype(grad.dtype)) * scale)
+        else:
+            flat = grad.reshape(-1)
+            sums = grad.new_zeros(len(index), dtype=_sum_dtype(grad.dtype))
+            for column, signs_j in zip(index.unbind(1), sign.unbind(1), strict=True):
+                sums += _signed(flat.index_select(0, column).to(sums.dtype), signs_j)
+            entries.copy_(sums * scale)
         start += len(index)
     return out
 
@@ -220,6 +267,11 @@ def _slices(offsets: Tensor) -> list[slice]:
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _signed(values: Tensor, sign: Tensor) -> Tensor:
+    """values * sign, and 0 where the sign is, whatever the value."""
+    return (values * sign).masked_fill_(sign == 0, 0.0)
 
 
 def _columns(x: Tensor, index: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dropinf import ops
 from dropinf.collecting import LossFn, collect
-from dropinf.compress import Dropout, Full
-from dropinf.plan import Plan
+from dropinf.compress import Dropout
+from dropinf.plan import Compression, Plan
 from dropinf.solvers import Cholesky
 from dropinf.solvers.base import Solver
 from dropinf.store import RowStore
@@ -162,7 +162,7 @@ def influence(
     train_loader: Iterable,
     query_loader: Iterable,
     loss_fn: LossFn,
-    compression: Dropout | Full | None = None,
+    compression: Compression | None = None,
     damping: float = 0.1,
     *,
     mode: str = "activations",

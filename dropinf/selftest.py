@@ -75,8 +75,16 @@ def _sampled_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     o_idx, i_idx = new.indices(O, r), new.indices(I + 1, r)
     yield (x, dy, o_idx, i_idx, None, True, 0.5, ()), (new.out(B, r),)
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
-    sign = 2 * new.indices(2, r, s, dtype=torch.int8) - 1
+    sign = new.indices(3, r, s, dtype=torch.int8) - 1
     yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
+
+
+def _factored_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = _Inputs(dtype, device)
+    x, dy = new.numbers(2, 37, 41), new.numbers(2, 37, 19)
+    o_idx, i_idx = (new.indices(n, 7, dtype=torch.int64) for n in (19, 41))
+    yield (x, dy, o_idx, i_idx, 0.5), (new.out(2, 49),)
+    yield (x, dy, None, i_idx, 0.5), (new.out(2, 19 * 7),)
 
 
 def _sampled_embedding(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -101,7 +109,11 @@ def _gather_grads(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     grads = [new.numbers(13, 5), None, new.numbers(7, 3).T, new.numbers(300)]
     sizes = [65, 9, 21, 300]
     indices = [new.indices(size, size // 2, dtype=torch.int64) for size in sizes]
-    yield (grads, indices, [0.5, 1.0, 2.0, -1.0]), (new.out(sum(map(len, indices))),)
+    scales = [0.5, 1.0, 2.0, -1.0]
+    yield (grads, indices, (), scales), (new.out(sum(map(len, indices))),)
+    indices[2:] = [new.indices(size, 17, 5, dtype=torch.int64) for size in sizes[2:]]
+    signs = [None, None, *(new.indices(3, 17, 5, dtype=torch.int8) - 1 for _ in range(2))]
+    yield (grads, indices, signs, scales), (new.out(sum(map(len, indices))),)
 
 
 def _layers(new: _Inputs) -> tuple[Tensor, int, int]:
@@ -158,6 +170,7 @@ def _score_topk(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
 # op -> its cases, the dtypes of inputs, and how far off a result may be.
 _CASES: dict[str, tuple[Callable[..., Iterator[Case]], tuple[torch.dtype, ...], float]] = {
     "sampled_outer": (_sampled_outer, _DTYPES, 0.0),
+    "factored_outer": (_factored_outer, _DTYPES, 0.0),
     "sampled_embedding": (_sampled_embedding, _DTYPES, 0.0),
     "sampled_conv": (_sampled_conv, _DTYPES, 0.0),
     "gather_grads": (_gather_grads, _DTYPES, 0.0),

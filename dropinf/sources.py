@@ -45,7 +45,8 @@ class View:
     @property
     def columns(self) -> slice | Tensor:
         """Where its entries stand in a row."""
-        return self.slot.entries if self.which is None else self.which + self.slot.offset
+        whole = self.which is None or self.slot.fold is not None
+        return self.slot.entries if whole else self.which + self.slot.offset
 
     @property
     def slots(self) -> list[Slot]:

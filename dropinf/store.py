@@ -32,7 +32,7 @@ class RowStore:
         valid: [n] bool; an invalid row (a loss or gradient that was not finite) is zeros.
         origin: [n, 2] int64, of rows per token or segment the example (in the loader's order) and
             the token or segment; of rows that a callback took during training, the step and the
-            place in it; None if every row is an example in order.
+            example's position in the data set; None if every row is an example in order.
     """
 
     def __init__(

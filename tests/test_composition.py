@@ -522,7 +522,7 @@ def test_describe(capsys):
         "type",
         "parameters",
         "path",
-        "coordinates",
+        "entries",
         "bytes",
         "a",
         "row",

@@ -1,5 +1,6 @@
-"""gather_grads: r entries of each of L buffers, whatever their strides and dtypes."""
+"""gather_grads: r entries, or signed sums, of each of L buffers, whatever strides and dtypes."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import EPS32, assert_refused_or_nan, assert_within
@@ -30,6 +31,47 @@ def exact(grads, indices, scales):
             for g, i, c in zip(grads, indices, scales, strict=True)
         ]
     )
+
+
+def ones_and_zeros(generator, r, s):
+    return (torch.randint(3, (r, s), generator=generator) - 1).to(torch.int8)
+
+
+def signed(dtype=torch.float32):
+    """`buffers` with signed sums of 0 to 7 coordinates in all layers but one."""
+    grads, _ = buffers(dtype)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(5, s) for s in range(len(grads))]
+    indices = [
+        torch.randint(g.numel(), shape, generator=generator)
+        for g, shape in zip(grads, shapes, strict=True)
+    ]
+    signs = [ones_and_zeros(generator, *shape) for shape in shapes]
+    indices[1], signs[1] = indices[1].flatten(), None
+    return grads, indices, signs
+
+
+def exact_sums(grads, indices, signs, scales):
+    """The definition in float64; with absolute values in place of all factors, the sums' sizes."""
+    parts = []
+    for g, i, sign, c in zip(grads, indices, signs, scales, strict=True):
+        picked = torch.zeros(i.shape).double() if g is None else g.double().flatten()[i]
+        parts.append(
+            c * (picked if sign is None else torch.einsum("kj,kj->k", picked, sign.double()))
+        )
+    return torch.cat(parts)
+
+
+def assert_sums(out, grads, indices, signs, scales):
+    """Within the bound of any float32 sum of s terms; the scale and the product are rounded."""
+    sizes = exact_sums(
+        [None if g is None else g.abs() for g in grads],
+        indices,
+        [None if sign is None else sign.abs() for sign in signs],
+        map(abs, scales),
+    )
+    terms = torch.cat([torch.full((len(i),), i[:1].numel()) for i in indices])
+    assert_within(out, exact_sums(grads, indices, signs, scales), (terms + 2) * EPS32 * sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -71,6 +113,130 @@ def test_many_layers_and_empty(backend):
     assert not ops.gather_grads([None], [indices[0]], backend=backend.name).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_signed_sums(backend, dtype):
+    grads, indices, signs = signed(dtype)
+    scales = [0.3 - l for l in range(len(grads))]
+    R = sum(map(len, indices))
+    row = torch.full((2 * R + 6,), torch.nan)
+    out = ops.gather_grads(
+        grads,
+        indices,
+        signs=signs,
+        scales=scales,
+        out=row[2 : 2 + 2 * R : 2],
+        backend=backend.name,
+    )
+    assert_sums(out, grads, indices, signs, scales)
+    row[2 : 2 + 2 * R : 2] = torch.nan
+    assert row.isnan().all()
+
+
+def test_signed_sums_of_any_layout(backend):
+    grads, indices, signs = signed()
+    grads[2] = torch.randn(2, 4, 6).permute(1, 2, 0)[:, ::2]
+    grads[3] = None
+    grads[5] = torch.randn(31).bfloat16().expand(17, 31)
+    grads[6] = grads[6].half().to(memory_format=torch.channels_last)
+    indices[5] = indices[5].T.contiguous().T
+    signs[6] = signs[6].repeat_interleave(2, 1)[:, ::2]
+    assert not indices[5].is_contiguous() and not signs[6].is_contiguous()
+    ones = [1.0] * len(grads)
+    out = ops.gather_grads(grads, indices, signs=signs, backend=backend.name)
+    assert_sums(out, grads, indices, signs, ones)
+    assert not out[[0, 1, 2, 3, 4, 15, 16, 17, 18, 19]].any()  # no coordinates, no gradient
+
+
+def test_signed_sums_in_order(backend):
+    """The bits of a loop over j, which every backend has, for any number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2000), (700, 3), (0, 4), (4, 0), (1, 1), (2, 1500)]
+    grads = [torch.randn(50, 41, generator=generator) for _ in shapes]
+    grads[1] = grads[1].T
+    indices = [torch.randint(2050, shape, generator=generator) for shape in shapes]
+    signs = [ones_and_zeros(generator, *shape) for shape in shapes]
+    parts = []
+    for g, i, sign in zip(grads, indices, signs, strict=True):
+        sums = np.zeros(len(i), np.float32)
+        terms = g.flatten()[i].numpy() * sign.numpy()
+        for j in range(terms.shape[1]):
+            sums += terms[:, j]
+        parts.append(torch.from_numpy(np.float32(0.3) * sums))
+    truth, threads = torch.cat(parts), torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out = ops.gather_grads(
+            grads, indices, signs=signs, scales=[0.3] * len(grads), backend=backend.name
+        )
+        torch.set_num_threads(threads)
+        assert torch.equal(out, truth)
+
+
+def test_many_signed_layers(backend):
+    """More than one CUDA launch takes, with and without signs by turns."""
+    generator = torch.Generator().manual_seed(0)
+    grads = list(torch.randn(1500, 7, generator=generator))
+    indices = [
+        torch.randint(7, (2, 3) if l % 3 else (2,), generator=generator) for l in range(1500)
+    ]
+    signs = [ones_and_zeros(generator, 2, 3) if l % 3 else None for l in range(1500)]
+    grads[4] = None
+    out = ops.gather_grads(grads, indices, signs=signs, backend=backend.name)
+    assert_sums(out, grads, indices, signs, [1.0] * 1500)
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+def test_zeros_leave_out(backend, strided):
+    """Whatever is there; and without a gradient nothing is."""
+    grad = torch.tensor([[1.0, torch.inf], [torch.nan, 4.0]])
+    index, sign = torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.tensor([[1, 0], [0, -1], [0, 0]])
+    if strided:
+        grad = grad.T.contiguous().T
+    out = ops.gather_grads(
+        [grad, None], [index, index], signs=[sign.to(torch.int8)] * 2, backend=backend.name
+    )
+    assert torch.equal(out, torch.tensor([1.0, -4.0, 0.0, 0.0, 0.0, 0.0]))
+
+
+def test_signs_in_float64():
+    grads, indices, signs = signed(torch.float64)
+    scales = [0.3 - l for l in range(len(grads))]
+    out = ops.gather_grads(grads, indices, signs=signs, scales=scales)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(
+        out, exact_sums(grads, indices, signs, scales), rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(
+    "indices, signs, message",
+    [
+        (torch.zeros(2, 3), [], "signs must be as long as indices, 1, got 0; None stands"),
+        (torch.zeros(2, 3), [None], r"indices\[0\] must be \[r\] without signs, got \(2, 3\)"),
+        (torch.zeros(2, 3), None, r"indices\[0\] must be \[r\] without signs, got \(2, 3\)"),
+        (torch.zeros(2), [torch.ones(2)], r"indices\[0\] must be \[r, s\] with signs, got \(2,\)"),
+        (
+            torch.zeros(2, 3),
+            [torch.ones(1, 3)],
+            r"signs\[0\] must have the shape \(2, 3\) of its indices, got \(1, 3\)",
+        ),
+        (torch.zeros(2, 3), [torch.ones(2, 3).int()], r"signs\[0\] must be torch.int8 on cpu"),
+        (
+            torch.zeros(2, 3),
+            [torch.ones(2, 3, device="meta")],
+            r"signs\[0\] must be torch.int8 on cpu, got torch.int8 \(2, 3\) on meta",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("grad", [torch.zeros(3), None], ids=["", "None"])
+def test_bad_signs(backend, grad, indices, signs, message):
+    if signs is not None:
+        signs = [s.to(torch.int8) if s is not None and s.is_floating_point() else s for s in signs]
+    with pytest.raises(ValueError, match=message):
+        ops.gather_grads([grad], [indices.long()], signs=signs, backend=backend.name)
+
+
 @pytest.mark.parametrize(
     "grads, indices, message",
     [
@@ -108,13 +274,30 @@ def test_index_out_of_range(backend, index):
     assert_refused_or_nan(backend, run, 3, "out of bounds")
 
 
-def test_opcheck():
+@pytest.mark.parametrize("index", [9, -1, 2**40])
+@pytest.mark.parametrize("sign", [0, 1])
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+def test_signed_index_out_of_range(backend, index, sign, strided):
+    grad = torch.zeros(3, 3)[:, ::2] if strided else torch.zeros(9)
+    at = torch.zeros(4, 3).long()
+    at[2, 1] = index
+    signs = torch.ones(4, 3, dtype=torch.int8)
+    signs[2, 1] = sign
+
+    def run():
+        return ops.gather_grads([grad], [at], signs=[signs], backend=backend.name)[None]
+
+    assert_refused_or_nan(backend, run, 2, "out of bounds")
+
+
+@pytest.mark.parametrize("with_signs", [False, True], ids=["", "signs"])
+def test_opcheck(with_signs):
     if dropinf.backends()["cpu"] != "available":
         pytest.skip(dropinf.backends()["cpu"])
-    grads, indices = buffers()
+    grads, indices, signs = signed() if with_signs else (*buffers(), ())
     grads[1] = None
     out = torch.zeros(sum(len(i) for i in indices))
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(
-        torch.ops.dropinf.gather_grads.default, (grads, indices, [1.0] * len(grads), out)
+        torch.ops.dropinf.gather_grads.default, (grads, indices, signs, [1.0] * len(grads), out)
     )

@@ -340,3 +340,19 @@ def test_model(monkeypatch):
     dispatch.kernel.cache_clear()
     assert rows.device == torch.device(DEVICE)
     assert (rows.cpu() - truth).norm() <= 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("proj_type", ["dropout", "sketch"])
+def test_projector(proj_type, dtype):
+    """Projections there are those on the CPU, to the bit."""
+    grads = {"weight": random(33, 9, 64).permute(1, 2, 0), "bias": random(9, 64)}
+    joined = torch.cat([g.flatten(1) for g in grads.values()], 1)
+    results = []
+    for device in ("cpu", DEVICE):
+        projector = dropinf.DropoutProjector(64 * 34, 500, 7, proj_type, device, dtype)
+        here = [{name: g.to(device) for name, g in grads.items()}, joined.to(device)]
+        results.append([projector.project(form, model_id=3).cpu() for form in here])
+        assert projector.project(joined.to(device)).device == torch.device(device)
+    assert_same(*results)
+    assert_same(results[0][:1], results[0][1:])

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import dropinf
 
@@ -173,14 +179,23 @@ class Dictionaries(Dataset):
         return {"x": torch.zeros(5).double(), "label": 0}
 
 
+def drawn(sampler):
+    return DataLoader(data(), 4, sampler=sampler)
+
+
 REFUSED = {  # what is wrong: (arguments instead of the right ones, what the error says)
     "a mean": ({"loss_fn": nn.CrossEntropyLoss()}, "loss_fn must give one loss.*reduction='mean'"),
     "a test mean": ({"test_loss_fn": nn.MSELoss()}, "test_loss_fn must give .*'mean'"),
+    "checkpoints": ({"loss_fn": ["1.pt"]}, "loss_fn must be .*got a list of 1; .*no checkpoints"),
+    "no loss": ({"loss_fn": None}, "loss_fn must be .*got a NoneType; .*own losses goes with"),
+    "a test name": ({"test_loss_fn": "mse"}, "test_loss_fn must be .*got a str"),
     "a scalar": ({"loss_fn": lambda y, t: nn.functional.cross_entropy(y, t)}, "one loss per"),
     "shuffled": ({"train_dataset": DataLoader(data(), 4, shuffle=True)}, "shuffle=False"),
+    "a drawn subset": ({"train_dataset": drawn(SubsetRandomSampler([3, 1]))}, "shuffle=False"),
+    "drawn": ({"train_dataset": drawn(WeightedRandomSampler([1.0] * N, 5))}, "shuffle=False"),
     "two sizes": ({"train_dataset": DataLoader(data(), 4), "batch_size": 4}, "leave batch_size"),
     "dictionaries": ({"train_dataset": Dictionaries()}, "features and labels.*got a dict"),
-    "no coordinates": ({"compression": 20}, "compression must be one of Dropout, Full, got 20"),
+    "no coordinates": ({"compression": 20}, "compression must be one of Dropout, .* got 20"),
 }
 
 

@@ -1,68 +1,40 @@
-"""dattri with dropinf's projection, and dropinf as an attributor of dattri."""
-
-from pathlib import Path
+"""dropinf as an attributor of dattri."""
 
 import pytest
+import readme
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
 
 pytest.importorskip("dattri", reason="dattri is not installed: pip install 'dattri==0.3.*'")
-from dattri.algorithm import trak
 from dattri.algorithm.influence_function import IFAttributorExplicit
-from dattri.algorithm.trak import TRAKAttributor
-from dattri.metric import lds, mislabel_detection_auc
 from dattri.task import AttributionTask
+from dattri_cases import M, N, checkpoints, loader, network, own_losses, own_margins, task_of
 
-from dropinf.integrations.dattri import DropinfAttributor, projection
-
-N, M = 40, 6
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+from dropinf.integrations.dattri import DropinfAttributor
 
 
-def loader(n, batch_size=16, **options):
-    generator = torch.Generator().manual_seed(n)
-    data = TensorDataset(
-        torch.randn(n, 5, generator=generator), torch.randint(3, (n,), generator=generator)
-    )
-    return DataLoader(data, batch_size=batch_size, **options)
+def own_scores(model, plan, targets=own_losses):
+    """[m, n] without the adapter."""
+    store = dropinf.collect(model, loader(N), own_losses, plan, progress=False)
+    queries = dropinf.collect(model, loader(M), targets, plan, progress=False)
+    return dropinf.scores(queries, store, dropinf.solvers.Cholesky().fit(store))
 
 
-def task_of(model, checkpoints=None, batch_of_one=True, function=None):
-    def loss(params, data):
-        x, label = data if batch_of_one else (t.unsqueeze(0) for t in data)
-        return F.cross_entropy(torch.func.functional_call(model, params, x), label)
-
-    return AttributionTask(function or loss, model, checkpoints or model.state_dict())
-
-
-def own_losses(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def own_scores(model, plan, damping=0.1):
-    store, queries = (
-        dropinf.collect(model, loader(n), own_losses, plan, progress=False) for n in (N, M)
-    )
-    return dropinf.scores(queries, store, dropinf.solvers.Cholesky(damping).fit(store))
+def assert_equal_to_rounding(found, truth):
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("batch_of_one", [True, False])
-def test_scores_are_dropinfs(batch_of_one):
+@pytest.mark.parametrize("target", [None, own_margins])
+def test_scores_are_dropinfs(batch_of_one, target):
     """Over two checkpoints: the mean of dropinf's own, transposed; a part of the data is a part."""
-    model = network()
-    states = [{k: v * c for k, v in network().state_dict().items()} for c in (1.0, 1.5)]
+    model, states = network(), checkpoints()
     plan = dropinf.Plan.make(model, dropinf.Dropout(r=12))
-    attributor = DropinfAttributor(
-        task_of(model, states, batch_of_one), plan, batch_of_one=batch_of_one
-    )
+    task = task_of(model, states, batch_of_one, target)
+    attributor = DropinfAttributor(task, plan, batch_of_one=batch_of_one)
     train, queries = loader(N), loader(M)
     attributor.cache(train)
     found = attributor.attribute(train, queries)
@@ -70,80 +42,50 @@ def test_scores_are_dropinfs(batch_of_one):
     for state in states:
         other = network()
         other.load_state_dict(state)
-        truth += own_scores(other, plan) / 2
-    torch.testing.assert_close(found, truth.T, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
+        truth += own_scores(other, plan, target or own_losses) / 2
+    assert_equal_to_rounding(found, truth.T)
     part = DataLoader(TensorDataset(*(t[8:20] for t in train.dataset.tensors)), batch_size=5)
-    torch.testing.assert_close(
-        attributor.attribute(part, queries),
-        found[8:20],
-        rtol=1e-4,
-        atol=1e-5 * float(truth.abs().max()),
-    )
-    diagonal = attributor.attribute(train, train).diagonal()
-    torch.testing.assert_close(attributor.self_attribute(), diagonal, rtol=1e-3, atol=1e-4)
+    assert_equal_to_rounding(attributor.attribute(part, queries), truth.T[8:20])
+    if target is None:
+        diagonal = attributor.attribute(train, train).diagonal()
+        torch.testing.assert_close(attributor.self_attribute(), diagonal, rtol=1e-3, atol=1e-4)
 
 
-def test_sign_and_order_are_dattris():
+LAYERS = {
+    "2": ["2.weight", "2.bias"],  # a layer
+    "0.weight": ["0.weight"],
+    ("0.bias", "2.weight"): ["0.bias", "2.weight"],
+}
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_layer_name(layer_name):
+    """Scores of a plan for those layers alone."""
+    model = network()
+    given = layer_name if isinstance(layer_name, str) else list(layer_name)
+    attributor = DropinfAttributor(task_of(model), dropinf.Dropout(r=5), layer_name=given)
+    assert [slot.name for slot in attributor.plan.slots] == LAYERS[layer_name]
+    attributor.cache(loader(N))
+    found = attributor.attribute(loader(N), loader(M))
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=5), include=LAYERS[layer_name])
+    assert_equal_to_rounding(found, own_scores(model, plan).T)
+
+
+@pytest.mark.parametrize("layer_name", [None, ["2.weight", "2.bias"]])
+def test_sign_and_order_are_dattris(layer_name):
     """At a large damping both are products of whole gradients, dattri's over the damping."""
     # In one batch: dattri adds the inverses of all batches.
     model, train, queries = network(), loader(N, N), loader(M, 4)
-    theirs = IFAttributorExplicit(task_of(model), regularization=1e4)
+    theirs = IFAttributorExplicit(task_of(model), layer_name, regularization=1e4)
     theirs.cache(train)
     expected = theirs.attribute(train, queries).detach() * 1e4
-    ours = DropinfAttributor(task_of(model), dropinf.Full(), dropinf.solvers.Identity)
+    ours = DropinfAttributor(
+        task_of(model), dropinf.Full(), dropinf.solvers.Identity, layer_name=layer_name
+    )
     ours.cache(train)
     found = ours.attribute(train, queries)
     assert found.shape == expected.shape == (N, M)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(found.abs().max()))
-
-
-def test_dattris_metrics():
-    attributor = DropinfAttributor(task_of(network()), dropinf.Dropout(r=12))
-    train = loader(N)
-    attributor.cache(train)
-    found = attributor.attribute(train, loader(M))
-    subsets = torch.stack([torch.randperm(N)[: N // 2] for _ in range(8)])
-    sums = torch.stack([found[s].sum(0) for s in subsets])
-    correlation, _ = lds(found, (sums, subsets))
-    torch.testing.assert_close(correlation, torch.ones(M))  # with the sums themselves
-    own = attributor.self_attribute()
-    wrong = torch.zeros(N)
-    wrong[own.topk(5).indices] = 1
-    assert float(mislabel_detection_auc(own, wrong)[0]) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("proj_type", ["dropout", "sketch"])
-def test_trak_attributor_with_projection(proj_type):
-    """dattri's TRAK scores are those of its own formula on projected gradients."""
-    model, train, queries = network(), loader(N), loader(M)
-    before = trak.random_project, dict(trak.DEFAULT_PROJECTOR_KWARGS)
-    task = task_of(model, batch_of_one=False)
-
-    def correct(params, data):
-        return torch.exp(-task.get_loss_func(flatten=False)(params, data))
-
-    with projection(proj_type):
-        attributor = TRAKAttributor(
-            task, correct, projector_kwargs={"proj_dim": 16}, regularization=1e-3
-        )
-        attributor.cache(train)
-        found = attributor.attribute(queries)
-    assert before == (trak.random_project, dict(trak.DEFAULT_PROJECTOR_KWARGS))
-
-    D = sum(p.numel() for p in model.parameters())
-    projector = dropinf.DropoutProjector(D, 16, proj_type=proj_type)
-    g, q = (torch.cat(list(_gradients(model, n))) / D**0.5 for n in (N, M))
-    g, q = projector.project(g), projector.project(q)
-    p = torch.cat([torch.exp(-own_losses(model, batch)) for batch in train]).detach()
-    truth = q @ torch.linalg.solve(g.T @ g + 1e-3 * torch.eye(16), g.T) * (1 - p)
-    torch.testing.assert_close(found, truth.T, rtol=1e-3, atol=1e-3 * float(truth.abs().max()))
-
-
-def _gradients(model, n):
-    for x, label in zip(*loader(n).dataset.tensors, strict=True):
-        losses = own_losses(model, (x[None], label[None]))
-        grads = torch.autograd.grad(losses.sum(), list(model.parameters()))
-        yield torch.cat([g.flatten() for g in grads])[None]
 
 
 def test_refused():
@@ -159,16 +101,23 @@ def test_refused():
         return F.cross_entropy(torch.func.functional_call(other, params, data[0]), data[1])
 
     with pytest.raises(ValueError, match="must call the model that the plan is for"):
-        DropinfAttributor(task_of(model, function=elsewhere), plan).cache(loader(N))
+        DropinfAttributor(AttributionTask(elsewhere, model, model.state_dict()), plan).cache(
+            loader(N)
+        )
+    with pytest.raises(ValueError, match="layer_name='2' as well; give a compression"):
+        DropinfAttributor(task_of(model), plan, layer_name="2")
+    with pytest.raises(ValueError, match=r"'3\.weight' matches no trainable parameter"):
+        DropinfAttributor(task_of(model), dropinf.Full(), layer_name=["2.weight", "3.weight"])
 
 
 def test_readme_example():
-    """Its lines on dattri run as they stand."""
-    model, train, queries = network(), loader(N), loader(M)
-    task = task_of(model)
-    namespace = {"dropinf": dropinf, "task": task, "train": train, "queries": queries}
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = [x.split("```")[0] for x in readme.split("```python\n")[1:]]
-    (block,) = (x for x in blocks if "integrations.dattri" in x)
-    exec(block, namespace)
-    assert namespace["scores"].shape == (N, M)
+    """Its lines run as they stand, and those before them."""
+    first, block = readme.blocks()[0], readme.block("DropinfAttributor")
+    assert len(readme.variants(block)) == 2
+    for lines in readme.variants(block):
+        names = {}
+        exec(first, names)
+        names["task"] = task_of(names["model"])
+        del names["scores"]
+        exec(lines, names)
+        assert names["scores"].shape == (100, 20) and names["scores"].std() > 0

@@ -1,5 +1,7 @@
 """lightning: rows from a Trainer, against autograd and dropinf.collect."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 lightning = pytest.importorskip("lightning")
 
 import dropinf  # noqa: E402
+from dropinf.integrations import versions  # noqa: E402
 from dropinf.integrations.lightning import InfluenceCallback  # noqa: E402
 
 # Lightning's advice on loaders, and what it uses of torch's.
@@ -21,7 +24,7 @@ class Digits(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, 3))
-        self.truth = []
+        self.truth, self.seen = [], []
         self.plan = None
 
     def forward(self, x):
@@ -30,7 +33,8 @@ class Digits(lightning.LightningModule):
     def training_step(self, batch, batch_idx):
         if self.plan is not None:
             self.truth.append(alone(self, batch, self.plan))
-        x, label = batch
+        x, label, *_ = batch
+        self.seen.append(x)
         return F.cross_entropy(self(x), label)
 
     def configure_optimizers(self):
@@ -38,7 +42,7 @@ class Digits(lightning.LightningModule):
 
 
 def loss_fn(model, batch):
-    x, label = batch
+    x, label, *_ = batch
     return F.cross_entropy(model(x), label, reduction="none")
 
 
@@ -91,13 +95,14 @@ def same_as_without(tmp_path, model, **settings):
         assert torch.equal(p, q)
 
 
-def test_after(tmp_path):
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_after(tmp_path, accumulated):
     """The data set's rows in its order, as autograd has them; training as without."""
     model = Digits()
     plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
     callback = InfluenceCallback(plan, loss_fn, tmp_path / "rows")
-    fit(tmp_path, model, callback)
-    same_as_without(tmp_path, model)
+    fit(tmp_path, model, callback, accumulate_grad_batches=accumulated)
+    same_as_without(tmp_path, model, accumulate_grad_batches=accumulated)
     store = dropinf.RowStore.load(tmp_path / "rows")
     assert torch.equal(store.rows, callback.store.rows)
     assert_rows(store.rows, alone(model, data()[:], plan))
@@ -118,6 +123,22 @@ def test_during(tmp_path, accumulated):
     steps = range(8) if accumulated == 1 else [0, 0, 0, 1, 2, 2, 2, 3]
     wanted = [s for s, n in zip(steps, [2, 2, 2, 1] * 2, strict=True) for _ in range(n)]
     assert callback.store.origin[:, 0].tolist() == wanted
+    assert (callback.store.origin[:, 1] == -1).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_index(tmp_path, workers):
+    """The examples of the rows, of a data set that gives its positions."""
+    model, (x, labels) = Digits(), data()[:]
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=2))
+    numbered = torch.utils.data.TensorDataset(x, labels, torch.arange(7))
+    loader = torch.utils.data.DataLoader(numbered, 2, shuffle=True, num_workers=workers)
+    path = tmp_path / "rows"
+    callback = InfluenceCallback(plan, loss_fn, path, "during", index=lambda batch: batch[2])
+    fit(tmp_path, model, callback, loader=loader)
+    examples = dropinf.RowStore.load(path).origin[:, 1]
+    assert torch.equal(x[examples], torch.cat(model.seen))
+    assert sorted(examples.tolist()) == sorted(2 * [*range(7)])
 
 
 def test_refuses(tmp_path):
@@ -131,9 +152,22 @@ def test_refuses(tmp_path):
     callback.loss_fn = lambda model, batch: loss_fn(model, batch).mean()
     with pytest.raises(ValueError, match="need one loss per example"):
         fit(tmp_path, model, callback)
+    for index, got in ((lambda b: b[1][:1], r"int64 \(1,\)"), (lambda b: b[0][:, 0], "float32")):
+        callback = InfluenceCallback(plan, loss_fn, tmp_path / "rows", "during", index)
+        with pytest.raises(ValueError, match=f"an integer for each of 2 examples, got .*{got}"):
+            fit(tmp_path, model, callback)
     assert not list(tmp_path.glob("rows*"))
+    with pytest.raises(ValueError, match=r"index= goes with when='during'"):
+        InfluenceCallback(plan, loss_fn, index=lambda batch: batch[2])
     with pytest.raises(ValueError, match="when must be 'after' or 'during', got 'before'"):
         InfluenceCallback(plan, loss_fn, when="before")
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda package: "2.5.1")
+    monkeypatch.delitem(sys.modules, "dropinf.integrations.lightning")
+    with pytest.raises(ImportError, match=r"lightning 2\.5\.1 is not supported, tested is 2\.6\.x"):
+        importlib.import_module("dropinf.integrations.lightning")
 
 
 def test_readme_example(tmp_path, monkeypatch):

@@ -136,6 +136,11 @@ def test_gather_grads(backend_for):
     out = ops.gather_grads([flat, matrix], [index, torch.arange(15)], backend=backend)
     assert torch.equal(out, torch.cat([flat[index], matrix.flatten()]).float())
     assert out.all()
+    pairs = [index[[0, 2, 1, 2]].reshape(2, 2), torch.arange(14).reshape(7, 2)]
+    signs = [torch.tensor([1, -1], dtype=torch.int8).expand_as(pair) for pair in pairs]
+    out = ops.gather_grads([flat, matrix], pairs, signs=signs, backend=backend)
+    values = (flat[pairs[0]], matrix.flatten()[pairs[1]])
+    assert torch.equal(out, torch.cat([v[:, 0].float() - v[:, 1].float() for v in values]))
 
 
 @pytest.fixture

@@ -8,7 +8,18 @@ import torch
 from cases import Transformer, gpt2
 from torch import nn
 
-from dropinf import Dropout, Full, Plan
+from dropinf import (
+    FJLT,
+    SJLT,
+    Dropout,
+    FactoredDropout,
+    Full,
+    Gaussian,
+    LoGra,
+    Plan,
+    Rademacher,
+    Sketch,
+)
 
 
 def mlp():
@@ -56,9 +67,14 @@ def test_pure_function_of_shapes_and_seed():
     fingerprints = {
         Plan.make(Transformer(**shape), compression).fingerprint
         for shape in ({}, {"width": 15})
-        for compression in (Dropout(r=20), Dropout(r=20, seed=1), Dropout(r=21), Full())
+        for compression in (
+            *(Dropout(r=20), Dropout(r=20, seed=1), Dropout(r=21), Full()),
+            *(Sketch(r=20), Sketch(r=20, s=3), Sketch(r=20, seed=1), FactoredDropout(r=20)),
+            *(Gaussian(r=20), Gaussian(r=20, seed=1), Rademacher(r=20), LoGra(r=20)),
+            *(SJLT(r=20), SJLT(r=20, s=2), FJLT(r=20)),
+        )
     }
-    assert len(fingerprints) == 8
+    assert len(fingerprints) == 30
 
 
 def test_names_do_not_count():
@@ -70,7 +86,19 @@ def test_names_do_not_count():
 
 @pytest.mark.parametrize(
     "compression",
-    [Dropout(r=20), Dropout(rate=0.1, seed=2**63), Dropout(total=300), Full()],
+    [
+        Dropout(r=20),
+        Dropout(rate=0.1, seed=2**63),
+        Dropout(total=300, allocation="sqrt"),
+        Full(),
+        Sketch(r=20, s=3, seed=1),
+        FactoredDropout(r=20),
+        Gaussian(r=20),
+        Rademacher(r=20),
+        SJLT(r=20, s=2),
+        FJLT(r=20),
+        LoGra(r=20),
+    ],
     ids=str,
 )
 def test_save_and_load(compression, tmp_path):
@@ -145,5 +173,5 @@ def test_nothing_to_track():
         Plan.make(nn.ReLU(), Full())
     with pytest.raises(ValueError, match="0 trainable parameters"):
         Plan.make(mlp().requires_grad_(False), Full())
-    with pytest.raises(ValueError, match="compression must be one of Dropout, Full, got 64"):
+    with pytest.raises(ValueError, match=r"compression must be one of Dropout, Sketch, .* got 64"):
         Plan.make(mlp(), 64)

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from conftest import assert_within
 from hypothesis import given, settings
 
 from dropinf import DropoutProjector
@@ -84,6 +85,22 @@ def test_definition(proj_type, dtype):
     assert torch.equal(projector.project(flat(grads)[:1], ensemble_id=3), out[:1])
 
 
+@pytest.mark.parametrize("proj_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_of_the_result(proj_type, dtype):
+    """As the projector has it: that of rounded gradients, rounded once."""
+    grads = flat(gradients())
+    grads += 0.1 * grads.sign()  # no subnormal half
+    out = DropoutProjector(D, 16, proj_type=proj_type, dtype=dtype).project(grads)
+    assert out.dtype == dtype
+    M = torch.from_numpy(matrix(D, 16, proj_type=proj_type))
+    rounded = grads.to(dtype).double()
+    truth, sizes = rounded @ M, rounded.abs() @ M.abs()
+    wide = torch.promote_types(dtype, torch.float32)  # of the sums
+    limit = torch.finfo(dtype).eps / 2 * truth.abs() + 3 * torch.finfo(wide).eps * sizes
+    assert_within(out, truth, limit)
+
+
 def test_strides():
     """Gradients of any strides are read where they are."""
     grads = gradients()
@@ -115,6 +132,71 @@ def test_same_every_time(proj_type):
     others = [run(1, 1), run(2, 0), run(1, 2**40), run(2**63 + 1, 0)]
     everyone = [run(1, 0), *others]
     assert len({tuple(out.flatten().tolist()) for out in everyone}) == len(everyone)
+
+
+@pytest.mark.parametrize("proj_type", TYPES)
+def test_nothing_else_counts(proj_type):
+    """Not torch's random numbers, its default device or dtype, nor the other examples."""
+    grads = gradients(7)
+    truth = DropoutProjector(D, 30, 1, proj_type).project(grads, 2)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            projector = DropoutProjector(D, 30, 1, proj_type)
+            out = projector.project(grads, 2)
+            alone = projector.project({n: g[2:3] for n, g in grads.items()}, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, truth) and torch.equal(alone, truth[2:3])
+    assert torch.equal(torch.get_rng_state(), state)
+    twice = {n: torch.cat([g, g[:1]]) for n, g in grads.items()}
+    out = DropoutProjector(D, 30, 1, proj_type).project(twice, 2)
+    assert torch.equal(out[0], out[-1])
+
+
+def deviation(u, v, D, r, s):
+    """The exact standard deviation of a product of projections of u and v [..., D].
+
+    The n = r s coordinates are a sample without replacement; with s > 1, entry k adds the products
+    of different coordinates of its own, which random signs keep uncorrelated with all else.
+    """
+    n, products = r * s, u * v
+    variance = D**2 / n * products.var(-1) * (1 - n / D)
+    pairs = ((u**2).sum(-1) * (v**2).sum(-1) + products.sum(-1) ** 2) - 2 * (products**2).sum(-1)
+    variance += (D / n) ** 2 * n * (s - 1) * pairs / (D * (D - 1))
+    return variance.sqrt()
+
+
+@pytest.mark.parametrize("shape", [(8, 10_000), (16, 10_001)])
+@pytest.mark.parametrize("proj_type, s", [("dropout", 1), ("sketch", 4)])
+def test_products_at_traks_sizes(proj_type, s, shape):
+    """Norms, differences and products are kept as well as their variance says, for every mask.
+
+    The shapes, the width and the seeds are those of TRAK's own tests of its projectors. One of
+    them does not hold for a mask, which leaves features out: that every feature shows. The vectors
+    have a mean, for which signs count.
+    """
+    (B, D), r = shape, 2048
+    generator = torch.Generator().manual_seed(B)
+    g = torch.rand(B, D, generator=generator, dtype=torch.float64) * 18 - 6
+    g[-1] -= g[0] @ g[-1] / (g[0] @ g[0]) * g[0]  # orthogonal
+    g = torch.cat([g, g[1:] - g[:-1]])
+    standard = deviation(g[:, None], g, D, r, s)
+    truth, scores = g @ g.T, []
+    for seed in (0, 1, 10**8):
+        projector = DropoutProjector(D, r, seed, proj_type, dtype=torch.float64, s=s)
+        for model_id in range(20):
+            p = projector.project(g, model_id)
+            scores.append((p @ p.T - truth) / standard)
+    scores = torch.stack(scores)
+    # 60 masks of up to 31 * 32 / 2 products, each a sum of thousands of terms, so nearly normal:
+    # 30,000 times the probability of 6 is below 1e-4. The mean square over a mask's products is 1,
+    # with a variance of at most 2.
+    assert scores.abs().max() < 6
+    assert scores.mean(0).abs().max() < 6 / len(scores) ** 0.5
+    assert abs(float(scores.square().mean()) - 1) < 5 * (2 / len(scores)) ** 0.5
 
 
 def test_more_than_31_bits():

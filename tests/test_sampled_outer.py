@@ -143,6 +143,37 @@ def test_signed_sums(backend, shape, s):
     assert_within(out, truth, (T + s + 1) * EPS32 * sizes)
 
 
+@pytest.mark.parametrize("way", ["few", "many", "bias", "staged"])
+def test_zero_signs(backend, way):
+    """A sign of 0 leaves a coordinate out, also where that is not finite."""
+    if way == "staged" and backend.name != "cuda":
+        pytest.skip("only CUDA kernels take an order")
+    B, T, I, O, r, s = (2, 9, 7, 5, 3, 4) if way == "few" else (2, 35, 24, 32, 200, 3)
+    bias = way == "bias"
+    x, dy, _, _ = inputs(B, T, I, O, 0, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    # Column 0 of dy, which only the coordinates that are left out have, is not finite.
+    o_idx = torch.randint(1, O, (r, s), generator=generator).int()
+    i_idx = torch.randint(I + bias, (r, s), generator=generator).int()
+    sign = (torch.randint(3, (r, s), generator=generator) - 1).to(torch.int8)
+    sign[0] = 0
+    o_idx[sign == 0] = 0
+    finite = dy.clone()
+    finite[..., 0] = 0
+    dy[..., 0] = torch.tensor([torch.inf, torch.nan])[torch.arange(T) % 2]
+    order = None
+    if way == "staged":
+        order = staging.staged_order(o_idx, i_idx, I, O, x.element_size())
+    out = ops.sampled_outer(
+        x, dy, o_idx, i_idx, sign=sign, bias=bias, order=order, backend=backend.name
+    )
+
+    truth = (exact(x, finite, o_idx, i_idx, bias) * sign).sum(-1)
+    sizes = (exact(x.abs(), finite.abs(), o_idx, i_idx, bias) * sign.abs()).sum(-1)
+    assert_within(out, truth, (T + s + 1) * EPS32 * sizes)
+    assert (out[:, 0] == 0).all() and out[:, 1:].any(1).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(backend, dtype):
     """x and dy as slices, transposed views and expanded gradients; out with any strides."""
@@ -277,16 +308,15 @@ def test_bad_input(backend, change, message):
 @pytest.mark.parametrize(
     "name, index", [("o_idx", 5), ("o_idx", -1), ("i_idx", 4), ("i_idx", -1), ("i_idx", 2**31 - 1)]
 )
-@pytest.mark.parametrize("sign", [False, True], ids=["", "sign"])
+@pytest.mark.parametrize("sign", [None, 1, 0], ids=["", "sign", "left out"])
 def test_index_out_of_range(backend, name, index, sign):
     call = {**good, name: good[name].clone()}
     call[name][2] = index
-    if sign:
+    if sign is not None:
         pairs = {key: call[key].reshape(3, 2) for key in ("o_idx", "i_idx")}
-        call |= pairs | {"sign": torch.ones(3, 2, dtype=torch.int8)}
-    assert_refused_or_nan(
-        backend, lambda: ops.sampled_outer(**call, backend=backend.name), 1 if sign else 2, name
-    )
+        call |= pairs | {"sign": torch.tensor([[1, 1], [sign, 1], [1, 1]], dtype=torch.int8)}
+    k = 2 if sign is None else 1
+    assert_refused_or_nan(backend, lambda: ops.sampled_outer(**call, backend=backend.name), k, name)
 
 
 def test_named_backend_is_used_or_refused():

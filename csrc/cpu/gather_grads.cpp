@@ -32,6 +32,31 @@ bool gather(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
   return in_range;
 }
 
+template <typename E>
+bool gather_signed(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
+  const E* data = static_cast<const E*>(entries.data);
+  bool in_range = true;
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    const int64_t* idx = entries.idx + k * entries.s;
+    const int8_t* signs = entries.signs + k * entries.s;
+    float sum = 0.0f;
+    for (int64_t j = 0; j < entries.s; ++j) {
+      const bool good = static_cast<uint64_t>(idx[j]) < static_cast<uint64_t>(entries.numel);
+      in_range &= good;
+      const float value = to_float(data[offset_of(entries, good ? idx[j] : 0)]);
+      sum += signs[j] == 0 ? 0.0f : static_cast<float>(signs[j]) * value;
+    }
+    entries.out[k * entries.out_stride] = entries.scale * sum;
+  }
+  return in_range;
+}
+
+template <typename E>
+bool gather_any(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
+  return entries.signs ? gather_signed<E>(entries, k_begin, k_end)
+                       : gather<E>(entries, k_begin, k_end);
+}
+
 }  // namespace
 
 bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
@@ -41,11 +66,11 @@ bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end) 
   }
   switch (entries.dtype) {
     case DType::kBFloat16:
-      return gather<BFloat16>(entries, k_begin, k_end);
+      return gather_any<BFloat16>(entries, k_begin, k_end);
     case DType::kFloat16:
-      return gather<Float16>(entries, k_begin, k_end);
+      return gather_any<Float16>(entries, k_begin, k_end);
     default:
-      return gather<float>(entries, k_begin, k_end);
+      return gather_any<float>(entries, k_begin, k_end);
   }
 }
 

@@ -396,8 +396,10 @@ class Call final : public SampledOuter {
       float sum = sums[k * args_.s];
       if (args_.sign) {
         const int8_t* sign = args_.sign + k * args_.s;
-        sum *= sign[0];
-        for (int64_t j = 1; j < args_.s; ++j) sum += sign[j] * sums[k * args_.s + j];
+        sum = sign[0] == 0 ? 0.0f : sign[0] * sum;
+        for (int64_t j = 1; j < args_.s; ++j) {
+          sum += sign[j] == 0 ? 0.0f : sign[j] * sums[k * args_.s + j];
+        }
       }
       out[k * args_.out_stride_k] = args_.scale * sum;
     }

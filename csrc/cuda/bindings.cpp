@@ -72,12 +72,14 @@ void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& 
 }
 
 void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                  at::ArrayRef<double> scales, const at::Tensor& out) {
+                  const c10::List<std::optional<at::Tensor>>& signs, at::ArrayRef<double> scales,
+                  const at::Tensor& out) {
   const char* const op = "gather_grads";
   const c10::cuda::CUDAGuard guard(out.device());
-  GatherCall call = gather_call(grads, indices, scales, out);
+  GatherCall call = gather_call(grads, indices, signs, scales, out);
   same_device(op, out, call.positions);
   same_device(op, out, call.kept);
+  same_device(op, out, call.signs);
   for (size_t l = 0; l < call.layers.size(); ++l) {
     GradEntries& entries = call.layers[l];
     if (entries.num_dims <= cuda::kMaxDims) continue;

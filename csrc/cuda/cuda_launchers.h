@@ -27,8 +27,8 @@ int64_t sampled_outer_scratch(const SampledOuterArgs& args);
 cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order, float* scratch,
                           cudaStream_t stream);
 
-// The entries of L gradients, in one launch for every kMaxGrads contiguous ones and one for each
-// that is strided, which has at most kMaxDims dimensions.
+// The entries of L gradients, in one launch for every 640 contiguous ones (480 with signs) and one
+// for each that is strided, which has at most kMaxDims dimensions.
 constexpr int kMaxDims = 8;
 cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stream);
 

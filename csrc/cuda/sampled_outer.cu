@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
       const int32_t o = call.o_idx[k * call.s + j], i = call.i_idx[k * call.s + j];
       const bool ones = call.bias && i == call.I;
       const bool good = in_range(o, call.O) && (ones || in_range(i, call.I));
+      const float sign = call.sign ? static_cast<float>(call.sign[k * call.s + j]) : 1.0f;
+      if (good && sign == 0.0f) continue;
       float sum = good ? 0.0f : not_a_number();
       if (good && ones) {
 #pragma unroll 4
@@ -76,7 +78,6 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
           sum += widen(x[t * call.x.stride_t + i]) * widen(dy[t * call.dy.stride_t + o]);
         }
       }
-      const float sign = call.sign ? static_cast<float>(call.sign[k * call.s + j]) : 1.0f;
       total += sign * sum;
     }
   }

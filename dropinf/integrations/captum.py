@@ -8,12 +8,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from dropinf.collecting import collect
-from dropinf.compress import Dropout, Full
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
+from dropinf.plan import Compression, Plan
 from dropinf.scoring import scores, self_influence, topk
 from dropinf.solvers import Cholesky
 from dropinf.solvers.base import Solver
@@ -44,7 +50,7 @@ class DropoutInfluence(DataInfluence):
         model: nn.Module,
         train_dataset: Dataset | DataLoader,
         loss_fn: nn.Module | Loss,
-        compression: Dropout | Full,
+        compression: Compression,
         *,
         solver: Solver | None = None,
         batch_size: int | None = None,
@@ -73,7 +79,8 @@ class DropoutInfluence(DataInfluence):
             show_progress: show a bar over the training set.
 
         Raises:
-            ValueError: the loss is a mean, or the DataLoader shuffles; or as in `dropinf.collect`.
+            ValueError: the loss is a mean or no function, or the DataLoader shuffles; or as in
+                `dropinf.collect`.
         """
         self.model, self.train_dataset, self.mode = model, train_dataset, mode
         self.loss_fn = _per_example("loss_fn", loss_fn)
@@ -161,6 +168,12 @@ def _kind(batch: Any) -> str:
 
 def _per_example(name: str, loss_fn: nn.Module | Loss) -> Loss:
     """`loss_fn` as one that returns a loss per example, [B]."""
+    if not callable(loss_fn):
+        raise ValueError(
+            f"DropoutInfluence: {name} must be a loss module or a function (outputs, labels) -> "
+            f"[B], got {_kind(loss_fn)}; there are no checkpoints, and a model that returns its "
+            "own losses goes with lambda losses, labels: losses"
+        )
     reduction = getattr(loss_fn, "reduction", "none")
     if reduction == "none":
         return loss_fn
@@ -191,7 +204,7 @@ def _loader(train_dataset: Dataset | DataLoader, batch_size: int | None) -> Data
     sampler = train_dataset.sampler
     if isinstance(train_dataset.batch_sampler, BatchSampler):
         sampler = train_dataset.batch_sampler.sampler
-    if isinstance(sampler, RandomSampler):
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         raise ValueError(
             "DropoutInfluence: train_dataset shuffles, so that no index would name an example; "
             "make the DataLoader with shuffle=False"

@@ -8,7 +8,10 @@ Its random projections replaced, while TRAKAttributor, TracIn and DVEmb work:
         scores = attributor.attribute(test_loader)
 
 dattri has no argument for a projection of one's own, so `projection` replaces the function by which
-those modules make one, and puts it back.
+those modules make one, and puts it back. DVEmb works with factorization_type="none": the factorised
+ones of dattri 0.3 project both sides of a layer with one seed, so that sampled inputs and outputs
+go together and products are biased, which is refused. All TRAKAttributors, and all TracIns, of one
+`projection` share their projector_kwargs, as dattri 0.3 has them share those of its module.
 
 The attributor replaced, which computes each example's row inside one batched backward pass:
 
@@ -21,8 +24,8 @@ The attributor replaced, which computes each example's row inside one batched ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -31,10 +34,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from dropinf.collecting import collect
-from dropinf.compress import Dropout, Full
 from dropinf.integrations.batching import batched_outputs, check_first
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
+from dropinf.plan import Compression, Plan
 from dropinf.projector import DropoutProjector
 from dropinf.scoring import scores, self_influence
 from dropinf.solvers import Cholesky
@@ -54,9 +56,16 @@ _NAME = "DropinfAttributor"
 def projection(proj_type: str = "dropout") -> Iterator[None]:
     """While open, TRAKAttributor, the TracIn and the DVEmb attributors project by dropout.
 
+    An attributor belongs to the `projection` it was made in: one made inside is refused by dattri
+    outside, and one made outside is refused inside, so that no scores mix two projections.
+
     Args:
         proj_type: "dropout" or "sketch", see `dropinf.DropoutProjector`. Dimension, seed and device
             are those of dattri's projector_kwargs, whose proj_type must not be given.
+
+    Raises:
+        ValueError: in a call of the attributor: it was made outside, has a proj_type of its own, or
+            is a DVEmbAttributor with factors; or what `dropinf.DropoutProjector` refuses.
     """
     made: dict[Any, DropoutProjector] = {}  # dattri asks for one a batch
 
@@ -66,9 +75,15 @@ def projection(proj_type: str = "dropout") -> Iterator[None]:
         proj_dim: int,
         proj_max_batch_size: int,
         proj_seed: int = 0,
+        proj_type: str = "normal",
         *,
         device: str | torch.device = "cpu",
     ) -> Callable[..., Tensor]:
+        if proj_type != wanted:
+            raise ValueError(
+                f"projection: the attributor's proj_type is {proj_type!r}, not {wanted!r}; make it "
+                "inside of `with projection(...)`, and without proj_type in its projector_kwargs"
+            )
         parts = list(feature.values()) if isinstance(feature, dict) else [feature]
         grad_dim = sum(part.numel() for part in parts) // feature_batch_size
         key = (grad_dim, proj_dim, proj_seed, proj_type, str(device), parts[0].dtype)
@@ -80,15 +95,27 @@ def projection(proj_type: str = "dropout") -> Iterator[None]:
 
         return project
 
-    # TRAKAttributor writes projector_kwargs into its module's defaults, for all that come later.
-    defaults = {k: v for k, v in trak.DEFAULT_PROJECTOR_KWARGS.items() if k != "proj_type"}
-    with (
-        mock.patch.object(trak, "DEFAULT_PROJECTOR_KWARGS", defaults),
-        mock.patch.object(trak, "random_project", random_project),
-        mock.patch.object(tracin, "random_project", random_project),
-        mock.patch.object(dvemb, "random_project", random_project),
-    ):
+    wanted = proj_type
+    with ExitStack() as stack:
+        for module in (trak, tracin, dvemb):
+            # Attributors take them, and those of trak and tracin write projector_kwargs into them.
+            defaults = {**module.DEFAULT_PROJECTOR_KWARGS, "proj_type": proj_type}
+            for name, value in (
+                ("DEFAULT_PROJECTOR_KWARGS", defaults),
+                ("random_project", random_project),
+            ):
+                stack.enter_context(mock.patch.object(module, name, value))
+        patch = mock.patch.object(dvemb.DVEmbAttributor, "_setup_projectors", _refuse_factors)
+        stack.enter_context(patch)
         yield
+
+
+def _refuse_factors(attributor: dvemb.DVEmbAttributor, batch_size: int) -> None:
+    raise ValueError(
+        f"projection: DVEmbAttributor with factorization_type={attributor.factorization_type!r} "
+        "projects both sides of a layer with one seed, which is biased for sampled coordinates; "
+        'use factorization_type="none"'
+    )
 
 
 class DropinfAttributor(BaseAttributor):
@@ -102,9 +129,10 @@ class DropinfAttributor(BaseAttributor):
     def __init__(
         self,
         task: AttributionTask,
-        compression: Plan | Dropout | Full,
+        compression: Plan | Compression,
         solver: Callable[[], Solver] = Cholesky,
         *,
+        layer_name: str | Sequence[str] | None = None,
         batch_of_one: bool = True,
         mode: str = "activations",
         device: str | torch.device = "cpu",
@@ -115,17 +143,28 @@ class DropinfAttributor(BaseAttributor):
             task: its functions must call its model, once for an example.
             compression: which coordinates to keep, or a plan for the task's model.
             solver: makes the solver of one checkpoint, such as `lambda: Cholesky(damping=0.01)`.
+            layer_name: names of parameters, as in dattri, or of layers to track, with a
+                compression; None for all.
             batch_of_one: whether the task's functions take a batch of one example, as dattri's
                 influence functions call them, or an example without batch dimension, as its
                 TRAKAttributor does.
             mode: see `dropinf.capture`.
             device: where the batches go; the model is there.
             check: compare the first example of each loader with the task's function alone.
+
+        Raises:
+            ValueError: layer_name matches no trainable parameter, or comes with a plan.
         """
         self.task, self.make_solver, self.mode = task, solver, mode
         self.batch_of_one, self.device, self.check = batch_of_one, device, check
-        is_plan = isinstance(compression, Plan)
-        self.plan = compression if is_plan else Plan.make(task.get_model(), compression)
+        if not isinstance(compression, Plan):
+            compression = Plan.make(task.get_model(), compression, include=layer_name)
+        elif layer_name is not None:
+            raise ValueError(
+                f"{_NAME}: a plan has its layers, got layer_name={layer_name!r} as well; give a "
+                "compression with layer_name, or a plan of Plan.make(..., include=layer_name)"
+            )
+        self.plan = compression
         self.solvers: list[Solver] = []  # one a checkpoint, fitted on `stores`
         self.stores: list[RowStore] = []
         self._cached: DataLoader | None = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dropinf.collecting import LossFn, collect
@@ -34,7 +37,9 @@ class InfluenceCallback(lightning.Callback):
         path: a directory to make for the rows; None keeps them in memory.
         when: "after" collects every example of the training data set once, in its order, when
             training has ended; "during" collects each batch as it comes, with the weights of that
-            step, and `store.origin` [n, 2] says the step and the place in it.
+            step, and `store.origin` [n, 2] says the step and the example, -1 without `index`.
+        index: batch -> [B] integers, the positions of its examples in the data set, which has to
+            give them with each example, since Lightning does not say what its loaders drew.
         options: of `dropinf.collect`: mode, on_nonfinite, check, backend, batch_dim.
 
     Attributes:
@@ -47,12 +52,18 @@ class InfluenceCallback(lightning.Callback):
         loss_fn: LossFn,
         path: str | os.PathLike | None = None,
         when: str = "after",
+        index: Callable[[Any], Tensor] | None = None,
         **options: Any,
     ) -> None:
         if when not in ("after", "during"):
             raise ValueError(f"InfluenceCallback: when must be 'after' or 'during', got {when!r}")
+        if index is not None and when == "after":
+            raise ValueError(
+                "InfluenceCallback: index= goes with when='during'; rows after training are in the "
+                "order of the data set"
+            )
         self.plan, self.loss_fn, self.path, self.when = plan, loss_fn, path, when
-        self.options = options
+        self.index, self.options = index, options
         self.store: RowStore | None = None
         self._rows: TrainingRows | None = None
 
@@ -68,7 +79,20 @@ class InfluenceCallback(lightning.Callback):
     ) -> None:
         """The rows of a batch that is on its device, before the step takes it."""
         if self._rows is not None:
-            self._rows.add(pl_module, batch, trainer.global_step)
+            self._rows.add(
+                pl_module, batch, trainer.global_step, lambda n: self._positions(batch, n)
+            )
+
+    def _positions(self, batch: Any, num_rows: int) -> list[int]:
+        if self.index is None:
+            return [-1] * num_rows
+        found = torch.as_tensor(self.index(batch))
+        if found.shape != (num_rows,) or found.dtype.is_floating_point:
+            raise ValueError(
+                f"InfluenceCallback: index must give an integer for each of {num_rows} examples, "
+                f"got {found.dtype} {tuple(found.shape)}"
+            )
+        return found.tolist()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Put the rows in `store`."""

@@ -41,7 +41,8 @@ def in_order(loader: Any, to_device: Callable[[Any], Any], batch_size: int) -> D
 class TrainingRows:
     """Rows of one batch after the other, each with the weights that the model has just then.
 
-    `RowStore.origin` says of each row the training step and its place in that step's batches.
+    `RowStore.origin` says of each row the training step and the example's position in the data
+    set, -1 where that is not known.
     """
 
     def __init__(
@@ -50,20 +51,25 @@ class TrainingRows:
         self._plan, self._loss_fn, self._options = plan, loss_fn, options
         self._writer = RowWriter(plan, path)
         self._writer.__enter__()
-        self._step, self._place = -1, 0
 
-    def add(self, model: nn.Module, batch: Any, step: int) -> None:
-        """The rows of a batch; of several batches in one step, each adds its own."""
+    def add(
+        self, model: nn.Module, batch: Any, step: int, positions: Callable[[int], list[int]]
+    ) -> None:
+        """The rows of a batch; of several batches in one step, each adds its own.
+
+        Args:
+            model: as it is at this step.
+            batch: what `loss_fn` takes.
+            step: the training step.
+            positions: number of rows -> of each, where the data set has its example.
+        """
         options = {"check": self._writer.num_rows == 0, "progress": False} | self._options
         with undisturbed(model), warnings.catch_warnings():
             # An expert that no token of one batch met is no news.
             warnings.filterwarnings("ignore", "collect: no example had a gradient")
             store = collect(model, [batch], self._loss_fn, self._plan, **options)
-        if step != self._step:
-            self._step, self._place = step, 0
-        places = self._place + torch.arange(len(store))
-        self._place += len(store)
-        origin = torch.stack([torch.full_like(places, step), places], 1)
+        examples = torch.tensor(positions(len(store)), dtype=torch.int64)
+        origin = torch.stack([torch.full_like(examples, step), examples], 1)
         self._writer.append(store.rows, store.valid, origin)
 
     def finish(self) -> RowStore:

@@ -1,0 +1,159 @@
+"""What should come out of quality.py, and whether it does, computed from its records."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+MEASURES = {"rho": "rho", "auc": "AUC", "lds": "LDS"}
+NOISE = 2  # standard errors of a difference of means
+DENSE = ("Gaussian", "Rademacher", "SJLT", "FJLT")  # need the whole gradient of each example
+BOUNDED = ("Sketch", "FactoredDropout", "LoGra")  # in time, so they
+TIME_BOUND = 2  # times Dropout's at equal r
+
+
+class Cell(NamedTuple):
+    """One comparison: its figures, and "within", "above" or "below"; None if not measured."""
+
+    text: str
+    word: str | None
+
+
+class Case(NamedTuple):
+    """Comparisons of one kind, one for each r."""
+
+    dataset: str
+    compared: str
+    cells: list[Cell]
+
+
+class Claim(NamedTuple):
+    """A sentence, the word that every comparison must come to, and the comparisons."""
+
+    text: str
+    wanted: str
+    totals: list[int]
+    cases: list[Case]
+
+    def holds(self, case: Case) -> bool | None:
+        words = [cell.word for cell in case.cells]
+        return None if None in words else all(word == self.wanted for word in words)
+
+    @property
+    def verdict(self) -> str:
+        words = Counter(cell.word for case in self.cases for cell in case.cells)
+        if None in words or not words:
+            return "not measured in full"
+        counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
+        return f"{'holds' if set(words) == {self.wanted} else 'does not hold'} ({counts})"
+
+
+class Measured:
+    """The records, by what they are of."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.totals = data["settings"]["totals"]
+        self.records = data["records"]
+        present = {r["dataset"] for r in self.records if r["stage"] == "score"}
+        self.datasets = [name for name in data["settings"]["datasets"] if name in present]
+
+    def values(self, dataset: str, compression: str, r: int, measure: str) -> list[float]:
+        """One for each seed."""
+        return [record[measure] for record in self._of("score", dataset, compression, r)]
+
+    def times(self, dataset: str, compression: str, r: int) -> dict[str, list[float]] | None:
+        return next(self._of("time", dataset, compression, r), None)
+
+    def _of(self, *wanted: Any) -> Iterable[dict[str, Any]]:
+        names = ("stage", "dataset", "compression", "r")
+        return (x for x in self.records if tuple(x[name] for name in names) == wanted)
+
+
+def claims(measured: Measured) -> list[Claim]:
+    totals, small = measured.totals, measured.totals[:2]
+    every = tuple(MEASURES)
+    return [
+        Claim(
+            "Sketch with s = 4 is within noise of Gaussian at every r",
+            "within",
+            totals,
+            compare(measured, totals, "Sketch", "Gaussian", every),
+        ),
+        Claim(
+            f"Sketch with s = 4 is above Dropout at small r ({' and '.join(map(str, small))})",
+            "above",
+            small,
+            compare(measured, small, "Sketch", "Dropout", every),
+        ),
+        Claim(
+            "Dropout is above the grid (FactoredDropout) in rho at equal r",
+            "above",
+            totals,
+            compare(measured, totals, "Dropout", "FactoredDropout", ("rho",)),
+        ),
+        Claim(
+            "Dropout is above LoGra in rho at equal r",
+            "above",
+            totals,
+            compare(measured, totals, "Dropout", "LoGra", ("rho",)),
+        ),
+        Claim(
+            f"{', '.join(BOUNDED)} collect within {TIME_BOUND} x Dropout's time at equal r "
+            f"({', '.join(DENSE)} need the whole gradient)",
+            "within",
+            totals,
+            [
+                Case(
+                    dataset,
+                    f"{name} / Dropout, time",
+                    [bounded(measured.times(dataset, name, r)) for r in totals],
+                )
+                for dataset in measured.datasets
+                for name in BOUNDED
+            ],
+        ),
+    ]
+
+
+def compare(
+    measured: Measured, totals: list[int], mine: str, other: str, measures: tuple[str, ...]
+) -> list[Case]:
+    """`mine` minus `other` in each measure of each dataset."""
+    return [
+        Case(
+            dataset,
+            f"{mine} - {other}, {MEASURES[measure]}",
+            [
+                difference(
+                    measured.values(dataset, mine, r, measure),
+                    measured.values(dataset, other, r, measure),
+                )
+                for r in totals
+            ],
+        )
+        for dataset in measured.datasets
+        for measure in measures
+    ]
+
+
+def difference(a: list[float], b: list[float]) -> Cell:
+    """mean(a) - mean(b), its standard error for independent seeds, and what that comes to."""
+    if min(len(a), len(b)) < 2:
+        return Cell("not measured", None)
+    gap = statistics.fmean(a) - statistics.fmean(b)
+    error = sum(statistics.variance(x) / len(x) for x in (a, b)) ** 0.5
+    word = "within" if abs(gap) < NOISE * error else "above" if gap > 0 else "below"
+    return Cell(f"{gap:+.3f} ± {error:.3f}, {word}", word)
+
+
+def bounded(times: dict[str, list[float]] | None) -> Cell:
+    """Whether the median ratio of the rounds is within the bound."""
+    if times is None:
+        return Cell("not measured", None)
+    word = "within" if statistics.median(times["ratio"]) <= TIME_BOUND else "above"
+    return Cell(f"{spread(times['ratio'])}, {word}", word)
+
+
+def spread(values: list[float]) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"

@@ -1,0 +1,158 @@
+"""Compressions whose entries are made of several coordinates: rows equal a matrix times the whole
+gradient of one example, for every layer, in both modes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import CASES, assert_exact, build, example
+from layer_cases import LAYERS
+from torch import nn
+
+from dropinf import (
+    FJLT,
+    SJLT,
+    FactoredDropout,
+    Gaussian,
+    LoGra,
+    Plan,
+    Rademacher,
+    Sketch,
+    capture,
+)
+from dropinf.folds import Dense, Sums
+
+COMPRESSIONS = {
+    "Sketch": Sketch(r=13, s=3),
+    "Sketch of all": Sketch(r=5, s=1000),
+    "FactoredDropout": FactoredDropout(r=40),
+    "Gaussian": Gaussian(r=7),
+    "LoGra": LoGra(r=13),
+}
+
+
+OTHERS = [
+    Sketch(total=90, allocation="sqrt"),
+    Rademacher(r=7),
+    SJLT(r=7, s=3),
+    FJLT(r=7),
+    LoGra(r=1),
+]
+
+
+def matrix(block):
+    """[r, P] float64: the row of a block is this times the gradient of its parameters."""
+    M = torch.zeros(block.r, block.P, dtype=torch.float64)
+    first = 0
+    for slot in block.slots:
+        start, size = slot.offset - block.offset, math.prod(slot.shape)
+        for c, position in enumerate(slot.index.tolist()):
+            if slot.fold is None:
+                M[start + c, first + position] = slot.scale
+            elif isinstance(slot.fold, Sums):
+                k = start + int(slot.fold.entry[c])
+                assert M[k, first + position] == 0
+                M[k, first + position] = slot.scale * int(slot.fold.sign[c])
+        if isinstance(slot.fold, Dense):
+            projection = slot.fold.projection
+            whole = projection.project(torch.eye(projection.P, dtype=torch.float64)).T
+            of_layer = projection.P == block.P
+            own = whole[:, first : first + size] if of_layer else whole
+            M[start : start + len(own), first : first + size] = own
+        first += size
+    return M
+
+
+def true_rows(case, model, batch, plan):
+    """Each example's whole gradient by ordinary autograd, times the matrices."""
+    named = dict(model.named_parameters())
+    matrices = [matrix(block) for block in plan.blocks]
+    rows = []
+    for b in range(len(batch[0])):
+        loss = case.loss_fn(model, example(batch, b)).sum()
+        parts = []
+        for block, M in zip(plan.blocks, matrices, strict=True):
+            own = [named[slot.name] for slot in block.slots]
+            grads = torch.autograd.grad(loss, own, retain_graph=True, materialize_grads=True)
+            whole = torch.cat([g.flatten() for g in grads])
+            parts.append(M.to(whole) @ whole)
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_layers(layer, compression):
+    check(layer.case, compression, "activations")
+
+
+@pytest.mark.parametrize("mode", ["activations", "grads"])
+@pytest.mark.parametrize("compression", OTHERS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_models(case, compression, mode):
+    check(case, compression, mode)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_buffers(case, compression):
+    check(case, compression, "grads")
+
+
+def check(case, compression, mode):
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, compression)
+    truth = true_rows(case, model, batch, plan)
+    with capture(model, plan, mode) as tap:
+        rows = tap.rows(case.loss_fn(model, batch))
+        assert_exact(rows, truth, 1e-12)
+        again = tap.rows(case.loss_fn(model, batch))  # with what the first one kept
+        assert torch.equal(again, rows)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_row_of_a_loop(compression):
+    """tap.row() reads .grad of a loop of one's own, one gradient missing."""
+    model = nn.ModuleDict({"a": nn.Linear(5, 4), "b": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
+    model.double()
+    plan = Plan.make(model, compression)
+    with capture(model, plan, "grads") as tap:
+        x = torch.randn(2, 5, dtype=torch.float64)
+        model["b"](model["a"](x).tanh()).square().sum().backward()
+        row = tap.row()
+    parts = []
+    for block in plan.blocks:
+        own = [model.get_parameter(slot.name) for slot in block.slots]
+        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+        parts.append(matrix(block) @ torch.cat([g.flatten() for g in flat]))
+    assert_exact(row[None], torch.cat(parts)[None], 1e-12)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_rows_of_tokens(compression):
+    """Per token, the rows of an example's positions add up to its row."""
+    case = next(case for case in CASES if case.name == "GPT-2, tied")
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, compression)
+    with capture(model, plan) as tap:
+        rows = tap.rows(case.loss_fn(model, batch))
+    with capture(model, plan, per="token") as tap:
+        tokens = tap.rows(case.loss_fn(model, batch))
+    assert_exact(tokens.unflatten(0, (len(rows), -1)).sum(1), rows, 1e-12)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32_rows(case, compression, backend):
+    """As close to the float64 truth as twice what plain float32 autograd reaches."""
+    model, batch = build(case, torch.float64)
+    plan = Plan.make(model, compression)
+    truth = true_rows(case, model, batch, plan)
+    narrow = copy.deepcopy(model).float()
+    batch = tuple(t.float() if t.is_floating_point() else t for t in batch)
+    plain = (true_rows(case, narrow, batch, plan).double() - truth).norm()
+    with capture(narrow, plan, backend=backend.name) as tap:
+        rows = tap.rows(case.loss_fn(narrow, batch))
+    assert rows.dtype == torch.float32
+    assert (rows.double() - truth).norm() <= 2 * plain

@@ -1,0 +1,183 @@
+"""dattri's own attributors under `projection`, against their formulas in float64."""
+
+import pytest
+import readme
+import torch
+
+import dropinf
+
+pytest.importorskip("dattri", reason="dattri is not installed: pip install 'dattri==0.3.*'")
+from dattri.algorithm import dvemb, tracin, trak
+from dattri.algorithm.dvemb import DVEmbAttributor
+from dattri.algorithm.tracin import TracInAttributor
+from dattri.algorithm.trak import TRAKAttributor
+from dattri.task import AttributionTask
+from dattri_cases import M, N, checkpoints, loader, network, own_losses, own_margins, task_of
+
+from dropinf.integrations.dattri import projection
+
+D, R = 57, 16
+TYPES = ["dropout", "sketch"]
+KWARGS = {"proj_dim": R, "proj_seed": 3}
+
+
+def features(state, losses, n, proj_type, model_id):
+    """[n, R] projected gradients, one example at a time, and the losses [n]."""
+    model = network()
+    model.load_state_dict(state)
+    model.double()
+    rows, values = [], []
+    for x, label in zip(*loader(n).dataset.tensors, strict=True):
+        value = losses(model, (x[None].double(), label[None])).sum()
+        grads = torch.autograd.grad(value, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in grads]))
+        values.append(value.detach())
+    projector = dropinf.DropoutProjector(D, R, 3, proj_type, dtype=torch.float64)
+    return projector.project(torch.stack(rows), model_id), torch.stack(values)
+
+
+def assert_close(found, truth, tolerance=1e-5):
+    limit = tolerance * float(truth.abs().max())
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=limit)
+
+
+@pytest.fixture(autouse=True)
+def dattri_is_as_before():
+    def state():
+        return [
+            (module.random_project, module.DEFAULT_PROJECTOR_KWARGS.copy())
+            for module in (trak, tracin, dvemb)
+        ] + [DVEmbAttributor._setup_projectors]
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.mark.parametrize("target", [None, own_margins])
+@pytest.mark.parametrize("proj_type", TYPES)
+def test_trak(proj_type, target):
+    """Q Φ (XᵀX + λ)⁻¹ of two checkpoints with masks of their own (arXiv 2303.14186, section 3)."""
+    states = checkpoints()
+    task = task_of(network(), states, batch_of_one=False, target=target)
+
+    def correct(params, data):
+        return torch.exp(-task.get_loss_func(flatten=False)(params, data))
+
+    with projection(proj_type):
+        attributor = TRAKAttributor(task, correct, KWARGS, regularization=1e-2)
+        attributor.cache(loader(N))
+        found = attributor.attribute(loader(M))
+    truth, q = torch.zeros(M, N).double(), torch.zeros(N).double()
+    for i, state in enumerate(states):
+        g, losses = features(state, own_losses, N, proj_type, i)
+        asked, _ = features(state, target or own_losses, M, proj_type, i)
+        kernel = g.T @ g / D + 1e-2 * torch.eye(R)
+        truth += asked @ torch.linalg.solve(kernel, g.T) / D / 2
+        q += (1 - torch.exp(-losses)) / 2
+    assert_close(found, (truth * q).T, 1e-4)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("proj_type", TYPES)
+def test_tracin(proj_type, normalized):
+    """Products, or cosines, weighted over two checkpoints (arXiv 2002.08484)."""
+    states, weights = checkpoints(), [0.1, 0.4]
+    task = task_of(network(), states, batch_of_one=False, target=own_margins)
+    with projection(proj_type):
+        attributor = TracInAttributor(task, torch.tensor(weights), normalized, KWARGS)
+        found = attributor.attribute(loader(N), loader(M))
+        own = attributor.self_attribute(loader(N))
+    truth, squares = torch.zeros(N, M).double(), torch.zeros(N).double()
+    for i, (state, weight) in enumerate(zip(states, weights, strict=True)):
+        g, _ = features(state, own_losses, N, proj_type, i)
+        asked, _ = features(state, own_margins, M, proj_type, i)
+        if normalized:
+            g, asked = (f / f.norm(dim=1, keepdim=True) for f in (g, asked))
+        truth += weight * g @ asked.T
+        squares += weight * g.pow(2).sum(1)
+    assert_close(found, truth)
+    assert_close(own, squares)
+
+
+@pytest.mark.parametrize("proj_type", TYPES)
+def test_dvemb(proj_type):
+    """η Π_k (I - η_k G_k) g, over the later steps k and batches G_k (arXiv 2412.09538)."""
+    model = network()
+    states, steps = checkpoints(), [range(0, 16), range(16, 40), range(0, 20), range(20, 40)]
+    x, label = loader(N).dataset.tensors
+    with projection(proj_type):
+        task = task_of(model, batch_of_one=False)
+        attributor = DVEmbAttributor(task, proj_dim=R, proj_seed=3)
+        for t, step in enumerate(steps):  # two epochs of two steps, at their own weights
+            model.load_state_dict(states[t // 2])
+            step = torch.tensor(step)
+            attributor.cache_gradients(t // 2, (x[step], label[step]), step, 0.05 * (t + 1))
+        attributor.cache()
+        model.load_state_dict(states[1])
+        found = [attributor.attribute(loader(M), epoch=epoch) for epoch in (0, 1, None)]
+    asked, _ = features(states[1], own_losses, M, proj_type, 0)
+    later, truth = torch.eye(R).double(), torch.zeros(2, N, M).double()
+    for t, step in reversed(list(enumerate(steps))):
+        rows = features(states[t // 2], own_losses, N, proj_type, 0)[0][list(step)]
+        rate = 0.05 * (t + 1) / len(step)
+        truth[t // 2, list(step)] += rate * rows @ later.T @ asked.T
+        later = later @ (torch.eye(R) - rate * rows.T @ rows)
+    for ours, theirs in zip(found, (*truth, truth.sum(0)), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "elementwise"])
+def test_dvembs_factors_are_refused(kind):
+    def loss(model, data, device):
+        return own_losses(model, data).mean()
+
+    model = network()
+    with projection():
+        task = AttributionTask(loss, model, model.state_dict())
+        attributor = DVEmbAttributor(task, proj_dim=8, factorization_type=kind)
+        with pytest.raises(ValueError, match=f"factorization_type='{kind}' projects both sides"):
+            attributor.cache_gradients(0, next(iter(loader(N))), torch.arange(16), 0.1)
+
+
+def test_projections_do_not_mix(monkeypatch):
+    """Neither of an attributor that goes in or out, nor of one with a proj_type of its own."""
+
+    def attributor(**kwargs):
+        task = task_of(network(), batch_of_one=False)
+        return TracInAttributor(task, torch.ones(1), False, kwargs)
+
+    def run(made):
+        made.attribute(loader(N), loader(M))
+
+    own = tracin.DEFAULT_PROJECTOR_KWARGS.copy()  # dattri will write proj_dim into it
+    monkeypatch.setattr(tracin, "DEFAULT_PROJECTOR_KWARGS", own)
+    outside = attributor(proj_dim=R)
+    with projection():
+        inside = attributor(proj_dim=R)
+        run(inside)
+        with pytest.raises(ValueError, match="make it inside of `with projection"):
+            run(outside)
+        with pytest.raises(ValueError, match="'normal', not 'dropout'"):
+            run(attributor(proj_dim=R, proj_type="normal"))
+        with pytest.raises(ValueError, match=f"proj_dim must be 1 to grad_dim={D}, got {D + 1}"):
+            run(attributor(proj_dim=D + 1, proj_type="dropout"))
+    with pytest.raises(ValueError, match="Invalid proj_type"):
+        run(inside)
+    run(outside)
+
+
+def test_readme_example(monkeypatch):
+    """Its lines run as they stand, and those before them."""
+    monkeypatch.setattr(trak, "DEFAULT_PROJECTOR_KWARGS", trak.DEFAULT_PROJECTOR_KWARGS.copy())
+    first, block = readme.blocks()[0], readme.block("projection(")
+    assert len(readme.variants(block)) == 2
+    for lines in readme.variants(block):
+        names = {}
+        exec(first, names)
+        names["task"] = task_of(names["model"], batch_of_one=False)
+        loss = names["task"].get_loss_func(flatten=False)
+        names["correct"] = lambda params, data, loss=loss: torch.exp(-loss(params, data))
+        del names["scores"]
+        exec(lines, names)
+        assert names["scores"].shape == (100, 20) and names["scores"].std() > 0

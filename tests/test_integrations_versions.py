@@ -1,0 +1,63 @@
+"""Adapters refuse versions of their tool that were not tested."""
+
+import importlib
+import importlib.metadata
+import sys
+
+import pytest
+
+import dropinf.integrations
+from dropinf.integrations import versions
+
+TESTED = [
+    ("trak", "traker", "0.3"),
+    ("dattri", "dattri", "0.3"),
+    ("captum", "captum", "0.9"),
+    ("lightning", "lightning", "2.6"),
+]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets what the packages say of their version; adapters are then imported anew."""
+
+    def say(answer):
+        monkeypatch.setattr(importlib.metadata, "version", answer)
+        for name in ["versions", *(adapter for adapter, *_ in TESTED)]:
+            monkeypatch.delitem(sys.modules, f"dropinf.integrations.{name}", raising=False)
+
+    # A second import replaces it, and is to be undone.
+    monkeypatch.setattr(dropinf.integrations, "versions", versions)
+    return say
+
+
+@pytest.mark.parametrize("adapter, package, series", TESTED)
+@pytest.mark.parametrize("found", ["0.1.0", "0.30.1", "2.60", "3.0.0rc1", "9"])
+def test_another_version(installed, adapter, package, series, found):
+    """The error names the tool, what is installed, what was tested, and the way out."""
+    asked = []
+    installed(lambda package: asked.append(package) or found)
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(f"dropinf.integrations.{adapter}")
+    said = str(caught.value)
+    assert f"{package} {found} is not supported, tested is {series}.x" in said
+    assert f"pip install '{package}=={series}.*'" in said
+    assert asked == [package]
+    assert f"dropinf.integrations.{adapter}" not in sys.modules
+
+
+@pytest.mark.parametrize("adapter, package, series", TESTED)
+def test_no_version(installed, adapter, package, series):
+    def answer(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    installed(answer)
+    with pytest.raises(ImportError, match=f"{package} is not installed; pip install"):
+        importlib.import_module(f"dropinf.integrations.{adapter}")
+
+
+@pytest.mark.parametrize("adapter, package, series", TESTED)
+def test_another_patch_level(monkeypatch, adapter, package, series):
+    for found in (f"{series}.0", f"{series}.99", f"{series}.1.dev3"):
+        monkeypatch.setattr(versions, "version", lambda package, found=found: found)
+        versions.require(package, series)

@@ -44,8 +44,8 @@ def head(data: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Mean ± standard deviation over {settings['seeds']} seeds of the compression; one trained "
-        f"model for each dataset. `r` counts coordinates over all layers. Scores are those of "
+        f"Mean ± standard deviation over {settings['seeds']} seeds of the compression alone: the "
+        f"model, the queries and the halves are the same for all. `r` counts coordinates over all layers. Scores are those of "
         f"`solvers.Cholesky(damping={settings['damping']})`, a matrix for each layer; the gradient "
         "dot product has no inverse."
     )

@@ -45,9 +45,9 @@ def head(data: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Mean ± standard deviation over {settings['seeds']} seeds of the compression alone: the "
-        f"model, the queries and the halves are the same for all. `r` counts coordinates over all layers. Scores are those of "
-        f"`solvers.Cholesky(damping={settings['damping']})`, a matrix for each layer; the gradient "
-        "dot product has no inverse."
+        "model, the queries and the halves are the same for all. `r` counts coordinates over all "
+        f"layers. Scores are those of `solvers.Cholesky(damping={settings['damping']})`, a matrix "
+        "for each layer; the gradient dot product has no inverse."
     )
     yield ""
     yield "- rho: Spearman correlation with the scores of the whole gradient, mean over queries."

@@ -20,6 +20,7 @@ from dropinf import (
     Rademacher,
     Sketch,
     capture,
+    ops,
 )
 from dropinf.folds import Dense, Sums
 
@@ -156,3 +157,49 @@ def test_float32_rows(case, compression, backend):
         rows = tap.rows(case.loss_fn(narrow, batch))
     assert rows.dtype == torch.float32
     assert (rows.double() - truth).norm() <= 2 * plain
+
+
+def paths_of(model, x, compression):
+    plan = Plan.make(model, compression)
+    with capture(model, plan) as tap:
+        tap.rows(model(x).flatten(1).sum(1))
+    return plan, {name.rpartition(".")[2]: path for name, path in plan.paths.items()}
+
+
+@pytest.mark.parametrize("compression", [Sketch(r=13), FactoredDropout(r=40), LoGra(r=40)], ids=str)
+def test_linear_layers_form_no_gradient(compression, monkeypatch):
+    """Signs, grids and two-sided projections go through one op, bias included."""
+    calls = []
+    for op in ("sampled_outer", "factored_outer"):
+        inside = getattr(ops, op)
+
+        def counted(x, dy, o_idx, i_idx, op=op, inside=inside, **options):
+            out = inside(x, dy, o_idx, i_idx, **options)
+            calls.append((op, out.shape[1], options.get("sign") is not None))
+            return out
+
+        monkeypatch.setattr(ops, op, counted)
+    plan, paths = paths_of(nn.Linear(20, 30), torch.randn(3, 5, 20), compression)
+    weight = plan.slots[0].r
+    if isinstance(compression, Sketch):
+        assert calls == [("sampled_outer", 13, True)]
+    else:
+        assert ("factored_outer", weight, False) in calls
+        assert all(width < 30 * 20 for _, width, _ in calls)
+    assert paths["weight"] == "closed form"
+
+
+def test_describe_says_what_forms_the_gradient(capsys):
+    plan, paths = paths_of(nn.Linear(20, 30), torch.randn(3, 5, 20), Gaussian(r=7))
+    assert set(paths.values()) == {"gradient formed"}
+    plan.describe()
+    assert " gradient formed " in capsys.readouterr().out
+    plan, _ = paths_of(nn.Linear(20, 30, bias=False), torch.randn(3, 20), FactoredDropout(r=101))
+    plan.describe()
+    assert (
+        "101 entries were asked for: grids of a x b have no more than 100"
+        in capsys.readouterr().out
+    )
+    plan, _ = paths_of(nn.Linear(20, 30, bias=False), torch.randn(3, 20), FactoredDropout(r=100))
+    plan.describe()
+    assert "asked for" not in capsys.readouterr().out

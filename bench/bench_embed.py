@@ -20,7 +20,7 @@ CASES = {
 ROUNDS = 3  # of contestants that take seconds
 
 
-@pytest.mark.parametrize("title", CASES)
+@pytest.mark.parametrize("title", CASES, ids=list(CASES))
 def bench_embed(timed, benchmark, title):
     case = CASES[title]
     inputs = case.make()
@@ -32,7 +32,7 @@ def bench_embed(timed, benchmark, title):
     benchmark.extra_info["left_out"] = left_out
 
 
-@pytest.mark.parametrize("title", CASES)
+@pytest.mark.parametrize("title", CASES, ids=list(CASES))
 def bench_embed_memory(benchmark, title):
     """Peak resident memory of one call above what the process held before, MB (10⁶ bytes)."""
     skip_without_proc()

@@ -12,7 +12,7 @@ HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10
 GPU_PYTHON ?= python3
 PART ?=
 
-.PHONY: demo test bench gpu peers sanitize lint format clean
+.PHONY: demo test bench bench-check gpu peers sanitize lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
@@ -24,6 +24,12 @@ bench: .venv/installed
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
+	$(BIN)/python -m dropinf bench --preset full --out build/microbenchmark/full
+
+# What became slower since the results that are committed, by ratios; two minutes.
+bench-check: .venv/installed
+	$(BIN)/python -m dropinf bench --preset quick --out build/microbenchmark/quick \
+	    --against bench/results/microbenchmark/quick/results.json
 
 gpu: build/gpu-kernels
 	PYTHONPATH=.:bench $(GPU_PYTHON) -m gpu.run $(PART)
@@ -38,7 +44,7 @@ build/gpu-kernels: setup.py $(SOURCES)
 # beside a CPU build of torch and takes transformers down with it; so: what Bergson imports, by name,
 # and then Bergson alone.
 peers: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt dattri \
+	$(BIN)/python -m pip install -q -c constraints.txt dattri opacus traker \
 	    datasets jaxtyping ml_dtypes peft petname scipy simple-parsing torchopt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps bergson
 	$(BIN)/python -c 'import bergson, dattri.algorithm, transformers'

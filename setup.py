@@ -110,7 +110,13 @@ class BuildOptional(BuildExtension):
 
 
 setup(
-    packages=["dropinf", "dropinf.integrations", "dropinf.solvers", "dropinf.triton_kernels"],
+    packages=[
+        "dropinf",
+        "dropinf.integrations",
+        "dropinf.microbenchmark",
+        "dropinf.solvers",
+        "dropinf.triton_kernels",
+    ],
     package_dir={"dropinf.triton_kernels": "triton_kernels"},
     ext_modules=[extension(NO_CUDA)],
     cmdclass={"build_ext": BuildOptional},

@@ -7,13 +7,15 @@ import pytest
 import torch
 from memory import peak_in_own_process, peak_of, skip_without_proc
 from models import MODELS, loss_fn, losses
-from peers import PEERS, SIDE, LeftOut
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import dropinf
+from dropinf.microbenchmark.peers import PEERS, Work
+from dropinf.microbenchmark.timing import LeftOut
 
-R = SIDE * SIDE  # of each layer, as the peers' squares
+SIDE = 32  # of the square of numbers that the peers keep of a layer
+R = SIDE * SIDE
 
 
 def forward(model, batch):
@@ -97,6 +99,10 @@ def plan_of(model):
     return dropinf.Plan.make(model, dropinf.Dropout(r=R))
 
 
+def work(model, batch):
+    return Work(model, batch, loss_fn, model.earliest, SIDE)
+
+
 def singles(batch):
     """The examples of a batch, each a batch of one."""
     return list(zip(*(part.split(1) for part in batch), strict=True))
@@ -118,7 +124,7 @@ CONTESTANTS = {
     "forward + backward": ordinary,
     "vmap(grad) + index": vmap_index,
     "batch-1 loop + index": batch_1_loop,
-    **PEERS,
+    **{name: lambda *args, peer=peer: peer(work(*args)) for name, peer in PEERS.items()},
 }
 
 

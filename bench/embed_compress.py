@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from embed_case import Call, Case, joined, only_if
 from models import ResNet18
-from peers import LeftOut
 from torch import Tensor
 
 from dropinf import DropoutProjector
+from dropinf.microbenchmark.timing import LeftOut
 
 R, FEW, BLOCK = 2048, 8, 100  # BLOCK is the default of both packages
 NUM_EXAMPLES = 8

@@ -32,13 +32,13 @@ from embed_case import (
 )
 from embed_compress import coordinates
 from embed_trak import num_parameters, probabilities
-from peers import only_trainable
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, default_collate
 
 import dropinf
 from dropinf import DropoutProjector
+from dropinf.microbenchmark.peers import only_trainable
 
 TOTAL = 256  # of a projection of the whole gradient
 R = 256  # of a layer, a square, as 4 r is

@@ -23,6 +23,24 @@ def main() -> None:
     )
     commands.add_parser("backends", help="which backends are here, and why others are not")
     commands.add_parser("doctor", help="versions, devices, and a self-test of every backend")
+    bench = commands.add_parser("bench", help="what compressing costs, beside other packages")
+    bench.add_argument(
+        "--preset",
+        choices=("quick", "full", "gpu"),
+        default="quick",
+        help="quick takes two minutes on two cores, full half an hour (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("dropinf-bench"),
+        help="directory for results, page and figures (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--against",
+        type=Path,
+        help="results.json of another run: say what became slower, and exit with 1 if anything did",
+    )
     arguments = parser.parse_args()
     if arguments.command == "backends":
         for name, state in dropinf.backends().items():
@@ -30,6 +48,17 @@ def main() -> None:
         return
     if arguments.command == "doctor":
         sys.exit(doctor.main())
+    if arguments.command == "bench":
+        from dropinf.microbenchmark import main as microbenchmark
+
+        try:
+            microbenchmark.run(arguments.preset, arguments.out)
+            if arguments.against is not None:
+                results = arguments.out / "results.json"
+                sys.exit(microbenchmark.compare(arguments.against, results))
+        except ValueError as error:
+            parser.error(str(error))
+        return
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401

@@ -162,7 +162,12 @@ ORDER = [
     ["scoring", "dampings", "integrations.training", "integrations.drawn"],
     ["integrations.versions", "integrations.transformers_losses"],
     ["integrations.transformers", "integrations.lightning"],
-    ["doctor"],
+    ["doctor", "microbenchmark.timing", "microbenchmark.check"],
+    ["microbenchmark.peers", "microbenchmark.formed"],
+    ["microbenchmark.passes"],
+    ["microbenchmark.sweep"],
+    ["microbenchmark.page", "microbenchmark.memory"],
+    ["microbenchmark.main"],
 ]
 
 

@@ -1,29 +1,48 @@
-"""dattri and Bergson, each called as its own loop over batches calls itself, in its best form here.
+"""dattri and Bergson, each called as its own loop over batches calls itself, in its best form.
 
-All of them keep r = 32 x 32 numbers of each layer's gradient of each example, and take nn.Linear
-alone, so norms and embeddings cost them nothing. LoGra and Bergson put the gradient between two
-random matrices. FactGraSS takes a grid of 64 x 64 coordinates and projects that; on the CPU with a
-dense matrix, which dattri makes anew in every batch, since its sparse one is for CUDA only.
+All of them keep r = side x side numbers of each layer's gradient of each example, and take
+nn.Linear alone, so norms and embeddings cost them nothing. LoGra and Bergson put the gradient
+between two random matrices. FactGraSS takes a grid of 2 side x 2 side coordinates and projects
+that; on the CPU with a dense matrix, which dattri makes anew in every batch, since its sparse one
+is for CUDA only.
 
 Other matrices are made, and functions compiled, in the first call, which is not timed. Rows stay in
 memory.
 """
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
-from models import loss_fn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-SIDE = 32  # of the square of numbers kept of a layer
+from dropinf.microbenchmark.timing import Call, LeftOut
+
+Batch = tuple[Tensor, Tensor]
 
 
-class LeftOut(Exception):
-    """Why a peer does not run."""
+class Work(NamedTuple):
+    """A model and a batch to make rows of.
+
+    Attributes:
+        model: its parameters require grad.
+        batch: (x, label).
+        loss_fn: (model, batch) -> [B], one loss per example.
+        earliest: a small parameter before or in the first linear layer, whose gradient passes all.
+        side: the square root of the entries of each layer.
+    """
+
+    model: nn.Module
+    batch: Batch
+    loss_fn: Callable[[nn.Module, Batch], Tensor]
+    earliest: nn.Parameter
+    side: int
 
 
 @contextmanager
@@ -48,16 +67,17 @@ class WithLoss(nn.Module):
     without the batch dimension.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss_fn = work.model, work.loss_fn
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        return loss_fn(self.model, (x, label))
+        return self.loss_fn(self.model, (x, label))
 
 
-def dattri(method: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+def dattri(method: str, work: Work) -> Call:
     """`cache` of a loader of one batch, without the Hessian."""
+    model, batch = work.model, work.batch
     check(model, "dattri")
     from dattri.algorithm.factgrass import FactGraSSAttributor
     from dattri.algorithm.logra import LoGraAttributor
@@ -66,7 +86,7 @@ def dattri(method: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Calla
     # dattri compiles its compression for each layer; torch would give up after eight.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     kind = {"LoGra": LoGraAttributor, "FactGraSS": FactGraSSAttributor}[method]
-    wrapped = WithLoss(model)
+    wrapped = WithLoss(work)
     task = AttributionTask(
         loss_func=lambda model, batch, device: model(**batch).mean(),  # a mean is what it assumes
         model=wrapped,
@@ -74,14 +94,19 @@ def dattri(method: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Calla
     )
     folder = tempfile.TemporaryDirectory()  # for its metadata, some lines of JSON
     attributor = kind(
-        task, hessian="Identity", proj_dim=SIDE * SIDE, offload="none", cache_dir=folder.name
+        task,
+        hessian="Identity",
+        proj_dim=work.side**2,
+        offload="none",
+        cache_dir=folder.name,
+        device=str(batch[0].device),
     )
     keywords = dict(zip(("x", "label"), batch, strict=True))
     examples = range(len(batch[0]))
     loader = DataLoader(examples, batch_size=len(examples), collate_fn=lambda _: keywords)
 
     def call() -> Tensor:
-        with only_trainable(model, model.earliest):
+        with only_trainable(model, work.earliest):
             attributor.cache(loader)
         return torch.cat(attributor.offload_manager.retrieve_gradients(0), 1)
 
@@ -89,27 +114,28 @@ def dattri(method: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Calla
     return call
 
 
-def bergson(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+def bergson(work: Work) -> Call:
     """Its collector in memory, with hooks set for each batch and weights frozen, as it builds.
 
     Its default leaves biases out; with them it keeps whole inputs until the backward pass.
     """
+    model, batch = work.model, work.batch
     check(model, "bergson")
     from bergson import GradientProcessor, IndexConfig, InMemoryCollector
     from datasets import Dataset
 
-    model.device = torch.device("cpu")  # it asks the model for it, as a transformers model
+    model.device = batch[0].device  # it asks the model for it, as a transformers model
     at = list(range(len(batch[0])))
     collector = InMemoryCollector(
         model=model,
         data=Dataset.from_dict({"at": at}),
-        cfg=IndexConfig(run_path="", projection_dim=SIDE),
-        processor=GradientProcessor(projection_dim=SIDE),
+        cfg=IndexConfig(run_path="", projection_dim=work.side),
+        processor=GradientProcessor(projection_dim=work.side),
     )
 
     def call() -> Tensor:
-        with only_trainable(model, model.earliest), collector.with_batch():
-            losses = loss_fn(model, batch)
+        with only_trainable(model, work.earliest), collector.with_batch():
+            losses = work.loss_fn(model, batch)
             losses.sum().backward()
         collector.process_batch(at, losses=losses)
         return torch.from_numpy(collector.builder.grad_buffer)
@@ -122,7 +148,9 @@ def check(model: nn.Module, package: str) -> None:
     try:
         version(package)
     except PackageNotFoundError:
-        raise LeftOut("not installed; `make peers` does") from None
+        raise LeftOut(
+            f"{package} is not installed; pip install 'dropinf[peers]', or make peers"
+        ) from None
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         refusal = {
             "dattri": "takes nn.Linear only, here the head alone",
@@ -131,8 +159,8 @@ def check(model: nn.Module, package: str) -> None:
         raise LeftOut(refusal[package])
 
 
-PEERS: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Callable[[], Tensor]]] = {
-    "dattri LoGra": lambda model, batch: dattri("LoGra", model, batch),
-    "dattri FactGraSS": lambda model, batch: dattri("FactGraSS", model, batch),
+PEERS: dict[str, Callable[[Work], Call]] = {
+    "dattri LoGra": lambda work: dattri("LoGra", work),
+    "dattri FactGraSS": lambda work: dattri("FactGraSS", work),
     "Bergson": bergson,
 }

@@ -1,0 +1,193 @@
+"""python -m dropinf bench: results with content, fits, checks that can fail, comparisons."""
+
+import copy
+import importlib.metadata
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from dropinf.microbenchmark import check, formed, main, page, passes, sweep, timing
+from dropinf.microbenchmark.formed import Point
+
+CPU = torch.device("cpu")
+TINY = sweep.Preset(
+    {"formed": Point(4, 16, 2000), "passes": Point(2, 16, 32**2)},
+    {
+        "formed": {"n": (4, 8), "r": (16, 64), "d": (2000, 4000, 8000)},
+        "passes": {"n": (2, 4), "r": (16,), "d": (32**2, 64**2)},
+    },
+    budget=10.0,
+    rounds=2,
+    loop_seconds=1e-4,
+)
+FEW = {
+    "formed": (formed.FLOOR, formed.OURS, "dropinf Gaussian", "dattri random_mask", "dattri sjlt"),
+    "passes": (passes.FLOOR, passes.OURS, "dropinf Sketch, s=4", "Opacus + index"),
+}
+
+
+def keep(monkeypatch, setting, names):
+    module = sweep.SETTINGS[setting]
+    few = {name: module.CONTESTANTS[name] for name in names}
+    monkeypatch.setattr(module, "CONTESTANTS", few)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    for setting, names in FEW.items():
+        keep(monkeypatch, setting, names)
+    monkeypatch.setitem(sweep.PRESETS, "quick", TINY)
+
+
+def test_results(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    main.run("quick", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["versions"]["torch"] == torch.__version__ and results["machine"]
+    for setting, found in results["settings"].items():
+        able = [n for n in FEW[setting] if n not in found["left_out"]]
+        assert len(found["points"]) == {"formed": 5, "passes": 3}[setting]
+        for point in found["points"]:
+            assert list(point["ms"]) == able and not point["left_out"]
+            assert point["ratio"][found["ours"]] == [1, 1, 1]
+            for median, low, high in point["ms"].values():
+                assert 0 < low <= median <= high
+        assert set(found["peak_mb"]) == set(able)
+    text = (tmp_path / "out" / "page.md").read_text()
+    assert "| dropinf Gaussian |" in text and "## Compressing inside of a backward pass" in text
+    if "Opacus + index" in results["settings"]["passes"]["left_out"]:
+        assert "opacus is not installed; pip install 'dropinf[peers]'" in text
+    for setting in FEW:
+        for variable in "nrd":
+            assert f"]({setting}-{variable}.svg)" in text
+            assert "<svg" in (tmp_path / "out" / f"{setting}-{variable}.svg").read_text()
+    assert main.compare(*[tmp_path / "out" / "results.json"] * 2) == 0
+
+
+@pytest.mark.parametrize(
+    "setting, name", [(s, n) for s in FEW for n in sweep.SETTINGS[s].CONTESTANTS]
+)
+def test_contestants_compute_what_they_should(setting, name, monkeypatch):
+    """And one that is a hundredth off is found."""
+    module = sweep.SETTINGS[setting]
+    try:
+        module.check(name, CPU)
+    except timing.LeftOut as reason:
+        pytest.skip(str(reason))
+    if setting == "passes" and name in passes.PEERS:
+        return  # of whose own rows little is known
+    right = module.CONTESTANTS[name]
+
+    def wrong(given):
+        call = right(given)
+
+        def spoilt():
+            out = call()
+            return [1.5 * t for t in out] if isinstance(out, tuple) else 1.5 * out
+
+        return spoilt
+
+    monkeypatch.setattr(module, "CONTESTANTS", {**module.CONTESTANTS, name: wrong})
+    with pytest.raises(AssertionError):
+        module.check(name, CPU)
+
+
+def test_missing_peer_is_named(monkeypatch):
+    def missing(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(formed, "version", missing)
+    able, left_out = sweep._able(formed, CPU)
+    assert formed.OURS in able and "TRAK normal" not in able
+    assert left_out["TRAK normal"].startswith(
+        "traker is not installed; pip install 'dropinf[peers]'"
+    )
+
+
+def test_over_budget(monkeypatch, tmp_path):
+    """What takes too long is left out there and at larger sizes, and the page says so."""
+
+    def slow_from(d, seconds):
+        def contestant(given):
+            def call():
+                time.sleep(seconds if given.grads.shape[1] >= d else 0)
+
+            return call
+
+        return contestant
+
+    contestants = {formed.OURS: slow_from(10**9, 0), "slow": slow_from(4000, 0.2)}
+    monkeypatch.setattr(formed, "CONTESTANTS", contestants)
+    monkeypatch.setattr(formed, "FLOOR", formed.OURS)
+    monkeypatch.setattr(formed, "check", lambda name, device: None)
+    monkeypatch.setattr(sweep, "SETTINGS", {"formed": formed})
+    monkeypatch.setattr(sweep, "_peaks", lambda *args: {})
+    results = sweep.measure("quick", TINY._replace(budget=0.1))
+    left = {(p["n"], p["d"]): p["left_out"] for p in results["settings"]["formed"]["points"]}
+    assert left.pop((4, 4000)) == {"slow": "over budget: 0.2 s"}
+    assert left.pop((4, 8000)) == {"slow": "over budget: 0.2 s at a smaller size"}
+    assert not any(left.values())
+    page.write(results, tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert "- slow at n=4, r=16, d=4,000 (over budget: 0.2 s); n=4, r=16, d=8,000 (over" in text
+
+
+def test_fit():
+    """Powers are found, with how far off the times are."""
+    sizes = [10, 100, 1000, 10000]
+    line = page.fit(sizes, [3 * x**0.7 for x in sizes])
+    assert line.exponent == pytest.approx(0.7) and line.last == pytest.approx(0.7)
+    assert line.residual == pytest.approx(1) and (line.low, line.high) == (10, 10000)
+    line = page.fit(sizes, [5 + 0.01 * x for x in sizes])
+    assert line.exponent < line.last == pytest.approx(math.log10(105 / 15))
+    assert line.residual > 1.3
+
+
+def result(**ms):
+    points = [{"n": 1, "r": 2, "d": 3, "ms": {"floor": [2.0, 1.9, 2.1], **ms}}]
+    return {"preset": "quick", "settings": {"formed": {"floor": "floor", "points": points}}}
+
+
+OLD = result(**{"dropinf a": [4.0, 3.6, 4.4], "dropinf b": [1.0, 0.9, 1.1], "peer": [1, 1, 1]})
+
+
+@pytest.mark.parametrize(
+    "new, named",
+    [
+        ({"dropinf a": [4.0, 3.6, 4.4]}, []),
+        ({"dropinf a": [5.0, 4.4, 5.6]}, []),  # within both spreads and a quarter
+        ({"dropinf a": [8.0, 7.6, 8.4]}, ["dropinf a"]),
+        ({"dropinf a": [8.0, 4.0, 9.0]}, []),  # its smallest is as before
+        ({"dropinf a": [1.0, 0.9, 1.1], "peer": [9, 9, 9]}, []),  # faster, and a peer
+        ({"dropinf b": [2.0, 1.8, 2.2], "dropinf a": [9.0, 8.8, 9.9]}, ["dropinf a", "dropinf b"]),
+    ],
+)
+def test_slower(new, named):
+    lines = check.slower(OLD, result(**new))
+    assert sorted(line.split(" at ")[0].removeprefix("formed: ") for line in lines) == named
+
+
+def test_slower_machine_is_not_slower():
+    new = copy.deepcopy(OLD)
+    (point,) = new["settings"]["formed"]["points"]
+    point["ms"] = {name: [3 * x for x in ms] for name, ms in point["ms"].items()}
+    assert check.slower(OLD, new) == []
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="of presets 'quick' and 'full'"):
+        check.slower(OLD, {**OLD, "preset": "full"})
+    other = copy.deepcopy(OLD)
+    other["settings"]["formed"]["points"][0]["n"] = 7
+    with pytest.raises(ValueError, match="no size in common"):
+        check.slower(OLD, other)
+
+
+def test_gpu_preset_without_one():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="preset 'gpu' needs a CUDA device"):
+        sweep.measure("gpu", sweep.PRESETS["gpu"])

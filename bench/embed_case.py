@@ -52,11 +52,14 @@ class Examples(NamedTuple):
         return DataLoader(self.train, B), DataLoader(self.queries, B)
 
 
-def examples() -> Examples:
+def examples(num_train: int = N, num_queries: int = M) -> Examples:
     torch.manual_seed(0)
     layers = (nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU())
     model = nn.Sequential(*layers, nn.Linear(1024, 100)).eval()
-    parts = (TensorDataset(torch.randn(n, 784), torch.randint(100, (n,))) for n in (N, M))
+    parts = (
+        TensorDataset(torch.randn(n, 784), torch.randint(100, (n,)))
+        for n in (num_train, num_queries)
+    )
     return Examples(model, *parts)
 
 

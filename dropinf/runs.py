@@ -153,7 +153,6 @@ def _coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> C
         key = (
             *((view.slot.name, id(role.coordinates.__code__)) for view, role in run),
             device,
-            signed,
         )
     if key is not None and key in cache:
         return cache[key]

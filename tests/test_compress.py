@@ -1,5 +1,6 @@
 """Compressions: which coordinates they keep, how they make entries of them, the same everywhere."""
 
+import itertools
 import time
 import tracemalloc
 
@@ -135,6 +136,12 @@ def test_sketch(shapes, r, s):
     """r sums of s distinct coordinates of the layer, each coordinate in at most one."""
     M = sketched(Sketch(r=r, s=s), *shapes)
     assert M.shape == (r, 60)
+    ((*parts,),) = Sketch(r=r, s=s).keep([("layer", shapes)])
+    parts = [part for part in parts if len(part.index)]
+    for one, other in itertools.pairwise(parts):
+        shared = one.first + one.fold.r > other.first
+        assert one.fold.shares_last == other.fold.shares_first == shared
+    assert not parts[0].fold.shares_first and not parts[-1].fold.shares_last
     used = M != 0
     assert (used.sum(1) == s).all() and (used.sum(0) <= 1).all()
     assert np.allclose(np.abs(M[used]), np.sqrt(60 / (r * s)))
@@ -158,6 +165,20 @@ def test_sketch_is_unbiased():
         found.append(M.T @ M)
     mean, spread = np.mean(found, 0), np.std(found, 0) / np.sqrt(len(found))
     assert (np.abs(mean - np.eye(24)) < 5 * spread + 1e-12).all()
+
+
+def test_sketch_is_fixed_for_ever():
+    """Its groups and signs, beside the coordinates; a change here breaks every stored row."""
+    ((part,),) = Sketch(r=3, s=2, seed=1).keep([("layer", [(100,)])])
+    assert part.index.tolist() == [3, 6, 19, 31, 38, 95]
+    assert part.fold.entry.tolist() == [1, 0, 0, 2, 1, 2]
+    assert part.fold.sign.tolist() == [-1, -1, -1, 1, 1, -1]
+
+
+@pytest.mark.parametrize("kind", [FactoredDropout, Sketch])
+def test_layers_of_one_shape_differ(kind):
+    one, other = kind(r=30).keep([("a", [(40, 50)]), ("b", [(40, 50)])])
+    assert len(set(one[0].index) & set(other[0].index)) < 15
 
 
 def test_sketch_of_one_is_dropout_with_signs():

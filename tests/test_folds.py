@@ -13,7 +13,9 @@ from torch import nn
 from dropinf import (
     FJLT,
     SJLT,
+    Dropout,
     FactoredDropout,
+    Full,
     Gaussian,
     LoGra,
     Plan,
@@ -187,6 +189,42 @@ def test_linear_layers_form_no_gradient(compression, monkeypatch):
         assert ("factored_outer", weight, False) in calls
         assert all(width < 30 * 20 for _, width, _ in calls)
     assert paths["weight"] == "closed form"
+
+
+def test_a_whole_weight_is_one_product(monkeypatch):
+    """Of `Full`, beside its bias; what a layer of few parameters keeps whole, too."""
+    widths = []
+    inside = ops.factored_outer
+    monkeypatch.setattr(
+        ops, "factored_outer", lambda *args, **kw: widths.append(1) or inside(*args, **kw)
+    )
+    for compression in (Full(), Dropout(r=1000)):
+        paths_of(nn.Linear(20, 30), torch.randn(3, 5, 20), compression)
+    assert len(widths) == 2
+
+
+class Half(nn.Module):
+    """One of its parameters has no part in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        return x @ self.used.T
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_a_parameter_that_is_not_met(compression):
+    """It leaves the entries that it shares with others as they are."""
+    model, x = Half().double(), torch.randn(4, 5, dtype=torch.float64)
+    plan = Plan.make(model, compression)
+    (block,) = plan.blocks
+    with capture(model, plan) as tap:
+        rows = tap.rows(model(x).square().sum(1))
+    grads = torch.einsum("bo,bi->boi", 2 * model(x).detach(), x).flatten(1)  # [B, 30]
+    whole = torch.cat([grads, torch.zeros_like(grads)], 1)
+    torch.testing.assert_close(rows, whole @ matrix(block).T)
 
 
 def test_describe_says_what_forms_the_gradient(capsys):

@@ -241,3 +241,10 @@ def test_describe_says_what_forms_the_gradient(capsys):
     plan, _ = paths_of(nn.Linear(20, 30, bias=False), torch.randn(3, 20), FactoredDropout(r=100))
     plan.describe()
     assert "asked for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [Gaussian, Rademacher, SJLT, FJLT, LoGra])
+def test_projections_of_layers_differ(kind):
+    layers = [nn.Linear(20, 20, bias=False) for _ in range(2)]
+    one, other = (matrix(block) for block in Plan.make(nn.Sequential(*layers), kind(r=16)).blocks)
+    assert (one * other).sum().abs() < 0.5 * one.square().sum()

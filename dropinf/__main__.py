@@ -28,7 +28,7 @@ def main() -> None:
         "--preset",
         choices=("quick", "full", "gpu"),
         default="quick",
-        help="quick takes two minutes on two cores, full half an hour (default: %(default)s)",
+        help="quick takes two minutes on two cores, without memory (default: %(default)s)",
     )
     bench.add_argument(
         "--out",

@@ -94,12 +94,13 @@ def _base_table(found: dict[str, Any]) -> Iterator[str]:
     base = found["base"]
     (at,) = (p for p in found["points"] if all(p[s] == base[s] for s in _SIZES))
     yield f"At n={base['n']}, r={base['r']}, d={base['d']:,}:\n"
-    yield f"| contestant | ms | times {found['ours']} | peak memory, MB |"
-    yield "| --- | --- | --- | --- |"
+    memory = found["peak_mb"]
+    yield f"| contestant | ms | times {found['ours']} |" + " peak memory, MB |" * bool(memory)
+    yield "| --- | --- | --- |" + " --- |" * bool(memory)
     for name, ms in at["ms"].items():
-        mb = found["peak_mb"].get(name)
-        peak = "" if mb is None else f"{mb:.3g}"
-        yield f"| {name} | {_spread(ms)} | {_spread(at['ratio'][name])} | {peak} |"
+        mb = memory.get(name)
+        peak = f" {'' if mb is None else f'{mb:.3g}'} |" if memory else ""
+        yield f"| {name} | {_spread(ms)} | {_spread(at['ratio'][name])} |{peak}"
 
 
 def _exponents(found: dict[str, Any]) -> Iterator[str]:

@@ -162,6 +162,10 @@ def test_over_budget(monkeypatch, tmp_path):
     assert not any(left.values())
     page.write(results, tmp_path)
     text = (tmp_path / "page.md").read_text()
+    (fits,) = (
+        x for x in text.splitlines() if x.startswith(f"| {formed.OURS} |") and " 2,000 to " in x
+    )
+    assert fits.endswith(", 2,000 to 8,000 |") and ", 4 to 8 |" in fits
     assert "- slow at n=4, r=16, d=4,000 (over budget: 0.2 s); n=4, r=16, d=8,000 (over" in text
 
 

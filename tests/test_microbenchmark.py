@@ -180,6 +180,23 @@ def test_fit():
     assert line.residual > 1.3
 
 
+def test_peer_that_does_not_import_is_named(monkeypatch):
+    """One of dropinf's own is an error."""
+
+    def broken(given):
+        raise ImportError("no torchvision::nms")
+
+    keep(monkeypatch, "formed", (formed.OURS, "TRAK normal"))
+    monkeypatch.setitem(formed.CONTESTANTS, "TRAK normal", broken)
+    assert sweep._able(formed, CPU) == (
+        [formed.OURS],
+        {"TRAK normal": "does not import: no torchvision::nms"},
+    )
+    monkeypatch.setitem(formed.CONTESTANTS, formed.OURS, broken)
+    with pytest.raises(ImportError):
+        sweep._able(formed, CPU)
+
+
 def test_missing_cuda_projector_is_named(monkeypatch):
     """With the extra that has it, which is not `peers`."""
     with pytest.raises(

@@ -152,6 +152,10 @@ def _able(module: ModuleType, device: torch.device) -> tuple[list[str], dict[str
             able.append(name)
         except LeftOut as reason:
             left_out[name] = str(reason)
+        except ImportError as error:  # of a peer that is installed beside what it cannot work with
+            if name.startswith("dropinf"):
+                raise
+            left_out[name] = f"does not import: {' '.join(str(error).split())[:200]}"
     return able, left_out
 
 

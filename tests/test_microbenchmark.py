@@ -169,6 +169,17 @@ def test_over_budget(monkeypatch, tmp_path):
     assert "- slow at n=4, r=16, d=4,000 (over budget: 0.2 s); n=4, r=16, d=8,000 (over" in text
 
 
+def test_ours_and_the_floor_have_no_budget(monkeypatch):
+    """Without them there would be no ratios."""
+    keep(monkeypatch, "formed", (formed.FLOOR, formed.OURS, "dropinf FJLT"))
+    monkeypatch.setattr(sweep, "SETTINGS", {"formed": formed})
+    monkeypatch.setattr(sweep, "_peaks", lambda *args: {})
+    results = sweep.measure("quick", TINY._replace(budget=0.0))
+    for point in results["settings"]["formed"]["points"]:
+        assert list(point["ms"]) == [formed.FLOOR, formed.OURS]
+        assert "over budget" in point["left_out"]["dropinf FJLT"]
+
+
 def test_fit():
     """Powers are found, with how far off the times are."""
     sizes = [10, 100, 1000, 10000]

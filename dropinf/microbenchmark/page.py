@@ -73,7 +73,8 @@ def _page(results: dict[str, Any], figures: dict[tuple[str, str], str]) -> Itera
     yield (
         f"Contestants alternate in one process, {results['rounds']} rounds; figures are medians, "
         "with the smallest and largest. A contestant whose call takes more than "
-        f"{results['budget']:g} s is left out of larger sizes. Each was checked against its "
+        f"{results['budget']:g} s is left out of larger sizes, except for Dropout and the floor, "
+        "to which the ratios are. Each was checked against its "
         "definition before. Of projections made anew in each call, the making is part of the time, "
         "as it is in use."
     )

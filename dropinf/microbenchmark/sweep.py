@@ -34,7 +34,8 @@ class Preset(NamedTuple):
     Attributes:
         base: setting -> the size around which one number at a time changes.
         sweeps: setting -> {"n", "r", "d" -> its values}.
-        budget: seconds that one call of a contestant may take; larger sizes are left out for it.
+        budget: seconds that one call of a contestant may take; larger sizes are left out for it,
+            except for Dropout and the floor.
         rounds: of all contestants.
         loop_seconds: of a contestant in a round.
         device: "cpu" or "cuda".
@@ -184,9 +185,10 @@ def _measured(
     left_out = {}
     for name in able:
         before = known.setdefault(name, [])
+        always = name in (module.OURS, module.FLOOR)  # ratios are to them
         # Nobody gets faster with size, so what was too slow below is too slow here.
         slow = [s for p, s in before if s > preset.budget and _below(p, point)]
-        if slow:
+        if slow and not always:
             left_out[name] = f"over budget: {slow[-1]:.1f} s at a smaller size"
             continue
         try:
@@ -199,7 +201,7 @@ def _measured(
             continue
         seconds = once(call)
         before.append((point, seconds))
-        if seconds > preset.budget:
+        if seconds > preset.budget and not always:
             left_out[name] = f"over budget: {seconds:.1f} s"
         else:
             calls[name] = call

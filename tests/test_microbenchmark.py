@@ -219,7 +219,11 @@ def test_missing_cuda_projector_is_named(monkeypatch):
 def result(left_out=(), **ms):
     point = {"n": 1, "r": 2, "d": 3, "left_out": dict(left_out)}
     points = [{**point, "ms": {"floor": [2.0, 1.9, 2.1], **ms}}]
-    return {"preset": "quick", "settings": {"formed": {"floor": "floor", "points": points}}}
+    return {
+        "preset": "quick",
+        "budget": 0.1,
+        "settings": {"formed": {"floor": "floor", "points": points}},
+    }
 
 
 OLD = result(**{"dropinf a": [4.0, 3.6, 4.4], "dropinf b": [1.0, 0.9, 1.1], "peer": [1, 1, 1]})
@@ -248,6 +252,8 @@ def test_over_budget_is_slower():
     (line,) = check.slower(OLD, new)
     assert "dropinf a at n=1, r=2, d=3 is left out, over budget: 9.0 s" in line
     assert check.slower(new, new) == []
+    # 5 ms are 2.5 floors, and its largest was 2.2: within a quarter.
+    assert check.slower(OLD, {**new, "budget": 0.005}) == []
 
 
 def test_missing_baseline_is_said_before_measuring(tmp_path, monkeypatch):

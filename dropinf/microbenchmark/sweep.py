@@ -200,6 +200,8 @@ def _measured(
             left_out[name] = f"fails: {' '.join(str(error).split())[:200]}"
             continue
         seconds = once(call)
+        if seconds > preset.budget:  # something else on the machine may have had its turn
+            seconds = min(seconds, once(call))
         before.append((point, seconds))
         if seconds > preset.budget and not always:
             left_out[name] = f"over budget: {seconds:.1f} s"

@@ -52,13 +52,9 @@ def main() -> None:
         from dropinf.microbenchmark import main as microbenchmark
 
         try:
-            microbenchmark.run(arguments.preset, arguments.out)
-            if arguments.against is not None:
-                results = arguments.out / "results.json"
-                sys.exit(microbenchmark.compare(arguments.against, results))
+            sys.exit(microbenchmark.run(arguments.preset, arguments.out, arguments.against))
         except ValueError as error:
             parser.error(str(error))
-        return
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401

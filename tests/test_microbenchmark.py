@@ -71,14 +71,12 @@ def test_results(tiny, tmp_path):
     "setting, name", [(s, n) for s in FEW for n in sweep.SETTINGS[s].CONTESTANTS]
 )
 def test_contestants_compute_what_they_should(setting, name, monkeypatch):
-    """And one that is a hundredth off is found."""
+    """And one that is off is found: by a half, or, of peers' own maps, in the order of its rows."""
     module = sweep.SETTINGS[setting]
     try:
         module.check(name, CPU)
     except timing.LeftOut as reason:
         pytest.skip(str(reason))
-    if setting == "passes" and name in passes.PEERS:
-        return  # of whose own rows little is known
     right = module.CONTESTANTS[name]
 
     def wrong(given):
@@ -86,6 +84,8 @@ def test_contestants_compute_what_they_should(setting, name, monkeypatch):
 
         def spoilt():
             out = call()
+            if setting == "passes" and name in passes.PEERS:
+                return out.roll(1, 0)
             return [1.5 * t for t in out] if isinstance(out, tuple) else 1.5 * out
 
         return spoilt
@@ -93,6 +93,36 @@ def test_contestants_compute_what_they_should(setting, name, monkeypatch):
     monkeypatch.setattr(module, "CONTESTANTS", {**module.CONTESTANTS, name: wrong})
     with pytest.raises(AssertionError):
         module.check(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["dropinf Gaussian", "dropinf LoGra"])
+def test_projections_must_be_linear(name, monkeypatch):
+    """Right norms alone do not pass."""
+    right = formed.CONTESTANTS[name]
+
+    def wrong(given):
+        call = right(given)
+        return lambda: call().abs()
+
+    monkeypatch.setattr(formed, "CONTESTANTS", {**formed.CONTESTANTS, name: wrong})
+    with pytest.raises(AssertionError, match="is not linear"):
+        formed.check(name, CPU)
+
+
+def test_dattri_mask_is_drawn_once(monkeypatch):
+    """Its best form draws before it is timed; the other form draws in each call."""
+    projection = pytest.importorskip("dattri.func.projection")
+    drawn, right = [], projection.random_project
+    monkeypatch.setattr(
+        projection, "random_project", lambda *a, **k: drawn.append(1) or right(*a, **k)
+    )
+    given = formed.make(Point(4, 16, 2000), CPU)
+    for name, times in (("", 0), (", made for each batch", 3)):
+        call = formed.CONTESTANTS[f"dattri random_mask{name}"](given)
+        drawn.clear()
+        for _ in range(3):
+            call()
+        assert len(drawn) == times
 
 
 def test_missing_peer_is_named(monkeypatch):
@@ -132,7 +162,22 @@ def test_over_budget(monkeypatch, tmp_path):
     assert not any(left.values())
     page.write(results, tmp_path)
     text = (tmp_path / "page.md").read_text()
+    (fits,) = (
+        x for x in text.splitlines() if x.startswith(f"| {formed.OURS} |") and " 2,000 to " in x
+    )
+    assert fits.endswith(", 2,000 to 8,000 |") and ", 4 to 8 |" in fits
     assert "- slow at n=4, r=16, d=4,000 (over budget: 0.2 s); n=4, r=16, d=8,000 (over" in text
+
+
+def test_ours_and_the_floor_have_no_budget(monkeypatch):
+    """Without them there would be no ratios."""
+    keep(monkeypatch, "formed", (formed.FLOOR, formed.OURS, "dropinf FJLT"))
+    monkeypatch.setattr(sweep, "SETTINGS", {"formed": formed})
+    monkeypatch.setattr(sweep, "_peaks", lambda *args: {})
+    results = sweep.measure("quick", TINY._replace(budget=0.0))
+    for point in results["settings"]["formed"]["points"]:
+        assert list(point["ms"]) == [formed.FLOOR, formed.OURS]
+        assert "over budget" in point["left_out"]["dropinf FJLT"]
 
 
 def test_fit():
@@ -146,9 +191,39 @@ def test_fit():
     assert line.residual > 1.3
 
 
-def result(**ms):
-    points = [{"n": 1, "r": 2, "d": 3, "ms": {"floor": [2.0, 1.9, 2.1], **ms}}]
-    return {"preset": "quick", "settings": {"formed": {"floor": "floor", "points": points}}}
+def test_peer_that_does_not_import_is_named(monkeypatch):
+    """One of dropinf's own is an error."""
+
+    def broken(given):
+        raise ImportError("no torchvision::nms")
+
+    keep(monkeypatch, "formed", (formed.OURS, "TRAK normal"))
+    monkeypatch.setitem(formed.CONTESTANTS, "TRAK normal", broken)
+    assert sweep._able(formed, CPU) == (
+        [formed.OURS],
+        {"TRAK normal": "does not import: no torchvision::nms"},
+    )
+    monkeypatch.setitem(formed.CONTESTANTS, formed.OURS, broken)
+    with pytest.raises(ImportError):
+        sweep._able(formed, CPU)
+
+
+def test_missing_cuda_projector_is_named(monkeypatch):
+    """With the extra that has it, which is not `peers`."""
+    with pytest.raises(
+        timing.LeftOut, match=r"fast_jl is not installed; pip install 'traker\[fast"
+    ):
+        formed.need("fast_jl", "traker[fast]")
+
+
+def result(left_out=(), **ms):
+    point = {"n": 1, "r": 2, "d": 3, "left_out": dict(left_out)}
+    points = [{**point, "ms": {"floor": [2.0, 1.9, 2.1], **ms}}]
+    return {
+        "preset": "quick",
+        "budget": 0.1,
+        "settings": {"formed": {"floor": "floor", "points": points}},
+    }
 
 
 OLD = result(**{"dropinf a": [4.0, 3.6, 4.4], "dropinf b": [1.0, 0.9, 1.1], "peer": [1, 1, 1]})
@@ -168,6 +243,23 @@ OLD = result(**{"dropinf a": [4.0, 3.6, 4.4], "dropinf b": [1.0, 0.9, 1.1], "pee
 def test_slower(new, named):
     lines = check.slower(OLD, result(**new))
     assert sorted(line.split(" at ")[0].removeprefix("formed: ") for line in lines) == named
+
+
+def test_over_budget_is_slower():
+    """What has no time any more is named, unless it had none before, or is a peer."""
+    late = {"dropinf a": "over budget: 9.0 s", "peer": "over budget: 9.0 s"}
+    new = result(late, **{"dropinf b": [1.0, 0.9, 1.1]})
+    (line,) = check.slower(OLD, new)
+    assert "dropinf a at n=1, r=2, d=3 is left out, over budget: 9.0 s" in line
+    assert check.slower(new, new) == []
+    # 5 ms are 2.5 floors, and its largest was 2.2: within a quarter.
+    assert check.slower(OLD, {**new, "budget": 0.005}) == []
+
+
+def test_missing_baseline_is_said_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "measure", lambda *args: pytest.fail("it was measured"))
+    with pytest.raises(ValueError, match=r"nowhere\.json is not there; .* --preset quick --out"):
+        main.run("quick", tmp_path, against=tmp_path / "nowhere.json")
 
 
 def test_slower_machine_is_not_slower():

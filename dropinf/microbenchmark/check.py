@@ -13,7 +13,8 @@ def slower(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """A sentence for each contestant of dropinf that became slower at some size.
 
     Times are compared as multiples of the floor's in the same run, so that machines may differ. It
-    is slower if its smallest multiple now is above its largest then, by a quarter.
+    is slower if its smallest multiple now is above its largest then, by a quarter, where
+    what is over its budget now takes at least that.
 
     Raises:
         ValueError: the results are not of one preset, or have no size in common.
@@ -31,6 +32,16 @@ def slower(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if before is None:
                 continue
             floor = found["floor"]
+            for name in before["ms"]:
+                if not name.startswith("dropinf") or name not in point["left_out"]:
+                    continue
+                compared += 1
+                at_least = 1e3 * new["budget"] / point["ms"][floor][0]
+                if at_least > _TOLERANCE * before["ms"][name][2] / before["ms"][floor][0]:
+                    lines.append(
+                        f"{setting}: {name} at n={point['n']}, r={point['r']}, d={point['d']:,} "
+                        f"is left out, {point['left_out'][name]}; it was measured before"
+                    )
             for name, was, now in _multiples(before, point, floor):
                 compared += 1
                 if now[1] > _TOLERANCE * was[2]:

@@ -37,14 +37,13 @@ def make(point: Point, device: torch.device) -> Inputs:
     return Inputs(torch.randn(point.n, point.d, generator=generator).to(device), point.r)
 
 
-def need(package: str, extra: str = "peers") -> None:
-    """Raise LeftOut if a peer is missing."""
+def need(package: str, wanted: str = "dropinf[peers]") -> None:
+    """Raise LeftOut if a peer is missing, with what to install."""
     try:
         version(package)
     except PackageNotFoundError:
-        raise LeftOut(
-            f"{package} is not installed; pip install 'dropinf[{extra}]', or make peers"
-        ) from None
+        way_out = f"pip install '{wanted}'" + (", or make peers" if "peers" in wanted else "")
+        raise LeftOut(f"{package} is not installed; {way_out}") from None
 
 
 def _ours(proj_type: str) -> Callable[[Inputs], Call]:
@@ -82,8 +81,10 @@ def _trak(proj_type: str) -> Callable[[Inputs], Call]:
 
         d, device = given.grads.shape[1], given.grads.device
         if device.type == "cuda":
-            need("fast_jl")
-            made = projectors.CudaProjector(d, given.r, 0, proj_type, device, max_batch_size=32)
+            need("fast_jl", "traker[fast]")
+            # It reads the type's `value`, which a plain string has not.
+            kind = projectors.ProjectionType(proj_type)
+            made = projectors.CudaProjector(d, given.r, 0, kind, device, max_batch_size=32)
             return lambda: made.project(given.grads, model_id=0)
         made = projectors.BasicProjector(d, given.r, 0, proj_type, device)
         return lambda: made.project(given.grads, model_id=0)
@@ -91,8 +92,8 @@ def _trak(proj_type: str) -> Callable[[Inputs], Call]:
     return contestant
 
 
-def _dattri(proj_type: str) -> Callable[[Inputs], Call]:
-    """As its attributors call it: made for each batch."""
+def _dattri(proj_type: str, kept: bool = True) -> Callable[[Inputs], Call]:
+    """Made once, its best form; or, if not `kept`, for each batch, as its attributors do."""
 
     def contestant(given: Inputs) -> Call:
         need("dattri")
@@ -100,15 +101,17 @@ def _dattri(proj_type: str) -> Callable[[Inputs], Call]:
 
         n, device = len(given.grads), str(given.grads.device)
 
-        def call() -> Tensor:
+        def make() -> Callable[[Tensor], Tensor]:
             options = {"proj_type": proj_type, "device": device}
-            return random_project(given.grads, n, given.r, 32, **options)(given.grads)
+            return random_project(given.grads, n, given.r, 32, **options)
 
         try:
-            random_project(given.grads, n, given.r, 32, proj_type=proj_type, device=device)
+            project = make()
         except (ValueError, ImportError, RuntimeError) as error:
             raise LeftOut(f"dattri says: {' '.join(str(error).split())}") from None
-        return call
+        if kept:
+            return lambda: project(given.grads)
+        return lambda: make()(given.grads)
 
     return contestant
 
@@ -123,6 +126,7 @@ CONTESTANTS: dict[str, Callable[[Inputs], Call]] = {
     "dropinf Gaussian": _projection(projections.Gaussian),
     "dropinf Rademacher": _projection(projections.Rademacher),
     "dattri random_mask": _dattri("random_mask"),
+    "dattri random_mask, made for each batch": _dattri("random_mask", kept=False),
     "dattri sjlt": _dattri("sjlt"),
     "dattri normal": _dattri("normal"),
     "dattri rademacher": _dattri("rademacher"),
@@ -141,9 +145,11 @@ def check(name: str, device: torch.device) -> None:
         LeftOut: it does not run.
         AssertionError: it computes something else.
     """
-    n, r, d = 65, 64, 6000
+    # fast_jl takes multiples of 512 only.
+    n, r, d = 65, 512 if name.startswith("TRAK") and device.type == "cuda" else 64, 6000
     grads = make(Point(n, r, d), device).grads
     grads[0] = torch.arange(d)
+    grads[3] = grads[1] - grads[2]
     out: Any = CONTESTANTS[name](Inputs(grads, r))()
     grads = grads.double()
     if name == FLOOR:
@@ -151,7 +157,9 @@ def check(name: str, device: torch.device) -> None:
         return
     assert out.shape == (n, r) and out.isfinite().all(), name
     out = out.double()
-    if name in (OURS, "dattri random_mask"):
+    size = float(out[1:3].norm())
+    assert float((out[1] - out[2] - out[3]).norm()) <= 1e-4 * size, (name, "is not linear")
+    if name == OURS or name.startswith("dattri random_mask"):
         scale = math.sqrt(d / r) if name == OURS else 1.0
         index = (out[0] / scale).round().long()
         assert len(index.unique()) == r and index.max() < d, name

@@ -10,8 +10,22 @@ from pathlib import Path
 from dropinf.microbenchmark import check, page, sweep
 
 
-def run(preset: str, out: Path) -> None:
-    """Measure, and write results.json, page.md and figures into the directory `out`."""
+def run(preset: str, out: Path, against: Path | None = None) -> int:
+    """Measure, and write results.json, page.md and figures into the directory `out`.
+
+    Returns:
+        The exit status: 1 if something became slower than in the results `against`.
+
+    Raises:
+        ValueError: there is nothing at `against`, it cannot be compared with, or the preset is for
+            a GPU and there is none.
+    """
+    if against is not None and not against.exists():
+        folder = against.parent
+        raise ValueError(
+            f"bench: {against} is not there; python -m dropinf bench --preset {preset} --out "
+            f"{folder} makes it"
+        )
     # Bars and log lines of other packages, some for each call.
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.disable(logging.INFO)
@@ -22,6 +36,7 @@ def run(preset: str, out: Path) -> None:
     partial.replace(out / "results.json")
     page.write(results, out)
     print(f"{out / 'page.md'}")
+    return 0 if against is None else compare(against, out / "results.json")
 
 
 def compare(old: Path, new: Path) -> int:

@@ -73,7 +73,8 @@ def _page(results: dict[str, Any], figures: dict[tuple[str, str], str]) -> Itera
     yield (
         f"Contestants alternate in one process, {results['rounds']} rounds; figures are medians, "
         "with the smallest and largest. A contestant whose call takes more than "
-        f"{results['budget']:g} s is left out of larger sizes. Each was checked against its "
+        f"{results['budget']:g} s is left out of larger sizes, except for Dropout and the floor, "
+        "to which the ratios are. Each was checked against its "
         "definition before. Of projections made anew in each call, the making is part of the time, "
         "as it is in use."
     )
@@ -105,8 +106,9 @@ def _base_table(found: dict[str, Any]) -> Iterator[str]:
 
 def _exponents(found: dict[str, Any]) -> Iterator[str]:
     yield (
-        "\nExponents of time, fitted over all sizes, and in brackets between the two largest; and "
-        "the largest factor by which a time is off its line:\n"
+        "\nExponents of time, fitted over all sizes, and in brackets between the two largest, "
+        "where fixed costs weigh least; the largest factor by which a time is off its line; and "
+        "the smallest and largest size, which budgets may cut short:\n"
     )
     yield "| contestant | in n | in r | in d |\n| --- | --- | --- | --- |"
     by_variable = {variable: series(found, variable) for variable in _SIZES}
@@ -118,7 +120,10 @@ def _exponents(found: dict[str, Any]) -> Iterator[str]:
                 cells.append("")
                 continue
             line = fit([x for x, _ in points], [ms[0] for _, ms in points])
-            cells.append(f"{line.exponent:.2f} ({line.last:.2f}), {line.residual:.2g}")
+            cells.append(
+                f"{line.exponent:.2f} ({line.last:.2f}), {line.residual:.2g}, "
+                f"{line.low:,} to {line.high:,}"
+            )
         yield f"| {name} | {' | '.join(cells)} |"
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import dropinf
-from dropinf import Dropout, Plan, capture, entries, ops, staging
+from dropinf import Dropout, Plan, capture, ops, runs, staging
 from dropinf.staging import staged_order
 
 pytestmark = pytest.mark.skipif(
@@ -326,7 +326,7 @@ def test_only_where_it_pays():
 
 def test_kept_by_the_plan(monkeypatch):
     """Coordinates and orders are made once for a plan, not for a batch or a capture."""
-    model = nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 3))
+    model = nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 6))
     plan, x = Plan.make(model, Dropout(r=50)), torch.randn(6, 4, 9)
 
     def rows():
@@ -347,7 +347,7 @@ def test_kept_by_the_plan(monkeypatch):
 
     monkeypatch.setattr(staging, "order_if_faster", make)
     # On CUDA tensors they are made; here the CPU stands in for it.
-    monkeypatch.setattr(entries, "_on_cuda", lambda dy: True)
+    monkeypatch.setattr(runs, "_on_cuda", lambda dy: True)
     monkeypatch.setattr(ops, "_check_order", lambda op, order, r, x: used.append(order))
     for a, b in zip(twice(), without, strict=True):
         assert torch.equal(a, b)

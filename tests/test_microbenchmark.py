@@ -64,7 +64,7 @@ def test_results(tiny, tmp_path):
         for variable in "nrd":
             assert f"]({setting}-{variable}.svg)" in text
             assert "<svg" in (tmp_path / "out" / f"{setting}-{variable}.svg").read_text()
-    assert main.compare(*[tmp_path / "out" / "results.json"] * 2) == 0
+    assert main.compare(results, results, lambda: results) == 0
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,17 @@ def test_missing_baseline_is_said_before_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "measure", lambda *args: pytest.fail("it was measured"))
     with pytest.raises(ValueError, match=r"nowhere\.json is not there; .* --preset quick --out"):
         main.run("quick", tmp_path, against=tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("again, status", [(9.0, 1), (4.0, 0)])
+def test_slower_in_a_second_measurement_too(again, status, capsys):
+    def at(ms):
+        return result(**{"dropinf a": [ms, ms, ms]})
+
+    assert main.compare(OLD, at(8.0), lambda: at(again)) == status
+    said = capsys.readouterr().out
+    assert ("dropinf a at n=1" in said) == bool(status)
+    assert ("nothing became slower" in said) != bool(status)
 
 
 def test_slower_machine_is_not_slower():

@@ -54,6 +54,11 @@ def slower(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
+def subject(line: str) -> str:
+    """Who, and at which size, a sentence of `slower` is about."""
+    return line.partition(" takes ")[0].partition(" is left out")[0]
+
+
 def _size(point: dict[str, Any]) -> tuple[int, int, int]:
     return point["n"], point["r"], point["d"]
 

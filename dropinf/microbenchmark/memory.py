@@ -9,17 +9,14 @@ import torch
 
 from dropinf.microbenchmark.formed import Point
 from dropinf.microbenchmark.sweep import SETTINGS
-from dropinf.microbenchmark.timing import peak
-
-# Without these malloc keeps freed blocks, and the peak says nothing about the call.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+from dropinf.microbenchmark.timing import MALLOC, peak
 
 
 def main(setting: str, contestant: str, n: str, r: str, d: str, device: str) -> None:
     """Print the peak of one contestant, in this process of its own."""
-    if not _MALLOC.items() <= os.environ.items():  # malloc reads them when a process begins
+    if not MALLOC.items() <= os.environ.items():  # malloc reads them when a process begins
         command = [sys.executable, "-m", "dropinf.microbenchmark.memory", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **_MALLOC})
+        os.execve(sys.executable, command, {**os.environ, **MALLOC})
     module, where = SETTINGS[setting], torch.device(device)
     given = module.make(Point(int(n), int(r), int(d)), where)
     print(peak(module.CONTESTANTS[contestant](given), where))

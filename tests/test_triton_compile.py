@@ -56,6 +56,9 @@ def test_resources(kernels):
         # 255 would be the most a thread can have, and a sign that more are wanted.
         assert k["registers"] < 255 and k["registers"] * k["warps"] * 32 <= 65536, k
         assert k["shared"] <= 48 * 1024, k  # what a block gets without asking
+        if k["kernel"].startswith("sampled_outer"):
+            # Twice as many, if neighbouring lanes are on positions: see `load_tile`.
+            assert k["registers"] <= 64, k
 
 
 def test_every_kernel_is_compiled(kernels):

@@ -6,6 +6,8 @@ BIN := .venv/bin
 # nvcc from the package index where there is none.
 EXTRAS := demo,test$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+# The oldest Triton that pyproject.toml allows, which is torch 2.11's; like there, on Linux.
+OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0)
 HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h)
 
 # `make gpu` makes no .venv: it uses what is installed beside a CUDA build of torch, and no network.
@@ -17,7 +19,7 @@ PART ?=
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
 
-test: .venv/installed lint
+test: .venv/installed $(OLD_TRITON) lint
 	$(BIN)/python -m pytest
 
 # Tests of what measures: slow, and seldom concerned by a change.
@@ -34,6 +36,11 @@ bench: .venv/installed
 bench-check: .venv/installed
 	$(BIN)/python -m dropinf bench --preset quick --out build/microbenchmark/quick \
 	    --against bench/results/microbenchmark/quick/results.json
+
+# A Triton beside the one in .venv, for tests/test_triton_compile.py.
+build/triton-%: | .venv/installed
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $@.part triton==$*
+	mv $@.part $@
 
 gpu: build/gpu-kernels
 	PYTHONPATH=.:bench $(GPU_PYTHON) -m gpu.run $(PART)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums
+from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, products
 
 # Not measured on a GPU. Neighbouring lanes read neighbouring positions.
 BLOCK_R = 16
@@ -132,9 +132,8 @@ def sampled_conv_kernel(
         dy_at = p_0.to(tl.int64) * dy_stride_0 + p_1.to(tl.int64) * dy_stride_1
         dy_at += p_2.to(tl.int64) * dy_stride_2
         # The bias is what is used and not in x.
-        x = tl.load(x_ptr + x_at, mask=used & in_x, other=1.0)
-        dy = tl.load(dy_ptr + dy_channel + dy_at[None, :], mask=used, other=0.0)
-        sums += x.to(tl.float32) * dy.to(tl.float32)
+        dy_ptrs = dy_ptr + dy_channel + dy_at[None, :]
+        sums += products(x_ptr + x_at, used & in_x, dy_ptrs, used)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
     entries = tl.where(good, tl.sum(sums, 1) * scale, float("nan"))
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums
+from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, products
 
 # Not measured on a GPU. Coordinates are sorted by o, so neighbouring lanes share sectors of dy.
 BLOCK_T = 16
@@ -95,9 +95,8 @@ def sampled_outer_kernel(
             x_at = b * x_stride_b + position[:, None] * x_stride_t + i[None, :]
             dy_at = b * dy_stride_b + position[:, None] * dy_stride_t + o[None, :]
             # The bias is what is not in x.
-            x = tl.load(x_ptr + x_at, mask=in_t[:, None] & in_x[None, :], other=1.0)
-            dy = tl.load(dy_ptr + dy_at, mask=in_t[:, None] & in_dy[None, :], other=0.0)
-            terms = x.to(tl.float32) * dy.to(tl.float32)
+            in_x_t, in_dy_t = in_t[:, None] & in_x[None, :], in_t[:, None] & in_dy[None, :]
+            terms = products(x_ptr + x_at, in_x_t, dy_ptr + dy_at, in_dy_t)
             if sign_ptr is not None:
                 terms *= sign[None, :]
             sums += terms

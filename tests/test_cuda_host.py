@@ -57,6 +57,20 @@ int main() {
   assert(launch(copy, grid_of(1), 1056, 128, nullptr, (const float*)from, to, true) != 0);
   const dim3 too_many = grid_of(int64_t{1} << 31);
   assert(launch(copy, too_many, 32, 128, nullptr, (const float*)from, to, true) != 0);
+  // More than 48 KB only where the kernel is allowed to, which a launch asks for once and in full.
+  const auto run = [](int kb) {
+    const auto kernel = reinterpret_cast<const void*>(reverse);
+    return host_execution::run(kernel, grid_of(1), 96, kb << 10, [] {});
+  };
+  const auto launched = [&](int kb) {
+    return launch(reverse, grid_of(1), 96, kb << 10, nullptr, (const float*)from, to, 96);
+  };
+  assert(launched(48) == 0 && run(48) == 0 && run(49) != 0);
+  assert(launched(60) == 0 && run(163) == 0 && run(164) != 0);
+  host_execution::max_shared_bytes = 99 << 10;  // another device
+  assert(run(60) != 0 && launched(60) == 0 && run(99) == 0 && launched(100) != 0);
+  host_execution::allowed_bytes.clear();
+  assert(launched(60) != 0);
   std::puts("as a device");
 }
 """

@@ -19,9 +19,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -48,8 +51,20 @@ namespace host_execution {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-// Of a block, as on sm_80; sm_90 and sm_100 have 227 KB.
-inline std::atomic<int64_t> max_shared_bytes{163 * 1024};
+// Of a block, as on sm_80; sm_90 and sm_100 have 227 KB, sm_86 and sm_89 99. It is the device's
+// number too: with another limit it is another device.
+inline std::atomic<int> max_shared_bytes{163 * 1024};
+
+// What cudaFuncSetAttribute allowed a kernel on a device; 48 KB need no such call.
+constexpr int kPlainSharedBytes = 48 * 1024;
+inline std::mutex allowed_mutex;
+inline std::map<std::pair<const void*, int>, int> allowed_bytes;
+
+inline int allowed_shared(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  const auto found = allowed_bytes.find({kernel, max_shared_bytes});
+  return found == allowed_bytes.end() ? kPlainSharedBytes : found->second;
+}
 
 // Two in turn. A thread that leaves a barrier late would otherwise meet there what others did
 // since, on their way to the next one, and ThreadSanitizer would take that for order.
@@ -131,11 +146,13 @@ inline void wait_for_copies(size_t pending) {
   }
 }
 
-template <typename Kernel>
-cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kernel) {
+// Runs `body`, a call of `kernel`.
+template <typename Body>
+cudaError_t run(const void* kernel, dim3 grid, int threads, int64_t shared_bytes,
+                const Body& body) {
   const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu &&
                     grid.y <= 65535 && grid.z <= 65535 && threads > 0 && threads <= kMaxThreads &&
-                    shared_bytes <= max_shared_bytes;
+                    shared_bytes <= allowed_shared(kernel);
   if (!fits) return cudaErrorInvalidValue;
   Block shared_block(threads, shared_bytes);
   const auto work = [&](unsigned thread) {
@@ -151,7 +168,7 @@ cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kern
           copies.assign(1, {});
           if (thread == 0) shared_block.clear();
           shared_block.barrier.wait(block_turn);
-          kernel();
+          body();
           shared_block.barrier.wait(block_turn);
         }
       }
@@ -181,11 +198,19 @@ T exchange(T value, int from) {
 
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = host_execution::max_shared_bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(host_execution::max_shared_bytes);
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = device;
+  return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int num_bytes) {
+  const int device = host_execution::max_shared_bytes;
+  if (num_bytes > device) return cudaErrorInvalidValue;
+  const std::lock_guard<std::mutex> lock(host_execution::allowed_mutex);
+  host_execution::allowed_bytes[{kernel, device}] = num_bytes;
   return cudaSuccess;
 }
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from cuda_host import build
@@ -110,3 +111,16 @@ def test_an_access_that_is_not_aligned_ends_it(tmp_path):
     assert compiled(tmp_path, kernel).returncode == 0
     run = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True)
     assert run.returncode != 0 and "is not aligned" in run.stderr
+
+
+def test_objects_depend_on_all_that_they_include():
+    """As the compiler lists it; and on nothing else, or a fault planted in one would build all."""
+    sources = [*sorted(build.SOURCES.glob("cuda/*.cu")), build.SOURCES / "bank_order.cpp"]
+    for source in sources:
+        command = [build.COMPILER, "-std=c++20", f"-I{build.HERE}", f"-I{build.SOURCES}", "-MM"]
+        listed = subprocess.run(
+            [*command, "-x", "c++", str(source)], capture_output=True, text=True, check=True
+        ).stdout
+        files = listed.replace("\\\n", " ").split()[1:]
+        found = build._included(source, build.SOURCES)
+        assert sorted(f.resolve() for f in found) == sorted({Path(f).resolve() for f in files})

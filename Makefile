@@ -6,7 +6,8 @@ BIN := .venv/bin
 # nvcc from the package index where there is none.
 EXTRAS := demo,test$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
-HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h)
+HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h) \
+    $(wildcard bench/gpu/*.cu bench/gpu/*/*.cuh)
 
 # `make gpu` makes no .venv: it uses what is installed beside a CUDA build of torch, and no network.
 GPU_PYTHON ?= python3

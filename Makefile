@@ -8,7 +8,8 @@ EXTRAS := demo,test$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # The oldest Triton that pyproject.toml allows, which is torch 2.11's; like there, on Linux.
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0)
-HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h)
+HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h) \
+    $(wildcard bench/gpu/*.cu bench/gpu/*/*.cuh)
 
 # `make gpu` makes no .venv: it uses what is installed beside a CUDA build of torch, and no network.
 GPU_PYTHON ?= python3

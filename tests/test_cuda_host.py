@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from cuda_host import build
@@ -57,6 +58,20 @@ int main() {
   assert(launch(copy, grid_of(1), 1056, 128, nullptr, (const float*)from, to, true) != 0);
   const dim3 too_many = grid_of(int64_t{1} << 31);
   assert(launch(copy, too_many, 32, 128, nullptr, (const float*)from, to, true) != 0);
+  // More than 48 KB only where the kernel is allowed to, which a launch asks for once and in full.
+  const auto run = [](int kb) {
+    const auto kernel = reinterpret_cast<const void*>(reverse);
+    return host_execution::run(kernel, grid_of(1), 96, kb << 10, [] {});
+  };
+  const auto launched = [&](int kb) {
+    return launch(reverse, grid_of(1), 96, kb << 10, nullptr, (const float*)from, to, 96);
+  };
+  assert(launched(48) == 0 && run(48) == 0 && run(49) != 0);
+  assert(launched(60) == 0 && run(163) == 0 && run(164) != 0);
+  host_execution::max_shared_bytes = 99 << 10;  // another device
+  assert(run(60) != 0 && launched(60) == 0 && run(99) == 0 && launched(100) != 0);
+  host_execution::allowed_bytes.clear();
+  assert(launched(60) != 0);
   std::puts("as a device");
 }
 """
@@ -96,3 +111,16 @@ def test_an_access_that_is_not_aligned_ends_it(tmp_path):
     assert compiled(tmp_path, kernel).returncode == 0
     run = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True)
     assert run.returncode != 0 and "is not aligned" in run.stderr
+
+
+def test_objects_depend_on_all_that_they_include():
+    """As the compiler lists it; and on nothing else, or a fault planted in one would build all."""
+    sources = [*sorted(build.SOURCES.glob("cuda/*.cu")), build.SOURCES / "bank_order.cpp"]
+    for source in sources:
+        command = [build.COMPILER, "-std=c++20", f"-I{build.HERE}", f"-I{build.SOURCES}", "-MM"]
+        listed = subprocess.run(
+            [*command, "-x", "c++", str(source)], capture_output=True, text=True, check=True
+        ).stdout
+        files = listed.replace("\\\n", " ").split()[1:]
+        found = build._included(source, build.SOURCES)
+        assert sorted(f.resolve() for f in found) == sorted({Path(f).resolve() for f in files})

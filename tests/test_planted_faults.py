@@ -4,10 +4,8 @@
 """
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from cuda_host import build
@@ -18,13 +16,13 @@ if os.environ.get("DROPINF_SANITIZE") != "planted":
 FAULTS = {  # sanitizer, file, a line of it, and the fault it becomes
     "a read out of range": (
         "address",
-        "gather_grads.cu",
+        "cuda/gather_grads.cu",
         "const int64_t position = grad.idx[k];",
         "const int64_t position = grad.idx[k + 1];",
     ),
     "a missing barrier": (
         "thread",
-        "sampled_outer.cu",
+        "cuda/sampled_outer.cu",
         "of_warps[threadIdx.x] = total;\n  __syncthreads();",
         "of_warps[threadIdx.x] = total;",
     ),
@@ -68,11 +66,5 @@ def test_planted(fault, tmp_path):
     sanitizer, file, line, becomes = FAULTS[fault]
     clean = run(build.SOURCES, sanitizer)
     assert clean.returncode == 0, clean.stderr
-    sources = tmp_path / "csrc"
-    shutil.copytree(build.SOURCES, sources)
-    kernel = Path(sources, "cuda", file)
-    text = kernel.read_text()
-    assert text.count(line) == 1
-    kernel.write_text(text.replace(line, becomes))
-    faulty = run(sources, sanitizer)
+    faulty = run(build.planted(tmp_path, file, line, becomes), sanitizer)
     assert faulty.returncode != 0 and SIGNS[sanitizer] in faulty.stderr, faulty.stderr

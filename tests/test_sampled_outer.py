@@ -127,6 +127,25 @@ def test_staged_views(backend, dtype):
     assert torch.equal(out, run(slice(None))) and torch.equal(out[1:2], run(slice(1, 2)))
 
 
+@pytest.mark.parametrize("O, staged_on", [(4000, (99, 163)), (8000, (163,))])
+def test_chips_with_less_shared_memory(backend, request, O, staged_on):
+    """sm_86 and sm_89 have 99 KB for a block: where four positions do not fit, the call is direct,
+    as its bits show."""
+    if request.node.callspec.params["backend"] != "cuda-host":
+        pytest.skip("the shared memory of a GPU is what it is")
+    x, dy, o_idx, i_idx = inputs(1, 40, 8000, O, 50, torch.bfloat16)
+    order = staging.staged_order(o_idx, i_idx, 8000, O, 2)
+    terms = x.double()[:, :, i_idx.long()] * dy.double()[:, :, o_idx.long()]
+    direct = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend.name)
+    set_max = torch.ops.dropinf_host.set_max_shared_bytes
+    request.addfinalizer(lambda: set_max(163 * 1024))  # which all other tests have
+    for limit in (99, 163):
+        set_max(limit * 1024)
+        out = ops.sampled_outer(x, dy, o_idx, i_idx, order=order, backend=backend.name)
+        assert_within(out, terms.sum(1), 41 * EPS32 * terms.abs().sum(1))
+        assert torch.equal(out, direct) == (limit not in staged_on)
+
+
 @pytest.mark.parametrize("shape", [(2, 9, 7, 5, 30), (2, 70, 40, 30, 600)], ids=str)
 @pytest.mark.parametrize("s", [1, 4, 7])
 def test_signed_sums(backend, shape, s):

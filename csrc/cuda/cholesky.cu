@@ -152,15 +152,6 @@ cudaError_t launch_layers(Cholesky* all, int count, int64_t limit, cudaStream_t 
                 shared_bytes(N, all->num_slots), stream, *all);
 }
 
-cudaError_t shared_limit(int64_t* num_bytes) {
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *num_bytes = limit;
-  return error;
-}
-
 }  // namespace
 
 cudaError_t widest_cholesky(int64_t* width) {

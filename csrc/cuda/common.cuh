@@ -12,6 +12,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "elements.h"
 
@@ -120,21 +123,54 @@ inline dim3 grid_of(int64_t blocks) {
   return dim3(blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0);
 }
 
+// Bytes of shared memory that a block may have on the current device: 163 KB on sm_80, 99 on sm_86
+// and sm_89, 227 on sm_90 and sm_100.
+inline cudaError_t shared_limit(int64_t* num_bytes) {
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *num_bytes = limit;
+  return error;
+}
+
+// A kernel has no more than this unless it is allowed to.
+constexpr int64_t kPlainSharedBytes = 48 * 1024;
+
+// Allows a kernel all that the current device has, once: were it what a launch needs, a launch of
+// another thread could lower it in between.
+inline cudaError_t allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // on a device
+  int device = 0;
+  int64_t limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(limit));
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
+
 // Launches kernel(params...); every launch of the package is this one.
 template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
                    cudaStream_t stream, Params... params) {
-#ifdef __CUDACC__
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  const auto address = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kPlainSharedBytes) {
+    const cudaError_t error = allow_shared(address);
     if (error != cudaSuccess) return error;
   }
+#ifdef __CUDACC__
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(params...);
   return cudaGetLastError();
 #else
   (void)stream;
-  return host_execution::run(grid, threads, shared_bytes, [&] { kernel(params...); });
+  return host_execution::run(address, grid, threads, shared_bytes, [&] { kernel(params...); });
 #endif
 }
 

@@ -6,10 +6,12 @@
 // Staged: a block copies positions x[b, t, :] and dy[b, t, o0:o1] to shared memory, whole, while it
 // works on the ones before; each thread keeps up to kCoordinates coordinates and their float32 sums
 // in registers. The coordinates come in an order in which the lanes of a warp read different banks
-// (dropinf/staging.py), and return to their places at the end.
+// (dropinf/staging.py), and return to their places at the end. A block holds four positions or
+// more; where the device has no room for those, the call is direct. sm_86 and sm_89 have 99 KB, so
+// there a position may take 24.7 KB instead of 40.
 //
 // Both cut the positions into chunks, whose sums a second kernel adds in order. The chunks depend
-// on T and the layer alone, so neither B nor the device changes a bit.
+// on T and the layer alone, so B changes no bit, nor does the device but for that room.
 //
 // Predicted, not measured, for B=8, T=2048, I=O=4096, bf16 on an H200 (4.3 TB/s, 132 SMs, 1.75
 // GHz): one read of x and dy is 268 MB, 62 us. Staged at r=8192, 16 % padding: 156 M
@@ -194,6 +196,10 @@ cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, f
     call.positions *= 2;
   }
   const int64_t shared_bytes = std::max<int64_t>(2 * call.positions * position_bytes, 4 * num_sums);
+  int64_t limit = 0;
+  const cudaError_t no_limit = shared_limit(&limit);
+  if (no_limit != cudaSuccess) return no_limit;
+  if (shared_bytes > limit) return run_direct(args, scratch, stream);
   const StagedKernel kernel = args.dtype == DType::kBFloat16  ? staged_for<BFloat16>(num_slots)
                               : args.dtype == DType::kFloat16 ? staged_for<Float16>(num_slots)
                                                               : staged_for<float>(num_slots);

@@ -25,8 +25,8 @@ struct OuterCall {  // what both kernels have
 };
 
 // Staged. Two blocks an SM, so that one computes while the other waits: 80 registers a thread, of
-// which a coordinate takes two, and 80 KB each of sm_80's 164 KB (sm_90 has 228). A position of
-// more than 20 KB gets one block an SM; it has at most 40.
+// which a coordinate takes two, and 80 KB each of sm_80's 164 KB (sm_90 has 228; the 100 KB of
+// sm_86 and sm_89 hold one). A position of more than 20 KB gets one block an SM; it has at most 40.
 constexpr int kStagedThreads = 384;
 constexpr int kMostCoordinates = 25;  // of a thread: r=8192 with its padding is mostly one pass
 constexpr int kStagedBlocksPerSM = 2;

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +25,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_host"
+
+COMPILER = os.environ.get("CXX", "c++")
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-Wall", "-Werror"]
+FLAGS.append("-Wno-unknown-pragmas")  # unroll
+INCLUDE = re.compile(r'^#include ["<](.+)[">]', re.MULTILINE)
 
 
 @lru_cache
@@ -35,46 +44,81 @@ def load() -> None:
 
 def library(sources: Path, sanitizer: str) -> Path:
     """The shared library of the kernels in `sources`/cuda, built if it is not there yet."""
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-Wall", "-Werror"]
-    flags.append("-Wno-unknown-pragmas")  # unroll
     # The bindings are torch's and ours, without a thread: only the kernels are watched.
     watched = [f"-fsanitize={sanitizer}"] if sanitizer else []
     python = sysconfig.get_paths()["include"]
     system = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
-    include = [f"-I{HERE}", f"-I{sources}"]
-    kernels = sorted((sources / "cuda").glob("*.cu"))
-    jobs = [([*flags, *watched, "-x", "c++"], kernel) for kernel in kernels]
-    jobs.append(([*flags, *system], HERE / "module.cpp"))
-    BUILD.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "c++")
-    headers = sorted([*sources.rglob("*.h"), *sources.rglob("*.cuh"), *HERE.rglob("*.h")])
-    common = hashlib.sha256(f"{compiler} {torch.__version__}".encode())
-    for file in [*headers, sources / "cuda" / "bindings.cpp"]:
-        common.update(file.read_bytes())
+    jobs = [(kernel, watched) for kernel in sorted((sources / "cuda").glob("*.cu"))]
+    jobs.append((HERE / "module.cpp", system))
+    torch_libraries = [f"-L{TORCH_LIB_PATH}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return _linked("cuda_host.so", _objects(sources, jobs), [*watched, "-shared", *torch_libraries])
 
-    def compiled(job: tuple[list[str], Path]) -> Path:
-        options, source = job
-        digest = common.copy()
-        digest.update(" ".join(options).encode() + source.read_bytes())
+
+def program(source: Path, sources: Path) -> Path:
+    """The program of `source`, which has a main(), and the kernels in `sources`/cuda, without
+    torch."""
+    kernels = sorted((sources / "cuda").glob("*.cu"))
+    jobs = [(file, []) for file in (source, *kernels, sources / "bank_order.cpp")]
+    return _linked(source.stem, _objects(sources, jobs), [])
+
+
+def planted(folder: Path, file: str, line: str, becomes: str) -> Path:
+    """A copy of the sources in `folder` with a fault: in one file, one line is another."""
+    sources = folder / "csrc"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(line) == 1, f"{file} has {text.count(line)} times: {line}"
+    (sources / file).write_text(text.replace(line, becomes))
+    return sources
+
+
+def _objects(sources: Path, jobs: Iterable[tuple[Path, list[str]]]) -> list[Path]:
+    """The objects of these files, each with options of its own, several at a time."""
+
+    def compiled(job: tuple[Path, list[str]]) -> Path:
+        source, options = job
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        digest = hashlib.sha256(" ".join([COMPILER, torch.__version__, *FLAGS, *options]).encode())
+        for file in _included(source, sources):
+            digest.update(file.read_bytes())
         target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-        if not target.exists():
-            _run(compiler, *include, *options, "-c", str(source), "-o", f"{target}.partial")
-            Path(f"{target}.partial").replace(target)
-        return target
+        include = [f"-I{HERE}", f"-I{sources}"]
+        return _made(target, *FLAGS, *include, *options, *language, "-c", str(source))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, jobs))
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    target = BUILD / f"cuda_host-{digest}.so"
-    if not target.exists():
-        torch_libraries = [f"-L{TORCH_LIB_PATH}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        parts = [*watched, "-shared", "-pthread", *map(str, objects), *torch_libraries]
-        _run(compiler, *parts, "-o", f"{target}.partial")
-        Path(f"{target}.partial").replace(target)
+        return list(pool.map(compiled, jobs))
+
+
+def _included(source: Path, sources: Path) -> list[Path]:
+    """The file and all of ours that it includes, the same order for the same contents."""
+    found = [source]
+    for file in found:
+        for name in INCLUDE.findall(file.read_text()):
+            places = (folder / name for folder in (file.parent, HERE, sources))
+            there = next((p for p in places if p.exists()), file)  # else it is the system's
+            if there not in found:
+                found.append(there)
+    return found
+
+
+def _linked(name: str, objects: list[Path], options: list[str]) -> Path:
+    digest = hashlib.sha256(" ".join(map(str, (*objects, *options))).encode()).hexdigest()[:16]
+    stem, dot, suffix = name.partition(".")
+    target = BUILD / f"{stem}-{digest}{dot}{suffix}"
+    return _made(target, "-pthread", *map(str, objects), *options)
+
+
+def _made(target: Path, *arguments: str) -> Path:
+    """What the compiler makes of these, unless it is there; whole from the first moment, and in a
+    folder of its own until then, for another process may be making it too."""
+    if target.exists():
+        return target
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        made = Path(folder, target.name)
+        command = [COMPILER, *arguments, "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        made.replace(target)
     return target
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -13,15 +13,19 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -48,8 +52,20 @@ namespace host_execution {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-// Of a block, as on sm_80; sm_90 and sm_100 have 227 KB.
-inline std::atomic<int64_t> max_shared_bytes{163 * 1024};
+// Of a block, as on sm_80; sm_90 and sm_100 have 227 KB, sm_86 and sm_89 99. It is the device's
+// number too: with another limit it is another device.
+inline std::atomic<int> max_shared_bytes{163 * 1024};
+
+// What cudaFuncSetAttribute allowed a kernel on a device; 48 KB need no such call.
+constexpr int kPlainSharedBytes = 48 * 1024;
+inline std::mutex allowed_mutex;
+inline std::map<std::pair<const void*, int>, int> allowed_bytes;
+
+inline int allowed_shared(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  const auto found = allowed_bytes.find({kernel, max_shared_bytes});
+  return found == allowed_bytes.end() ? kPlainSharedBytes : found->second;
+}
 
 // Two in turn. A thread that leaves a barrier late would otherwise meet there what others did
 // since, on their way to the next one, and ThreadSanitizer would take that for order.
@@ -131,11 +147,13 @@ inline void wait_for_copies(size_t pending) {
   }
 }
 
-template <typename Kernel>
-cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kernel) {
+// Runs `body`, a call of `kernel`.
+template <typename Body>
+cudaError_t run(const void* kernel, dim3 grid, int threads, int64_t shared_bytes,
+                const Body& body) {
   const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu &&
                     grid.y <= 65535 && grid.z <= 65535 && threads > 0 && threads <= kMaxThreads &&
-                    shared_bytes <= max_shared_bytes;
+                    shared_bytes <= allowed_shared(kernel);
   if (!fits) return cudaErrorInvalidValue;
   Block shared_block(threads, shared_bytes);
   const auto work = [&](unsigned thread) {
@@ -151,7 +169,7 @@ cudaError_t run(dim3 grid, int threads, int64_t shared_bytes, const Kernel& kern
           copies.assign(1, {});
           if (thread == 0) shared_block.clear();
           shared_block.barrier.wait(block_turn);
-          kernel();
+          body();
           shared_block.barrier.wait(block_turn);
         }
       }
@@ -181,11 +199,67 @@ T exchange(T value, int from) {
 
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = host_execution::max_shared_bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(host_execution::max_shared_bytes);
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = device;
+  return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int num_bytes) {
+  const int device = host_execution::max_shared_bytes;
+  if (num_bytes > device) return cudaErrorInvalidValue;
+  const std::lock_guard<std::mutex> lock(host_execution::allowed_mutex);
+  host_execution::allowed_bytes[{kernel, device}] = num_bytes;
+  return cudaSuccess;
+}
+
+// Memory of the device is the host's; what is launched is over when the launch returns.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMalloc(void** data, size_t num_bytes) {
+  *data = ::operator new(num_bytes, std::align_val_t{256});
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) {
+  ::operator delete(data, std::align_val_t{256});
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* data, int value, size_t num_bytes) {
+  std::memset(data, value, num_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, num_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+struct cudaDeviceProp {
+  char name[256];
+  int multiProcessorCount;
+};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"host", 1};
+  return cudaSuccess;
+}
+
+using cudaEvent_t = std::chrono::steady_clock::time_point*;
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = new std::chrono::steady_clock::time_point;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *event = std::chrono::steady_clock::now();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t first, cudaEvent_t last) {
+  *ms = std::chrono::duration<float, std::milli>(*last - *first).count();
   return cudaSuccess;
 }
 

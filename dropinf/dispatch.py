@@ -145,6 +145,8 @@ def kernel(
     name = default(op, *call) if backend is None else backend
     why_not = obstacle(op, name, *call)
     if why_not:
+        if name in kernels and _state(name) != "available":  # says more, and to who named it
+            why_not = _state(name)
         here = [n for n in kernels if not obstacle(op, n, *call)]
         raise BackendError(f"{op}: backend '{name}' is {why_not}. Here: {str(here)[1:-1]}.")
     if name in GPU_BACKENDS:

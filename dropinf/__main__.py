@@ -1,4 +1,4 @@
-"""python -m dropinf: the command line."""
+"""The command line: `dropinf`, or `python -m dropinf`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dropinf import doctor
 
 def main() -> None:
     """Parse the arguments and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m dropinf", description=dropinf.__doc__)
+    parser = argparse.ArgumentParser(prog="dropinf", description=dropinf.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="find wrong labels in handwritten digits (a minute)")
     demo.add_argument(

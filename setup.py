@@ -15,7 +15,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 WISH = os.environ.get("DROPINF_EXTENSION", "")
 OBSTACLE = "DROPINF_EXTENSION=0 was set when it was built" if WISH == "0" else ""
@@ -47,6 +47,9 @@ else:
 
 # Compiled and linked with OpenMP, or at::parallel_for would be serial.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+# In a checkout that is installed in place, dropinf/triton_kernels is a link, and found.
+PACKAGES = sorted({*find_packages(include=["dropinf", "dropinf.*"]), "dropinf.triton_kernels"})
 
 
 def extension(no_cuda: str) -> CppExtension:
@@ -110,13 +113,7 @@ class BuildOptional(BuildExtension):
 
 
 setup(
-    packages=[
-        "dropinf",
-        "dropinf.integrations",
-        "dropinf.microbenchmark",
-        "dropinf.solvers",
-        "dropinf.triton_kernels",
-    ],
+    packages=PACKAGES,
     package_dir={"dropinf.triton_kernels": "triton_kernels"},
     ext_modules=[extension(NO_CUDA)],
     cmdclass={"build_ext": BuildOptional},

@@ -1,5 +1,6 @@
 """What is handed out: the package's types, its metadata, and how it is built elsewhere."""
 
+import json
 import os
 import shutil
 import site
@@ -108,6 +109,44 @@ def run(*command, cwd=None, **environment):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+# What setup.py asks for on three systems; then the build of the last, as far as this one can do it.
+ELSEWHERE = """
+import json, runpy, sys
+import setuptools, torch.utils.cpp_extension
+here, setup, flags = sys.platform, setuptools.setup, {}
+for sys.platform in ("linux", "darwin", "win32"):
+    given = {}
+    setuptools.setup = given.update
+    runpy.run_path("setup.py")
+    (extension,) = given["ext_modules"]
+    flags[sys.platform] = extension.extra_compile_args, extension.extra_link_args
+print(json.dumps(flags))
+sys.platform = here
+sys.argv = ["setup.py", "-q", "build_ext", "--build-lib", *sys.argv[1:]]
+setup(name="dropinf", **given)
+"""
+
+
+@pytest.mark.more
+def test_other_systems(tmp_path):
+    """No flag of another compiler; on Windows no extension, and the reason, unless it is asked for.
+
+    What their compilers would say cannot be tried here.
+    """
+    build = [sys.executable, "-c", ELSEWHERE, tmp_path, "--build-temp", tmp_path / "temp"]
+    flags = json.loads(run(*build, cwd=ROOT, DROPINF_EXTENSION="", DROPINF_CUDA="0"))
+    assert flags == {
+        "linux": [["-O3", "-g0", "-fopenmp"], ["-fopenmp"]],
+        "darwin": [["-O3", "-g0"], []],
+        "win32": [["/O2", "/openmp"], []],
+    }
+    reason = (tmp_path / "dropinf" / "_build_failure.txt").read_text()
+    assert "never built on Windows" in reason and "DROPINF_EXTENSION=1" in reason
+    asked = {"DROPINF_EXTENSION": "1", "DROPINF_CUDA": "0", "CXX": "/nowhere/c++"}
+    with pytest.raises(AssertionError, match="nowhere"):  # it tries to compile
+        run(*build, cwd=ROOT, **asked)
 
 
 @pytest.fixture(scope="module")

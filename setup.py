@@ -105,7 +105,7 @@ class BuildOptional(BuildExtension):
             raise RuntimeError(f"DROPINF_EXTENSION=1, but {reason}")
         print(f"dropinf: no C++ kernels, {reason}", file=sys.stderr)
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(reason + "\n")
+        note.write_text(reason + "\n", encoding="utf-8")
 
     def run_with_or_without_cuda(self) -> None:
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
 import dropinf
 from dropinf import doctor
+from dropinf.tables import printable
 
 
 def main() -> None:
@@ -42,9 +44,11 @@ def main() -> None:
         help="results.json of another run: say what became slower, and exit with 1 if anything did",
     )
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments.command == "backends":
         for name, state in dropinf.backends().items():
-            print(f"{name:12}{state}")
+            print(printable(f"{name:12}{state}"))
         return
     if arguments.command == "doctor":
         sys.exit(doctor.main())

@@ -15,7 +15,7 @@ HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10
 GPU_PYTHON ?= python3
 PART ?=
 
-.PHONY: demo test test-more bench bench-check gpu peers sanitize lint format clean
+.PHONY: demo test test-more bench bench-check gpu peers sanitize lint format wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
@@ -85,8 +85,14 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(HOST)
 
+# An sdist, and from it a wheel for the Python and the torch of .venv.
+wheel: .venv/installed
+	rm -f dist/*.tar.gz
+	$(BIN)/python setup.py -q sdist --dist-dir dist
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
 clean:
-	rm -rf .venv build *.egg-info dropinf/_C*.so dropinf/_build_failure.txt \
+	rm -rf .venv build dist *.egg-info dropinf/_C*.so dropinf/_build_failure.txt \
 	    dropinf/triton_kernels
 
 # Without build isolation, so that the extension is built against the torch that is installed.

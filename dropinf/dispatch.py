@@ -23,7 +23,7 @@ try:
     _why_no_cpu = ""
 except ImportError as error:
     _failure = Path(__file__).with_name("_build_failure.txt")
-    _why_no_cpu = _failure.read_text().strip() if _failure.exists() else str(error)
+    _why_no_cpu = _failure.read_text("utf-8").strip() if _failure.exists() else str(error)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from cuda_host import build
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["torch", "triton", "numpy", "pytest", "ninja", "pybind11", "setuptools"]
@@ -65,6 +66,7 @@ def python(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """The files that git knows or would take, and no build but that of the kernels on the host."""
+    build.library(build.SOURCES, "")
     copy = tmp_path_factory.mktemp("checkout")
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
@@ -75,10 +77,8 @@ def checkout(tmp_path_factory):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    built = ROOT / "build" / "cuda_host"  # which a GPU does not need
-    built.mkdir(parents=True, exist_ok=True)
     (copy / "build").mkdir()
-    (copy / "build" / "cuda_host").symlink_to(built)
+    (copy / "build" / "cuda_host").symlink_to(build.BUILD)  # which a GPU does not need
     return copy
 
 

@@ -17,12 +17,15 @@ PART ?=
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
 
+# Two processes, each of which takes whole files: what a file makes for all its tests is made once.
+pytest := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(pytest)
 
 # Tests of what measures: slow, and seldom concerned by a change.
 test-more: .venv/installed
-	$(BIN)/python -m pytest -m more
+	$(pytest) -m more
 
 bench: .venv/installed
 	mkdir -p build

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import NamedTuple
+
+# Before torch is imported, and for the processes that tests start: what they compute is small, and
+# threads that wait for each other take longer than one. Tests of threads ask for theirs.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from cuda_host import build
+from filelock import FileLock
 
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
@@ -16,6 +22,8 @@ from on_device import OpsOn
 
 import dropinf
 from dropinf import dispatch
+
+torch.set_num_threads(1)  # a plugin may have imported it before
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []
@@ -68,9 +76,17 @@ def backend(request, monkeypatch):
     dropinf._C.set_cpu_capability(before)
 
 
+@lru_cache
+def load_on_the_host():
+    """The library is built by one process, whatever number of them runs tests."""
+    build.BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(build.BUILD / "lock"):
+        build.load()
+
+
 def on_the_host(request, monkeypatch):
     """Backend "cuda" for CPU tensors: the same kernels, run by threads of the host."""
-    build.load()
+    load_on_the_host()
     for op, kernels in dispatch.KERNELS.items():
         if "cuda" in kernels:
             monkeypatch.setitem(kernels, "cuda", getattr(torch.ops.dropinf_host, op).default)

@@ -22,7 +22,6 @@ case = next(case for case in CASES if case.name == "transformer")
 
 
 def run_rank(rank, check, store):
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

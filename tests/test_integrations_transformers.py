@@ -37,19 +37,16 @@ BERT = IDS | SMALL
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small():
-    """One thread, as models are small; and what is imported is left out of garbage collections.
+def frozen():
+    """What is imported is left out of garbage collections.
 
     Each training collects garbage, which takes longer than the training with so much imported.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     transformers.Trainer  # imports most of it
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def tokens():

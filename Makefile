@@ -68,7 +68,7 @@ sanitize: .venv/installed
 	$(call preloaded,libasan) DROPINF_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 $(on_host)
 	$(call preloaded,libtsan) DROPINF_SANITIZE=thread \
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" $(on_host)
-	DROPINF_SANITIZE=planted $(BIN)/python -m pytest -q tests/test_planted_faults.py
+	DROPINF_SANITIZE=planted $(BIN)/python -m pytest -q -m more tests/test_planted_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 from cuda_host import build
 
-if os.environ.get("DROPINF_SANITIZE") != "planted":
-    pytest.skip("make sanitize runs it", allow_module_level=True)
+pytestmark = [
+    pytest.mark.more,
+    pytest.mark.skipif(
+        os.environ.get("DROPINF_SANITIZE") != "planted", reason="make sanitize runs it"
+    ),
+]
 
 FAULTS = {  # sanitizer, file, a line of it, and the fault it becomes
     "a read out of range": (

@@ -20,12 +20,15 @@ PART ?=
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
 
+# Two processes, each of which takes whole files: what a file makes for all its tests is made once.
+pytest := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/installed $(OLD_TRITON) lint
-	$(BIN)/python -m pytest
+	$(pytest)
 
 # Tests of what measures: slow, and seldom concerned by a change.
 test-more: .venv/installed
-	$(BIN)/python -m pytest -m more
+	$(pytest) -m more
 
 bench: .venv/installed
 	mkdir -p build
@@ -73,7 +76,7 @@ sanitize: .venv/installed
 	$(call preloaded,libasan) DROPINF_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 $(on_host)
 	$(call preloaded,libtsan) DROPINF_SANITIZE=thread \
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" $(on_host)
-	DROPINF_SANITIZE=planted $(BIN)/python -m pytest -q tests/test_planted_faults.py
+	DROPINF_SANITIZE=planted $(BIN)/python -m pytest -q -m more tests/test_planted_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cholesky_cases import SIZES, bounds, columns, guarded, parts, random_rows
-from conftest import EPS32
+from cholesky_cases import bounds, columns, guarded, parts, random_rows, sizes_for
+from conftest import EPS32, numbers_of_threads
 
 import dropinf
 from dropinf import ops
@@ -25,10 +25,11 @@ def factors_of(sizes, seed=0):
 
 @pytest.mark.parametrize("m", [1, 7, 16, 61])
 def test_cholesky_solve(backend, m):
-    factors, rows = factors_of(SIZES), random_rows(m, sum(SIZES))
-    solved = ops.cholesky_solve(factors, bounds(SIZES), rows, backend=backend.name)
+    sizes = sizes_for(backend, once=m == 7)
+    factors, rows = factors_of(sizes), random_rows(m, sum(sizes))
+    solved = ops.cholesky_solve(factors, bounds(sizes), rows, backend=backend.name)
     for L, q, x in zip(
-        parts(factors, SIZES), columns(rows, SIZES), columns(solved, SIZES), strict=True
+        parts(factors, sizes), columns(rows, sizes), columns(solved, sizes), strict=True
     ):
         if not len(L):
             continue
@@ -45,7 +46,8 @@ def test_cholesky_solve(backend, m):
         ) * np.linalg.cond(A)
 
 
-@pytest.mark.parametrize("sizes, m", [((9, 70, 8, 200, 8, 8, 7, 6), 21), ((9, 70, 8), 150)])
+# Several right-hand sides at a time beside a wide layer; more than the factors' own launch takes.
+@pytest.mark.parametrize("sizes, m", [((9, 70, 8, 200, 8, 8, 7, 6), 21), ((9, 33, 8), 150)])
 def test_same_bits_as_damped_cholesky(backend, sizes, m):
     rows = random_rows(m, sum(sizes))
     matrices = torch.cat([2.0 * torch.eye(r).flatten() + 1 / (r + 3) for r in sizes])
@@ -61,34 +63,30 @@ def test_same_bits_as_damped_cholesky(backend, sizes, m):
 
 
 def test_in_place_strided_and_nothing_else_written(backend):
-    factors, R = factors_of(SIZES), sum(SIZES)
+    sizes = sizes_for(backend)
+    factors, offsets, R = factors_of(sizes), bounds(sizes), sum(sizes)
     rows = random_rows(26, R + 6)[::2, 2:-4]
-    plain = ops.cholesky_solve(factors, bounds(SIZES), rows.contiguous(), backend=backend.name)
+    plain = ops.cholesky_solve(factors, offsets, rows.contiguous(), backend=backend.name)
     out, untouched = guarded((13, R))
-    assert ops.cholesky_solve(factors, bounds(SIZES), rows, out=out, backend=backend.name) is out
+    assert ops.cholesky_solve(factors, offsets, rows, out=out, backend=backend.name) is out
     assert torch.equal(out, plain) and untouched()
     wide, _ = guarded((13, R + 6))
-    ops.cholesky_solve(factors, bounds(SIZES), rows, out=wide[:, 3:-3], backend=backend.name)
+    ops.cholesky_solve(factors, offsets, rows, out=wide[:, 3:-3], backend=backend.name)
     assert torch.equal(wide[:, 3:-3], plain)
     assert wide[:, :3].isnan().all() and wide[:, -3:].isnan().all()
-    assert ops.cholesky_solve(factors, bounds(SIZES), rows, out=rows, backend=backend.name) is rows
+    assert ops.cholesky_solve(factors, offsets, rows, out=rows, backend=backend.name) is rows
     assert torch.equal(rows, plain)
 
 
+@pytest.mark.backends("cpu")
 def test_many_rows_and_threads(backend):
-    if backend.name != "cpu":
-        pytest.skip("LAPACK's bits depend on its threads")
-    before, sizes = torch.get_num_threads(), (300, 20, 20, 20, 20)
+    sizes = (300, 20, 20, 20, 20)
     factors, rows = factors_of(sizes), random_rows(500, sum(sizes))
-    try:
-        torch.set_num_threads(1)
-        one = ops.cholesky_solve(factors, bounds(sizes), rows, backend="cpu")
-        few = ops.cholesky_solve(factors, bounds(sizes), rows[100:103], backend="cpu")
-        torch.set_num_threads(2)
-        two = ops.cholesky_solve(factors, bounds(sizes), rows, backend="cpu")
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(one, two) and torch.equal(one[100:103], few)
+    one = ops.cholesky_solve(factors, bounds(sizes), rows, backend="cpu")
+    few = ops.cholesky_solve(factors, bounds(sizes), rows[100:103], backend="cpu")
+    assert torch.equal(one[100:103], few)
+    for _ in numbers_of_threads():
+        assert torch.equal(ops.cholesky_solve(factors, bounds(sizes), rows, backend="cpu"), one)
 
 
 def test_empty_and_failed(backend):
@@ -114,10 +112,10 @@ def test_empty_and_failed(backend):
     ],
     ids=str,
 )
-def test_bad_input(backend, change, message):
+def test_bad_input(change, message):
     call = {"factors": torch.zeros(13), "offsets": (0, 3, 5), "rows": torch.zeros(2, 5)} | change
     with pytest.raises(ValueError, match=message):
-        ops.cholesky_solve(**call, backend=backend.name)
+        ops.cholesky_solve(**call)
 
 
 def test_opcheck():

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -50,10 +51,16 @@ def compiled(source):
     digest = hashlib.sha256(version.encode())
     for file in [source, *headers]:
         digest.update(file.read_bytes())
-    folder = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}"
-    report = folder / "report.txt"
+    report = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
     if not report.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        BUILD.mkdir(parents=True, exist_ok=True)
+        report_of(compiler, source, report)
+    return parse(report.read_text())
+
+
+def report_of(compiler, source, report):
+    """Whole from the first moment: another process may be making it too."""
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
         command = [compiler, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *codes, "-Xptxas=-v"]
         command += ["--keep", f"--keep-dir={folder}", "-c", str(source), f"-o={folder}/out.o"]
@@ -62,13 +69,12 @@ def compiled(source):
         bounds = [
             f"bounds {architecture} {name} {threads} {blocks or 1}\n"
             for architecture in ARCHITECTURES
-            for ptx in folder.glob(f"*compute_{architecture}.ptx")
+            for ptx in Path(folder).glob(f"*compute_{architecture}.ptx")
             for name, threads, blocks in BOUNDS.findall(ptx.read_text())
         ]
-        for file in folder.iterdir():
-            file.unlink()
-        report.write_text(done.stderr + done.stdout + "".join(bounds))
-    return parse(report.read_text())
+        made = Path(folder, "report.txt")
+        made.write_text(done.stderr + done.stdout + "".join(bounds))
+        made.replace(report)
 
 
 BOUNDS = re.compile(

@@ -14,10 +14,11 @@ from cholesky_cases import (
     packed,
     parts,
     random_rows,
+    sizes_for,
     spread,
     symmetric,
 )
-from conftest import EPS32
+from conftest import EPS32, numbers_of_threads
 
 import dropinf
 from dropinf import ops
@@ -39,17 +40,18 @@ def lapack(A):
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_residuals_are_at_most_twice_lapacks(backend, name):
-    matrices, shift = layers(name, SIZES)
-    rows = random_rows(5, sum(SIZES))
+    sizes = sizes_for(backend, once=name == "spread")
+    matrices, shift = layers(name, sizes)
+    rows = random_rows(5, sum(sizes))
     factors, info, solved = ops.damped_cholesky(
-        matrices, bounds(SIZES), shift, rows=rows, backend=backend.name
+        matrices, bounds(sizes), shift, rows=rows, backend=backend.name
     )
     assert not info.any() and info.dtype == torch.int32
     for A, L, q, x in zip(
-        symmetric(matrices, shift.double().numpy(), SIZES),
-        parts(factors, SIZES),
-        columns(rows, SIZES),
-        columns(solved, SIZES),
+        symmetric(matrices, shift.double().numpy(), sizes),
+        parts(factors, sizes),
+        columns(rows, sizes),
+        columns(solved, sizes),
         strict=True,
     ):
         if not len(A):
@@ -120,8 +122,9 @@ def test_indefinite_and_all_zero(backend, sizes):
 
 
 def test_in_place_strided_rows_and_nothing_else_written(backend):
-    matrices, shift = layers("spread", SIZES)
-    offsets, rows = bounds(SIZES), random_rows(19, sum(SIZES) + 6)[::2, 2:-4]
+    sizes = sizes_for(backend)
+    matrices, shift = layers("spread", sizes)
+    offsets, rows = bounds(sizes), random_rows(19, sum(sizes) + 6)[::2, 2:-4]
     plain = ops.damped_cholesky(matrices, offsets, shift, rows=rows, backend=backend.name)
     out, untouched = guarded(matrices.shape)
     guard = ops.damped_cholesky(
@@ -145,11 +148,10 @@ def test_empty(backend):
         assert info.shape == (len(offsets) - 1,) and solved.shape == (m, offsets[-1])
 
 
+@pytest.mark.backends("cuda-host")  # the shared memory of a GPU is what it is
 def test_chips_with_other_shared_memory(backend, request):
     """A block has 163 KB on sm_80, 227 on sm_90, and 99 on sm_86 and sm_89; layers that do not fit
     go through torch."""
-    if request.node.callspec.params["backend"] != "cuda-host":
-        pytest.skip("the shared memory of a GPU is what it is")
     sizes = (208, 216, 264, 272, 280, 320, 321)
     widest = {99: 208, 163: 272, 227: 320}
     matrices = packed([spread(r, r) for r in sizes])
@@ -174,38 +176,30 @@ def test_chips_with_other_shared_memory(backend, request):
             assert np.array_equal(ours, theirs) == (not widest[small] < r <= widest[large])
 
 
+@pytest.mark.backends("cpu", "cuda")  # LAPACK's bits depend on its threads
 def test_bits_depend_on_the_layer_alone(backend):
-    if backend.name == "reference":
-        pytest.skip("LAPACK's bits depend on its threads")
     sizes = (*SIZES, 8, 8, 60, 61, 62, 64, 64, 64, 63, 9, 20, 96)
     if backend.name == "cuda":  # the widest go through torch; many take long on the host
         sizes = (0, 1, 8, 9, 31, 64, 65, 130)
     matrices, shift = layers("spread", sizes)
     rows = random_rows(67, sum(sizes))
     offsets, starts = bounds(sizes), bounds([r * r for r in sizes])
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            together = ops.damped_cholesky(
-                matrices, offsets, shift, rows=rows, backend=backend.name
-            )
-            results.append(together)
-            for l, r in enumerate(sizes):
-                columns_l = slice(offsets[l], offsets[l + 1])
-                alone = ops.damped_cholesky(
-                    matrices[starts[l] : starts[l + 1]],
-                    (0, r),
-                    shift[l : l + 1],
-                    rows=rows[:3, columns_l],
-                    backend=backend.name,
-                )
-                assert torch.equal(alone.factors, together.factors[starts[l] : starts[l + 1]])
-                assert torch.equal(alone.solved, together.solved[:3, columns_l])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0].factors, results[1].factors)
-    assert torch.equal(results[0].solved, results[1].solved)
+    one = ops.damped_cholesky(matrices, offsets, shift, rows=rows, backend=backend.name)
+    for _ in numbers_of_threads() if backend.name == "cpu" else [1]:
+        together = ops.damped_cholesky(matrices, offsets, shift, rows=rows, backend=backend.name)
+        assert torch.equal(together.factors, one.factors)
+        assert torch.equal(together.solved, one.solved)
+    for l, r in enumerate(sizes):
+        columns_l = slice(offsets[l], offsets[l + 1])
+        alone = ops.damped_cholesky(
+            matrices[starts[l] : starts[l + 1]],
+            (0, r),
+            shift[l : l + 1],
+            rows=rows[:3, columns_l],
+            backend=backend.name,
+        )
+        assert torch.equal(alone.factors, one.factors[starts[l] : starts[l + 1]])
+        assert torch.equal(alone.solved, one.solved[:3, columns_l])
 
 
 @pytest.mark.parametrize(
@@ -228,10 +222,10 @@ def test_bits_depend_on_the_layer_alone(backend):
     ],
     ids=str,
 )
-def test_bad_input(backend, change, message):
+def test_bad_input(change, message):
     call = {"matrices": torch.zeros(13), "offsets": (0, 3, 5), "shift": 1.0} | change
     with pytest.raises(ValueError, match=message):
-        ops.damped_cholesky(**call, backend=backend.name)
+        ops.damped_cholesky(**call)
 
 
 def test_float64_goes_to_reference():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import EPS32, assert_refused_or_nan, assert_within
+from conftest import EPS32, assert_refused_or_nan, assert_within, numbers_of_threads
 
 import dropinf
 from dropinf import ops
@@ -162,13 +162,11 @@ def test_signed_sums_in_order(backend):
         for j in range(terms.shape[1]):
             sums += terms[:, j]
         parts.append(torch.from_numpy(np.float32(0.3) * sums))
-    truth, threads = torch.cat(parts), torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+    truth = torch.cat(parts)
+    for _ in numbers_of_threads():
         out = ops.gather_grads(
             grads, indices, signs=signs, scales=[0.3] * len(grads), backend=backend.name
         )
-        torch.set_num_threads(threads)
         assert torch.equal(out, truth)
 
 
@@ -230,11 +228,11 @@ def test_signs_in_float64():
     ids=str,
 )
 @pytest.mark.parametrize("grad", [torch.zeros(3), None], ids=["", "None"])
-def test_bad_signs(backend, grad, indices, signs, message):
+def test_bad_signs(grad, indices, signs, message):
     if signs is not None:
         signs = [s.to(torch.int8) if s is not None and s.is_floating_point() else s for s in signs]
     with pytest.raises(ValueError, match=message):
-        ops.gather_grads([grad], [indices.long()], signs=signs, backend=backend.name)
+        ops.gather_grads([grad], [indices.long()], signs=signs)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +247,9 @@ def test_bad_signs(backend, grad, indices, signs, message):
     ],
     ids=str,
 )
-def test_bad_input(backend, grads, indices, message):
-    with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
-        ops.gather_grads(grads, indices, backend=backend.name)
+def test_bad_input(grads, indices, message):
+    with pytest.raises(ValueError, match=message):
+        ops.gather_grads(grads, indices)
 
 
 def test_many_layers(backend):
@@ -274,9 +272,10 @@ def test_index_out_of_range(backend, index):
     assert_refused_or_nan(backend, run, 3, "out of bounds")
 
 
-@pytest.mark.parametrize("index", [9, -1, 2**40])
-@pytest.mark.parametrize("sign", [0, 1])
-@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+@pytest.mark.parametrize(
+    "index, sign, strided",
+    [(9, 1, False), (-1, 1, True), (2**40, 1, False), (9, 0, True), (-1, 0, False)],
+)
 def test_signed_index_out_of_range(backend, index, sign, strided):
     grad = torch.zeros(3, 3)[:, ::2] if strided else torch.zeros(9)
     at = torch.zeros(4, 3).long()

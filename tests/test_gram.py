@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cholesky_cases import SIZES, bounds, columns, guarded, parts, random_rows
-from conftest import EPS32, few_in_interpreter
+from cholesky_cases import SIZES, bounds, columns, guarded, parts, random_rows, sizes_for
+from conftest import EMULATED, EPS32, numbers_of_threads
 
 import dropinf
 from dropinf import ops
@@ -23,22 +23,28 @@ def assert_gram(out, rows, sizes, scale=1.0, before=None):
         assert (np.triu(F - was, 1) == 0).all()
 
 
-@pytest.mark.parametrize("n", [1, 3, 127, 128, 129, 300])
+def numbers_of_rows(backend):
+    """One, few, and around the steps that kernels take."""
+    return [(n,) for n in ((1, 17, 129) if backend in EMULATED else (1, 3, 127, 128, 129, 300))]
+
+
+@pytest.mark.cases("n", numbers_of_rows)
 def test_gram(backend, n):
-    few_in_interpreter(backend, n in (1, 129))
-    rows = random_rows(n, sum(SIZES))
-    assert_gram(ops.gram(rows, bounds(SIZES), backend=backend.name), rows, SIZES)
+    sizes = sizes_for(backend, once=n == 17 and backend.name == "cuda")
+    rows = random_rows(n, sum(sizes))
+    assert_gram(ops.gram(rows, bounds(sizes), backend=backend.name), rows, sizes)
 
 
 def test_scale_strides_and_nothing_else_written(backend):
-    R = sum(SIZES)
-    rows = random_rows(100, R + 5)[::2, 3:-2]
-    out, untouched = guarded((sum(r * r for r in SIZES),))
-    assert ops.gram(rows, bounds(SIZES), scale=-0.3, out=out, backend=backend.name) is out
+    sizes = sizes_for(backend)
+    R = sum(sizes)
+    rows = random_rows(40, R + 5)[::2, 3:-2]
+    out, untouched = guarded((sum(r * r for r in sizes),))
+    assert ops.gram(rows, bounds(sizes), scale=-0.3, out=out, backend=backend.name) is out
     assert untouched()
-    assert_gram(out, rows, SIZES, scale=-0.3)
+    assert_gram(out, rows, sizes, scale=-0.3)
     rows = random_rows(R, 9).T
-    assert_gram(ops.gram(rows, bounds(SIZES), backend=backend.name), rows, SIZES)
+    assert_gram(ops.gram(rows, bounds(sizes), backend=backend.name), rows, sizes)
 
 
 def test_accumulate_leaves_what_is_above_the_diagonals(backend):
@@ -67,28 +73,24 @@ def test_empty(backend):
     assert (out == 1).all()
 
 
+@pytest.mark.backends("cpu", "cuda", "triton")  # the bits of torch.mm depend on its threads
 def test_bits_depend_on_the_layer_alone(backend):
-    if backend.name == "reference":
-        pytest.skip("the bits of torch.mm depend on its threads")
     sizes = SIZES if backend.name == "cpu" else (0, 3, 3, 17, 0, 17, 17, 65, 70)
-    before, offsets, rows = torch.get_num_threads(), bounds(sizes), random_rows(300, sum(sizes))
-    try:
-        torch.set_num_threads(1)
-        one = ops.gram(rows, offsets, backend=backend.name)
-        torch.set_num_threads(2)
+    n = 40 if backend.emulated else 300
+    offsets, rows = bounds(sizes), random_rows(n, sum(sizes))
+    one = ops.gram(rows, offsets, backend=backend.name)
+    for _ in numbers_of_threads() if backend.name == "cpu" else [1]:
         assert torch.equal(one, ops.gram(rows, offsets, backend=backend.name))
-    finally:
-        torch.set_num_threads(before)
     starts = bounds([r * r for r in sizes])
     for l, r in enumerate(sizes):
         alone = ops.gram(rows[:, offsets[l] : offsets[l + 1]], (0, r), backend=backend.name)
         assert torch.equal(alone, one[starts[l] : starts[l + 1]])
 
 
+@pytest.mark.backends("cpu", "cuda")  # the others do not cut sums
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_long_sums(backend, accumulate):
     """Of more rows than a block sums at a time."""
-    few_in_interpreter(backend, False)
     sizes, rows = (5, 70, 8), random_rows(1100, 83)
     before = random_rows(1, sum(r * r for r in sizes), seed=1)[0]
     out = before.clone()
@@ -96,11 +98,9 @@ def test_long_sums(backend, accumulate):
     assert_gram(out, rows, sizes, scale=0.5, before=before if accumulate else None)
 
 
+@pytest.mark.backends("cpu", "cuda")
 def test_bits_of_long_sums_depend_on_the_layer_alone(backend):
-    if backend.name == "reference":
-        pytest.skip("the bits of torch.mm depend on its threads")
-    few_in_interpreter(backend, False)
-    sizes, rows = (1400, 9, 70), random_rows(600, 1479)  # 257 tiles: each has one block
+    sizes, rows = (1400, 9, 70), random_rows(520, 1479)  # 257 tiles: each has one block
     out = ops.gram(rows, bounds(sizes), backend=backend.name)
     alone = ops.gram(rows[:, 1400:], (0, 9, 79), backend=backend.name)
     assert torch.equal(out[1400 * 1400 :], alone)
@@ -118,10 +118,10 @@ def test_bits_of_long_sums_depend_on_the_layer_alone(backend):
     ],
     ids=str,
 )
-def test_bad_input(backend, change, message):
+def test_bad_input(change, message):
     call = {"rows": torch.zeros(2, 5), "offsets": (0, 3, 5)} | change
     with pytest.raises(ValueError, match=message):
-        ops.gram(**call, backend=backend.name)
+        ops.gram(**call)
 
 
 def test_opcheck():

@@ -1,7 +1,5 @@
 """captum's calls on dropinf: against captum's own TracInCP, and against dropinf's own calls."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -218,41 +216,6 @@ def test_refuses_bad_inputs(model):
         for options in ({}, {"proponents": False}, {"aggregate": True}):
             with pytest.raises(ValueError, match=f"k must be 1 to {N}"):
                 ours.influence((x, labels), k=k, **options)
-
-
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_import_of_dropinf_imports_no_captum():
-    done = python("import dropinf, sys; assert 'captum' not in sys.modules")
-    assert done.returncode == 0, done.stderr
-
-
-# What is installed, as importlib.metadata says it before the adapter asks.
-WITH = """
-from importlib import metadata
-truth = metadata.version
-def version(package):
-    if package != "captum":
-        return truth(package)
-    {}
-metadata.version = version
-import dropinf.integrations.captum
-"""
-
-
-@pytest.mark.parametrize(
-    "here, message",
-    [
-        ("return '0.8.1'", "captum 0.8.1 is not supported, tested is 0.9.x; pip install"),
-        ("raise metadata.PackageNotFoundError", "captum is not installed; pip install"),
-    ],
-)
-def test_refuses_another_version(here, message):
-    done = python(WITH.format(here))
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: dropinf.integrations:") and message in last
 
 
 def test_readme_example(tmp_path, monkeypatch):

@@ -17,15 +17,6 @@ from dropinf.integrations.dattri import DropinfAttributor
 N, M, SUBSETS, FLIPPED = 120, 20, 30, 18
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On matrices this small, threads do nothing but wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def data(num, flipped=0):
     """Three overlapping clouds of points; the first labels are false."""
     generator = torch.Generator().manual_seed(num)

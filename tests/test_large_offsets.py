@@ -9,31 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import EPS32, assert_within, on_the_host
+from conftest import EPS32, assert_within
 
-import dropinf
-from dropinf import dispatch, ops
+from dropinf import ops
 
 # Not in Python's mmap before 3.13. Without it Linux refuses a mapping larger than its memory.
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 FAR = 2**31 + 64  # a multiple of 16 bytes, as a stride, in any dtype
 
 
-@pytest.fixture(params=["cpu", "cuda-host"])
-def backend_for(request, monkeypatch):
-    """backend_for(op): the name of the backend, if it has that op."""
-    name, _, variant = request.param.partition("-")
-    if variant == "host" and any("cuda" in kernels for kernels in dispatch.KERNELS.values()):
-        on_the_host(request, monkeypatch)
-
-    def named(op):
-        if name not in dispatch.KERNELS[op]:
-            pytest.skip(f"{op} is not written for backend {name!r}")
-        if dropinf.backends()[name] != "available":
-            pytest.skip(f"backend {name!r} is {dropinf.backends()[name]}")
-        return name
-
-    return named
+pytestmark = pytest.mark.backends("cpu", "cuda-host")  # a GPU's memory has no such gaps
 
 
 def sparse(shape, strides, dtype=torch.float32):
@@ -62,15 +47,15 @@ STRIDES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.ops("sampled_outer")
 @STRIDES
-def test_sampled_outer(backend_for, strides):
-    backend = backend_for("sampled_outer")
+def test_sampled_outer(backend, strides):
     x, dy = (sparse((2, 2, 5), strides, torch.bfloat16) for _ in range(2))
     x.copy_(randn(2, 2, 5))
     dy.copy_(randn(2, 2, 5).flip(2))
     at = torch.arange(25).int()
     o_idx, i_idx = at // 5, at % 5
-    out = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend)
+    out = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend.name)
 
     def exact(x, dy):
         return torch.einsum("bto,bti->boi", dy.double(), x.double()).flatten(1)
@@ -78,14 +63,14 @@ def test_sampled_outer(backend_for, strides):
     check(out, exact(x, dy), exact(x.abs(), dy.abs()), 2)
 
 
+@pytest.mark.ops("sampled_embedding")
 @STRIDES
-def test_sampled_embedding(backend_for, strides):
-    backend = backend_for("sampled_embedding")
+def test_sampled_embedding(backend, strides):
     dy = sparse((2, 2, 5), strides, torch.bfloat16)
     dy.copy_(randn(2, 2, 5))
     ids = torch.tensor([[3, 1], [1, 1]])
     o_idx, i_idx = torch.tensor([0, 4, 2]).int(), torch.tensor([1, 1, 3]).int()
-    out = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend)
+    out = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend.name)
 
     def exact(dy):
         return torch.einsum("btk,bt...k->b...k", (ids[..., None] == i_idx).double(), dy)
@@ -94,13 +79,13 @@ def test_sampled_embedding(backend_for, strides):
     check(out, exact(dy), exact(dy.abs()), 2)
 
 
+@pytest.mark.ops("sampled_conv")
 @pytest.mark.parametrize(
     "strides",
     [(FAR, 16, 5, 1), (16, FAR, 5, 1), (32, 16, FAR, 1), (32, 16, 1, FAR), (32, 1, FAR, 4)],
     ids=["batch", "channel", "row", "column", "row, channels_last"],
 )
-def test_sampled_conv(backend_for, strides):
-    backend = backend_for("sampled_conv")
+def test_sampled_conv(backend, strides):
     shape = (2, 2, 2, 5)  # more outputs than lanes that share them
     x, dy = (sparse(shape, strides, torch.bfloat16) for _ in range(2))
     x.copy_(randn(*shape))
@@ -116,7 +101,7 @@ def test_sampled_conv(backend_for, strides):
         stride=(1, 1),
         padding=(1, 1),
         dilation=(1, 1),
-        backend=backend,
+        backend=backend.name,
     )
 
     def exact(x, dy):
@@ -126,19 +111,19 @@ def test_sampled_conv(backend_for, strides):
     check(out, exact(x, dy), exact(x.abs(), dy.abs()), 10)
 
 
-def test_gather_grads(backend_for):
-    backend = backend_for("gather_grads")
+@pytest.mark.ops("gather_grads")
+def test_gather_grads(backend):
     flat = sparse((FAR + 9,), (1,), torch.float16)
     matrix = sparse((3, 5), (FAR, 1), torch.float16)
     index = torch.tensor([2, FAR - 64, FAR + 8])
     flat[index] = randn(3, dtype=torch.float16)
     matrix.copy_(randn(3, 5))
-    out = ops.gather_grads([flat, matrix], [index, torch.arange(15)], backend=backend)
+    out = ops.gather_grads([flat, matrix], [index, torch.arange(15)], backend=backend.name)
     assert torch.equal(out, torch.cat([flat[index], matrix.flatten()]).float())
     assert out.all()
     pairs = [index[[0, 2, 1, 2]].reshape(2, 2), torch.arange(14).reshape(7, 2)]
     signs = [torch.tensor([1, -1], dtype=torch.int8).expand_as(pair) for pair in pairs]
-    out = ops.gather_grads([flat, matrix], pairs, signs=signs, backend=backend)
+    out = ops.gather_grads([flat, matrix], pairs, signs=signs, backend=backend.name)
     values = (flat[pairs[0]], matrix.flatten()[pairs[1]])
     assert torch.equal(out, torch.cat([v[:, 0].float() - v[:, 1].float() for v in values]))
 
@@ -150,9 +135,9 @@ def far_rows():
     return rows.copy_(randn(2, 7))
 
 
-def test_gram(backend_for, far_rows):
-    backend = backend_for("gram")
-    out = ops.gram(far_rows, (0, 3, 7), backend=backend)
+@pytest.mark.ops("gram")
+def test_gram(backend, far_rows):
+    out = ops.gram(far_rows, (0, 3, 7), backend=backend.name)
     rows = far_rows.double()
 
     def exact(rows):
@@ -161,19 +146,21 @@ def test_gram(backend_for, far_rows):
     check(out[None], exact(rows), exact(rows.abs()), 2)
 
 
-def test_cholesky_solve(backend_for, far_rows):
-    backend = backend_for("cholesky_solve")
+@pytest.mark.ops("cholesky_solve")
+def test_cholesky_solve(backend, far_rows):
     factor = torch.eye(7) + randn(7, 7).tril() / 8
     solved = sparse((2, 7), (FAR, 1))
-    ops.cholesky_solve(factor.flatten(), (0, 7), far_rows, out=solved, backend=backend)
+    ops.cholesky_solve(factor.flatten(), (0, 7), far_rows, out=solved, backend=backend.name)
     matrix = (factor.double() @ factor.double().T).numpy()
     exact = torch.from_numpy(np.linalg.solve(matrix, far_rows.double().T.numpy()).T)
     torch.testing.assert_close(solved.double(), exact, rtol=1e-5, atol=1e-6)
     assert solved.any(1).all()
 
 
-def test_damped_cholesky(backend_for, far_rows):
-    backend = backend_for("damped_cholesky")
-    out = ops.damped_cholesky(torch.eye(7).flatten(), (0, 7), 1.0, rows=far_rows, backend=backend)
+@pytest.mark.ops("damped_cholesky")
+def test_damped_cholesky(backend, far_rows):
+    out = ops.damped_cholesky(
+        torch.eye(7).flatten(), (0, 7), 1.0, rows=far_rows, backend=backend.name
+    )
     torch.testing.assert_close(out.solved, far_rows / 2, rtol=1e-6, atol=0)
     assert far_rows.any(1).all()

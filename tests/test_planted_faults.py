@@ -10,8 +10,12 @@ import sys
 import pytest
 from cuda_host import build
 
-if os.environ.get("DROPINF_SANITIZE") != "planted":
-    pytest.skip("make sanitize runs it", allow_module_level=True)
+pytestmark = [
+    pytest.mark.more,
+    pytest.mark.skipif(
+        os.environ.get("DROPINF_SANITIZE") != "planted", reason="make sanitize runs it"
+    ),
+]
 
 FAULTS = {  # sanitizer, file, a line of it, and the fault it becomes
     "a read out of range": (

@@ -24,6 +24,8 @@ import quality_tasks  # noqa: E402
 from quality_claims import BOUNDED, DENSE, Measured, claims, difference  # noqa: E402
 from quality_report import write_report  # noqa: E402
 
+pytestmark = pytest.mark.more
+
 COMPRESSIONS = list(quality.COMPRESSIONS)
 DATASETS = ["digits-mlp", "digits-cnn", "chars"]
 

@@ -19,15 +19,6 @@ TOL = 1e-7  # of the iterations
 RANK = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of small products, in which threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def inverse(G, λ):
     return np.linalg.inv(matrix(G) + λ * np.eye(G.shape[1]))
 

@@ -42,3 +42,10 @@ def test_an_unknown_backend_is_refused():
         dropinf.BackendError, match=r"^gram: backend 'nonsense' is unknown\. Here: "
     ):
         ops.gram(rows, offsets, backend="nonsense")
+
+
+@pytest.mark.ops("gram")
+@pytest.mark.backends("cpu")
+def test_a_backend_for_another_device_is_refused(backend):
+    with pytest.raises(dropinf.BackendError, match=r"'cpu' is not for tensors on meta\. Here: "):
+        ops.gram(rows.to("meta"), offsets, backend=backend.name)

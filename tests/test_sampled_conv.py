@@ -71,7 +71,7 @@ def layer(C, O, size, kernel, stride=1, padding=0, high=None, dilation=1, groups
 LAYERS = {
     "1-D": layer(5, 7, (37,), 3, padding=1),
     "2-D": layer(6, 5, (13, 11), 3, padding=1),
-    "3-D": layer(3, 4, (5, 6, 7), (3, 2, 3), padding=(1, 0, 1)),
+    "3-D": layer(3, 4, (5, 6, 7), (3, 2, 3), (2, 1, 3), padding=(1, 0, 1), dilation=(1, 2, 1)),
     "rows around the chains of vectors": layer(2, 3, (4, 73), (1, 3), padding=(0, 1)),
     "7x7 planes": layer(33, 16, (7, 7), 3, padding=1),
     "14x14 planes": layer(16, 9, (14, 14), 3, padding=1),

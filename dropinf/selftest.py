@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf import reference
+from dropinf import reference, staging
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,6 +77,32 @@ def _sampled_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
     sign = new.indices(3, r, s, dtype=torch.int8) - 1
     yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
+    # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more (of
+    # float32) and most (of the others); passes, a bias and rows that are not aligned; signs.
+    for B, T, I, O, r, bias, limits in (
+        (2, 150, 96, 64, 150, False, {}),
+        (1, 20, 32, 80, 2500, False, {}),
+        (2, 90, 41, 64, 150, True, {"max_slots": 256}),
+    ):
+        x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
+        at = new.indices(O * (I + bias), r).sort().values
+        o_idx, i_idx = at // (I + bias), at % (I + bias)
+        order = _order(x, dy, o_idx, i_idx, bias=bias, **limits)
+        yield (x, dy, o_idx, i_idx, None, bias, 0.5, order), (new.out(B, r),)
+    o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
+    sign = new.indices(3, r, s, dtype=torch.int8) - 1
+    order = _order(x, dy, o_idx, i_idx)
+    yield (x, dy, o_idx, i_idx, sign, False, 0.5, order), (new.out(B, r),)
+
+
+def _order(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Sequence[Tensor]:
+    """The order that backend cuda takes and others ignore; none where it cannot be made."""
+    if not staging.AVAILABLE or x.dtype == torch.float64:
+        return ()
+    I, O = x.shape[2], dy.shape[2]
+    order = staging.staged_order(o_idx, i_idx, I, O, x.element_size(), **options)
+    assert order is not None
+    return order[:3]
 
 
 def _factored_outer(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -116,46 +142,52 @@ def _gather_grads(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield (grads, indices, signs, scales), (new.out(sum(map(len, indices))),)
 
 
-def _layers(new: _Inputs) -> tuple[Tensor, int, int]:
-    """Column bounds of some layers, on the CPU; their last, and the packed matrices' size."""
-    sizes = [1, 33, 0, 70]
+def _layers(*sizes: int) -> tuple[Tensor, int, int]:
+    """Column bounds of layers, on the CPU; their last, and the packed matrices' size."""
     bounds = [0, *accumulate(sizes)]
     return torch.tensor(bounds), bounds[-1], sum(r * r for r in sizes)
 
 
+_NARROW = (1, 33, 0, 70)
+_WIDE = (40, 330, 330)  # wider than backend cuda factorises itself
+
+
 def _gram(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     new = _Inputs(dtype, device)
-    offsets, R, num_packed = _layers(new)
-    rows = new.numbers(45, R)
-    yield (rows, offsets, 0.5, False), (new.out(num_packed),)
-    yield (rows, offsets, 0.5, True), (new.out(num_packed),)
+    offsets, R, num_packed = _layers(*_NARROW)
+    for n in (45, 600):  # within a chunk of rows, and more
+        rows = new.numbers(n, R)
+        yield (rows, offsets, 0.5, False), (new.out(num_packed),)
+        yield (rows, offsets, 0.5, True), (new.out(num_packed),)
 
 
-def _matrices(new: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _matrices(new: _Inputs, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed matrices that are positive definite with a shift, and right-hand sides."""
-    offsets, R, num_packed = _layers(new)
+    offsets, R, num_packed = _layers(*sizes)
     matrices = new.out(num_packed)
     half = _Inputs(new.dtype, new.device).numbers(90, R)
     reference.gram(half, offsets, 1 / 64, False, matrices)
-    shift = torch.ones(len(offsets) - 1, dtype=new.dtype, device=new.device)
+    shift = torch.ones(len(sizes), dtype=new.dtype, device=new.device)
     return matrices, offsets, shift, new.numbers(5, R)
 
 
 def _damped_cholesky(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     new = _Inputs(dtype, device)
-    matrices, offsets, shift, rows = _matrices(new)
-    factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
-    yield (matrices, offsets, shift, rows), (factors, info, new.out(*rows.shape))
-    failing = -100 * shift
-    yield (matrices, offsets, failing, None), (new.out(len(matrices)), info.clone(), None)
+    for sizes in (_NARROW, _WIDE):
+        matrices, offsets, shift, rows = _matrices(new, sizes)
+        factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
+        yield (matrices, offsets, shift, rows), (factors, info, new.out(*rows.shape))
+        failing = -100 * shift
+        yield (matrices, offsets, failing, None), (new.out(len(matrices)), info.clone(), None)
 
 
 def _cholesky_solve(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     new = _Inputs(dtype, device)
-    matrices, offsets, shift, rows = _matrices(new)
-    factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
-    reference.damped_cholesky(matrices, offsets, shift, None, factors, info, None)
-    yield (factors, offsets, rows), (new.out(*rows.shape),)
+    for sizes in (_NARROW, _WIDE):
+        matrices, offsets, shift, rows = _matrices(new, sizes)
+        factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
+        reference.damped_cholesky(matrices, offsets, shift, None, factors, info, None)
+        yield (factors, offsets, rows), (new.out(*rows.shape),)
 
 
 def _score_topk(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -76,9 +77,13 @@ def on_the_host(request, monkeypatch):
             monkeypatch.setitem(kernels, "cuda", getattr(torch.ops.dropinf_host, op).default)
     monkeypatch.setitem(dispatch._STATES, "cuda", "available")
     monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
-    for cached in (dispatch.kernel, dispatch._self_test):
-        cached.cache_clear()
-        request.addfinalizer(cached.cache_clear)
+    monkeypatch.setattr(dispatch, "_self_test", self_test_on_the_host)
+    dispatch.kernel.cache_clear()
+    request.addfinalizer(dispatch.kernel.cache_clear)
+
+
+# Once a process, as that of the others, and apart from what dispatch knows of them.
+self_test_on_the_host = lru_cache(dispatch._self_test.__wrapped__)
 
 
 def few_in_interpreter(backend: Backend, wanted: bool) -> None:

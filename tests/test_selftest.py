@@ -1,15 +1,19 @@
 """The self-test of backends: right ones pass, wrong ones are refused by name."""
 
+import bisect
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import build
 from test_sampled_outer import good
 
 import dropinf
-from dropinf import dispatch, ops, reference, selftest
+from dropinf import dispatch, ops, reference, selftest, staging
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 CPU = torch.device("cpu")
@@ -55,6 +59,52 @@ def test_wrong_results_are_seen(op, how):
 def test_nothing_written_is_seen():
     for op in OPS:
         assert selftest.mismatch(op, lambda *args: None, CPU)
+
+
+def test_staged_cases():
+    """Passes and signs with every dtype; and all together, every kernel that is chosen by slots."""
+    if not staging.AVAILABLE:
+        pytest.skip("the C++ extension makes the orders")
+    make, dtypes, _ = selftest._CASES["sampled_outer"]
+    kernels = set()
+    for dtype in dtypes:
+        cases = [args for args, _ in make(dtype, CPU) if args[7]]
+        passes = [args[7][0] for args in cases]
+        assert max(map(len, passes)) > 1 and any(args[4] is not None for args in cases)
+        # 384 threads, each of 5, 13 or 25 coordinates.
+        kernels |= {bisect.bisect_left([5 * 384, 13 * 384], int(p[:, 5].max())) for p in passes}
+    assert kernels == {0, 1, 2}
+
+
+# op: a file of its CUDA kernels, what is in it, and what that becomes, which is seen only where
+# there is an order, or more than one chunk of rows.
+FAULTS = {
+    "sampled_outer": ("cuda/sampled_outer_staged.cuh", "sums[k] +=", "sums[k] += 2 *"),
+    "gram": ("cuda/gram.cu", "total[i][j] += sums[i][j];", "total[i][j] = sums[i][j];"),
+}
+
+# In a process of its own, which can load one library of these ops.
+ON_THE_HOST = """
+import sys
+import torch
+from dropinf import selftest
+_, op, library = sys.argv
+torch.ops.load_library(library)
+kernel = getattr(torch.ops.dropinf_host, op).default
+print(selftest.mismatch(op, kernel, torch.device("cpu")))
+"""
+
+
+@pytest.mark.parametrize("op", FAULTS)
+def test_a_fault_in_a_kernel_is_found(op, tmp_path):
+    """Built for the host, the kernels are right, and wrong after a fault is planted."""
+    found = []
+    for sources in (build.SOURCES, build.planted(tmp_path, *FAULTS[op])):
+        library = build.library(sources, "")
+        command = [sys.executable, "-c", ON_THE_HOST, op, str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found.append(done.stdout.strip() or done.stderr)
+    assert found[0] == "None" and found[1].startswith("with torch.float32, off by"), found
 
 
 def test_a_backend_that_fails_is_refused(monkeypatch):

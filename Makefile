@@ -12,13 +12,17 @@ HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10
 GPU_PYTHON ?= python3
 PART ?=
 
-.PHONY: demo test bench bench-check gpu peers sanitize lint format clean
+.PHONY: demo test test-more bench bench-check gpu peers sanitize lint format clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest
+
+# Tests of what measures: slow, and seldom concerned by a change.
+test-more: .venv/installed
+	$(BIN)/python -m pytest -m more
 
 bench: .venv/installed
 	mkdir -p build

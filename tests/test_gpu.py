@@ -1,29 +1,28 @@
 """What only a GPU shows: streams, graphs, synchronisation, memory; and that bits do not move.
 
-DROPINF_REHEARSE=1 runs what needs no CUDA on the CPU, so that these tests are tested themselves.
+Without a GPU a rehearsal: what needs no CUDA runs on the CPU, so that these tests are tested too.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import EPS32, assert_within
+from conftest import EPS32, assert_within, on_the_host
 from torch import Tensor, nn
 
 import dropinf
 from dropinf import dispatch, ops
+from dropinf.compress import draw
+from dropinf.staging import staged_order
 
-REHEARSE = os.environ.get("DROPINF_REHEARSE") == "1"
-GPU = torch.cuda.is_available() and not REHEARSE
+GPU = torch.cuda.is_available()
 DEVICE = "cuda:0" if GPU else "cpu"
-BACKENDS = ["cpu", "reference"] if REHEARSE else ["cuda", "triton"]
-
-if not GPU and not REHEARSE:
-    pytest.skip("torch finds no GPU", allow_module_level=True)
+BACKENDS = ["cuda", "triton"] if GPU else ["cpu", "cuda-host", "reference"]
+REPEATS = 20 if GPU else 2
+POSITIONS = 300 if GPU else 90  # threads of a block on the CPU are slow
 
 needs_cuda = pytest.mark.skipif(not GPU, reason="needs CUDA's streams, graphs or allocator")
 
@@ -37,7 +36,7 @@ class Call(NamedTuple):
 
 
 def coordinates(O, I, r):
-    at = torch.randperm(O * I, generator=torch.Generator().manual_seed(1))[:r].sort().values
+    at = torch.from_numpy(draw(O * I, r, 1, 0))
     return (at // I).int().to(DEVICE), (at % I).int().to(DEVICE)
 
 
@@ -47,7 +46,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def sampled_outer():
-    x, dy = random(5, 300, 96), random(5, 300, 80)
+    x, dy = random(5, POSITIONS, 96), random(5, POSITIONS, 80)
     at = coordinates(80, 96, 1500)
 
     def run(backend, examples=slice(None)):
@@ -56,8 +55,35 @@ def sampled_outer():
     return Call([x, dy], run, 5)
 
 
+def staged(max_slots):
+    """bfloat16 in several chunks of positions, each of several buffers."""
+    B, T, I, O, r = 5, POSITIONS, 96, 80, 200
+    x, dy = random(B, T, I, dtype=torch.bfloat16), random(B, T, O, dtype=torch.bfloat16)
+    at = coordinates(O, I, r)
+    order = staged_order(*at, I, O, x.element_size(), max_slots=max_slots)
+
+    def run(backend, examples=slice(None)):
+        given = {"order": order, "backend": backend}
+        return (ops.sampled_outer(x[examples], dy[examples], *at, **given),)
+
+    return Call([x, dy], run, B), len(order.passes)
+
+
+def sampled_outer_staged():
+    call, passes = staged(9600)
+    assert passes == 1
+    return call
+
+
+def sampled_outer_staged_two_passes():
+    call, passes = staged(288)
+    assert passes == 2
+    return call
+
+
 def sampled_embedding():
-    ids, dy = torch.arange(1500).reshape(5, 300).to(DEVICE) % 37, random(5, 300, 24)
+    ids = torch.arange(5 * POSITIONS).reshape(5, POSITIONS).to(DEVICE) % 37
+    dy = random(5, POSITIONS, 24)
     i_idx, o_idx = coordinates(37, 24, 500)
 
     def run(backend, examples=slice(None)):
@@ -67,8 +93,9 @@ def sampled_embedding():
 
 
 def sampled_conv():
-    x, dy = random(5, 8, 19, 17), random(5, 12, 19, 17)
-    at = coordinates(12, 8 * 9, 400)
+    C, O, H, W, r = (8, 12, 19, 17, 400) if GPU else (3, 4, 9, 7, 70)
+    x, dy = random(5, C, H, W), random(5, O, H, W)
+    at = coordinates(O, C * 9, r)
     layer = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
 
     def run(backend, examples=slice(None)):
@@ -83,33 +110,48 @@ def gather_grads():
     return Call(grads, lambda backend: (ops.gather_grads(grads, indices, backend=backend),))
 
 
-OFFSETS = (0, 1, 9, 73, 103, 403)
+OFFSETS = (0, 1, 9, 73, 103, 363)
 
 
-def gram():
-    rows = random(129, OFFSETS[-1])
+WIDE = (0, 40, 370, 700)  # two layers of 330, wider than the shared memory of sm_90 holds
+
+
+def gram(n=129):
+    rows = random(n, OFFSETS[-1])
     return Call([rows], lambda backend: (ops.gram(rows, OFFSETS, backend=backend),))
 
 
-def damped_cholesky():
-    rows, matrices = random(7, OFFSETS[-1]), ops.gram(random(500, OFFSETS[-1]), OFFSETS)
-    shift = torch.full((len(OFFSETS) - 1,), 10.0, device=DEVICE)
+def gram_long():
+    return gram(1100)  # in three chunks
+
+
+def damped_cholesky(offsets=OFFSETS):
+    rows, matrices = random(7, offsets[-1]), ops.gram(random(500, offsets[-1]), offsets)
+    shift = torch.full((len(offsets) - 1,), 10.0, device=DEVICE)
 
     def run(backend):
-        made = ops.damped_cholesky(matrices, OFFSETS, shift, rows=rows, backend=backend)
+        made = ops.damped_cholesky(matrices, offsets, shift, rows=rows, backend=backend)
         return made.factors, made.info, made.solved
 
     return Call([rows], run)
 
 
-def cholesky_solve():
-    matrices = ops.gram(random(500, OFFSETS[-1]), OFFSETS)
-    factors, rows = ops.damped_cholesky(matrices, OFFSETS, 10.0).factors, random(5, OFFSETS[-1])
+def damped_cholesky_wide():
+    return damped_cholesky(WIDE)
+
+
+def cholesky_solve(offsets=OFFSETS):
+    matrices = ops.gram(random(500, offsets[-1]), offsets)
+    factors, rows = ops.damped_cholesky(matrices, offsets, 10.0).factors, random(5, offsets[-1])
 
     def run(backend, examples=slice(None)):
-        return (ops.cholesky_solve(factors, OFFSETS, rows[examples], backend=backend),)
+        return (ops.cholesky_solve(factors, offsets, rows[examples], backend=backend),)
 
     return Call([rows], run, 5)
+
+
+def cholesky_solve_wide():
+    return cholesky_solve(WIDE)
 
 
 def score_topk():
@@ -124,40 +166,55 @@ def score_topk():
     return Call([queries, rows], run)
 
 
-CALLS = [
-    sampled_outer,
-    sampled_embedding,
-    sampled_conv,
-    gather_grads,
-    gram,
-    damped_cholesky,
-    cholesky_solve,
-    score_topk,
-]
+# An op, and behind a dash what of it this call reaches.
+CALLS = {
+    "sampled_outer": sampled_outer,
+    "sampled_outer-staged": sampled_outer_staged,
+    "sampled_outer-staged, two passes": sampled_outer_staged_two_passes,
+    "sampled_embedding": sampled_embedding,
+    "sampled_conv": sampled_conv,
+    "gather_grads": gather_grads,
+    "gram": gram,
+    "gram-long": gram_long,
+    "damped_cholesky": damped_cholesky,
+    "damped_cholesky-wide": damped_cholesky_wide,
+    "cholesky_solve": cholesky_solve,
+    "cholesky_solve-wide": cholesky_solve_wide,
+    "score_topk": score_topk,
+}
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    op = request.node.callspec.params.get("op", "sampled_outer")
-    if not hasattr(ops, op) or request.param not in dispatch.KERNELS[op]:
-        pytest.skip(f"{op} is not written for backend {request.param!r}")
-    if dropinf.backends()[request.param] != "available":
-        pytest.skip(f"backend {request.param!r} is {dropinf.backends()[request.param]}")
-    return request.param
+def backend(request, monkeypatch):
+    name = request.param.removesuffix("-host")
+    if name != request.param:
+        on_the_host(request, monkeypatch)
+    if dropinf.backends()[name] != "available":
+        pytest.skip(f"backend {name!r} is {dropinf.backends()[name]}")
+    return name
 
 
 @pytest.fixture
 def call(op):
-    if not hasattr(ops, op):
-        pytest.skip(f"there is no op {op}")
-    return {make.__name__: make for make in CALLS}[op]()
+    return CALLS[op]()
 
 
-every_op = pytest.mark.parametrize("op", [make.__name__ for make in CALLS])
+PAIRS = [
+    (backend, op)
+    for op in CALLS
+    for backend in BACKENDS
+    if backend.removesuffix("-host") in dispatch.KERNELS[op.partition("-")[0]]
+]
+every_op = pytest.mark.parametrize("backend, op", PAIRS, indirect=["backend"])
+every_op_on_a_gpu = pytest.mark.parametrize(
+    "backend, op", PAIRS if GPU else [], indirect=["backend"]
+)
 
 
-def test_every_op_is_called_here():
-    assert set(dispatch.KERNELS) <= {make.__name__ for make in CALLS}
+def test_every_op_with_a_kernel_for_gpus_is_called_here():
+    kernels = dispatch.KERNELS.items()
+    ours = {op for op, backends in kernels if set(backends) & set(dispatch.GPU_BACKENDS)}
+    assert ours == {name.partition("-")[0] for name in CALLS}
 
 
 def assert_same(results, others):
@@ -168,7 +225,7 @@ def assert_same(results, others):
 @every_op
 def test_same_bits_from_run_to_run(backend, op, call):
     first = call.run(backend)
-    for _ in range(20):
+    for _ in range(REPEATS):
         assert_same(first, call.run(backend))
 
 
@@ -176,8 +233,9 @@ def test_same_bits_from_run_to_run(backend, op, call):
 def test_examples_do_not_see_each_other(backend, op, call):
     if not call.num_examples:
         pytest.skip(f"{op} has no examples that stand alone")
-    if op == "cholesky_solve" and backend == "reference":
-        pytest.skip("LAPACK's bits depend on the number of right-hand sides")
+    by_torch = backend == "reference" or (backend == "cuda" and op.endswith("wide"))
+    if op.startswith("cholesky_solve") and by_torch:
+        pytest.skip("bits of torch's solve depend on the number of right-hand sides")
     whole = call.run(backend)
     for part in (slice(2, 3), slice(1, 5), slice(0, 2)):
         assert_same([t[part] for t in whole], call.run(backend, part))
@@ -190,8 +248,7 @@ def test_agrees_with_reference(backend, op, call):
         assert (ours.double() - theirs.double()).norm().item() <= 1e-5 * size
 
 
-@every_op
-@needs_cuda
+@every_op_on_a_gpu
 def test_current_stream(backend, op, call):
     """It waits for what came before on its stream, and for nothing on another."""
     wanted = [t.clone() for t in call.run(backend)]
@@ -209,8 +266,7 @@ def test_current_stream(backend, op, call):
     assert_same(wanted, got)
 
 
-@every_op
-@needs_cuda
+@every_op_on_a_gpu
 def test_cuda_graph(backend, op, call):
     call.run(backend)  # the self-test cannot run while a graph is captured
     torch.cuda.synchronize()
@@ -225,8 +281,7 @@ def test_cuda_graph(backend, op, call):
         assert_same(replayed, call.run(backend))
 
 
-@every_op
-@needs_cuda
+@every_op_on_a_gpu
 def test_no_synchronisation(backend, op, call):
     call.run(backend)
     torch.cuda.set_sync_debug_mode("error")
@@ -280,7 +335,7 @@ def test_offsets_beyond_31_bits(backend, wide):
 
 
 @needs_cuda
-@pytest.mark.parametrize("op", ["gather_grads"])
+@pytest.mark.parametrize("backend, op", [("cuda", "gather_grads")])
 def test_positions_beyond_31_bits(backend, op):
     if torch.cuda.mem_get_info()[0] < 6e9:
         pytest.skip("needs 6 GB of free memory")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +18,12 @@ import dropinf
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
 
-from gpu import ratios, report, rest, run, suite  # noqa: E402
+from gpu import processes, ratios, report, rest, run, suite  # noqa: E402
 from gpu.ratios import Case, Contestant, Setup, Target  # noqa: E402
 from gpu.results import Deadline, Results, default_path, environment  # noqa: E402
 from gpu.timing import Bench, ceilings  # noqa: E402
+
+pytestmark = pytest.mark.more
 
 
 def make_gpu(*arguments):
@@ -66,7 +68,7 @@ def test_structure(rehearsed):
     for part in ("bench", "model"):
         entry = data["parts"][part]
         assert entry["start"] <= entry["end"] and entry["commit"] and entry["seconds"] > 0
-        names = [case.name for case in run.cases_of(part)[0]]
+        names = [case.name for case in run.cases_of(part, quick=False)[0]]
         assert len(set(names)) == len(names) and entry["done"] == names
     assert all(data["ceilings"][k] > 0 for k in ("copy_gb_per_s", "bf16_matmul_tflop_per_s"))
     timed = [row for row in data["rows"] if row["mode"]]
@@ -309,11 +311,12 @@ def test_lines_for_a_gpu(tmp_path, monkeypatch):
         "launch_us",
         "launch_in_graph_us",
     }
-    cases, targets = run.cases_of("bench")
+    cases, targets = run.cases_of("bench", quick=False)
     chosen = [
         case for case in cases if case.name in ("gram, r=64", "sampled_outer, bfloat16, r=8192")
     ]
-    ratios.run_cases(results, bench, "bench", chosen, targets, run.BUDGETS["bench"])
+    budgets = dict.fromkeys(run.SHARES["bench"], 100.0)
+    ratios.run_cases(results, bench, "bench", chosen, targets, budgets)
     timed = [row for row in results.data["rows"] if row["mode"]]
     assert not [e for e in results.data["left_out"] if "ordered" not in e["what"]]
     assert {row["mode"] for row in timed} == {"eager", "graph"} and Graph.replays
@@ -344,18 +347,19 @@ if "first" not in done:
 def test_a_worker_that_dies_is_replaced(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     results = started(path)
-    popen, commands = subprocess.Popen, []
+    start, commands = processes.start, []
 
-    def stub(command, **options):
+    def stub(command, environment):
         commands.append(command)
-        return popen([sys.executable, "-c", WORKER, str(path)], **options)
+        return start([sys.executable, "-c", WORKER, str(path)], environment)
 
-    monkeypatch.setattr(run.subprocess, "Popen", stub)
-    run.supervise(results, "bench", 60.0)
-    assert len(commands) == 2 and commands[0][-3:] == ["--out", str(path), "--rehearse"]
+    monkeypatch.setattr(processes, "start", stub)
+    run.supervise(results, "bench", 60.0, quick=False)
+    assert len(commands) == 2
+    assert commands[0][-5:] == ["--out", str(path), "--seconds", "60.0", "--rehearse"]
     left_out = {e["what"]: e["reason"] for e in results.data["left_out"]}
     assert left_out["first"] == f"its process ended with {-signal.SIGSEGV}"
-    assert {case.name for case in run.cases_of("bench")[0]} <= set(left_out)
+    assert {case.name for case in run.cases_of("bench", quick=False)[0]} <= set(left_out)
     assert all(t["reason"] for t in results.data["targets"])
 
 
@@ -364,7 +368,7 @@ def test_a_worker_that_hangs_is_killed(tmp_path, monkeypatch):
     started(path)
     for deadline, stuck, reason in ((0.3, 60.0, "time was over"), (60.0, 0.3, "silent for")):
         monkeypatch.setattr(run, "STUCK", stuck)
-        process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        process = processes.start(["sleep", "60"], dict(os.environ))
         assert reason in run.watched(process, path, Deadline(deadline))
         assert process.returncode == -signal.SIGKILL
 
@@ -378,9 +382,33 @@ def test_part_test(tmp_path, monkeypatch):
         counts = verified[of]
         assert counts["passed"] > 0 and counts["failed"] == 0 and counts["complete"], of
     assert not any(of.startswith("cpu") for of in verified)
-    suite.incomplete(verified, "tests/test_gpu.py", [])
-    assert not any(counts["complete"] for counts in verified.values())
     report.print_part(results, "test")
+
+
+def test_what_has_not_run_is_not_complete(tmp_path):
+    results = started(tmp_path / "r.json", "test")
+    lines = [{"of": of, "outcome": "passed"} for of in ("cuda/gram", "triton/gram", "gpu")]
+
+    def complete(*missing):
+        suite.record(results, lines, set(missing))
+        return {of for of, counts in results.data["verified"].items() if counts["complete"]}
+
+    assert complete() == {"cuda/gram", "triton/gram", "gpu"}
+    assert complete(("test_gram", "cuda")) == {"triton/gram", "gpu"}
+    assert complete(("test_gpu", "triton")) == {"cuda/gram"}
+    assert complete(("test_sampled_outer", "cuda")) == {"cuda/gram", "triton/gram", "gpu"}
+
+
+def test_part_test_out_of_time(tmp_path, monkeypatch):
+    """What was running and what never started is named, and nothing of it counts as complete."""
+    monkeypatch.setattr(suite, "at_once", lambda: 2)
+    results = started(tmp_path / "r.json", "test")
+    suite.run_tests(results, 1.0)
+    reasons = [entry["reason"] for entry in results.of("left_out", "test")]
+    assert len(reasons) == 6
+    assert sum("its time was over" in r for r in reasons) == 2
+    assert sum("the 1 s are spent" in r for r in reasons) == 4
+    assert not processes._running
 
 
 FAKE = """#!/bin/sh
@@ -402,7 +430,7 @@ def test_part_sanitize(tmp_path, monkeypatch, found):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     results = started(tmp_path / "r.json", "sanitize")
-    suite.sanitize(results, 200.0)
+    suite.sanitize(results, 200.0, quick=False)
     entry = results.data["sanitizers"]["memcheck"]
     assert entry["errors"] == found, entry["output"]
     if found:
@@ -414,6 +442,103 @@ def test_part_sanitize(tmp_path, monkeypatch, found):
 def test_sanitizer_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     results = started(tmp_path / "r.json", "sanitize")
-    suite.sanitize(results, 10.0)
+    suite.sanitize(results, 10.0, quick=False)
     assert {s["state"] for s in results.data["sanitizers"].values()} == {"missing"}
     assert set(results.data["sanitizers"]) == {"memcheck", "racecheck", "synccheck", "initcheck"}
+
+
+QUICK = {
+    "bench": {
+        "gather_grads, 200 layers, r=1024",
+        *(f"sampled_outer, bfloat16, r={r}" for r in (64, 1024, 8192, 65536)),
+        *(f"damped_cholesky, r={r}" for r in (64, 128, 256, "8 to 512")),
+        *(f"damped_cholesky, r={r}, and solve" for r in (64, 128, 256, "8 to 512")),
+        *(f"gram, r={r}" for r in (64, 256, 1024)),
+        rest.TOPK,
+        "sampled_embedding, V=50304, O=4096, r=8192",
+        "sampled_conv, 128 to 128 channels of 28 x 28, 3 x 3, r=1024",
+    },
+    "model": {"Pythia-1.4B, r=1024", "Pythia-6.9B, r=8192"},
+}
+
+
+@pytest.mark.parametrize("part", QUICK)
+def test_quick_choice(part):
+    assert {case.name for case in run.cases_of(part, quick=True)[0]} == QUICK[part]
+    assert sum(run.SHARES[part].values()) == pytest.approx(1)
+
+
+def test_quick_contestants():
+    """No `reference`, and torch.compile only where it can win."""
+    compiled = set()
+    for case in run.cases_of("bench", quick=True)[0]:
+        setup = case.make(Bench(True, quick=True))
+        compiled |= {case.name for name in setup.contestants if "compile" in name}
+    assert compiled == {f"sampled_outer, bfloat16, r={r}" for r in (1024, 8192)}
+
+
+def test_a_part_that_fails_loses_no_other(tmp_path, monkeypatch):
+    """What it raises is recorded as why it was left out; the next part runs."""
+    path = tmp_path / "r.json"
+
+    def fails(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr(suite, "run_tests", fails)
+
+    def works(results, part, seconds, quick):
+        results.add("rows", part, case="x", mode=None)
+
+    monkeypatch.setattr(run, "supervise", works)
+    monkeypatch.setattr(sys, "argv", ["run", "--quick", "--rehearse", "--out", str(path)])
+    assert run.main() == 0
+    data = json.loads(path.read_text())
+    assert [(e["part"], e["reason"]) for e in data["left_out"]] == [("test", "OSError: no space")]
+    assert [row["part"] for row in data["rows"]] == ["bench", "model"]
+    assert all(data["parts"][part]["quick"] for part in ("test", "bench", "model"))
+    assert "sanitize" not in data["parts"]
+
+
+def processes_with(text):
+    """Command lines of running processes that have `text` in them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if text in line:
+                found.append(line)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_process(tmp_path, number):
+    """And the file has what was measured until then, and why there is no more."""
+    path = tmp_path / "r.json"
+    command = [sys.executable, "-m", "gpu.run", "bench", "--rehearse", "--out", str(path)]
+    process = subprocess.Popen(command, env=environment(True), stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (path.exists() and json.loads(path.read_text())["rows"]):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    assert len(processes_with(str(path))) == 2
+    process.send_signal(number)
+    process.wait(20)
+    time.sleep(0.2)
+    assert not processes_with(str(path))
+    data = json.loads(path.read_text())
+    assert data["rows"]
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert {"part": "bench", "what": "bench", "reason": "ended by SIGTERM"} in data["left_out"]
+        assert data["parts"]["bench"]["end"]
+
+
+def test_a_run_has_a_limit_of_its_own():
+    started = time.monotonic()
+    with pytest.raises(processes.Ended) as ended, processes.all_end_within(0.3):
+        child = processes.start(["sh", "-c", "sleep 60.5 & sleep 60.5"], dict(os.environ))
+        time.sleep(30)
+    assert ended.value.reason == "its time was over" and time.monotonic() - started < 10
+    assert child.returncode == -signal.SIGKILL
+    assert not processes_with("60.5")

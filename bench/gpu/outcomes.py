@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if backend in WANTED or (in_test_gpu and backend is None) else left).append(item)
         op = item.path.stem.removeprefix("test_")
         if in_test_gpu and backend is not None:
-            op = params.get("op", "sampled_outer")
+            op = params.get("op", "sampled_outer").partition("-")[0]
         item.user_properties.append(("of", f"{backend}/{op}" if backend else op))
     items[:] = kept
     config.hook.pytest_deselected(items=left)

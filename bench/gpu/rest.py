@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropinf import ops
+from dropinf.compress import draw
+from gpu.outer import coordinates
 from gpu.ratios import Case, Contestant, Setup, Target, backends_of
 from gpu.timing import Bench, relative_error
 
@@ -29,7 +31,7 @@ TARGETS = [
 
 def cases() -> list[Case]:
     gathers = [
-        Case(f"gather_grads, 200 layers, r={r}", partial(gather, r=r), GATHER)
+        Case(f"gather_grads, 200 layers, r={r}", partial(gather, r=r), GATHER, quick=r == 1024)
         for r in (1024, 256, 4096)
     ]
     return [
@@ -49,11 +51,7 @@ def gather(bench: Bench, r: int) -> Setup:
     count = bench.num_sets(touched, most=8)
     buffers = [torch.randn(L * side * side, device=bench.device) for _ in range(count)]
     sets = [list(buffer.view(L, side, side).unbind()) for buffer in buffers]
-    generator = torch.Generator().manual_seed(0)
-    indices = [
-        torch.randperm(side * side, generator=generator)[:r].sort().values.to(bench.device)
-        for _ in range(L)
-    ]
+    indices = [torch.from_numpy(draw(side * side, r, 0, l)).to(bench.device) for l in range(L)]
     everywhere = torch.cat([index + l * side * side for l, index in enumerate(indices)])
     out = torch.empty(L * r, device=bench.device)
     parts = list(out.view(L, r).unbind())
@@ -136,8 +134,7 @@ def embedding(bench: Bench) -> Setup:
     dtype = torch.bfloat16
     ids = torch.randint(V, (B, T), device=bench.device)
     dy = torch.randn(B, T, O, device=bench.device, dtype=dtype)
-    at = torch.randperm(V * O, generator=torch.Generator().manual_seed(0))[:r].sort().values
-    i_idx, o_idx = (at // O).int().to(bench.device), (at % O).int().to(bench.device)
+    i_idx, o_idx = (index.int() for index in coordinates(V, O, r, bench.device))
     truth = torch.zeros(B, r, dtype=torch.float64, device=bench.device)
     for b in range(B):
         hit = ids[b][:, None] == i_idx  # [T, r]
@@ -164,8 +161,7 @@ def conv(bench: Bench) -> Setup:
     dtype, device = torch.bfloat16, bench.device
     x, dy = (torch.randn(B, C, side, side, device=device, dtype=dtype) for _ in range(2))
     I = C * kernel * kernel
-    at = torch.randperm(C * I, generator=torch.Generator().manual_seed(0))[:r].sort().values
-    o_long, i_long = (at // I).to(device), (at % I).to(device)
+    o_long, i_long = coordinates(C, I, r, device)
     o_idx, i_idx = o_long.int(), i_long.int()
     layer: dict[str, Any] = {
         "kernel_size": (kernel, kernel),

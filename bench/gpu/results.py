@@ -24,8 +24,8 @@ FOLDER = ROOT / "bench" / "results"
 class Results:
     """What is known so far; every change is written at once, so that nothing is lost by a kill."""
 
-    def __init__(self, path: Path, rehearsal: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, rehearsal: bool, measured: str | None = None) -> None:
+        self.path, self.commit = path, measured or commit()
         self.data: dict[str, Any] = {
             "rehearsal": rehearsal,
             "device": device(rehearsal),
@@ -57,7 +57,7 @@ class Results:
         """Take over what a worker wrote."""
         self.data = json.loads(self.path.read_text())
 
-    def begin(self, part: str) -> None:
+    def begin(self, part: str, quick: bool = False) -> None:
         """Forget what this part wrote before."""
         for key in ("rows", "targets", "left_out"):
             self.data[key] = [entry for entry in self.data[key] if entry["part"] != part]
@@ -65,7 +65,8 @@ class Results:
             self.data["verified"] = {}
         if part == "sanitize":
             self.data["sanitizers"] = {}
-        self.data["parts"][part] = {"start": now(), "end": None, "commit": commit()}
+        entry = {"start": now(), "end": None, "commit": self.commit, "quick": quick}
+        self.data["parts"][part] = entry
         self.save()
 
     def end(self, part: str, seconds: float) -> None:

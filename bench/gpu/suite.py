@@ -6,103 +6,160 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
+from gpu import processes
 from gpu.results import ROOT, Deadline, Results, environment
 
+# The longest first.
 OP_TESTS = [
+    "test_sampled_conv",
     "test_sampled_outer",
     "test_sampled_embedding",
-    "test_sampled_conv",
-    "test_gather_grads",
-    "test_gram",
     "test_damped_cholesky",
+    "test_gram",
+    "test_gather_grads",
     "test_cholesky_solve",
     "test_score_topk",
 ]
+GPU_TEST = "test_gpu"  # has some tests of every op
+BACKENDS = ["cuda", "triton"]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 # Some cases of every op, for tools that slow a kernel down a hundredfold.
-FEW = "same_bits or each_layer_has_its_own_shift or accumulate or many_layers"
+FEW = "same_bits or each_layer_has_its_own_shift or accumulate or many_layers or agrees"
+QUICK_TOOLS = ["memcheck", "racecheck"]
+STAGED = "agrees and staged"  # the kernel with most to go wrong: copies, barriers, buffers
 # In a rehearsal these stand for the kernels on a GPU, and few tests for all.
-REHEARSED = "cuda-host,triton,reference"
+REHEARSED = ["cuda-host", "reference"]
 REHEARSED_FILES = ["test_gather_grads", "test_gram"]
 REHEARSED_TESTS = "empty or many_layers"
 
 
-def existing(names: list[str]) -> list[str]:
-    return [f"tests/{n}.py" for n in names if (ROOT / "tests" / f"{n}.py").exists()]
+def files_of(names: list[str]) -> dict[str, str]:
+    """Name -> path in the checkout, of those that are there."""
+    found = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    return {name: str(found[name].relative_to(ROOT)) for name in names if name in found}
+
+
+class PytestRun:
+    """Tests of one backend in a process of their own, since a broken kernel ends one."""
+
+    def __init__(
+        self, rehearsal: bool, backend: str, arguments: list[str], wrapper: list[str] | None = None
+    ) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.outcomes = Path(self.folder.name) / "outcomes.jsonl"
+        self.printed = Path(self.folder.name) / "printed.txt"
+        made = environment(rehearsal, DROPINF_BACKENDS=backend, DROPINF_OUTCOMES=str(self.outcomes))
+        made["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once()))
+        if wrapper:  # any value switches it on
+            made["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        options = ["-q", "-m", "", "-p", "gpu.outcomes", "-p", "no:cacheprovider", "--tb=short"]
+        command = [*(wrapper or []), sys.executable, "-m", "pytest", *options, *arguments]
+        with self.printed.open("w") as output:
+            self.process = processes.start(command, made, output)
+
+    def finished(self) -> bool:
+        return self.process.poll() is not None
+
+    def end(self) -> tuple[int | None, list[dict], str]:
+        """The exit code, None if it had not finished; the outcomes; what was printed."""
+        code = self.process.poll()
+        processes.end(self.process)
+        with self.folder:
+            lines = self.outcomes.read_text().splitlines() if self.outcomes.exists() else []
+            printed = self.printed.read_text(errors="replace")
+        return code, [json.loads(line) for line in lines if line.endswith("}")], printed
+
+
+def at_once() -> int:
+    """Most of a process is imports, compilations and truths on the CPU; a GPU is shared."""
+    return min(8, max(2, (os.cpu_count() or 1) // 2))
 
 
 def run_tests(results: Results, seconds: float) -> None:
-    """Each file in a process of its own, since a kernel that breaks the device ends one."""
+    """Files and backends side by side; what has finished is written at once."""
     deadline = Deadline(seconds)
     rehearsal = results.data["rehearsal"]
-    failures: list[dict] = []
-    verified = results.data["verified"]
-    files = existing([*(REHEARSED_FILES if rehearsal else OP_TESTS), "test_gpu"])
-    for file in files:
-        left = deadline.left()
-        if left < 10:
-            results.leave_out("test", file, f"the {seconds:.0f} s are spent")
-            incomplete(verified, file, [])
-            continue
-        options = ["-k", REHEARSED_TESTS] if rehearsal else []
-        # Half of what is left, so that one slow file does not keep the others from running.
-        code, lines, output = pytest(rehearsal, min(left, max(60.0, left / 2)), [file, *options])
-        for of, counts in counted(lines).items():
-            sums = verified.setdefault(of, {**dict.fromkeys(counts, 0), "complete": True})
-            for outcome, number in counts.items():
-                sums[outcome] += number
-        failures += [line for line in lines if line["outcome"] == "failed"]
-        if code not in (0, 1, 5):  # all passed, some failed, none was there
-            reason = "its time was over" if code is None else f"pytest ended with {code}"
-            results.leave_out("test", file, f"{reason}: {output[-300:]}")
-            incomplete(verified, file, lines)
-        results.save()
+    files = files_of([*(REHEARSED_FILES if rehearsal else OP_TESTS), GPU_TEST])
+    backends = REHEARSED if rehearsal else BACKENDS
+    waiting = [(name, backend) for name in files for backend in backends]
+    needed = set(waiting)
+    running: dict[tuple[str, str], PytestRun] = {}
+    complete: set[tuple[str, str]] = set()
+    outcomes: list[dict] = []
+    while waiting or running:
+        while waiting and len(running) < at_once() and deadline.left() > 0:
+            job = waiting.pop(0)
+            options = ["-k", REHEARSED_TESTS] if rehearsal else []
+            running[job] = PytestRun(rehearsal, job[1], [files[job[0]], *options])
+        time.sleep(0.05)
+        over = deadline.left() <= 0
+        for job in [job for job, run in running.items() if over or run.finished()]:
+            code, lines, printed = running.pop(job).end()
+            outcomes += lines
+            if code in (0, 1, 5):  # all passed, some failed, none was there
+                complete.add(job)
+            else:
+                reason = "its time was over" if code is None else f"pytest ended with {code}"
+                results.leave_out("test", " on ".join(job), f"{reason}: {printed[-300:]}")
+            record(results, outcomes, needed - complete)
+        if over and not running:
+            for job in waiting:
+                results.leave_out("test", " on ".join(job), f"the {seconds:.0f} s are spent")
+            return
+
+
+def record(results: Results, outcomes: list[dict], missing: set[tuple[str, str]]) -> None:
+    """Per backend and op how many tests passed, failed, were skipped; whether all have run."""
+    verified = counted(outcomes)
+    for of, counts in verified.items():
+        backend, _, op = of.rpartition("/")  # no backend: a whole model, which takes all
+        counts["complete"] = not any(
+            name in (f"test_{op}", GPU_TEST) and backend in ("", at) for name, at in missing
+        )
+    results.data["verified"] = verified
+    failures = [line for line in outcomes if line["outcome"] == "failed"]
     results.data["parts"]["test"]["failures"] = failures[:50]
     results.save()
 
 
-def incomplete(verified: dict[str, dict], file: str, lines: list[dict]) -> None:
-    """Some tests of these have not run: those of the file's op; test_gpu.py has some of all."""
-    op = Path(file).stem.removeprefix("test_")
-    seen = {line["of"] for line in lines}
-    for of, counts in verified.items():
-        if op == "gpu" or of in seen or of.endswith(f"/{op}"):
-            counts["complete"] = False
-
-
-def counted(lines: list[dict]) -> dict[str, dict[str, int]]:
-    """(backend, op) -> how many passed, failed, were skipped."""
+def counted(lines: list[dict]) -> dict[str, dict]:
+    """backend/op -> how many passed, failed, were skipped."""
     counts = Counter((line["of"], line["outcome"]) for line in lines)
     outcomes = ("passed", "failed", "skipped")
     return {of: {o: counts[of, o] for o in outcomes} for of in {line["of"] for line in lines}}
 
 
-def sanitize(results: Results, seconds: float) -> None:
+def sanitize(results: Results, seconds: float, quick: bool) -> None:
     """Few and small cases under each tool; what it printed last, and whether it found errors."""
     deadline = Deadline(seconds)
     rehearsal = results.data["rehearsal"]
     program = shutil.which("compute-sanitizer")
-    for nth, tool in enumerate(TOOLS):
+    tools, names, chosen = TOOLS, [*OP_TESTS, GPU_TEST], FEW
+    if quick:
+        tools, names, chosen = QUICK_TOOLS, [GPU_TEST], STAGED
+    elif rehearsal:
+        names = [*REHEARSED_FILES, GPU_TEST]
+    for nth, tool in enumerate(tools):
         if program is None:
-            results.data["sanitizers"][tool] = {"state": "missing", "reason": "not on the PATH"}
+            results.data["sanitizers"][tool] = {"state": "missing"}
             results.save()
             continue
         # Only our own kernels; torch's allocator would hide what is beyond a tensor's end.
         wrapper = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
         wrapper += ["--kernel-name", "kns=dropinf"]
-        left = deadline.left() / (len(TOOLS) - nth)
-        files = existing(REHEARSED_FILES if rehearsal else OP_TESTS)
-        backend = "cuda-host" if rehearsal else "cuda"
-        chosen = [*files, "-x", "-k", FEW]
-        code, lines, output = pytest(rehearsal, left, chosen, wrapper, backend)
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+        limit = Deadline(deadline.left() / (len(tools) - nth))
+        arguments = [*files_of(names).values(), "-x", "-k", chosen]
+        run = PytestRun(rehearsal, "cuda-host" if rehearsal else "cuda", arguments, wrapper)
+        while not run.finished() and limit.left() > 0:
+            time.sleep(0.05)
+        code, lines, printed = run.end()
+        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
         if code == 99 or any(map(int, found)):
             state = "errors"
         elif code is None:
@@ -116,53 +173,7 @@ def sanitize(results: Results, seconds: float) -> None:
             "exit_code": code,
             "errors": sum(map(int, found)) if found else None,
             "outcomes": dict(Counter(line["outcome"] for line in lines)),
-            "output": output[-1500:],
+            "cases": chosen,
+            "output": printed[-1500:],
         }
         results.save()
-
-
-def pytest(
-    rehearsal: bool,
-    seconds: float,
-    arguments: list[str],
-    wrapper: list[str] | None = None,
-    backends: str | None = None,
-) -> tuple[int | None, list[dict], str]:
-    """The exit code, None if time was over; the outcomes; what was printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "outcomes.jsonl"
-        made = environment(
-            rehearsal,
-            DROPINF_BACKENDS=backends or (REHEARSED if rehearsal else "cuda,triton"),
-            DROPINF_OUTCOMES=str(file),
-            DROPINF_REHEARSE="1" if rehearsal else "",
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1" if wrapper else "",
-        )
-        if not made["PYTORCH_NO_CUDA_MEMORY_CACHING"]:  # any value switches it on
-            del made["PYTORCH_NO_CUDA_MEMORY_CACHING"]
-        options = ["-q", "-p", "gpu.outcomes", "-p", "no:cacheprovider", "--tb=short"]
-        command = [*(wrapper or []), sys.executable, "-m", "pytest", *options, *arguments]
-        code, output = finished(command, seconds, made)
-        lines = file.read_text().splitlines() if file.exists() else []
-    return code, [json.loads(line) for line in lines], output
-
-
-def finished(command: list[str], seconds: float, made: dict[str, str]) -> tuple[int | None, str]:
-    """Exit code and output of a command, which is killed with its children when time is over."""
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=made,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
-        output.seek(0)
-        return code, output.read()

@@ -18,10 +18,14 @@ Loop = Callable[[int], object]
 
 
 class Bench:
-    """A device to time on; in a rehearsal the CPU, with tiny sizes."""
+    """A device to time on; in a rehearsal the CPU, with tiny sizes.
 
-    def __init__(self, rehearsal: bool) -> None:
-        self.rehearsal, self.cuda = rehearsal, not rehearsal
+    Attributes:
+        quick: whether contestants that say little are left out, see `gpu.run --quick`.
+    """
+
+    def __init__(self, rehearsal: bool, quick: bool = False) -> None:
+        self.rehearsal, self.cuda, self.quick = rehearsal, not rehearsal, quick
         self.device = "cpu" if rehearsal else "cuda"
         self.loop_seconds = 0.0005 if rehearsal else 0.03
         self.rounds = 2 if rehearsal else 5

@@ -1,7 +1,6 @@
 // Registers the ops, shares their work out over threads on a CPU, and makes the module dropinf._C
 // with build information.
 
-#include <ATen/Parallel.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -9,21 +8,17 @@
 
 #include <algorithm>
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <optional>
-#include <thread>
 #include <vector>
 
 #include "bank_order.h"
 #include "checks.h"
 #include "ops.h"
+#include "threads.h"
 
 namespace dropinf {
 namespace {
-
-// A thread must have this much to do to be worth waking: 2-core AMD EPYC Zen 4, 2026-11.
-constexpr double kThreadNs = 10e3;
 
 // Examples whose chunks are summed apart at a time: a few work items for each thread, which bounds
 // the memory of the sums.
@@ -33,12 +28,8 @@ constexpr int64_t kItemsPerThread = 2;
 constexpr double kSearchNs = 20;
 constexpr double kZeroNs = 0.5;
 
-int64_t grain(double item_ns) {
-  return std::max<int64_t>(1, static_cast<int64_t>(kThreadNs / std::max(item_ns, 1e-3)));
-}
-
 void run(const SampledOuter& call, const SampledOuterArgs& args) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t num_chunks = call.num_chunks;
   if (threads == 1 || num_chunks == 1 || args.B >= 4 * threads) {
     at::parallel_for(0, args.B, grain(num_chunks * call.chunk_ns),
@@ -155,23 +146,6 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
                     call.layers[std::max<int64_t>(bad, 0)].numel, " elements");
 }
 
-// item(k) for k in [first, num_items), each by whichever thread is free.
-template <typename F>
-void run_items(int64_t first, int64_t num_items, double ns, const F& item) {
-  std::atomic<int64_t> next{first};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t k = next++; k < num_items; k = next++) item(k);
-  };
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t workers =
-      std::min({threads, num_items - first, 1 + static_cast<int64_t>(ns / kThreadNs)});
-  if (workers > 1) {
-    at::parallel_for(0, workers, 1, work);
-  } else {
-    work(0, 1);
-  }
-}
-
 void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool accumulate,
           const at::Tensor& out) {
   const GramArgs args = gram_args(rows, offsets, scale, accumulate, out);
@@ -183,61 +157,9 @@ void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool 
 // A layer must have this much to do for its rows to be shared out.
 constexpr double kSharedNs = 100e3;
 
-// Threads that stay together over many short jobs of one caller. They take the parts of a job as
-// they come free, so a thread that the system has put aside holds nobody up; a parallel_for for
-// each job would wait for it every time.
-class Team {
- public:
-  // f(part, part + 1) for each part, on the caller and on the helpers that are there.
-  void share(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-    job_ = &f;
-    done_ = 0;
-    ++generation_;
-    left_.store(generation_ << 32 | static_cast<uint64_t>(count), std::memory_order_release);
-    while (take()) {
-    }
-    for (int64_t tries = 0; done_.load(std::memory_order_acquire) < count;) wait(&tries);
-  }
-  void help() {
-    for (int64_t tries = 0; !over_.load(std::memory_order_acquire);) {
-      take() ? void(tries = 0) : wait(&tries);
-    }
-  }
-  void end() { over_.store(true, std::memory_order_release); }
-
- private:
-  struct Count {
-    ~Count() { done.fetch_add(1, std::memory_order_release); }
-    std::atomic<int64_t>& done;
-  };
-
-  // The part is counted even if f throws. Its job is the current one: until all parts are counted,
-  // the caller does not go on.
-  bool take() {
-    uint64_t left = left_.load(std::memory_order_acquire);
-    do {
-      if ((left & kParts) == 0) return false;
-    } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel));
-    const Count count{done_};
-    const int64_t part = static_cast<int64_t>(left & kParts) - 1;
-    (*job_)(part, part + 1);
-    return true;
-  }
-  static void wait(int64_t* tries) {
-    if (++*tries > 2000) std::this_thread::yield();
-  }
-
-  static constexpr uint64_t kParts = 0xffffffff;
-  std::atomic<uint64_t> left_{0};  // the job's generation, and its parts that nobody took yet
-  std::atomic<int64_t> done_{0};
-  std::atomic<bool> over_{false};
-  uint64_t generation_ = 0;
-  const std::function<void(int64_t, int64_t)>* job_ = nullptr;
-};
-
 // An item that would keep one thread busy while the others are done is shared by all of them.
 void run(const CholeskyArgs& args) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = num_threads();
   const CholeskyCall call(args);
   const int64_t num_items = call.num_items();
   int64_t shared = 0;

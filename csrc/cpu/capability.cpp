@@ -1,8 +1,9 @@
 // Which instructions the CPU kernels use: chosen once at run time, and by tests.
 
+#include "cpu/capability.h"
+
 #include <atomic>
 
-#include "cpu/avx2.h"
 #include "launchers.h"
 
 namespace dropinf {

@@ -9,13 +9,12 @@
 #include <cstddef>
 #include <vector>
 
-#include "cpu/avx2.h"
+#include "cpu/lanes.h"
 #include "launchers.h"
 
 namespace dropinf {
 namespace {
 
-constexpr int64_t kLanes = 8;     // partial sums of a coordinate
 constexpr int64_t kShare = 3;     // coordinates that share the loads of dy
 constexpr int64_t kBlock = 4096;  // coordinates whose partial sums are kept: 128 KiB
 
@@ -101,6 +100,9 @@ void dots_portable(const Box& box, const void* const* x, const void* dy, int64_t
 }
 
 #if DROPINF_AVX2
+
+using avx2::load1;
+using avx2::widen;
 
 // Steps between elements that are known when compiled; kAny is the box's.
 constexpr int kAny = 0;

@@ -1,6 +1,6 @@
 // Every launcher: raw pointers, sizes and strides, no torch. Strides are in elements.
 //
-// The CPU functions run on the calling thread over a range of the work; bindings.cpp shares the
+// The CPU functions run on the calling thread over a range of the work; module.cpp shares the
 // ranges out over threads.
 
 #pragma once

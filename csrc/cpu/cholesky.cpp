@@ -1,6 +1,6 @@
 // Cholesky factors and solves of many layers on the CPU.
 
-#include "cpu/cholesky.h"
+#include "cpu/cholesky_group.h"
 
 #include <algorithm>
 

@@ -1,227 +1,19 @@
-// Registers the ops, shares their work out over threads on a CPU, and makes the module dropinf._C
-// with build information.
+// The module dropinf._C: build information, and what is called from Python that is no op. Importing
+// it registers the ops, each in a file of its own.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
-#include <algorithm>
-#include <atomic>
-#include <memory>
-#include <optional>
+#include <string>
 #include <vector>
 
 #include "bank_order.h"
 #include "checks.h"
-#include "ops.h"
-#include "threads.h"
+#include "cpu/capability.h"
 
 namespace dropinf {
 namespace {
-
-// Examples whose chunks are summed apart at a time: a few work items for each thread, which bounds
-// the memory of the sums.
-constexpr int64_t kItemsPerThread = 2;
-
-// Rough times of one token's search and of one entry: they only decide when a thread pays.
-constexpr double kSearchNs = 20;
-constexpr double kZeroNs = 0.5;
-
-void run(const SampledOuter& call, const SampledOuterArgs& args) {
-  const int64_t threads = num_threads();
-  const int64_t num_chunks = call.num_chunks;
-  if (threads == 1 || num_chunks == 1 || args.B >= 4 * threads) {
-    at::parallel_for(0, args.B, grain(num_chunks * call.chunk_ns),
-                     [&](int64_t begin, int64_t end) { call.rows(begin, end); });
-    return;
-  }
-  const int64_t group = std::min(args.B, (kItemsPerThread * threads + num_chunks - 1) / num_chunks);
-  const int64_t example_size = num_chunks * call.sums_size;
-  const std::unique_ptr<float[]> sums(new float[group * example_size]);
-  for (int64_t first = 0; first < args.B; first += group) {
-    const int64_t last = std::min(first + group, args.B);
-    at::parallel_for(first * num_chunks, last * num_chunks, grain(call.chunk_ns),
-                     [&](int64_t begin, int64_t end) {
-                       call.chunks(begin, end,
-                                   sums.get() + (begin - first * num_chunks) * call.sums_size);
-                     });
-    for (int64_t b = first; b < last; ++b) {
-      at::parallel_for(0, args.r, grain(0.1 * num_chunks * args.s),
-                       [&](int64_t begin, int64_t end) {
-                         call.finish(b, begin, end, sums.get() + (b - first) * example_size);
-                       });
-    }
-  }
-}
-
-void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
-                   const at::Tensor& i_idx, const std::optional<at::Tensor>& sign, bool bias,
-                   double scale, at::TensorList, const at::Tensor& out) {
-  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
-  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, o_idx.numel(), args.O),
-                    "sampled_outer: o_idx is out of range for O=", args.O);
-  TORCH_CHECK_INDEX(indices_in_range(args.i_idx, i_idx.numel(), args.I + bias),
-                    "sampled_outer: i_idx is out of range for I=", args.I,
-                    bias ? " and the bias column" : "");
-  if (out.numel() == 0) return;
-  if (args.T == 0 || args.s == 0) {
-    out.zero_();
-    return;
-  }
-  run(*SampledOuter::make(args), args);
-}
-
-void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
-                       const at::Tensor& i_idx, double scale, const at::Tensor& out) {
-  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, scale, out);
-  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, args.O),
-                    "sampled_embedding: o_idx is out of range for O=", args.O);
-  TORCH_CHECK_VALUE(std::is_sorted(args.i_idx, args.i_idx + args.r),
-                    "sampled_embedding: i_idx must be sorted");
-  if (out.numel() == 0) return;
-  at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
-                   [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
-}
-
-void sampled_conv(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
-                  const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
-                  double scale, const at::Tensor& out) {
-  // Strided rows, as of channels_last, cost several times contiguous ones: they are copied unless
-  // less is read of them than there is.
-  const auto with_rows = [&](const at::Tensor& tensor) {
-    const bool empty = tensor.dim() < 3 || tensor.numel() == 0 || dy.numel() == 0;
-    if (empty || tensor.stride(-1) == 1 || tensor.size(-1) == 1) return tensor;
-    const int64_t outputs = dy.numel() / (dy.size(0) * dy.size(1));
-    const bool in_place = o_idx.numel() * outputs <= tensor.numel() / tensor.size(0);
-    return in_place ? tensor : tensor.contiguous();
-  };
-  const at::Tensor x_rows = with_rows(x), dy_rows = with_rows(dy);
-  const SampledConvArgs args = sampled_conv_args(x_rows, dy_rows, o_idx, i_idx, kernel_size, stride,
-                                                 padding, dilation, groups, bias, scale, out);
-  TORCH_CHECK_INDEX(indices_in_range(args.o_idx, args.r, args.O),
-                    "sampled_conv: o_idx is out of range for O=", args.O);
-  TORCH_CHECK_INDEX(indices_in_range(args.i_idx, args.r, args.I + bias),
-                    "sampled_conv: i_idx is out of range for C / groups * prod(kernel_size)=",
-                    args.I, bias ? " and the bias" : "");
-  if (out.numel() == 0) return;
-  if (dy.numel() == 0) {
-    out.zero_();
-    return;
-  }
-  const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
-  const int64_t r = args.r;
-  at::parallel_for(0, out.numel(), grain(call->entry_ns), [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t b = begin / r, k = begin % r, count = std::min(r - k, end - begin);
-      call->entries(b, k, k + count);
-      begin += count;
-    }
-  });
-}
-
-// The entries of a layer that begin before its term n; an entry has s terms.
-int64_t entries_before(int64_t n, int64_t s) { return s == 1 ? n : (n + s - 1) / s; }
-
-void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                  const c10::List<std::optional<at::Tensor>>& signs, at::ArrayRef<double> scales,
-                  const at::Tensor& out) {
-  const GatherCall call = gather_call(grads, indices, signs, scales, out);
-  const std::vector<int64_t>& offsets = call.offsets;
-  const int64_t L = call.layers.size();
-  std::atomic<int64_t> bad{-1};  // a layer with an index out of range
-  // Threads share the terms; an entry goes with its first one.
-  at::parallel_for(0, offsets[L], grain(5.0), [&](int64_t begin, int64_t end) {
-    int64_t l = std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
-    for (; l < L && offsets[l] < end; ++l) {
-      const GradEntries& entries = call.layers[l];
-      const int64_t k_begin = entries_before(std::max(begin, offsets[l]) - offsets[l], entries.s);
-      const int64_t k_end = entries_before(std::min(end, offsets[l + 1]) - offsets[l], entries.s);
-      if (!gather_entries(entries, k_begin, k_end)) bad = l;
-    }
-  });
-  TORCH_CHECK_INDEX(bad < 0, "gather_grads: indices[", bad.load(),
-                    "] has an index out of range for a gradient of ",
-                    call.layers[std::max<int64_t>(bad, 0)].numel, " elements");
-}
-
-void gram(const at::Tensor& rows, const at::Tensor& offsets, double scale, bool accumulate,
-          const at::Tensor& out) {
-  const GramArgs args = gram_args(rows, offsets, scale, accumulate, out);
-  if (out.numel() == 0) return;
-  const GramCall call(args);
-  run_items(0, call.num_items(), call.total_ns, [&](int64_t k) { call.item(k); });
-}
-
-// A layer must have this much to do for its rows to be shared out.
-constexpr double kSharedNs = 100e3;
-
-// An item that would keep one thread busy while the others are done is shared by all of them.
-void run(const CholeskyArgs& args) {
-  const int64_t threads = num_threads();
-  const CholeskyCall call(args);
-  const int64_t num_items = call.num_items();
-  int64_t shared = 0;
-  double rest_ns = call.total_ns;
-  while (threads > 1 && shared < num_items && call.item_ns(shared) > kSharedNs &&
-         call.item_ns(shared) * threads > 0.5 * rest_ns) {
-    rest_ns -= call.item_ns(shared++);
-  }
-  if (shared > 0) {
-    Team team;
-    const Share share = [&](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-      team.share(count, f);
-    };
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-      if (begin > 0) return team.help();
-      const struct End {
-        ~End() { team.end(); }
-        Team& team;
-      } end{team};
-      for (int64_t k = 0; k < shared; ++k) call.item(k, &share);
-    });
-  }
-  run_items(shared, num_items, rest_ns, [&](int64_t k) { call.item(k, nullptr); });
-}
-
-void damped_cholesky(const at::Tensor& matrices, const at::Tensor& offsets, const at::Tensor& shift,
-                     const std::optional<at::Tensor>& rows, const at::Tensor& out,
-                     const at::Tensor& info, const std::optional<at::Tensor>& solved) {
-  const CholeskyArgs args = damped_cholesky_args(matrices, offsets, shift, rows, out, info, solved);
-  std::fill_n(args.info, args.L, 0);
-  run(args);
-}
-
-void cholesky_solve(const at::Tensor& factors, const at::Tensor& offsets, const at::Tensor& rows,
-                    const at::Tensor& out) {
-  const CholeskyArgs args = cholesky_solve_args(factors, offsets, rows, out);
-  if (out.numel() > 0) run(args);
-}
-
-void sampled_outer_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const std::optional<at::Tensor>&, bool, double, at::TensorList,
-                        const at::Tensor&) {}
-
-void sampled_embedding_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const at::Tensor&, double, const at::Tensor&) {}
-
-void sampled_conv_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                       at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
-                       bool, double, const at::Tensor&) {}
-
-void gather_grads_meta(const c10::List<std::optional<at::Tensor>>&, at::TensorList,
-                       const c10::List<std::optional<at::Tensor>>&, at::ArrayRef<double>,
-                       const at::Tensor&) {}
-
-void gram_meta(const at::Tensor&, const at::Tensor&, double, bool, const at::Tensor&) {}
-
-void damped_cholesky_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                          const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
-                          const std::optional<at::Tensor>&) {}
-
-void cholesky_solve_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&) {}
 
 template <typename T>
 using Array = pybind11::array_t<T, pybind11::array::c_style>;
@@ -286,32 +78,6 @@ pybind11::dict build_info() {
 
 }  // namespace
 }  // namespace dropinf
-
-TORCH_LIBRARY(dropinf, m) { dropinf::define_ops(m); }
-
-#ifdef DROPINF_CUDA
-TORCH_LIBRARY_IMPL(dropinf, CUDA, m) { dropinf::implement_cuda_ops(m); }
-#endif
-
-TORCH_LIBRARY_IMPL(dropinf, CPU, m) {
-  m.impl("sampled_outer", &dropinf::sampled_outer);
-  m.impl("sampled_embedding", &dropinf::sampled_embedding);
-  m.impl("sampled_conv", &dropinf::sampled_conv);
-  m.impl("gather_grads", &dropinf::gather_grads);
-  m.impl("gram", &dropinf::gram);
-  m.impl("damped_cholesky", &dropinf::damped_cholesky);
-  m.impl("cholesky_solve", &dropinf::cholesky_solve);
-}
-
-TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
-  m.impl("sampled_outer", &dropinf::sampled_outer_meta);
-  m.impl("sampled_embedding", &dropinf::sampled_embedding_meta);
-  m.impl("sampled_conv", &dropinf::sampled_conv_meta);
-  m.impl("gather_grads", &dropinf::gather_grads_meta);
-  m.impl("gram", &dropinf::gram_meta);
-  m.impl("damped_cholesky", &dropinf::damped_cholesky_meta);
-  m.impl("cholesky_solve", &dropinf::cholesky_solve_meta);
-}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &dropinf::build_info);

@@ -4,8 +4,6 @@
 
 #include <atomic>
 
-#include "launchers.h"
-
 namespace dropinf {
 namespace {
 

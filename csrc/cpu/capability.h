@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <string>
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DROPINF_AVX2 1
 #include <immintrin.h>
@@ -14,6 +16,11 @@
 #endif
 
 namespace dropinf {
+
+// "avx2" where the processor has AVX2, FMA and F16C, else "portable".
+std::string cpu_capability();
+// For tests. False if this processor or build does not have it.
+bool set_cpu_capability(const std::string& name);
 
 // True where cpu_capability() is "avx2".
 bool use_avx2();

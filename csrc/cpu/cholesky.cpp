@@ -1,10 +1,10 @@
 // Cholesky factors and solves of many layers on the CPU.
 
-#include "cpu/cholesky_group.h"
+#include "cholesky.h"
 
 #include <algorithm>
 
-#include "launchers.h"
+#include "cpu/cholesky_group.h"
 
 namespace dropinf {
 

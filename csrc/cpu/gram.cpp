@@ -1,9 +1,10 @@
 // Gram matrices of many layers on the CPU.
 
+#include "gram.h"
+
 #include <algorithm>
 
 #include "cpu/lanes.h"
-#include "launchers.h"
 
 namespace dropinf {
 namespace {

@@ -5,12 +5,13 @@
 // Large planes are cut into boxes of outputs, so that what coordinates have in common stays in the
 // cache. Neighbours of one channel of dy that leave out the same outputs share its loads.
 
+#include "sampled_conv.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <vector>
 
 #include "cpu/lanes.h"
-#include "launchers.h"
 
 namespace dropinf {
 namespace {

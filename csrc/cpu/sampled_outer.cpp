@@ -4,13 +4,14 @@
 // tiled    tiles of 16 positions of the used columns of x and dy are transposed, in registers, into
 //          a scratch of one cache line a column; a coordinate is then a dot of two lines.
 
+#include "sampled_outer.h"
+
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
 #include "cpu/lanes.h"
 #include "cpu/transposed_tile.h"
-#include "launchers.h"
 
 namespace dropinf {
 namespace {
@@ -82,10 +83,6 @@ Kernels kernels_of(DType dtype) {
     default:
       return kernels_of<float>();
   }
-}
-
-const void* advance(const void* data, DType dtype, int64_t elements) {
-  return static_cast<const char*>(data) + elements * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
 class Call final : public SampledOuter {
@@ -196,15 +193,6 @@ class Call final : public SampledOuter {
 };
 
 }  // namespace
-
-bool indices_in_range(const int32_t* idx, int64_t n, int64_t size) {
-  int32_t least = 0, largest = -1;
-  for (int64_t q = 0; q < n; ++q) {
-    least = std::min(least, idx[q]);
-    largest = std::max(largest, idx[q]);
-  }
-  return least >= 0 && largest < size;
-}
 
 std::unique_ptr<const SampledOuter> SampledOuter::make(const SampledOuterArgs& args) {
   return std::make_unique<const Call>(args);

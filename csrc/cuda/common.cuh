@@ -1,6 +1,10 @@
 // What every CUDA kernel uses: widening loads, shared memory, asynchronous copies, the
 // launch. No torch.
 //
+// Launchers do not wait for the device, and launch nothing for work of size zero. A kernel never
+// reads at an index out of range: its entry becomes NaN, since a kernel cannot raise without a
+// wait.
+//
 // Compiled by nvcc, and as C++ for the tests, which then have a <cuda_runtime.h> of their own that
 // runs every thread of a block as a real one. Whatever the two spell differently is in this file.
 //
@@ -27,6 +31,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
+}
+
+inline int64_t round_up(int64_t size, int64_t multiple) {
+  return ceil_div(size, multiple) * multiple;
 }
 
 __device__ inline float widen(float value) { return value; }

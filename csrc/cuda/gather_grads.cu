@@ -5,7 +5,7 @@
 // 4.3 TB/s; a launch takes longer (predicted, not measured).
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/gather_grads.cuh"
 
 namespace dropinf {
 namespace cuda {

@@ -18,7 +18,7 @@
 // below the number of SMs.
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/sampled_conv.cuh"
 
 namespace dropinf {
 namespace cuda {

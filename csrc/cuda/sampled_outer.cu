@@ -22,7 +22,7 @@
 #include <algorithm>
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/sampled_outer.cuh"
 #include "cuda/sampled_outer_staged.cuh"
 
 namespace dropinf {
@@ -107,10 +107,6 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const SumCall call) {
   for (int64_t c = 0; c < call.num_chunks; ++c) total += call.sums[c * call.B * call.r + n];
   call.out[n / call.r * call.out_stride_b + n % call.r * call.out_stride_k] = call.scale * total;
 }
-
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 // Positions of a chunk. The sums of a chunk, written and read once, are at most 1/16 of its inputs,
 // so that they cost little whatever r is.

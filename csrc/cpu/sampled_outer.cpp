@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/lanes.h"
-#include "cpu/transposed_tile.h"
+#include "cpu/sampled_outer_tile.h"
 
 namespace dropinf {
 namespace {

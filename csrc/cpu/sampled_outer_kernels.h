@@ -1,5 +1,5 @@
 // sampled_outer's loops over positions and columns, once for each capability: see
-// transposed_tile.h.
+// sampled_outer_tile.h.
 
 // sums[q] += sum over `count` positions, in order.
 template <typename E>

@@ -242,7 +242,8 @@ def sampled_conv(
 
     out[b, k] = scale * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * stride + q * dilation
     - padding], where o = o_idx[k], g = o // (O / groups) is its group, (c, q) = unravel(i_idx[k])
-    in (C / groups, *kernel_size), and x counts as zeros outside its sizes.
+    in (C / groups, *kernel_size), and x counts as zeros outside its sizes: times a dy that is not
+    finite they are NaN.
 
     So o_idx * I + i_idx, with I = C / groups * prod(kernel_size), is the position in the flattened
     weight [O, C / groups, *kernel_size]. For a transposed convolution, whose weight is

@@ -73,6 +73,8 @@ void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& 
   TORCH_CHECK_INDEX(indices_in_range(args.i_idx, i_idx.numel(), args.I + bias),
                     "sampled_outer: i_idx is out of range for I=", args.I,
                     bias ? " and the bias column" : "");
+  TORCH_CHECK_VALUE(!sign || signs_in_range(args.sign, sign->numel()),
+                    "sampled_outer: sign must be of -1, 0 and 1");
   if (out.numel() == 0) return;
   if (args.T == 0 || args.s == 0) {
     out.zero_();
@@ -88,6 +90,8 @@ void sampled_embedding(const at::Tensor& ids, const at::Tensor& dy, const at::Te
                     "sampled_embedding: o_idx is out of range for O=", args.O);
   TORCH_CHECK_VALUE(std::is_sorted(args.i_idx, args.i_idx + args.r),
                     "sampled_embedding: i_idx must be sorted");
+  TORCH_CHECK_INDEX(args.r == 0 || args.i_idx[0] >= 0,
+                    "sampled_embedding: i_idx is out of range, it has negative tokens");
   if (out.numel() == 0) return;
   at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
                    [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
@@ -139,6 +143,11 @@ void gather_grads(const c10::List<std::optional<at::Tensor>>& grads, at::TensorL
   const GatherCall call = gather_call(grads, indices, signs, scales, out);
   const std::vector<int64_t>& offsets = call.offsets;
   const int64_t L = call.layers.size();
+  for (int64_t l = 0; l < L; ++l) {
+    const GradEntries& entries = call.layers[l];
+    TORCH_CHECK_VALUE(!entries.signs || signs_in_range(entries.signs, call.signs[l].numel()),
+                      "gather_grads: signs[", l, "] must be of -1, 0 and 1");
+  }
   std::atomic<int64_t> bad{-1};  // a layer with an index out of range
   // Threads share the terms; an entry goes with its first one.
   at::parallel_for(0, offsets[L], grain(5.0), [&](int64_t begin, int64_t end) {

@@ -42,6 +42,8 @@ struct SampledOuterArgs {
 
 // Whether all n indices are in [0, size).
 bool indices_in_range(const int32_t* idx, int64_t n, int64_t size);
+// Whether all n signs are -1, 0 or 1.
+bool signs_in_range(const int8_t* sign, int64_t n);
 
 // One call of sampled_outer, prepared once and then shared by the threads. The positions are cut
 // into chunks that depend on T alone. A chunk is summed on its own, and the chunks are added in

@@ -184,7 +184,8 @@ def sampled_embedding(
         ids: [B, T] int64 or int32 looked-up indices; a negative one contributes nothing.
         dy: [B, T, O] gradient of the summed loss at the lookup's output, O the embedding's width.
         o_idx: [r] int32 columns.
-        i_idx: [r] int32 sorted rows of the embedding table.
+        i_idx: [r] int32 sorted rows of the embedding table, from 0; how many it has is not known
+            here, so a row that no id names is 0 and no error.
         scale, out, backend: as in `sampled_outer`.
 
     Returns:

@@ -425,6 +425,15 @@ bool indices_in_range(const int32_t* idx, int64_t n, int64_t size) {
   return least >= 0 && largest < size;
 }
 
+bool signs_in_range(const int8_t* sign, int64_t n) {
+  int8_t least = 0, largest = 0;
+  for (int64_t q = 0; q < n; ++q) {
+    least = std::min(least, sign[q]);
+    largest = std::max(largest, sign[q]);
+  }
+  return least >= -1 && largest <= 1;
+}
+
 std::unique_ptr<const SampledOuter> SampledOuter::make(const SampledOuterArgs& args) {
   return std::make_unique<const Call>(args);
 }

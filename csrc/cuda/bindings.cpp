@@ -37,7 +37,7 @@ void sampled_outer(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& 
   same_device(op, out, {x, dy, o_idx, i_idx, sign.value_or(x)});
   const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
   if (out.numel() == 0) return;
-  if (args.T == 0 || args.s == 0) {
+  if (args.s == 0) {
     out.zero_();
     return;
   }

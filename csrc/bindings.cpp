@@ -286,6 +286,8 @@ void cholesky_solve(const at::Tensor& factors, const at::Tensor& offsets, const 
   if (out.numel() > 0) run(args);
 }
 
+void score_topk_meta(const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&) {}
+
 void sampled_outer_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                         const std::optional<at::Tensor>&, bool, double, at::TensorList,
                         const at::Tensor&) {}
@@ -398,6 +400,7 @@ TORCH_LIBRARY_IMPL(dropinf, Meta, m) {
   m.impl("gram", &dropinf::gram_meta);
   m.impl("damped_cholesky", &dropinf::damped_cholesky_meta);
   m.impl("cholesky_solve", &dropinf::cholesky_solve_meta);
+  m.impl("score_topk", &dropinf::score_topk_meta);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

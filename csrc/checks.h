@@ -5,6 +5,8 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -33,6 +35,18 @@ inline DType dtype_of(const at::Tensor& tensor) {
   }
 }
 
+// Nothing is read of an empty tensor, whatever its strides.
+inline bool unit_stride(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 || tensor.numel() == 0;
+}
+
+// A tensor in a list, as one whose memory holds its numbers. Negated and conjugate views, and zeros
+// without memory, torch resolves for other arguments, but not in lists of optional tensors.
+inline at::Tensor resolved(const at::Tensor& tensor) {
+  return tensor._is_zerotensor() ? at::zeros(tensor.sizes(), tensor.options())
+                                 : tensor.resolve_neg();
+}
+
 inline SampledOuterArgs sampled_outer_args(const at::Tensor& x, const at::Tensor& dy,
                                            const at::Tensor& o_idx, const at::Tensor& i_idx,
                                            const std::optional<at::Tensor>& sign, bool bias,
@@ -42,7 +56,7 @@ inline SampledOuterArgs sampled_outer_args(const at::Tensor& x, const at::Tensor
                     "sampled_outer: x must be [B, T, I] and dy [B, T, O] of one dtype, got ",
                     x.scalar_type(), " ", x.sizes(), " and ", dy.scalar_type(), " ", dy.sizes());
   for (const auto& tensor : {x, dy}) {
-    TORCH_CHECK_VALUE(tensor.stride(2) == 1 || tensor.size(2) <= 1,
+    TORCH_CHECK_VALUE(unit_stride(tensor),
                       "sampled_outer: x and dy must have stride 1 in the last dimension, got ",
                       tensor.strides());
   }
@@ -89,7 +103,7 @@ inline SampledEmbeddingArgs sampled_embedding_args(const at::Tensor& ids, const 
                                                    double scale, const at::Tensor& out) {
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
                         dy.dim() == 3 && dy.size(0) == ids.size(0) && dy.size(1) == ids.size(1) &&
-                        (dy.stride(2) == 1 || dy.size(2) <= 1),
+                        unit_stride(dy),
                     "sampled_embedding: ids must be contiguous int64 [B, T] and dy [B, T, O] with "
                     "stride 1 in O, got ",
                     ids.scalar_type(), " ", ids.sizes(), " and ", dy.sizes());
@@ -247,7 +261,7 @@ inline GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads,
       TORCH_CHECK_VALUE(sign->scalar_type() == at::kChar && sign->sizes() == index.sizes(),
                         "gather_grads: signs[", l, "] must be int8 ", index.sizes(), ", got ",
                         sign->scalar_type(), " ", sign->sizes());
-      kept_signs[l] = sign->contiguous();
+      kept_signs[l] = resolved(*sign).contiguous();
       entries.signs = kept_signs[l].const_data_ptr<int8_t>();
       entries.s = std::max<int64_t>(index.sizes()[1], 1);
     }
@@ -256,10 +270,11 @@ inline GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads,
     entries.scale = static_cast<float>(scales[l]);
     std::optional<at::Tensor> grad = grads.get(l);
     if (!grad || !grad->defined()) continue;
-    kept[l] = std::move(*grad);
-    const at::Tensor& g = kept[l];
-    TORCH_CHECK_VALUE(g.layout() == at::kStrided, "gather_grads: grads[", l, "] is ", g.layout(),
-                      ", not dense");
+    TORCH_CHECK_VALUE(grad->layout() == at::kStrided, "gather_grads: grads[", l, "] is ",
+                      grad->layout(), ", not dense");
+    TORCH_CHECK_VALUE(!grad->requires_grad() || !at::GradMode::is_enabled(), "gather_grads: grads[",
+                      l, "] requires grad");
+    const at::Tensor& g = kept[l] = resolved(*grad);
     entries.dtype = dtype_of(g);
     entries.numel = g.numel();
     TORCH_CHECK_INDEX(entries.numel > 0 || index.numel() == 0, "gather_grads: indices[", l,
@@ -311,7 +326,7 @@ inline void check_layers(const char* op, const at::Tensor& offsets,
   for (const at::Tensor* tensor : rows) {
     TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->dim() == 2 &&
                           tensor->size(0) == (*rows.begin())->size(0) && tensor->size(1) == R &&
-                          (tensor->stride(1) == 1 || R <= 1),
+                          unit_stride(*tensor),
                       op, ": rows and their solutions must be float32 [m, R=", R,
                       "] with stride 1 in R, got ", tensor->scalar_type(), " ", tensor->sizes());
   }

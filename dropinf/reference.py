@@ -182,6 +182,9 @@ def gather_grads(
     for grad, index, sign, scale in zip(grads, indices, all_signs, scales, strict=True):
         if index.dim() != (1 if sign is None else 2):
             raise ValueError("gather_grads: indices must be [r], or with signs [r, s]")
+        if grad is not None and grad.requires_grad and torch.is_grad_enabled():
+            raise ValueError("gather_grads: a gradient requires grad")
+        _check_signs("gather_grads: signs", sign)
         entries = out[start : start + len(index)]
         if grad is None:
             entries.zero_()
@@ -252,8 +255,11 @@ def score_topk(scores: Tensor, first: int, values: Tensor, indices: Tensor) -> N
     (c, k), floor = (scores.shape[1], values.shape[1]), values[:, -1:]
     if c >= k:
         floor = torch.maximum(floor, scores.topk(k).values[:, -1:])
-    # Sorting everything would cost several times as much: only rows that some query may keep.
-    kept = (~(scores < floor) & (scores != -math.inf)).any(0).nonzero().flatten()
+    kept = torch.arange(c, device=scores.device)
+    # Sorting everything would cost several times as much: only rows that some query may keep. How
+    # many those are torch.compile could not know.
+    if not torch.compiler.is_compiling():
+        kept = kept[(~(scores < floor) & (scores != -math.inf)).any(0)]
     both = torch.cat([values, scores[:, kept]], 1)
     where = torch.cat([indices, (kept + first).expand(len(values), -1)], 1)
     where.masked_fill_(both == -math.inf, -1)

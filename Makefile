@@ -6,18 +6,21 @@ BIN := .venv/bin
 # nvcc from the package index where there is none.
 EXTRAS := demo,test$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
-HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h)
+# The oldest Triton that pyproject.toml allows, which is torch 2.11's; like there, on Linux.
+OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0)
+HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10/cuda/*.h) \
+    $(wildcard bench/gpu/*.cu bench/gpu/*/*.cuh)
 
 # `make gpu` makes no .venv: it uses what is installed beside a CUDA build of torch, and no network.
 GPU_PYTHON ?= python3
 PART ?=
 
-.PHONY: demo test test-more bench bench-check gpu peers sanitize lint format clean
+.PHONY: demo test test-more bench bench-check gpu peers sanitize lint format wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
 
-test: .venv/installed lint
+test: .venv/installed $(OLD_TRITON) lint
 	$(BIN)/python -m pytest
 
 # Tests of what measures: slow, and seldom concerned by a change.
@@ -34,6 +37,11 @@ bench: .venv/installed
 bench-check: .venv/installed
 	$(BIN)/python -m dropinf bench --preset quick --out build/microbenchmark/quick \
 	    --against bench/results/microbenchmark/quick/results.json
+
+# A Triton beside the one in .venv, for tests/test_triton_compile.py.
+build/triton-%: | .venv/installed
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $@.part triton==$*
+	mv $@.part $@
 
 gpu: build/gpu-kernels
 	PYTHONPATH=.:bench $(GPU_PYTHON) -m gpu.run $(PART)
@@ -77,8 +85,14 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(HOST)
 
+# An sdist, and from it a wheel for the Python and the torch of .venv.
+wheel: .venv/installed
+	rm -f dist/*.tar.gz
+	$(BIN)/python setup.py -q sdist --dist-dir dist
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
 clean:
-	rm -rf .venv build *.egg-info dropinf/_C*.so dropinf/_build_failure.txt \
+	rm -rf .venv build dist *.egg-info dropinf/_C*.so dropinf/_build_failure.txt \
 	    dropinf/triton_kernels
 
 # Without build isolation, so that the extension is built against the torch that is installed.

@@ -2,7 +2,8 @@
 
 Without torch or a C++ compiler the package is installed without the extension; the reason is kept
 in dropinf/_build_failure.txt for `dropinf.backends()`. DROPINF_EXTENSION=1 makes that an error,
-DROPINF_EXTENSION=0 asks for it.
+DROPINF_EXTENSION=0 asks for it. On Windows, where it was never built, only DROPINF_EXTENSION=1
+builds it; on macOS, where it was never built either, its kernels are compiled without OpenMP.
 
 The CUDA kernels are built where torch is a CUDA build and nvcc is found; no GPU is needed. Else, or
 where they do not compile, the extension is built without them and keeps the reason. DROPINF_CUDA=1
@@ -15,12 +16,16 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 WISH = os.environ.get("DROPINF_EXTENSION", "")
-OBSTACLE = "DROPINF_EXTENSION=0 was set when it was built" if WISH == "0" else ""
-
 WISH_CUDA = os.environ.get("DROPINF_CUDA", "")
+OBSTACLE = "DROPINF_EXTENSION=0 was set when it was built" if WISH == "0" else ""
+if sys.platform == "win32" and "1" not in (WISH, WISH_CUDA):
+    OBSTACLE = OBSTACLE or (
+        "the C++ kernels were never built on Windows; install with DROPINF_EXTENSION=1 to try"
+    )
+
 NO_CUDA = "DROPINF_CUDA=0 was set when it was built" if WISH_CUDA == "0" else ""
 
 try:
@@ -45,23 +50,28 @@ else:
             f"{CUDA_HOME} has no include/cuda_runtime.h; CUDA_HOME names the toolkit's folder"
         )
 
-# Compiled and linked with OpenMP, or at::parallel_for would be serial.
-OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# With OpenMP, or at::parallel_for would be serial; Apple's compiler has none.
+FLAGS, LINK_FLAGS = {
+    "win32": (["/O2", "/openmp"], []),
+    "darwin": (["-O3", "-g0"], []),
+}.get(sys.platform, (["-O3", "-g0", "-fopenmp"], ["-fopenmp"]))
+
+# In a checkout that is installed in place, dropinf/triton_kernels is a link, and found.
+PACKAGES = sorted({*find_packages(include=["dropinf", "dropinf.*"]), "dropinf.triton_kernels"})
 
 
 def extension(no_cuda: str) -> CppExtension:
     """With the CUDA kernels if `no_cuda`, the reason to leave them out, is empty."""
     sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]
-    flags = ["-O3", "-g0", *OPENMP]
     common = {
         "depends": sorted(glob("csrc/**/*.*h", recursive=True)),
         "include_dirs": [os.path.abspath("csrc")],
-        "extra_link_args": OPENMP,
+        "extra_link_args": LINK_FLAGS,
     }
     if no_cuda:
         macro = ("DROPINF_WHY_NO_CUDA", json.dumps(no_cuda))
         return CppExtension(
-            "dropinf._C", sorted(sources), define_macros=[macro], extra_compile_args=flags, **common
+            "dropinf._C", sorted(sources), define_macros=[macro], extra_compile_args=FLAGS, **common
         )
     # torch would build for the GPUs of this machine, and fail without one.
     newer = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
@@ -71,7 +81,7 @@ def extension(no_cuda: str) -> CppExtension:
         "dropinf._C",
         sorted([*sources, *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
         define_macros=[("DROPINF_CUDA", json.dumps(built_for))],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3"]},
         **common,
     )
 
@@ -95,7 +105,7 @@ class BuildOptional(BuildExtension):
             raise RuntimeError(f"DROPINF_EXTENSION=1, but {reason}")
         print(f"dropinf: no C++ kernels, {reason}", file=sys.stderr)
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(reason + "\n")
+        note.write_text(reason + "\n", encoding="utf-8")
 
     def run_with_or_without_cuda(self) -> None:
         try:
@@ -110,13 +120,7 @@ class BuildOptional(BuildExtension):
 
 
 setup(
-    packages=[
-        "dropinf",
-        "dropinf.integrations",
-        "dropinf.microbenchmark",
-        "dropinf.solvers",
-        "dropinf.triton_kernels",
-    ],
+    packages=PACKAGES,
     package_dir={"dropinf.triton_kernels": "triton_kernels"},
     ext_modules=[extension(NO_CUDA)],
     cmdclass={"build_ext": BuildOptional},

@@ -122,4 +122,5 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     main(sys.argv[1])

@@ -29,6 +29,11 @@ inline DType dtype_of(const at::Tensor& tensor) {
   }
 }
 
+// Nothing is read of an empty tensor, whatever its strides.
+inline bool unit_stride(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 || tensor.numel() == 0;
+}
+
 // [r], or [r, s] with num_dims = 2.
 inline void check_coordinates(const char* op, const at::Tensor& o_idx, const at::Tensor& i_idx,
                               int64_t num_dims = 1) {
@@ -53,6 +58,16 @@ inline bool indices_in_range(const int32_t* idx, int64_t n, int64_t size) {
     largest = std::max(largest, idx[q]);
   }
   return least >= 0 && largest < size;
+}
+
+// Whether all n signs are -1, 0 or 1.
+inline bool signs_in_range(const int8_t* sign, int64_t n) {
+  int8_t least = 0, largest = 0;
+  for (int64_t q = 0; q < n; ++q) {
+    least = std::min(least, sign[q]);
+    largest = std::max(largest, sign[q]);
+  }
+  return least >= -1 && largest <= 1;
 }
 
 // On CPUs: a kernel on a GPU cannot raise, it writes NaN. `what` says what the size is of.
@@ -90,7 +105,7 @@ inline void check_layers(const char* op, const at::Tensor& offsets,
   for (const at::Tensor* tensor : rows) {
     TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat && tensor->dim() == 2 &&
                           tensor->size(0) == (*rows.begin())->size(0) && tensor->size(1) == R &&
-                          (tensor->stride(1) == 1 || R <= 1),
+                          unit_stride(*tensor),
                       op, ": rows and their solutions must be float32 [m, R=", R,
                       "] with stride 1 in R, got ", tensor->scalar_type(), " ", tensor->sizes());
   }

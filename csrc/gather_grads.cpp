@@ -3,10 +3,11 @@
 #include "gather_grads.h"
 
 #include <ATen/core/List.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <atomic>
-#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -24,6 +25,13 @@ TORCH_LIBRARY_FRAGMENT(DROPINF_LIBRARY, m) {
   define(m,
          "gather_grads(Tensor?[] grads, Tensor[] indices, Tensor?[] signs, float[] scales, "
          "Tensor(a!) out) -> ()");
+}
+
+// A tensor in a list, as one whose memory holds its numbers. Negated and conjugate views, and zeros
+// without memory, torch resolves for other arguments, but not in lists of optional tensors.
+at::Tensor resolved(const at::Tensor& tensor) {
+  return tensor._is_zerotensor() ? at::zeros(tensor.sizes(), tensor.options())
+                                 : tensor.resolve_neg();
 }
 
 // The gradients of gather_grads, with the tensors that the entries point into.
@@ -70,7 +78,7 @@ GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::Te
       TORCH_CHECK_VALUE(sign->scalar_type() == at::kChar && sign->sizes() == index.sizes(),
                         "gather_grads: signs[", l, "] must be int8 ", index.sizes(), ", got ",
                         sign->scalar_type(), " ", sign->sizes());
-      kept_signs[l] = sign->contiguous();
+      kept_signs[l] = resolved(*sign).contiguous();
       entries.signs = kept_signs[l].const_data_ptr<int8_t>();
       entries.s = std::max<int64_t>(index.sizes()[1], 1);
     }
@@ -79,10 +87,11 @@ GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::Te
     entries.scale = static_cast<float>(scales[l]);
     std::optional<at::Tensor> grad = grads.get(l);
     if (!grad || !grad->defined()) continue;
-    kept[l] = std::move(*grad);
-    const at::Tensor& g = kept[l];
-    TORCH_CHECK_VALUE(g.layout() == at::kStrided, "gather_grads: grads[", l, "] is ", g.layout(),
-                      ", not dense");
+    TORCH_CHECK_VALUE(grad->layout() == at::kStrided, "gather_grads: grads[", l, "] is ",
+                      grad->layout(), ", not dense");
+    TORCH_CHECK_VALUE(!grad->requires_grad() || !at::GradMode::is_enabled(), "gather_grads: grads[",
+                      l, "] requires grad");
+    const at::Tensor& g = kept[l] = resolved(*grad);
     entries.dtype = dtype_of(g);
     entries.numel = g.numel();
     TORCH_CHECK_INDEX(entries.numel > 0 || index.numel() == 0, "gather_grads: indices[", l,
@@ -118,6 +127,11 @@ void gather_grads_cpu(const c10::List<std::optional<at::Tensor>>& grads, at::Ten
   const GatherCall call = gather_call(grads, indices, signs, scales, out);
   const std::vector<int64_t>& offsets = call.offsets;
   const int64_t L = call.layers.size();
+  for (int64_t l = 0; l < L; ++l) {
+    const GradEntries& entries = call.layers[l];
+    TORCH_CHECK_VALUE(!entries.signs || signs_in_range(entries.signs, call.signs[l].numel()),
+                      "gather_grads: signs[", l, "] must be of -1, 0 and 1");
+  }
   std::atomic<int64_t> bad{-1};  // a layer with an index out of range
   // Threads share the terms; an entry goes with its first one.
   at::parallel_for(0, offsets[L], grain(5.0), [&](int64_t begin, int64_t end) {

@@ -26,7 +26,7 @@ SampledEmbeddingArgs sampled_embedding_args(const at::Tensor& ids, const at::Ten
                                             double scale, const at::Tensor& out) {
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
                         dy.dim() == 3 && dy.size(0) == ids.size(0) && dy.size(1) == ids.size(1) &&
-                        (dy.stride(2) == 1 || dy.size(2) <= 1),
+                        unit_stride(dy),
                     "sampled_embedding: ids must be contiguous int64 [B, T] and dy [B, T, O] with "
                     "stride 1 in O, got ",
                     ids.scalar_type(), " ", ids.sizes(), " and ", dy.sizes());
@@ -63,6 +63,8 @@ void sampled_embedding_cpu(const at::Tensor& ids, const at::Tensor& dy, const at
   check_range("sampled_embedding", "o_idx", o_idx, args.O, "O=", args.O);
   TORCH_CHECK_VALUE(std::is_sorted(args.i_idx, args.i_idx + args.r),
                     "sampled_embedding: i_idx must be sorted");
+  TORCH_CHECK_INDEX(args.r == 0 || args.i_idx[0] >= 0,
+                    "sampled_embedding: i_idx is out of range, it has negative tokens");
   if (out.numel() == 0) return;
   at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
                    [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });

@@ -32,7 +32,7 @@ SampledOuterArgs sampled_outer_args(const at::Tensor& x, const at::Tensor& dy,
                     "sampled_outer: x must be [B, T, I] and dy [B, T, O] of one dtype, got ",
                     x.scalar_type(), " ", x.sizes(), " and ", dy.scalar_type(), " ", dy.sizes());
   for (const auto& tensor : {x, dy}) {
-    TORCH_CHECK_VALUE(tensor.stride(2) == 1 || tensor.size(2) <= 1,
+    TORCH_CHECK_VALUE(unit_stride(tensor),
                       "sampled_outer: x and dy must have stride 1 in the last dimension, got ",
                       tensor.strides());
   }
@@ -106,6 +106,8 @@ void sampled_outer_cpu(const at::Tensor& x, const at::Tensor& dy, const at::Tens
   check_range("sampled_outer", "o_idx", o_idx, args.O, "O=", args.O);
   check_range("sampled_outer", "i_idx", i_idx, args.I + bias, "I=", args.I,
               bias ? " and the bias column" : "");
+  TORCH_CHECK_VALUE(!sign || signs_in_range(args.sign, sign->numel()),
+                    "sampled_outer: sign must be of -1, 0 and 1");
   if (out.numel() == 0) return;
   if (args.T == 0 || args.s == 0) {
     out.zero_();
@@ -157,7 +159,7 @@ void sampled_outer_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Ten
   check_devices(op, out, {x, dy, o_idx, i_idx, sign.value_or(x)});
   const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
   if (out.numel() == 0) return;
-  if (args.T == 0 || args.s == 0) {
+  if (args.s == 0) {
     out.zero_();
     return;
   }

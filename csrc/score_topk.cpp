@@ -1,5 +1,6 @@
 // score_topk: its schema and checks, and how a call is run on CUDA.
 
+#include "checks.h"
 #include "registration.h"
 #ifdef DROPINF_CUDA
 #include "cuda/calls.h"
@@ -21,11 +22,10 @@ void score_topk_cuda(const at::Tensor& scores, int64_t first, const at::Tensor& 
   const c10::cuda::CUDAGuard guard(values.device());
   check_devices(op, values, {scores, indices});
   TORCH_CHECK_VALUE(scores.scalar_type() == at::kFloat && scores.dim() == 2 &&
-                        (scores.stride(1) == 1 || scores.size(1) <= 1) &&
-                        values.scalar_type() == at::kFloat && indices.scalar_type() == at::kLong &&
-                        values.dim() == 2 && values.size(0) == scores.size(0) &&
-                        values.sizes() == indices.sizes() && values.is_contiguous() &&
-                        indices.is_contiguous(),
+                        unit_stride(scores) && values.scalar_type() == at::kFloat &&
+                        indices.scalar_type() == at::kLong && values.dim() == 2 &&
+                        values.size(0) == scores.size(0) && values.sizes() == indices.sizes() &&
+                        values.is_contiguous() && indices.is_contiguous(),
                     op,
                     ": scores must be float32 [m, c] with stride 1 in c, values float32 and "
                     "indices int64 contiguous [m, k], got ",

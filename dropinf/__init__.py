@@ -12,6 +12,8 @@ from dropinf.projector import DropoutProjector
 from dropinf.scoring import ensemble, influence, scores, self_influence, topk
 from dropinf.store import RowStore
 
+__version__ = "0.1.0"  # pyproject.toml reads it here, so that a checkout has it too
+
 __all__ = [
     "FJLT",
     "SJLT",

@@ -1,18 +1,20 @@
-"""python -m dropinf: the command line."""
+"""The command line: `dropinf`, or `python -m dropinf`."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
 import dropinf
 from dropinf import doctor
+from dropinf.tables import printable
 
 
 def main() -> None:
     """Parse the arguments and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m dropinf", description=dropinf.__doc__)
+    parser = argparse.ArgumentParser(prog="dropinf", description=dropinf.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="find wrong labels in handwritten digits (a minute)")
     demo.add_argument(
@@ -42,9 +44,11 @@ def main() -> None:
         help="results.json of another run: say what became slower, and exit with 1 if anything did",
     )
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments.command == "backends":
         for name, state in dropinf.backends().items():
-            print(f"{name:12}{state}")
+            print(printable(f"{name:12}{state}"))
         return
     if arguments.command == "doctor":
         sys.exit(doctor.main())

@@ -24,6 +24,7 @@ from dropinf.marks import Marks
 from dropinf.meetings import Meetings
 from dropinf.plan import Plan, Slot
 from dropinf.rowmap import RowMap
+from dropinf.tables import printable
 from dropinf.tap import Tap, sharded_modules
 
 
@@ -212,9 +213,9 @@ class ActivationsTap(Tap):
     def _described(self, name: str) -> str:
         slot = next((slot for slot in self.plan.slots if slot.name == name), None)
         if slot is None:
-            return f"{name}: "
+            return f"{printable(name)}: "
         owner = self.model.get_submodule(name.rpartition(".")[0])
-        return f"{name}: shape {slot.shape}, of {type(owner).__name__}, "
+        return f"{printable(name)}: shape {slot.shape}, of {type(owner).__name__}, "
 
     def _row_map(self, losses: Tensor, segment_ids: Tensor | None) -> RowMap:
         """Which row each position belongs to; sets `num_examples` and `origin`."""

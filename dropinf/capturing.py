@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import nn
 
 from dropinf.activations import ActivationsTap
@@ -9,6 +11,30 @@ from dropinf.gradients import GradsTap
 from dropinf.plan import Plan
 
 
+@overload
+def capture(
+    model: nn.Module,
+    plan: Plan,
+    mode: Literal["activations"] = "activations",
+    *,
+    per: str = "example",
+    batch_dim: int | dict[str, int] | None = None,
+    backend: str | None = None,
+) -> ActivationsTap: ...
+@overload
+def capture(
+    model: nn.Module, plan: Plan, mode: Literal["grads"], *, backend: str | None = None
+) -> GradsTap: ...
+@overload
+def capture(
+    model: nn.Module,
+    plan: Plan,
+    mode: str,
+    *,
+    per: str = "example",
+    batch_dim: int | dict[str, int] | None = None,
+    backend: str | None = None,
+) -> ActivationsTap | GradsTap: ...
 def capture(
     model: nn.Module,
     plan: Plan,

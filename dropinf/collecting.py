@@ -17,7 +17,7 @@ from dropinf.checking import check_examples
 from dropinf.plan import Plan
 from dropinf.store import RowStore, RowWriter
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
 
 
 def collect(

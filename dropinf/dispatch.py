@@ -23,7 +23,7 @@ try:
     _why_no_cpu = ""
 except ImportError as error:
     _failure = Path(__file__).with_name("_build_failure.txt")
-    _why_no_cpu = _failure.read_text().strip() if _failure.exists() else str(error)
+    _why_no_cpu = _failure.read_text("utf-8").strip() if _failure.exists() else str(error)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,23 +58,29 @@ def _why_no_triton() -> str:
     return "torch finds no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter"
 
 
-def _state(why_not: str) -> str:
-    return f"not available: {why_not}" if why_not else "available"
-
-
-_STATES = {
-    "cpu": _state(_why_no_cpu),
-    "reference": "available",
-    "cuda": _state(_why_no_cuda()),
-    "triton": _state(_why_no_triton()),
+_WHY_NOT: dict[str, Callable[[], str]] = {
+    "cpu": lambda: _why_no_cpu,
+    "reference": lambda: "",
+    "cuda": _why_no_cuda,
+    "triton": _why_no_triton,
 }
+# Of the backends that were asked for: a question to CUDA at import, or by a call on the CPU, could
+# break CUDA in processes that are forked later.
+_STATES: dict[str, str] = {}
 # The tensors that a backend takes; reference takes any.
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _INTERPRETED else "cuda"}
 
 
+def _state(backend: str) -> str:
+    if backend not in _STATES:
+        why_not = _WHY_NOT[backend]()
+        _STATES[backend] = f"not available: {why_not}" if why_not else "available"
+    return _STATES[backend]
+
+
 def backends() -> dict[str, str]:
     """Every backend, with "available" or the reason why it is not."""
-    return dict(_STATES)
+    return {name: _state(name) for name in _WHY_NOT}
 
 
 def _native(op: str) -> Callable:
@@ -82,16 +88,28 @@ def _native(op: str) -> Callable:
 
 
 def _missing(*args: object) -> None:
-    raise BackendError(f"backend 'cpu' is {_STATES['cpu']}")
+    raise BackendError(f"backend 'cpu' is {_state('cpu')}")
 
 
 def _triton(op: str) -> Callable:
     """The launcher in triton_kernels, which is imported when it is first called."""
 
     def launch(*args: object) -> object:
-        return getattr(importlib.import_module(f"dropinf.triton_kernels.{op}"), op)(*args)
+        run = getattr(importlib.import_module(f"dropinf.triton_kernels.{op}"), op)
+        return run(*map(_resolved, args))
 
     return launch
+
+
+def _resolved(arg: object) -> object:
+    """The same numbers in memory, which torch itself sees to for ops that it dispatches."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return arg.new_zeros(arg.shape) if arg._is_zerotensor() else arg.resolve_neg()
+
+
+def _on_meta(*args: object) -> None:
+    """`out` has its shape and its dtype, and nothing is computed."""
 
 
 def _row(op: str, *names: str) -> dict[str, Callable]:
@@ -139,8 +157,12 @@ def kernel(
     name = default(op, *call) if backend is None else backend
     why_not = obstacle(op, name, *call)
     if why_not:
+        if name in kernels and _state(name) != "available":  # says more, and to who named it
+            why_not = _state(name)
         here = [n for n in kernels if not obstacle(op, n, *call)]
         raise BackendError(f"{op}: backend '{name}' is {why_not}. Here: {str(here)[1:-1]}.")
+    if device.type == "meta":
+        return _on_meta
     if name in GPU_BACKENDS:
         _self_test(op, name, device)
     return kernels[name]
@@ -181,17 +203,16 @@ def obstacle(
     out_dtype: torch.dtype,
 ) -> str | None:
     """Why `backend` cannot take the call, or None if it can."""
-    state = _STATES.get(backend)
-    if state is None:
+    if backend not in _WHY_NOT:
         return "unknown"
-    if state != "available":
-        return state
     if backend not in KERNELS[op]:
         return "not written for this op"
     if backend == "reference":
         return None
-    if device.type != _DEVICES[backend]:
+    if device.type != _DEVICES[backend]:  # before the state, which may ask CUDA
         return f"not for tensors on {device}"
+    if _state(backend) != "available":
+        return _state(backend)
     wrong = [d for d in dtypes if d not in _DTYPES]
     if wrong:
         return f"for float32, bfloat16 and float16, not {wrong[0]}"

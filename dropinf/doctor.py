@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+import dropinf
 from dropinf import dispatch, selftest
 from dropinf.tables import print_table
 
@@ -27,8 +28,8 @@ def main() -> int:
 
 
 def _versions() -> list[tuple[str, str]]:
-    versions = [("python", platform.python_version())]
-    for package in ("dropinf", "torch", "triton", "numpy"):
+    versions = [("python", platform.python_version()), ("dropinf", dropinf.__version__)]
+    for package in ("torch", "triton", "numpy"):
         try:
             versions.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:

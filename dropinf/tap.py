@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dropinf.plan import Plan, unwrap
+
+Self = TypeVar("Self", bound="Tap")
 
 
 class Tap:
@@ -43,7 +45,7 @@ class Tap:
         self._open = False
         self._undo = contextlib.ExitStack()
 
-    def __enter__(self) -> Any:
+    def __enter__(self: Self) -> Self:
         if self._open:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
         with contextlib.ExitStack() as undo:

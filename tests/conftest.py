@@ -20,6 +20,7 @@ from dropinf import dispatch
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []
+BACKENDS = ["cpu", "cpu-portable", "cuda-host", *ON_A_GPU, "triton", "reference"]
 
 
 class Backend(NamedTuple):
@@ -39,10 +40,12 @@ def pytest_generate_tests(metafunc):
     """Every backend of what a module tests: it names its ops in OPS, or tests whole models."""
     if "backend" not in metafunc.fixturenames or hasattr(metafunc.module, "backend"):
         return
+    if any("backend" in m.args[0] for m in metafunc.definition.iter_markers("parametrize")):
+        return  # with the op that it is of
     ops = getattr(metafunc.module, "OPS", ())
     names = ["cpu", "cpu-portable", "reference"]
     if ops:  # whole models take minutes on the others without a GPU
-        names[2:2] = ["cuda-host", *ON_A_GPU, "triton"]
+        names = BACKENDS
         kernels = [dispatch.KERNELS[op] for op in ops]
         names = [n for n in names if all(n.partition("-")[0] in k for k in kernels)]
     metafunc.parametrize("backend", names, indirect=True)

@@ -300,7 +300,7 @@ def test_describe(capsys):
     solver = Cholesky().fit(store)
     solver.describe()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:4] == ["layer", "r", "form", "λ"] and len(lines) == 1 + len(sizes)
+    assert lines[0].split()[:4] == ["layer", "r", "form", "lambda"] and len(lines) == 1 + len(sizes)
     assert [line.split()[1] for line in lines[1:]] == list(map(str, sizes))
     forms = [" ".join(line.split()[2:5]) for line in lines[1:]]
     assert forms == ["n x n" if r >= 60 else "r x r" for r in sizes]

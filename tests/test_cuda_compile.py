@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "bench" / "gpu" / "kernels.cu"]
 ARCHITECTURES = ("80", "90", "100")
 BUILD = ROOT / "build" / "nvcc"
 REGISTERS = 65536  # of an SM of each of these architectures; a block has no more
@@ -45,7 +45,8 @@ def compiled(source):
     if compiler is None:
         pytest.skip("nvcc is not here: pip install 'dropinf[nvcc]', or put CUDA's bin on the PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    headers = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")])
+    folders = (ROOT / "csrc", ROOT / "bench" / "gpu")
+    headers = sorted(h for f in folders for end in ("*.h", "*.cuh") for h in f.rglob(end))
     digest = hashlib.sha256(version.encode())
     for file in [source, *headers]:
         digest.update(file.read_bytes())

@@ -1,5 +1,7 @@
 """damped_cholesky: the factors of many layers, their damping, and what a bad pivot does."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -143,28 +145,33 @@ def test_empty(backend):
         assert info.shape == (len(offsets) - 1,) and solved.shape == (m, offsets[-1])
 
 
-def test_chips_with_more_shared_memory(backend, request):
-    """sm_90 has 227 KB for a block, so wider layers than sm_80's 163 KB fit; wider still go through
-    torch."""
+def test_chips_with_other_shared_memory(backend, request):
+    """A block has 163 KB on sm_80, 227 on sm_90, and 99 on sm_86 and sm_89; layers that do not fit
+    go through torch."""
     if request.node.callspec.params["backend"] != "cuda-host":
         pytest.skip("the shared memory of a GPU is what it is")
-    sizes = (264, 272, 280, 320, 321)
+    sizes = (208, 216, 264, 272, 280, 320, 321)
+    widest = {99: 208, 163: 272, 227: 320}
     matrices = packed([spread(r, r) for r in sizes])
     rows = random_rows(3, sum(sizes))
-    found = []
-    for num_bytes in (227 * 1024, 163 * 1024):  # the last one is what all other tests have
-        torch.ops.dropinf_host.set_max_shared_bytes(num_bytes)
-        found.append(
-            ops.damped_cholesky(matrices, bounds(sizes), 0.1, rows=rows, backend=backend.name)
+    set_max = torch.ops.dropinf_host.set_max_shared_bytes
+    request.addfinalizer(lambda: set_max(163 * 1024))  # which all other tests have
+    found = {}
+    for limit in widest:
+        set_max(limit * 1024)
+        found[limit] = ops.damped_cholesky(
+            matrices, bounds(sizes), 0.1, rows=rows, backend=backend.name
         )
-    for whole, exact in zip(
-        parts(found[0].factors, sizes), symmetric(matrices, [0.1] * len(sizes), sizes), strict=True
-    ):
-        assert np.abs(whole @ whole.T - exact).max() < 1e-5 * np.abs(exact).max()
-    large, small = (f.factors for f in found)
-    assert not torch.equal(large, small)  # 280 and 320 are torch's where they do not fit
-    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[0].solved, found[1].solved, rtol=1e-3, atol=1e-4)
+        factors = parts(found[limit].factors, sizes)
+        exact = symmetric(matrices, [0.1] * len(sizes), sizes)
+        for whole, A in zip(factors, exact, strict=True):
+            assert np.abs(whole @ whole.T - A).max() < 1e-5 * np.abs(A).max()
+        torch.testing.assert_close(found[limit].solved, found[99].solved, rtol=1e-3, atol=1e-4)
+    # Which way a layer went is in its bits.
+    for small, large in itertools.pairwise(widest):
+        both = (parts(found[limit].factors, sizes) for limit in (small, large))
+        for r, ours, theirs in zip(sizes, *both, strict=True):
+            assert np.array_equal(ours, theirs) == (not widest[small] < r <= widest[large])
 
 
 def test_bits_depend_on_the_layer_alone(backend):

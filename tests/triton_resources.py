@@ -94,5 +94,6 @@ if __name__ == "__main__":
         for name, kernel, types, constants, options in variants():
             used = resources(kernel, types, constants, options, capability)
             label = f"{kernel.__name__} {name}".strip()
-            found.append({"kernel": label, "sm": capability, "warps": options["num_warps"], **used})
+            about = {"triton": triton.__version__, "kernel": label, "sm": capability}
+            found.append({**about, "warps": options["num_warps"], **used})
     json.dump(found, sys.stdout)

@@ -32,6 +32,19 @@ def partial_sums(T: int, out: Tensor) -> tuple[Tensor, int]:
     return out.new_empty((num_chunks, *out.shape), dtype=torch.float32), num_chunks
 
 
+@triton.jit
+def products(x_ptrs, in_x, dy_ptrs, in_dy):
+    """x * dy in float32 of a tile [M, N]; x is 1 outside of `in_x`, dy is 0 outside of `in_dy`.
+
+    Loads are flat, so that neighbouring lanes read neighbouring columns. Of [M, N], where no two
+    addresses are known to be neighbours, they read rows with Triton 3.6, columns with 3.9.
+    """
+    flat: tl.constexpr = [x_ptrs.numel]
+    x = tl.load(tl.reshape(x_ptrs, flat), mask=tl.reshape(in_x, flat), other=1.0)
+    dy = tl.load(tl.reshape(dy_ptrs, flat), mask=tl.reshape(in_dy, flat), other=0.0)
+    return tl.reshape(x.to(tl.float32) * dy.to(tl.float32), x_ptrs.shape)
+
+
 @triton.jit(
     do_not_specialize=["num_chunks", "num_elements", "r", "out_stride_b", "out_stride_k", "scale"]
 )

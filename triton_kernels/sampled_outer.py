@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums
+from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, products
 
 # Not measured on a GPU. Coordinates are sorted by o, so neighbouring lanes share sectors of dy.
 BLOCK_T = 16
@@ -87,6 +87,7 @@ def sampled_outer_kernel(
         bad = tl.where(in_dy & (i >= 0) & (i < width), bad, 1)
         if sign_ptr is not None:
             sign = tl.load(sign_ptr + k * s + j, mask=in_r, other=0).to(tl.float32)
+            bad = tl.where((sign >= -1) & (sign <= 1), bad, 1)
             in_dy &= sign != 0
             in_x &= sign != 0
         for t in range(start, stop, BLOCK_T):
@@ -95,9 +96,8 @@ def sampled_outer_kernel(
             x_at = b * x_stride_b + position[:, None] * x_stride_t + i[None, :]
             dy_at = b * dy_stride_b + position[:, None] * dy_stride_t + o[None, :]
             # The bias is what is not in x.
-            x = tl.load(x_ptr + x_at, mask=in_t[:, None] & in_x[None, :], other=1.0)
-            dy = tl.load(dy_ptr + dy_at, mask=in_t[:, None] & in_dy[None, :], other=0.0)
-            terms = x.to(tl.float32) * dy.to(tl.float32)
+            in_x_t, in_dy_t = in_t[:, None] & in_x[None, :], in_t[:, None] & in_dy[None, :]
+            terms = products(x_ptr + x_at, in_x_t, dy_ptr + dy_at, in_dy_t)
             if sign_ptr is not None:
                 terms *= sign[None, :]
             sums += terms
@@ -121,8 +121,8 @@ def sampled_outer(
     """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
 
     x [B, T, I] and dy [B, T, O] with stride 1 in I and O; o_idx and i_idx contiguous. An entry
-    with an index out of range is NaN. A sign of 0 leaves its coordinate out. `order` is for kernels
-    that stage rows.
+    with an index out of range, or a sign that is none of -1, 0 and 1, is NaN. A sign of 0 leaves
+    its coordinate out. `order` is for kernels that stage rows.
     """
     (B, T, I), O, r = x.shape, dy.shape[2], o_idx.shape[0]
     if B * r == 0:

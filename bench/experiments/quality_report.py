@@ -27,7 +27,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         ]
         lines += [f"![LDS, AUC and rho against r, {dataset}]({link})", ""]
         lines += table(measured, dataset)
-    page.write_text("\n".join(lines) + "\n")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def head(data: dict[str, Any]) -> Iterator[str]:

@@ -182,4 +182,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # targets have signs that ASCII lacks
     sys.exit(main())

@@ -53,6 +53,9 @@ __device__ inline float widen(Float16 value) {
 #endif
 }
 
+// -1, 0 or 1; else an entry is NaN, as where an index is out of range.
+__device__ inline bool is_sign(float value) { return value >= -1.0f && value <= 1.0f; }
+
 __device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // Makes the compiler forget what it knows of a value, so that nothing made of it is kept in

@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   float sum[kPerLane];
 #pragma unroll
   for (int c = 0; c < kPerLane; ++c) {
-    const bool good = o[c] >= 0 && o[c] < args.O;
-    first[c] = good ? lower_bound(shared.tokens, shared.tokens[c * kWarp + lane]) : -1;
+    const int32_t token = shared.tokens[c * kWarp + lane];
+    const bool good = o[c] >= 0 && o[c] < args.O && token >= 0;
+    first[c] = good ? lower_bound(shared.tokens, token) : -1;
     sum[c] = 0.0f;
   }
 

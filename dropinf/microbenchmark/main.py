@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dropinf.microbenchmark import check, page, sweep
+from dropinf.tables import printable
 
 
 def run(preset: str, out: Path, against: Path | None = None) -> int:
@@ -54,7 +55,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], again: Callable[[], dict[s
         confirmed = set(map(check.subject, check.slower(old, again())))
         lines = [line for line in lines if check.subject(line) in confirmed]
     for line in lines:
-        print(line)
+        print(printable(line))
     if not lines:
         print("nothing became slower")
     return int(bool(lines))

@@ -60,7 +60,7 @@ def series(found: dict[str, Any], variable: str) -> dict[str, list[tuple[int, li
 def write(results: dict[str, Any], folder: Path) -> None:
     """page.md, and its figures where matplotlib is installed."""
     figures = _figures(results, folder)
-    (folder / "page.md").write_text("\n".join(_page(results, figures)) + "\n")
+    (folder / "page.md").write_text("\n".join(_page(results, figures)) + "\n", encoding="utf-8")
 
 
 def _page(results: dict[str, Any], figures: dict[tuple[str, str], str]) -> Iterator[str]:

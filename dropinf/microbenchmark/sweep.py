@@ -262,7 +262,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"dropinf": version("dropinf")}
+    found = {"dropinf": dropinf.__version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

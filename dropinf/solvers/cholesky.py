@@ -169,7 +169,7 @@ class Cholesky(Solver):
     def describe(self) -> None:
         """Print a table of the layers: form, λ, condition estimate, failed pivots, retries."""
         self._need_fit("describe")
-        table = [("layer", "r", "form", "λ", "condition", "retries", "failed pivots")]
+        table = [("layer", "r", "form", "lambda", "condition", "retries", "failed pivots")]
         for layer, condition in zip(self.layers, self.condition(), strict=True):
             table.append(
                 (

@@ -45,7 +45,7 @@ class DataInf(Solver):
                 self._layers.append((block, λ))
             elif diagonal[block.entries].any():
                 raise ValueError(
-                    f"DataInf.fit: layer {block.name!r} has damping=0, and g gᵀ of a single row "
+                    f"DataInf.fit: layer {block.name!r} has damping=0, and g g^T of a single row "
                     "has no inverse; raise the damping"
                 )
         self._n = n

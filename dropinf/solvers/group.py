@@ -122,7 +122,7 @@ class Group(ABC):
         while layer.λ > 0 and len(pivots) <= _RETRIES:
             warnings.warn(
                 f"{where}: pivot {pivots[-1]} is not positive beyond rounding at "
-                f"λ={layer.λ:.3g}; its damping is raised tenfold",
+                f"lambda={layer.λ:.3g}; its damping is raised tenfold",
                 stacklevel=6,
             )
             layer = replace(layer, λ=10 * layer.λ, failed_pivots=tuple(pivots))

@@ -19,6 +19,7 @@ from dropinf.solvers.group import Group, Layer, Setting
 from dropinf.solvers.kept import Kept, crc_of, write
 from dropinf.solvers.primal import Primal
 from dropinf.store import RowStore
+from dropinf.tables import printable
 
 _FORMAT = "dropinf cholesky 1"
 _FORMS = {form.form: form for form in (Primal, Dual)}
@@ -126,7 +127,8 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
     if not known:
         raise ValueError(f"{kind}.load: {path}/solver.json and plan.json do not belong together")
     if of_kind != kind:
-        raise ValueError(f"{kind}.load: {path} holds a {of_kind}; use {of_kind}.load")
+        saved_as = printable(str(of_kind))
+        raise ValueError(f"{kind}.load: {path} holds a {saved_as}; use {saved_as}.load")
     file = path / "factors.bin"
     if not file.is_file() or crc_of(file) != crc:
         raise ValueError(f"{kind}.load: {file} is missing or damaged; fit and save it again")

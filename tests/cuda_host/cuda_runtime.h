@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -211,6 +212,54 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   if (num_bytes > device) return cudaErrorInvalidValue;
   const std::lock_guard<std::mutex> lock(host_execution::allowed_mutex);
   host_execution::allowed_bytes[{kernel, device}] = num_bytes;
+  return cudaSuccess;
+}
+
+// Memory of the device is the host's; what is launched is over when the launch returns.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMalloc(void** data, size_t num_bytes) {
+  *data = ::operator new(num_bytes, std::align_val_t{256});
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) {
+  ::operator delete(data, std::align_val_t{256});
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* data, int value, size_t num_bytes) {
+  std::memset(data, value, num_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, num_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+struct cudaDeviceProp {
+  char name[256];
+  int multiProcessorCount;
+};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"host", 1};
+  return cudaSuccess;
+}
+
+using cudaEvent_t = std::chrono::steady_clock::time_point*;
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = new std::chrono::steady_clock::time_point;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *event = std::chrono::steady_clock::now();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t first, cudaEvent_t last) {
+  *ms = std::chrono::duration<float, std::milli>(*last - *first).count();
   return cudaSuccess;
 }
 

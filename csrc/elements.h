@@ -7,6 +7,14 @@
 
 namespace dropinf {
 
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline const void* advance(const void* data, DType dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * size_of(dtype);
+}
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -95,9 +95,21 @@ def _triton(op: str) -> Callable:
     """The launcher in triton_kernels, which is imported when it is first called."""
 
     def launch(*args: object) -> object:
-        return getattr(importlib.import_module(f"dropinf.triton_kernels.{op}"), op)(*args)
+        run = getattr(importlib.import_module(f"dropinf.triton_kernels.{op}"), op)
+        return run(*map(_resolved, args))
 
     return launch
+
+
+def _resolved(arg: object) -> object:
+    """The same numbers in memory, which torch itself sees to for ops that it dispatches."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return arg.new_zeros(arg.shape) if arg._is_zerotensor() else arg.resolve_neg()
+
+
+def _on_meta(*args: object) -> None:
+    """`out` has its shape and its dtype, and nothing is computed."""
 
 
 def _row(op: str, *names: str) -> dict[str, Callable]:
@@ -149,6 +161,8 @@ def kernel(
             why_not = _state(name)
         here = [n for n in kernels if not obstacle(op, n, *call)]
         raise BackendError(f"{op}: backend '{name}' is {why_not}. Here: {str(here)[1:-1]}.")
+    if device.type == "meta":
+        return _on_meta
     if name in GPU_BACKENDS:
         _self_test(op, name, device)
     return kernels[name]

@@ -1,8 +1,16 @@
-"""The ops: check the arguments, pick the backend, call. Tensors in, tensors out."""
+"""The ops: check the arguments, pick the backend, call. Tensors in, tensors out.
+
+No op has a derivative: while grad mode is on, as it is not in a backward pass, an input that
+requires grad is refused with a ValueError.
+
+An index out of range is an IndexError, and a sign that is not -1, 0 or 1 a ValueError. The kernels
+of a GPU cannot raise without a wait: there the entry is NaN.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import attrgetter
@@ -60,7 +68,8 @@ def sampled_outer(
         [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes, devices or index ranges disagree.
+        ValueError: shapes, dtypes or devices disagree, a sign is none, or an input requires grad.
+        IndexError: an index is out of range.
         BackendError: the named backend cannot take this call.
     """
     op = "sampled_outer"
@@ -136,7 +145,7 @@ def factored_outer(
         [B, a * b'] float32 (float64 for float64 inputs): `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
         IndexError: an index is out of range.
         BackendError: the named backend cannot take this call.
     """
@@ -184,14 +193,17 @@ def sampled_embedding(
         ids: [B, T] int64 or int32 looked-up indices; a negative one contributes nothing.
         dy: [B, T, O] gradient of the summed loss at the lookup's output, O the embedding's width.
         o_idx: [r] int32 columns.
-        i_idx: [r] int32 sorted rows of the embedding table.
+        i_idx: [r] int32 sorted rows of the embedding table, from 0; how many it has is not known
+            here, so a row that no id names is 0 and no error.
         scale, out, backend: as in `sampled_outer`.
 
     Returns:
         [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, i_idx is not sorted, or an input requires
+            grad.
+        IndexError: an index is out of range.
         BackendError: the named backend cannot take this call.
     """
     op = "sampled_embedding"
@@ -242,7 +254,8 @@ def sampled_conv(
 
     out[b, k] = scale * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * stride + q * dilation
     - padding], where o = o_idx[k], g = o // (O / groups) is its group, (c, q) = unravel(i_idx[k])
-    in (C / groups, *kernel_size), and x counts as zeros outside its sizes.
+    in (C / groups, *kernel_size), and x counts as zeros outside its sizes: times a dy that is not
+    finite they are NaN.
 
     So o_idx * I + i_idx, with I = C / groups * prod(kernel_size), is the position in the flattened
     weight [O, C / groups, *kernel_size]. For a transposed convolution, whose weight is
@@ -263,7 +276,8 @@ def sampled_conv(
         [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes, devices or index ranges disagree.
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
+        IndexError: an index is out of range.
         BackendError: the named backend cannot take this call.
     """
     op = "sampled_conv"
@@ -351,7 +365,9 @@ def gather_grads(
         [R] float32 (float64 if a gradient is float64): `out`, if it was given.
 
     Raises:
-        ValueError: lengths, dtypes, devices or index ranges disagree, or a gradient is sparse.
+        ValueError: lengths, dtypes or devices disagree, a sign is none, or a gradient is sparse or
+            requires grad.
+        IndexError: an index is out of range.
         BackendError: the named backend cannot take this call.
     """
     op = "gather_grads"
@@ -428,18 +444,19 @@ def gram(
         diagonals: `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
         BackendError: the named backend cannot take this call.
     """
     op = "gram"
-    offsets, num_packed = _offsets(op, offsets)
-    _packed_rows(op, "rows", rows, offsets)
+    offsets, num_packed, R = _offsets(op, offsets)
+    _packed_rows(op, "rows", rows, R)
     if accumulate and out is None:
         raise ValueError(f"{op}: accumulate=True adds to out, which was not given")
     if out is None:
         dtype = rows.dtype if dtype is None else dtype
         out = torch.empty(num_packed, dtype=dtype, device=rows.device)
     _packed(op, "out", out, num_packed, out.dtype, rows.device)
+    _writable(op, "out", out)
     call = kernel(op, backend, rows.device, (rows.dtype,), out.dtype)
     call(_unit_stride(rows), offsets, scale, accumulate, out)
     return out
@@ -473,11 +490,11 @@ def damped_cholesky(
         factor and solutions of such a layer are NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
         BackendError: the named backend cannot take this call.
     """
     op = "damped_cholesky"
-    offsets, num_packed = _offsets(op, offsets)
+    offsets, num_packed, R = _offsets(op, offsets)
     dtype, device = matrices.dtype, matrices.device
     _packed(op, "matrices", matrices, num_packed, dtype, device)
     L = offsets.numel() - 1
@@ -486,9 +503,10 @@ def damped_cholesky(
     _packed(op, "shift", shift, L, dtype, device)
     out = torch.empty_like(matrices) if out is None else out
     _packed(op, "out", out, num_packed, dtype, device)
+    _writable(op, "out", out)
     solved = None
     if rows is not None:
-        _packed_rows(op, "rows", rows, offsets)
+        _packed_rows(op, "rows", rows, R)
         _same(op, "rows", rows, dtype, device)
         rows = _unit_stride(rows)
         solved = torch.empty(rows.shape, dtype=dtype, device=device)
@@ -520,18 +538,19 @@ def cholesky_solve(
         [m, R]: `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
         BackendError: the named backend cannot take this call.
     """
     op = "cholesky_solve"
-    offsets, num_packed = _offsets(op, offsets)
+    offsets, num_packed, R = _offsets(op, offsets)
     _packed(op, "factors", factors, num_packed, factors.dtype, factors.device)
-    _packed_rows(op, "rows", rows, offsets)
+    _packed_rows(op, "rows", rows, R)
     _same(op, "rows", rows, factors.dtype, factors.device)
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
-    _packed_rows(op, "out", out, offsets)
+    _packed_rows(op, "out", out, R)
     _same(op, "out", out, rows.dtype, rows.device)
-    if out.shape != rows.shape or (out.stride(1) != 1 and out.shape[1] > 1):
+    _writable(op, "out", out)
+    if out.shape != rows.shape or _unit_stride(out) is not out:
         raise ValueError(
             f"{op}: out must be {tuple(rows.shape)} with stride 1 in R, got {tuple(out.shape)} "
             f"with strides {out.stride()}"
@@ -575,7 +594,8 @@ def score_topk(
         number comes first; a score of -inf never enters.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or k is too large for the named backend.
+        ValueError: shapes, dtypes or devices disagree, an input requires grad, or k is too large
+            for the named backend.
         BackendError: the named backend cannot take this call.
     """
     op = "score_topk"
@@ -583,6 +603,7 @@ def score_topk(
         raise ValueError(
             f"{op}: queries must be [m, R] float32 or float64, got {_describe(queries)}"
         )
+    _no_grad(op, "queries", queries)
     (m, R), dtype, device = queries.shape, queries.dtype, queries.device
     _same(op, "rows", rows, dtype, device)
     if rows.dim() != 2 or rows.shape[1] != R:
@@ -600,6 +621,7 @@ def score_topk(
                 f"{op}: {name} is written in place and must be contiguous, "
                 f"got strides {tensor.stride()}"
             )
+        _writable(op, name, tensor)
     c, k = rows.shape[0], values.shape[1]
     for name, tensor, wanted in (("factors", factors, dtype), ("valid", valid, torch.bool)):
         if tensor is not None:
@@ -627,13 +649,13 @@ def score_topk(
 
 def unpack(packed: Tensor, offsets: Sequence[int] | Tensor) -> list[Tensor]:
     """Views [r_l, r_l] of the matrices of a packed tensor [Σ r_l²], as `gram` makes it."""
-    offsets, num_packed = _offsets("unpack", offsets)
+    offsets, num_packed, _ = _offsets("unpack", offsets)
     _packed("unpack", "packed", packed, num_packed, packed.dtype, packed.device)
     return reference.unpack(packed, offsets)
 
 
-def _offsets(op: str, offsets: Sequence[int] | Tensor) -> tuple[Tensor, int]:
-    """The column bounds [L + 1] int64 on the CPU, and Σ r_l²."""
+def _offsets(op: str, offsets: Sequence[int] | Tensor) -> tuple[Tensor, int, int]:
+    """The column bounds [L + 1] int64 on the CPU, Σ r_l², and R."""
     global _latest
     if offsets is _latest[0]:
         return _latest[1]
@@ -646,16 +668,16 @@ def _offsets(op: str, offsets: Sequence[int] | Tensor) -> tuple[Tensor, int]:
 
 
 # The last bounds by identity: hashing those of 200 layers takes 1 µs.
-_latest: tuple[object, tuple[Tensor, int]] = (object(), (torch.empty(0), 0))
+_latest: tuple[object, tuple[Tensor, int, int]] = (object(), (torch.empty(0), 0, 0))
 
 
 # Of 200 layers, a tensor of the bounds costs more to make than all 8 x 8 factors.
 @lru_cache(maxsize=64)
-def _checked_offsets(op: str, offsets: tuple[int, ...]) -> tuple[Tensor, int]:
+def _checked_offsets(op: str, offsets: tuple[int, ...]) -> tuple[Tensor, int, int]:
     sizes = [b - a for a, b in itertools.pairwise(offsets)]
     if not offsets or offsets[0] != 0 or any(r < 0 for r in sizes):
         raise ValueError(f"{op}: offsets must rise from 0, got {offsets}")
-    return torch.tensor(offsets, dtype=torch.int64), sum(r * r for r in sizes)
+    return torch.tensor(offsets, dtype=torch.int64), sum(r * r for r in sizes), offsets[-1]
 
 
 def _packed(
@@ -668,12 +690,12 @@ def _packed(
         raise ValueError(f"{op}: {name} must be contiguous [{size}], got {tuple(tensor.shape)}")
 
 
-def _packed_rows(op: str, name: str, rows: Tensor, offsets: Tensor) -> None:
-    R = int(offsets[-1])
+def _packed_rows(op: str, name: str, rows: Tensor, R: int) -> None:
     if rows.dim() != 2 or rows.shape[1] != R:
         raise ValueError(f"{op}: {name} must be [m, R={R}], got {tuple(rows.shape)}")
     if rows.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: {name} must be float32 or float64, got {rows.dtype}")
+    _no_grad(op, name, rows)
 
 
 def _takes_signs(index: Tensor, sign: Tensor | None) -> bool:
@@ -726,11 +748,44 @@ def _check_order(op: str, order: StagedOrder, r: int, x: Tensor) -> None:
 def _floating(op: str, name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    _no_grad(op, name, tensor)
 
 
 def _same(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if tensor.dtype != dtype or tensor.device != device:
         raise ValueError(f"{op}: {name} must be {dtype} on {device}, got {_describe(tensor)}")
+    _no_grad(op, name, tensor)
+
+
+def _no_grad(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} requires grad, and the op has no derivative; call it under "
+            f"torch.no_grad(), or give {name}.detach()"
+        )
+
+
+def _writable(op: str, name: str, out: Tensor) -> None:
+    """A kernel writes to the memory of `out`, each entry on its own."""
+    _no_grad(op, name, out)
+    if torch.compiler.is_compiling():  # which knows no is_neg(), and writes to copies
+        return
+    if out.is_neg() or out._is_zerotensor() or _overlaps(out):
+        raise ValueError(
+            f"{op}: {name} must have memory of its own for each entry, got a view "
+            f"{tuple(out.shape)} with strides {out.stride()} that is expanded, overlaps itself or "
+            f"is negated; give torch.empty({tuple(out.shape)})"
+        )
+
+
+def _overlaps(out: Tensor) -> bool:
+    """Whether two entries of a tensor of one or two dimensions are in one place."""
+    if out.is_contiguous():
+        return False
+    (n, a), (m, b) = [(1, 0), *zip(out.shape, out.stride(), strict=True)][-2:]
+    # The least i, j > 0 with i * a == j * b, where they are not both 0.
+    step = math.gcd(a, b) or 1
+    return (b // step < n and a // step < m) and n * m > 1
 
 
 def _describe(tensor: Tensor) -> str:
@@ -747,6 +802,7 @@ def _output(
         raise ValueError(
             f"{op}: out must be floating point {shape} on {device}, got {_describe(out)}"
         )
+    _writable(op, "out", out)
     return out
 
 

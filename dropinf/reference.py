@@ -37,6 +37,9 @@ def sampled_outer(
         out = x.new_empty(B, o_idx.shape[0], dtype=_sum_dtype(x.dtype))
     if bias:
         x = F.pad(x, (0, 1), value=1.0)
+    _check_range("sampled_outer: o_idx", o_idx, dy.shape[2])
+    _check_range("sampled_outer: i_idx", i_idx, x.shape[2])
+    _check_signs("sampled_outer: sign", sign)
     s = 1 if sign is None else sign.shape[1]
     step = max(1, _MAX_ELEMENTS // max(1, B * T * s))
     for start in range(0, o_idx.shape[0], step):
@@ -92,7 +95,11 @@ def sampled_embedding(
     (B, T), r = ids.shape, o_idx.shape[0]
     if out is None:
         out = dy.new_empty(B, r, dtype=_sum_dtype(dy.dtype))
-    token_ids = ids.reshape(-1).to(i_idx.dtype)
+    _check_range("sampled_embedding: o_idx", o_idx, dy.shape[2])
+    _check_range("sampled_embedding: i_idx", i_idx, 1 << 31)
+    if _readable(i_idx) and (i_idx.diff() < 0).any():
+        raise ValueError("sampled_embedding: i_idx must be sorted")
+    token_ids, i_idx = ids.reshape(-1).long(), i_idx.long()
     first = torch.searchsorted(i_idx, token_ids)
     count = torch.searchsorted(i_idx, token_ids, right=True) - first
     position = torch.repeat_interleave(count)  # of every (position, coordinate) that meet
@@ -129,7 +136,9 @@ def sampled_conv(
     I = C // groups * taps
     if out is None:
         out = x.new_empty(B, o_idx.shape[0], dtype=_sum_dtype(x.dtype))
-    # index_select refuses what is out of range; x[...] would take negative indices.
+    _check_range("sampled_conv: o_idx", o_idx, O)
+    _check_range("sampled_conv: i_idx", i_idx, I + bias)
+    # index_select refuses what is out of range on a GPU too; x[...] would take negative indices.
     o_idx = torch.arange(O, device=x.device).index_select(0, o_idx)
     i_idx = torch.arange(I + bias, device=x.device).index_select(0, i_idx)
     channel = torch.where(i_idx < I, o_idx * groups // max(O, 1) * (C // groups) + i_idx // taps, C)
@@ -173,6 +182,9 @@ def gather_grads(
     for grad, index, sign, scale in zip(grads, indices, all_signs, scales, strict=True):
         if index.dim() != (1 if sign is None else 2):
             raise ValueError("gather_grads: indices must be [r], or with signs [r, s]")
+        if grad is not None and grad.requires_grad and torch.is_grad_enabled():
+            raise ValueError("gather_grads: a gradient requires grad")
+        _check_signs("gather_grads: signs", sign)
         entries = out[start : start + len(index)]
         if grad is None:
             entries.zero_()
@@ -243,8 +255,11 @@ def score_topk(scores: Tensor, first: int, values: Tensor, indices: Tensor) -> N
     (c, k), floor = (scores.shape[1], values.shape[1]), values[:, -1:]
     if c >= k:
         floor = torch.maximum(floor, scores.topk(k).values[:, -1:])
-    # Sorting everything would cost several times as much: only rows that some query may keep.
-    kept = (~(scores < floor) & (scores != -math.inf)).any(0).nonzero().flatten()
+    kept = torch.arange(c, device=scores.device)
+    # Sorting everything would cost several times as much: only rows that some query may keep. How
+    # many those are torch.compile could not know.
+    if not torch.compiler.is_compiling():
+        kept = kept[(~(scores < floor) & (scores != -math.inf)).any(0)]
     both = torch.cat([values, scores[:, kept]], 1)
     where = torch.cat([indices, (kept + first).expand(len(values), -1)], 1)
     where.masked_fill_(both == -math.inf, -1)
@@ -269,9 +284,28 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether its numbers are here, and at hand without a wait."""
+    plain = type(tensor) is Tensor and not torch.compiler.is_compiling()
+    return plain and tensor.device.type == "cpu"
+
+
+def _check_range(name: str, index: Tensor, size: int) -> None:
+    if _readable(index) and index.numel():
+        least, largest = map(int, index.aminmax())
+        if least < 0 or largest >= size:
+            raise IndexError(f"{name} is out of range for {size}, got {least} to {largest}")
+
+
+def _check_signs(name: str, sign: Tensor | None) -> None:
+    if sign is not None and _readable(sign) and ((sign < -1) | (sign > 1)).any():
+        raise ValueError(f"{name} must be of -1, 0 and 1")
+
+
 def _signed(values: Tensor, sign: Tensor) -> Tensor:
-    """values * sign, and 0 where the sign is, whatever the value."""
-    return (values * sign).masked_fill_(sign == 0, 0.0)
+    """values * sign, and 0 where the sign is, whatever the value; NaN where it is no sign."""
+    no_sign = (sign < -1) | (sign > 1)
+    return (values * sign).masked_fill_(sign == 0, 0.0).masked_fill_(no_sign, math.nan)
 
 
 def _columns(x: Tensor, index: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ torch.set_num_threads(1)  # a plugin may have imported it before
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []
+BACKENDS = ["cpu", "cpu-portable", "cuda-host", *ON_A_GPU, "triton", "reference"]
 # Kernels run by threads of the host or by Triton's interpreter, a thousand times slower.
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 EMULATED = ["cuda-host", *INTERPRETED]
@@ -55,6 +56,8 @@ def pytest_generate_tests(metafunc):
     """
     if "backend" not in metafunc.fixturenames or hasattr(metafunc.module, "backend"):
         return
+    if any("backend" in m.args[0] for m in metafunc.definition.iter_markers("parametrize")):
+        return  # with the op that it is of
     mark = metafunc.definition.get_closest_marker("ops")
     names = backends_of(mark.args if mark else getattr(metafunc.module, "OPS", ()))
     for mark in metafunc.definition.iter_markers("backends"):
@@ -76,9 +79,8 @@ def backends_of(ops):
     """
     if not ops:
         return ["cpu", "reference"]
-    names = ["cpu", "cpu-portable", "cuda-host", *ON_A_GPU, "triton", "reference"]
     kernels = [dispatch.KERNELS[op] for op in ops]
-    return [n for n in names if all(n.partition("-")[0] in k for k in kernels)]
+    return [n for n in BACKENDS if all(n.partition("-")[0] in k for k in kernels)]
 
 
 @pytest.fixture

@@ -86,7 +86,8 @@ class Moved:
 def _view(storage_bytes: Tensor, like: Tensor) -> Tensor:
     empty = torch.empty(0, dtype=like.dtype, device=storage_bytes.device)
     storage = storage_bytes.untyped_storage()
-    return empty.set_(storage, like.storage_offset(), like.shape, like.stride())
+    view = empty.set_(storage, like.storage_offset(), like.shape, like.stride())
+    return torch._neg_view(view) if like.is_neg() else view
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:

@@ -289,6 +289,20 @@ def test_signed_index_out_of_range(backend, index, sign, strided):
     assert_refused_or_nan(backend, run, 2, "out of bounds")
 
 
+@pytest.mark.parametrize("sign", [2, -128])
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+def test_sign_out_of_range(backend, sign, strided):
+    grad = torch.zeros(3, 3)[:, ::2] if strided else torch.zeros(9)
+    signs = torch.ones(4, 3, dtype=torch.int8)
+    signs[2, 1] = sign
+
+    def run():
+        at = torch.zeros(4, 3).long()
+        return ops.gather_grads([grad], [at], signs=[signs], backend=backend.name)[None]
+
+    assert_refused_or_nan(backend, run, 2, "must be of -1, 0 and 1")
+
+
 @pytest.mark.parametrize("with_signs", [False, True], ids=["", "signs"])
 def test_opcheck(with_signs):
     if dropinf.backends()["cpu"] != "available":

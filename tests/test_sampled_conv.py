@@ -346,6 +346,61 @@ def test_what_is_not_finite_stays_where_it_is(backend):
     assert out.isinf().tolist() == [[True, True, False, True, True, False, False, False, False]]
 
 
+def one_by_one(x, dy, o_idx, i_idx, it):
+    """The definition in float64, a coordinate at a time over a padded x."""
+    pads = [p for pair in zip(it.low[::-1], it.high[::-1]) for p in pair]
+    padded = F.pad(x.double(), [max(p, 0) for p in pads])
+    out = torch.zeros(len(x), len(o_idx), dtype=torch.float64)
+    for k, (o, i) in enumerate(zip(o_idx.tolist(), i_idx.tolist())):
+        met = torch.ones(len(x), *it.size_out, dtype=torch.float64)
+        if i < it.I:
+            place = torch.unravel_index(torch.tensor(i), (it.C // it.groups, *it.kernel))
+            channel = o // (it.O // it.groups) * (it.C // it.groups) + place[0]
+            taps = [
+                slice(q * d, q * d + (n - 1) * stride + 1, stride)
+                for q, d, n, stride in zip(place[1:], it.dilation, it.size_out, it.stride)
+            ]
+            met = padded[:, channel][(slice(None), *taps)]
+        out[:, k] = (dy[:, o].double() * met).flatten(1).sum(1)
+    return out
+
+
+def layers_at_padding(backend):
+    few = ("1-D", "stride 2", "taps that only meet padding")
+    names = few if backend in INTERPRETED else LAYERS
+    return [(name, innermost) for name in names for innermost in (False, True)]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of Triton's interpreter
+@pytest.mark.cases("name, innermost", layers_at_padding)
+def test_not_finite(backend, name, innermost):
+    """Of dy also where it meets padding, as 0 times that is NaN; and nowhere else."""
+    it = LAYERS[name]
+    number = list(LAYERS).index(name)
+    x, dy, o_idx, i_idx = inputs(it, 4, 90, DTYPES[number % 3], bias=True)
+    clean = x, dy.clone()
+    generator = torch.Generator().manual_seed(number)
+    values = [torch.nan, torch.inf, -torch.inf]
+    for b in range(3):  # one at a border, one anywhere, one that another may cancel
+        for n, value in enumerate(values[: b + 1]):
+            at = [int(torch.randint(size, (), generator=generator)) for size in it.size_out]
+            if n == 0:
+                at[b % len(at)] = (0, -1)[b % 2]
+            dy[(b, int(torch.randint(it.O, (), generator=generator)), *at)] = value
+    x = x.clone()
+    x[(2, it.C - 1, *[0] * len(it.size))] = torch.inf
+    truth = one_by_one(x, dy, o_idx, i_idx, it)
+    assert truth[:3].isnan().any() and truth[3].isfinite().all()
+    if innermost:
+        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
+    out = ops.sampled_conv(x, dy, o_idx, i_idx, **it.options, bias=True, backend=backend.name)
+    finite = truth.isfinite()
+    assert torch.equal(out.isnan(), truth.isnan())
+    assert torch.equal(out[truth.isinf()].double(), truth[truth.isinf()])
+    largest = bound(*clean, o_idx, i_idx, it)
+    assert_within(out[finite], truth[finite], largest[finite])
+
+
 @pytest.mark.parametrize("B, r, size, size_out", [
     (0, 5, (4, 5), (4, 5)),
     (2, 0, (4, 5), (4, 5)),

@@ -368,6 +368,22 @@ def test_index_out_of_range(backend, name, index, sign):
     assert_refused_or_nan(backend, lambda: ops.sampled_outer(**call, backend=backend.name), k, name)
 
 
+def test_index_out_of_range_without_positions(backend):
+    call = {**good, "x": good["x"][:, :0], "dy": good["dy"][:, :0], "o_idx": good["o_idx"].clone()}
+    assert not ops.sampled_outer(**call, backend=backend.name).any()
+    call["o_idx"][2] = -1
+    run = lambda: ops.sampled_outer(**call, backend=backend.name)  # noqa: E731
+    assert_refused_or_nan(backend, run, 2, "o_idx")
+
+
+@pytest.mark.parametrize("sign", [2, -2, 127, -128])
+def test_sign_out_of_range(backend, sign):
+    pairs = {name: good[name].reshape(3, 2) for name in ("o_idx", "i_idx")}
+    signs = torch.tensor([[1, -1], [0, sign], [1, 0]], dtype=torch.int8)
+    call = {**good, **pairs, "sign": signs, "backend": backend.name}
+    assert_refused_or_nan(backend, lambda: ops.sampled_outer(**call), 1, "sign must be of -1, 0")
+
+
 def test_named_backend_is_used_or_refused():
     with pytest.raises(dropinf.BackendError, match=r"sampled_outer: backend 'cuda' is .*Here"):
         ops.sampled_outer(**good, backend="cuda")

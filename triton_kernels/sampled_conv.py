@@ -126,14 +126,16 @@ def sampled_conv_kernel(
         at_2 = q_2[:, None] + (p_2 * stride_2)[None, :]
         in_x = (at_0 >= 0) & (at_0 < size_0) & (at_1 >= 0) & (at_1 < size_1)
         in_x &= (at_2 >= 0) & (at_2 < size_2) & (is_bias == 0)[:, None]
-        used = (in_x | is_bias[:, None]) & good[:, None] & in_t[None, :]
+        used = good[:, None] & in_t[None, :]
         x_at = x_channel + at_0.to(tl.int64) * x_stride_0
         x_at += at_1.to(tl.int64) * x_stride_1 + at_2.to(tl.int64) * x_stride_2
         dy_at = p_0.to(tl.int64) * dy_stride_0 + p_1.to(tl.int64) * dy_stride_1
         dy_at += p_2.to(tl.int64) * dy_stride_2
-        # The bias is what is used and not in x.
         dy_ptrs = dy_ptr + dy_channel + dy_at[None, :]
-        sums += products(x_ptr + x_at, used & in_x, dy_ptrs, used)
+        terms = products(x_ptr + x_at, used & in_x, dy_ptrs, used)
+        # What is not in x is the bias, or padding: 0 times what is not finite is NaN.
+        zeros = tl.where(tl.abs(terms) < float("inf"), 0.0, float("nan"))
+        sums += tl.where(in_x | is_bias[:, None], terms, zeros)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
     entries = tl.where(good, tl.sum(sums, 1) * scale, float("nan"))
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b

@@ -64,13 +64,13 @@ def sampled_embedding_kernel(
     stop = tl.minimum(start + length, T)
     o = tl.load(o_ptr + k, mask=in_r, other=0)
     i = tl.load(i_ptr + k, mask=in_r, other=-1)
-    good = (o >= 0) & (o < O)
+    good = (o >= 0) & (o < O) & (i >= 0)
 
     sums = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for t in range(start, stop, BLOCK_T):
         position = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
         token = tl.load(ids_ptr + b * T + position, mask=position < stop, other=-1)
-        meet = (token[:, None] == i[None, :]) & (token >= 0)[:, None] & good[None, :]
+        meet = (token[:, None] == i[None, :]) & good[None, :]
         dy_at = b * dy_stride_b + position[:, None] * dy_stride_t + o[None, :]
         sums += tl.load(dy_ptr + dy_at, mask=meet, other=0.0).to(tl.float32)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
@@ -85,7 +85,7 @@ def sampled_embedding(
     """out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]].
 
     ids [B, T] int64 contiguous, dy [B, T, O] with stride 1 in O; i_idx in any order. An entry with
-    o_idx out of range is NaN.
+    o_idx out of range or a negative token is NaN.
     """
     (B, T, O), r = dy.shape, o_idx.shape[0]
     if B * r == 0:

@@ -87,6 +87,7 @@ def sampled_outer_kernel(
         bad = tl.where(in_dy & (i >= 0) & (i < width), bad, 1)
         if sign_ptr is not None:
             sign = tl.load(sign_ptr + k * s + j, mask=in_r, other=0).to(tl.float32)
+            bad = tl.where((sign >= -1) & (sign <= 1), bad, 1)
             in_dy &= sign != 0
             in_x &= sign != 0
         for t in range(start, stop, BLOCK_T):
@@ -120,8 +121,8 @@ def sampled_outer(
     """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
 
     x [B, T, I] and dy [B, T, O] with stride 1 in I and O; o_idx and i_idx contiguous. An entry
-    with an index out of range is NaN. A sign of 0 leaves its coordinate out. `order` is for kernels
-    that stage rows.
+    with an index out of range, or a sign that is none of -1, 0 and 1, is NaN. A sign of 0 leaves
+    its coordinate out. `order` is for kernels that stage rows.
     """
     (B, T, I), O, r = x.shape, dy.shape[2], o_idx.shape[0]
     if B * r == 0:

@@ -1,9 +1,8 @@
 // Which instructions the CPU kernels use: chosen once at run time, and by tests.
 
-#include <atomic>
+#include "cpu/capability.h"
 
-#include "cpu/avx2.h"
-#include "launchers.h"
+#include <atomic>
 
 namespace dropinf {
 namespace {

@@ -1,10 +1,10 @@
 // Cholesky factors and solves of many layers on the CPU.
 
-#include "cpu/cholesky.h"
+#include "cholesky.h"
 
 #include <algorithm>
 
-#include "launchers.h"
+#include "cpu/cholesky_group.h"
 
 namespace dropinf {
 
@@ -25,7 +25,7 @@ double together_ns(int64_t n, int64_t m, bool factorising) {
 
 double alone_ns(int64_t n, int64_t m, bool factorising) {
   const double size = static_cast<double>(n);
-  const double rows = static_cast<double>(round_up_to(m, kLanes));
+  const double rows = static_cast<double>(round_up(m, kLanes));
   return 300 + 30 * size + 0.3 * size * size + (factorising ? 0.0035 * size * size * size : 0) +
          rows * size * (1 + 0.04 * size);
 }
@@ -33,10 +33,7 @@ double alone_ns(int64_t n, int64_t m, bool factorising) {
 }  // namespace
 
 void cholesky_group(const CholeskyGroup& group, bool together, const Share* share) {
-#if DROPINF_AVX2
-  if (use_avx2()) return (together ? avx2::run_group<true> : avx2::run_group<false>)(group, share);
-#endif
-  (together ? portable::run_group<true> : portable::run_group<false>)(group, share);
+  (together ? CAPABLE(run_group<true>) : CAPABLE(run_group<false>))(group, share);
 }
 
 CholeskyCall::CholeskyCall(const CholeskyArgs& args)

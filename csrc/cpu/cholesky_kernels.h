@@ -10,6 +10,8 @@
 // the place alone, never on the tile, the group or the padding. Sums from zero round less than
 // one long subtraction from a large a(j, j).
 
+#include "cpu/tile_kernels.h"
+// After the tiles.
 #include "cpu/table_kernels.h"
 
 // to -= the product of one block, where 4 columns of `to` are to_step apart.
@@ -268,7 +270,7 @@ TARGET void run_group(const CholeskyGroup& group, const Share* share) {
     shift[l] = there ? group.shift[l] : 0.0f;
   }
   if (largest == 0) return;
-  const int64_t N = round_up_to(largest, together ? 4 : kLanes);
+  const int64_t N = round_up(largest, together ? 4 : kLanes);
   // An odd number of cache lines from column to column, so that columns fall into all cache sets.
   const int64_t ld = together ? N + 2 : (N / 16 | 1) * 16 + (N % 32 > 16 ? 32 : 0);
   alignas(64) float small[4096];  // for eight 20 x 20 matrices allocating would cost a tenth
@@ -305,7 +307,7 @@ TARGET void run_group(const CholeskyGroup& group, const Share* share) {
     }
   }
   if (group.m == 0) return;
-  const int64_t chunk = std::min(round_up_to(group.m, R), kChunk<together>);
+  const int64_t chunk = std::min(round_up(group.m, R), kChunk<together>);
   const auto solve_chunks = [&](int64_t begin, int64_t end) TARGET {
     Floats space = make_floats(chunk * N * E);
     float* const X = space.get();

@@ -5,8 +5,6 @@
 namespace portable {
 namespace {
 #define TARGET
-#include "cpu/tile_kernels.h"
-// After the tiles.
 #include KERNELS
 #undef TARGET
 }  // namespace
@@ -16,8 +14,6 @@ namespace {
 namespace avx2 {
 namespace {
 #define TARGET AVX2
-#include "cpu/tile_kernels.h"
-// After the tiles.
 #include KERNELS
 #undef TARGET
 }  // namespace

@@ -1,8 +1,9 @@
 // gather_grads on the CPU: bound by cache and TLB misses of single elements, which the processor
 // overlaps on its own as long as the loop has no branch that depends on the data.
 
+#include "gather_grads.h"
+
 #include "elements.h"
-#include "launchers.h"
 
 namespace dropinf {
 namespace {

@@ -1,9 +1,10 @@
 // Gram matrices of many layers on the CPU.
 
+#include "gram.h"
+
 #include <algorithm>
 
 #include "cpu/lanes.h"
-#include "launchers.h"
 
 namespace dropinf {
 namespace {
@@ -37,12 +38,7 @@ GramCall::GramCall(const GramArgs& args) : args_(args) {
 
 void GramCall::item(int64_t k) const {
   const Item& item = items_[k];
-#if DROPINF_AVX2
-  if (use_avx2()) {
-    return avx2::gram_rows(args_, item.offset, item.r, item.begin, item.end, item.out);
-  }
-#endif
-  portable::gram_rows(args_, item.offset, item.r, item.begin, item.end, item.out);
+  CAPABLE(gram_rows)(args_, item.offset, item.r, item.begin, item.end, item.out);
 }
 
 }  // namespace dropinf

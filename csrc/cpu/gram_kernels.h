@@ -1,4 +1,6 @@
-// Gram matrices, once for each capability: see tile_kernels.h, which comes before this.
+// Gram matrices, once for each capability: see tile_kernels.h.
+
+#include "cpu/tile_kernels.h"
 
 // sums[c][j] += sum_t rows[t, i + c] * rows[t, j], for 4 columns i + c and V registers of columns
 // j.
@@ -23,9 +25,8 @@ TARGET void gram_tile(const float* rows, int64_t ld, int64_t count, int64_t i, i
 TARGET inline void gram_rows(const GramArgs& args, int64_t offset, int64_t n, int64_t begin,
                              int64_t end, float* out) {
   // Odd numbers of cache lines, so that columns fall into all cache sets.
-  const int64_t height = round_up_to(end - begin, 4);
-  const int64_t width = round_up_to(end, kLanes),
-                ld = (width + 15) / 16 * 16 + (width % 32 ? 0 : 16);
+  const int64_t height = round_up(end - begin, 4);
+  const int64_t width = round_up(end, kLanes), ld = round_up(width, 16) + (width % 32 ? 0 : 16);
   Floats space = make_floats(ld * (kDepth + height));
   float *const block = space.get(), *const sums = block + ld * kDepth;
   std::fill_n(sums, ld * height, 0.0f);

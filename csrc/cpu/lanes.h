@@ -1,5 +1,5 @@
-// Eight floats that are worked on together, as a type for each capability, for the files that are
-// included once inside `namespace avx2` and once inside `namespace portable`.
+// Eight floats that are worked on together, as a type for each capability (see capability.h), and
+// elements widened to float.
 
 #pragma once
 
@@ -12,16 +12,18 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/avx2.h"
+#include "cpu/capability.h"
+#include "elements.h"
 
 namespace dropinf {
 
 constexpr int64_t kLanes = 8;
 
-inline int64_t round_up_to(int64_t size, int64_t multiple) {
+inline int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
+// Floats that begin at a cache line.
 struct FreeFloats {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
@@ -32,6 +34,12 @@ inline Floats make_floats(int64_t size) {
 }
 
 namespace portable {
+
+template <typename E>
+inline float load1(const E* p) {
+  return to_float(*p);
+}
+inline float fma(float a, float b, float c) { return a * b + c; }
 
 struct Lanes {
   float v[kLanes];
@@ -95,7 +103,17 @@ inline void transpose(Lanes* a) {
 
 namespace avx2 {
 
+AVX2 inline float load1(const float* p) { return *p; }
+AVX2 inline float load1(const BFloat16* p) { return to_float(*p); }
+AVX2 inline float load1(const Float16* p) { return _cvtsh_ss(p->bits); }
+AVX2 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 using Lanes = __m256;
+
+AVX2 inline Lanes widen(__m128i bits, BFloat16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+AVX2 inline Lanes widen(__m128i bits, Float16) { return _mm256_cvtph_ps(bits); }
 
 AVX2 inline Lanes load(const float* p) { return _mm256_loadu_ps(p); }
 AVX2 inline __m256i first_lanes(int64_t count) {

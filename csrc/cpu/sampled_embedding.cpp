@@ -2,10 +2,11 @@
 // vocabulary of 50,000 and 1,000 coordinates one position in 50 meets any, so the search is the
 // work.
 
+#include "sampled_embedding.h"
+
 #include <algorithm>
 
 #include "elements.h"
-#include "launchers.h"
 
 namespace dropinf {
 namespace {

@@ -19,9 +19,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/cholesky.cuh"
 #include "cuda/cholesky_layer.cuh"
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
 
 namespace dropinf {
 namespace cuda {

@@ -1,6 +1,10 @@
 // What every CUDA kernel uses: widening loads, shared memory, asynchronous copies, the
 // launch. No torch.
 //
+// Launchers do not wait for the device, and launch nothing for work of size zero. A kernel never
+// reads at an index out of range: its entry becomes NaN, since a kernel cannot raise without a
+// wait.
+//
 // Compiled by nvcc, and as C++ for the tests, which then have a <cuda_runtime.h> of their own that
 // runs every thread of a block as a real one. Whatever the two spell differently is in this file.
 //
@@ -29,6 +33,10 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+inline int64_t round_up(int64_t size, int64_t multiple) {
+  return ceil_div(size, multiple) * multiple;
+}
+
 __device__ inline float widen(float value) { return value; }
 
 __device__ inline float widen(BFloat16 value) {
@@ -44,6 +52,9 @@ __device__ inline float widen(Float16 value) {
   return to_float(value);
 #endif
 }
+
+// -1, 0 or 1; else an entry is NaN, as where an index is out of range.
+__device__ inline bool is_sign(float value) { return value >= -1.0f && value <= 1.0f; }
 
 __device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
 

@@ -5,7 +5,7 @@
 // 4.3 TB/s; a launch takes longer (predicted, not measured).
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/gather_grads.cuh"
 
 namespace dropinf {
 namespace cuda {
@@ -62,18 +62,18 @@ __device__ float entry_of(const Grad& grad, int64_t k) {
 }
 
 // The signed sum of the s elements at offset(position), in their order. Out of range is NaN, with a
-// sign of 0 too.
+// sign of 0 too, and so is what is no sign.
 template <typename F>
 __device__ float signed_sum(const Grad& grad, const int8_t* signs, int64_t s, int64_t k,
                             const F& offset) {
   float sum = 0.0f;
   for (int64_t j = k * s; j < (k + 1) * s; ++j) {
     const int64_t position = grad.idx[j];
-    const int sign = signs[j];
-    if (!in_range(position, grad.numel)) {
+    const float sign = static_cast<float>(signs[j]);
+    if (!in_range(position, grad.numel) || !is_sign(sign)) {
       sum = not_a_number();
-    } else if (sign != 0) {
-      sum += static_cast<float>(sign) * element(grad.data, grad.dtype, offset(position));
+    } else if (sign != 0.0f) {
+      sum += sign * element(grad.data, grad.dtype, offset(position));
     }
   }
   return sum;

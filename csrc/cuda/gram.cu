@@ -12,7 +12,7 @@
 // not exact enough for the factors.
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/gram.cuh"
 
 namespace dropinf {
 namespace cuda {
@@ -258,7 +258,7 @@ int64_t append(const GramArgs& args, int64_t l, int64_t* matrix, Gram* all) {
 
 int64_t chunk_of(int64_t n) {
   const int64_t least = ceil_div<int64_t>(n, kMaxChunks);
-  return ceil_div<int64_t>(least > kMinChunk ? least : kMinChunk, kDepth) * kDepth;
+  return round_up(least > kMinChunk ? least : kMinChunk, kDepth);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@
 #include <algorithm>
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/sampled_outer.cuh"
 #include "cuda/sampled_outer_staged.cuh"
 
 namespace dropinf {
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
     for (int64_t j = 0; j < call.s; ++j) {
       const int32_t o = call.o_idx[k * call.s + j], i = call.i_idx[k * call.s + j];
       const bool ones = call.bias && i == call.I;
-      const bool good = in_range(o, call.O) && (ones || in_range(i, call.I));
       const float sign = call.sign ? static_cast<float>(call.sign[k * call.s + j]) : 1.0f;
+      const bool good = in_range(o, call.O) && (ones || in_range(i, call.I)) && is_sign(sign);
       if (good && sign == 0.0f) continue;
       float sum = good ? 0.0f : not_a_number();
       if (good && ones) {
@@ -108,10 +108,6 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const SumCall call) {
   call.out[n / call.r * call.out_stride_b + n % call.r * call.out_stride_k] = call.scale * total;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
 // Positions of a chunk. The sums of a chunk, written and read once, are at most 1/16 of its inputs,
 // so that they cost little whatever r is.
 int64_t chunk_of(const SampledOuterArgs& args) {
@@ -119,7 +115,11 @@ int64_t chunk_of(const SampledOuterArgs& args) {
   const int64_t few_sums =
       ceil_div<int64_t>(16 * 2 * 4 * args.r, std::max<int64_t>(input_bytes, 1));
   const int64_t chunk = std::max({kMinChunk, ceil_div(args.T, kMaxChunks), few_sums});
-  return round_up(std::min(chunk, args.T), kChunkMultiple);
+  return round_up(std::clamp<int64_t>(args.T, 1, chunk), kChunkMultiple);
+}
+
+int64_t num_chunks_of(const SampledOuterArgs& args) {
+  return std::max<int64_t>(1, ceil_div(args.T, chunk_of(args)));
 }
 
 OuterCall call_of(const SampledOuterArgs& args, float* scratch) {
@@ -133,7 +133,7 @@ OuterCall call_of(const SampledOuterArgs& args, float* scratch) {
   call.s = args.s;
   call.bias = args.bias;
   call.chunk = chunk_of(args);
-  call.num_chunks = ceil_div(args.T, call.chunk);
+  call.num_chunks = num_chunks_of(args);
   const bool only = call.num_chunks == 1;  // nothing to add up
   call.scale = only ? args.scale : 1.0f;
   call.sums = only ? args.out : scratch;
@@ -223,7 +223,7 @@ cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, f
 const int64_t kMaxStagedSlots = kMostCoordinates * kStagedThreads;
 
 int64_t sampled_outer_scratch(const SampledOuterArgs& args) {
-  const int64_t num_chunks = ceil_div(args.T, chunk_of(args));
+  const int64_t num_chunks = num_chunks_of(args);
   return num_chunks == 1 ? 0 : num_chunks * args.B * args.r;
 }
 
@@ -231,7 +231,7 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
                           cudaStream_t stream) {
   cudaError_t error =
       order ? run_staged(args, *order, scratch, stream) : run_direct(args, scratch, stream);
-  const int64_t num_chunks = ceil_div(args.T, chunk_of(args));
+  const int64_t num_chunks = num_chunks_of(args);
   if (error != cudaSuccess || num_chunks == 1) return error;
   const SumCall call{scratch,  num_chunks,        args.B,           args.r, args.scale,
                      args.out, args.out_stride_b, args.out_stride_k};

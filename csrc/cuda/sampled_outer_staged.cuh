@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
     float total = 0.0f;
     for (int j = 0; j < s; ++j) {
       const float sign = call.sign ? static_cast<float>(call.sign[k * s + j]) : 1.0f;
-      if (sign != 0.0f) total += sign * placed[n * s + j];
+      if (sign != 0.0f) total += is_sign(sign) ? sign * placed[n * s + j] : not_a_number();
     }
     to[k * call.stride_k] = call.scale * total;
   }

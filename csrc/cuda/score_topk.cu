@@ -12,7 +12,7 @@
 // 1 MB in about 20 us; the product that makes them reads 262,144 rows, at R=65536 16 ms.
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
+#include "cuda/score_topk.cuh"
 
 namespace dropinf {
 namespace cuda {

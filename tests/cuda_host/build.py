@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,12 +45,15 @@ def load() -> None:
 
 def library(sources: Path, sanitizer: str) -> Path:
     """The shared library of the kernels in `sources`/cuda, built if it is not there yet."""
-    # The bindings are torch's and ours, without a thread: only the kernels are watched.
+    # What includes torch has no thread of ours: only the kernels are watched.
     watched = [f"-fsanitize={sanitizer}"] if sanitizer else []
     python = sysconfig.get_paths()["include"]
     system = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
-    jobs = [(kernel, watched) for kernel in sorted((sources / "cuda").glob("*.cu"))]
-    jobs.append((HERE / "module.cpp", system))
+    kernels = sorted((sources / "cuda").glob("*.cu"))
+    # The files that register them, compiled as one, for torch's headers are most of the time.
+    ops = [o for kernel in kernels for o in ("-include", f"{kernel.stem}.cpp")]
+    on_host = ["-DDROPINF_CUDA", "-DDROPINF_CUDA_ON_HOST", *system, *ops]
+    jobs = [(HERE / "module.cpp", on_host), *((kernel, watched) for kernel in kernels)]
     torch_libraries = [f"-L{TORCH_LIB_PATH}", "-ltorch", "-ltorch_cpu", "-lc10"]
     return _linked("cuda_host.so", _objects(sources, jobs), [*watched, "-shared", *torch_libraries])
 
@@ -80,7 +84,7 @@ def _objects(sources: Path, jobs: Iterable[tuple[Path, list[str]]]) -> list[Path
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         flags = [o for o in options if o.startswith("-")]  # where torch lies changes nothing
         digest = hashlib.sha256(" ".join([COMPILER, torch.__version__, *FLAGS, *flags]).encode())
-        for file in _included(source, sources):
+        for file in _included(source, sources, options):
             digest.update(file.read_bytes())
         target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         include = [f"-I{HERE}", f"-I{sources}"]
@@ -90,9 +94,10 @@ def _objects(sources: Path, jobs: Iterable[tuple[Path, list[str]]]) -> list[Path
         return list(pool.map(compiled, jobs))
 
 
-def _included(source: Path, sources: Path) -> list[Path]:
+def _included(source: Path, sources: Path, options: Sequence[str] = ()) -> list[Path]:
     """The file and all of ours that it includes, the same order for the same contents."""
     found = [source]
+    found += [sources / name for flag, name in pairwise(options) if flag == "-include"]
     for file in found:
         for name in INCLUDE.findall(file.read_text()):
             places = (folder / name for folder in (file.parent, HERE, sources))

@@ -1,11 +1,9 @@
-// The CUDA ops as torch.ops.dropinf_host, for CPU tensors: the same bindings and kernels, with the
-// <cuda_runtime.h> beside this file.
+// What the tests set of torch.ops.dropinf_host, the CUDA ops for CPU tensors: see registration.h.
 
-#include "cuda/bindings.cpp"
+#include <cuda_runtime.h>
+#include <torch/library.h>
 
-TORCH_LIBRARY(dropinf_host, m) {
-  dropinf::define_ops(m);
+TORCH_LIBRARY_FRAGMENT(dropinf_host, m) {
   m.def("set_max_shared_bytes",
         [](int64_t n) { host_execution::max_shared_bytes = static_cast<int>(n); });
 }
-TORCH_LIBRARY_IMPL(dropinf_host, CPU, m) { dropinf::implement_cuda_ops(m); }

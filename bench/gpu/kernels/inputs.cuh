@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "cuda/common.cuh"
-#include "cuda/cuda_launchers.h"
 
 namespace dropinf {
 namespace bench {

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "cuda/cholesky.cuh"
+#include "cuda/gram.cuh"
 #include "inputs.cuh"
 
 namespace dropinf {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bank_order.h"
+#include "cuda/sampled_outer.cuh"
 #include "inputs.cuh"
 
 namespace dropinf {

@@ -2,6 +2,10 @@
 
 #pragma once
 
+#include "cuda/gather_grads.cuh"
+#include "cuda/sampled_conv.cuh"
+#include "cuda/sampled_embedding.cuh"
+#include "cuda/score_topk.cuh"
 #include "inputs.cuh"
 
 namespace dropinf {

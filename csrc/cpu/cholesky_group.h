@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "cholesky.h"
 #include "cpu/lanes.h"
-#include "launchers.h"
 
 namespace dropinf {
 

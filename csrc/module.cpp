@@ -1,0 +1,92 @@
+// The module dropinf._C: build information, and what is called from Python that is no op. Importing
+// it registers the ops, each in a file of its own.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include <string>
+#include <vector>
+
+#include "bank_order.h"
+#include "checks.h"
+#include "cpu/capability.h"
+
+namespace dropinf {
+namespace {
+
+template <typename T>
+using Array = pybind11::array_t<T, pybind11::array::c_style>;
+
+// dropinf/staging.py gives it checked arrays [r, s].
+Array<int64_t> cut_passes_of(const Array<int32_t>& o_idx, const Array<int32_t>& i_idx,
+                             int64_t element_size, int64_t alignment, int64_t max_outputs,
+                             int64_t max_warps) {
+  TORCH_CHECK_VALUE(o_idx.ndim() == 2 && i_idx.ndim() == 2 && o_idx.shape(0) == i_idx.shape(0) &&
+                        o_idx.shape(1) == i_idx.shape(1) && element_size > 0 && alignment > 0,
+                    "cut_passes: o_idx and i_idx must be [r, s]");
+  const int64_t n = o_idx.size();
+  TORCH_CHECK_INDEX(
+      indices_in_range(o_idx.data(), n, kInt32Max) && indices_in_range(i_idx.data(), n, kInt32Max),
+      "cut_passes: negative index");
+  const std::vector<int64_t> bounds =
+      cut_passes(o_idx.data(), i_idx.data(), o_idx.shape(0), o_idx.shape(1),
+                 {element_size, alignment, max_outputs, max_warps});
+  return Array<int64_t>(static_cast<pybind11::ssize_t>(bounds.size()), bounds.data());
+}
+
+// (colours [n], how many)
+pybind11::tuple colour_edges_of(const Array<uint8_t>& left, const Array<uint8_t>& right) {
+  const int64_t n = left.size();
+  TORCH_CHECK_VALUE(left.ndim() == 1 && right.ndim() == 1 && right.size() == n && n <= kInt32Max,
+                    "colour_edges: left and right must be [n]");
+  for (int64_t e = 0; e < n; ++e) {
+    TORCH_CHECK_INDEX(left.data()[e] < kNumBanks && right.data()[e] < kNumBanks,
+                      "colour_edges: a bank is out of range");
+  }
+  Array<int32_t> colour(n);
+  const int64_t count = colour_edges(left.data(), right.data(), n, colour.mutable_data());
+  return pybind11::make_tuple(colour, count);
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  info["compiler"] = "msvc " + std::to_string(_MSC_VER);
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["cpp_standard"] = static_cast<int64_t>(__cplusplus);
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef DROPINF_CUDA
+  info["cuda"] = DROPINF_CUDA;
+#else
+  info["cuda"] = "";
+  info["why_no_cuda"] = DROPINF_WHY_NO_CUDA;
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace dropinf
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &dropinf::build_info);
+  m.def("cut_passes", &dropinf::cut_passes_of);
+  m.def("colour_edges", &dropinf::colour_edges_of);
+  m.def("cpu_capability", &dropinf::cpu_capability);
+  m.def("set_cpu_capability", [](const std::string& name) {
+    if (!dropinf::set_cpu_capability(name)) {
+      throw pybind11::value_error("set_cpu_capability: '" + name + "' is not supported here");
+    }
+  });
+}

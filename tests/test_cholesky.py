@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_scoring import plan_of, stores
+from score_cases import plan_of, stores
 
 import dropinf.store
 from dropinf import RowStore, ops, scores

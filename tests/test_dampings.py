@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_scoring import stores
+from score_cases import stores
 
 from dropinf import Dropout, Plan, RowStore, choose_damping, scores
 from dropinf.solvers import Cholesky, Eigen, Full

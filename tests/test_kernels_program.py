@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from cuda_host import build
-from test_selftest import FAULTS
+from kernel_faults import FAULTS
 
 SOURCE = build.ROOT / "bench" / "gpu" / "kernels.cu"
 ROW = re.compile(r"(\S.*\S) +" + r" +".join([r"(\d+\.\d+)"] * 5))

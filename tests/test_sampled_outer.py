@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMULATED, EPS32, assert_refused_or_nan, assert_within, numbers_of_threads
+from outer_cases import good
 from properties import given, settings, st
 
 import dropinf
@@ -311,14 +312,6 @@ def test_opcheck(sign):
     args = (x, dy, o_idx, i_idx, signs, False, 1.0, (), out)
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(torch.ops.dropinf.sampled_outer.default, args)
-
-
-good = {
-    "x": torch.zeros(2, 3, 4),
-    "dy": torch.zeros(2, 3, 5),
-    "o_idx": torch.zeros(6, dtype=torch.int32),
-    "i_idx": torch.zeros(6, dtype=torch.int32),
-}
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,12 @@ import pytest
 import torch
 from cases import CASES, build, example
 from conftest import EPS32, assert_within
-from torch import nn
+from score_cases import formula, plan_of, stores
 
 import dropinf.store
 import dropinf.streaming
 from dropinf import (
-    Dropout,
     Full,
-    Plan,
     RowStore,
     ensemble,
     influence,
@@ -23,18 +21,6 @@ from dropinf import (
 from dropinf.solvers import Cholesky, Identity
 
 
-def formula(train, queries, sizes, damping):
-    """Σ_l q_l (F_l + λ_l)⁻¹ g_l with numpy's explicit inverse, layer by layer."""
-    result, start = 0, 0
-    for size in sizes:
-        G, Q = (np.asarray(a)[:, start : start + size] for a in (train, queries))
-        F = sum(np.outer(g, g) for g in G) / len(G)
-        λ = damping * sum(g @ g for g in G) / (len(G) * size)
-        result = result + Q @ np.linalg.inv(F + λ * np.eye(size)) @ G.T
-        start += size
-    return torch.from_numpy(result)
-
-
 def whole_gradients(case, model, batch):
     rows = []
     for b in range(len(batch[0])):
@@ -42,23 +28,6 @@ def whole_gradients(case, model, batch):
         grads = torch.autograd.grad(loss, list(model.parameters()))
         rows.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(rows)
-
-
-def plan_of(*sizes, r=None):
-    """One layer of a single parameter of each size."""
-    model = nn.Sequential(*(nn.Linear(size, 1, bias=False) for size in sizes))
-    return Plan.make(model, Full() if r is None else Dropout(r=r))
-
-
-def stores(n, m, *sizes, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    plan = plan_of(*sizes)
-    return tuple(
-        RowStore(
-            torch.randn(k, plan.width, generator=generator, dtype=torch.float64).to(dtype), plan
-        )
-        for k in (n, m)
-    )
 
 
 @pytest.mark.parametrize("mode", ["activations", "grads"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_host import build
-from test_sampled_outer import good
+from kernel_faults import FAULTS
+from outer_cases import good
 
 import dropinf
 from dropinf import dispatch, ops, reference, selftest, staging
@@ -75,13 +76,6 @@ def test_staged_cases():
         kernels |= {bisect.bisect_left([5 * 384, 13 * 384], int(p[:, 5].max())) for p in passes}
     assert kernels == {0, 1, 2}
 
-
-# op: a file of its CUDA kernels, what is in it, and what that becomes, which is seen only where
-# there is an order, or more than one chunk of rows.
-FAULTS = {
-    "sampled_outer": ("cuda/sampled_outer_staged.cuh", "sums[k] +=", "sums[k] += 2 *"),
-    "gram": ("cuda/gram.cu", "total[i][j] += sums[i][j];", "total[i][j] = sums[i][j];"),
-}
 
 # In a process of its own, which can load one library of these ops.
 ON_THE_HOST = """

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_scoring import formula, plan_of, stores
+from score_cases import formula, plan_of, stores
 
 import dropinf.solvers.eigen
 import dropinf.solvers.gauss_newton

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
 from on_device import OpsOn
 
 import dropinf
-from dropinf import dispatch
+from dropinf.ops import dispatch
 
 torch.set_num_threads(1)  # a plugin may have imported it before
 

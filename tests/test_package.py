@@ -1,6 +1,7 @@
 """The package as installed, with and without a compiler; its command line; its one direction."""
 
 import ast
+import importlib
 import json
 import logging
 import os
@@ -11,14 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import PACKAGE, ROOT
 
 import dropinf.__main__
-from dropinf import dispatch
-from dropinf.microbenchmark import sweep
-from dropinf.microbenchmark.formed import Point
-
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "dropinf"
+from dropinf.ops import dispatch
+from dropinf.tools.microbenchmark import sweep
+from dropinf.tools.microbenchmark.formed import Point
 
 
 def run(*command, cwd=None, **environment):
@@ -170,73 +169,61 @@ def test_bench(command, monkeypatch, request, tmp_path):
     assert status in (0, 1) and ("nothing became slower" in printed) == (status == 0)
 
 
-def imports(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dropinf"):
-            parts = node.module.split(".")
-            if len(parts) > 1:
-                yield ".".join(parts[1:])
-            else:
-                yield from (alias.name for alias in node.names)
-
-
-# From the backends, which know only tensors, to the calls that do everything.
-ORDER = [
-    ["reference", "staging"],
-    ["selftest"],
-    ["dispatch"],
+# From the ops, which know only tensors, to the calls that do everything.
+ROOMS = [
     ["ops"],
-    ["calls", "forms", "marks", "rowmap", "composites", "tables", "shares", "projections"],
-    ["folds"],
-    ["compress"],
-    ["baselines", "projector"],
-    ["plan", "norms", "routes", "general"],
-    ["layers", "tap", "store", "sources", "checking"],
-    ["runs", "gradients", "solvers.base", "solvers.damping", "solvers.kept", "streaming"],
-    ["entries", "solvers.group", "solvers.eigen", "solvers.gauss_newton"],
-    ["graph", "solvers.primal", "solvers.dual"],
-    ["meetings", "solvers.saving"],
-    ["activations"],
-    [
-        "solvers.cg",
-        "solvers.cholesky",
-        "solvers.datainf",
-        "solvers.diagonal",
-        "solvers.identity",
-        "solvers.lissa",
-        "capturing",
-    ],
-    ["solvers", "collecting"],
-    ["scoring", "dampings", "integrations.training", "integrations.drawn"],
-    ["integrations.versions", "integrations.transformers_losses"],
-    ["integrations.transformers", "integrations.lightning"],
-    ["doctor", "microbenchmark.timing", "microbenchmark.check"],
-    ["microbenchmark.peers", "microbenchmark.formed"],
-    ["microbenchmark.passes"],
-    ["microbenchmark.sweep"],
-    ["microbenchmark.page", "microbenchmark.memory"],
-    ["microbenchmark.main"],
+    ["compression"],
+    ["capturing.rules"],
+    ["capturing"],
+    ["rows"],
+    ["solvers"],
+    ["scoring"],
+    ["integrations", "tools"],
 ]
+LEAVES = ["text_table"]  # for every room
+
+
+def room_of(module):
+    """The room that dropinf.<module> is in, or is; "" of what stands in none."""
+    names = [name for names in ROOMS for name in names]
+    return max((n for n in names if f"{module}.".startswith(f"{n}.")), key=len, default="")
+
+
+def imports(path):
+    """What a file imports of the package: "rows" of `from dropinf.rows import ...`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "dropinf":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dropinf."):
+            yield node.module.removeprefix("dropinf.")
+        elif isinstance(node, ast.Import):
+            names = (alias.name.partition(".") for alias in node.names)
+            yield from (inside for package, _, inside in names if package == "dropinf")
 
 
 def test_one_direction():
-    """Nothing imports to its right: a module imports only from earlier ranks."""
-    rank = {name: i for i, names in enumerate(ORDER) for name in names}
-    for name, mine in rank.items():
-        file = PACKAGE / (name.replace(".", "/") + ".py")
-        file = file if file.exists() else PACKAGE / name / "__init__.py"
+    """A room imports from rooms before it, and only what their front doors have."""
+    rank = {name: i for i, names in enumerate(ROOMS) for name in names}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        mine = room_of(".".join(parts))
+        if not mine:
+            assert parts[0] in ("__init__", "__main__", "triton_kernels", *LEAVES), parts
+            continue
         for other in imports(file):
-            if other in rank:
-                assert rank[other] < mine, f"{name} imports {other}"
-    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "demo"}
-    assert modules <= set(rank)
+            theirs = room_of(other)
+            if theirs == mine or other in LEAVES or (mine == "tools" and not theirs):
+                continue
+            assert theirs and rank[theirs] < rank[mine], f"{'.'.join(parts)} imports {other}"
+            assert other == theirs, f"{'.'.join(parts)} imports {other}, not from {theirs}"
 
 
 def test_no_module_has_the_name_of_a_public_function():
-    modules = {p.stem for p in PACKAGE.glob("*.py")}
-    functions = {n for n in dropinf.__all__ if callable(getattr(dropinf, n))}
-    assert not modules & functions
+    for name in ["dropinf", *(f"dropinf.{name}" for names in ROOMS for name in names)]:
+        package = importlib.import_module(name)
+        modules = {path.stem for path in Path(package.__file__).parent.iterdir()}
+        public = getattr(package, "__all__", [])
+        assert not modules & {n for n in public if callable(getattr(package, n))}, name
 
 
 def readme_blocks():

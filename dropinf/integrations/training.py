@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dropinf.collecting import LossFn, collect
-from dropinf.plan import Plan
-from dropinf.store import RowStore, RowWriter
+from dropinf.compression import Plan
+from dropinf.rows import LossFn, RowStore, RowWriter, collect
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block, Plan
-from dropinf.store import RowStore
+from dropinf.compression import Block, Plan
+from dropinf.rows import RowStore
 
 Self = TypeVar("Self", bound="Solver")
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, solvable
-from dropinf.store import RowStore
-from dropinf.streaming import mean_squares
 
 # Directions below this share of the longest are rounding: they are dropped.
 _DEPENDENT = 1e-12

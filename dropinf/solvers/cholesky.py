@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import PART_BYTES, RowStore
 from dropinf.solvers.base import Joint, Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
 from dropinf.solvers.eigen import Eigen
+from dropinf.solvers.factor_file import Spill
 from dropinf.solvers.group import Group, Layer, Setting
-from dropinf.solvers.kept import Spill
 from dropinf.solvers.primal import Primal
 from dropinf.solvers.saving import load_solver, save_solver
-from dropinf.store import RowStore
-from dropinf.streaming import PART_BYTES
-from dropinf.tables import print_table
+from dropinf.text_table import print_table
 
 
 class Cholesky(Solver):

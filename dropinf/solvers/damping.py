@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import Block
 
 
 class Damping:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import RowStore, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
-from dropinf.store import RowStore
-from dropinf.streaming import valid_rows
 
 
 class Dual(Group):

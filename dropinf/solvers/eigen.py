@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import RowStore, mark_invalid, products, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.store import RowStore
-from dropinf.streaming import mark_invalid, products, valid_rows
 
 _ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
-from dropinf.store import RowStore
-from dropinf.streaming import valid_rows
+from dropinf.compression import Block
+from dropinf.rows import RowStore, valid_rows
 
 
 def parts(store: RowStore) -> Iterator[Tensor]:

@@ -13,11 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import RowStore, merged
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.kept import Kept
-from dropinf.store import RowStore
-from dropinf.streaming import merged
+from dropinf.solvers.factor_file import Kept
 
 _RETRIES = 4  # each raises the damping tenfold
 _STEPS = 8  # of the power iterations of a condition estimate

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, parts, solvable
-from dropinf.store import RowStore
-from dropinf.streaming import mean_squares
 
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
 # σ_max / 2.2 would do. Power iteration comes to less from all four random vectors with a

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.plan import Block
+from dropinf.compression import Block
+from dropinf.rows import RowStore, put, take, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
-from dropinf.store import RowStore
-from dropinf.streaming import put, take, valid_rows
 
 
 class Primal(Group):

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from dropinf.plan import Block, Plan
+from dropinf.compression import Block, Plan
+from dropinf.rows import RowStore
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
+from dropinf.solvers.factor_file import Kept, crc_of, write
 from dropinf.solvers.group import Group, Layer, Setting
-from dropinf.solvers.kept import Kept, crc_of, write
 from dropinf.solvers.primal import Primal
-from dropinf.store import RowStore
-from dropinf.tables import printable
+from dropinf.text_table import printable
 
 _FORMAT = "dropinf cholesky 1"
 _FORMS = {form.form: form for form in (Primal, Dual)}

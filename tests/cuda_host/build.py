@@ -20,10 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from places import ROOT
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_host"
 

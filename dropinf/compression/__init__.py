@@ -1,0 +1,30 @@
+"""Compressions: which coordinates of a layer's gradient are kept, and where they stand in a row."""
+
+from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
+from dropinf.compression.dropout import Dropout, FactoredDropout, Full, Sketch
+from dropinf.compression.entry_map import Dense, Sums, by_entry
+from dropinf.compression.plan import Block, Compression, Plan, Slot, unwrap
+from dropinf.compression.projections import Kron
+from dropinf.compression.projector import DropoutProjector
+
+__all__ = [
+    "FJLT",
+    "SJLT",
+    "Block",
+    "Compression",
+    "Dense",
+    "Dropout",
+    "DropoutProjector",
+    "FactoredDropout",
+    "Full",
+    "Gaussian",
+    "Kron",
+    "LoGra",
+    "Plan",
+    "Rademacher",
+    "Sketch",
+    "Slot",
+    "Sums",
+    "by_entry",
+    "unwrap",
+]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.compression.dropout import draw
+from dropinf.compression.parts import draw
 from gpu.ratios import Case, Contestant, Setup, Target, backends_of, reason_of
 from gpu.timing import Bench, Loop, relative_error
 

@@ -1,11 +1,13 @@
 """Compressions: which coordinates of a layer's gradient are kept, and where they stand in a row."""
 
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
-from dropinf.compression.dropout import Dropout, FactoredDropout, Full, Sketch
+from dropinf.compression.dropout import Dropout, Full
 from dropinf.compression.entry_map import Dense, Sums, by_entry
+from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.plan import Block, Compression, Plan, Slot, unwrap
 from dropinf.compression.projections import Kron
 from dropinf.compression.projector import DropoutProjector
+from dropinf.compression.sketch import Sketch
 
 __all__ = [
     "FJLT",

@@ -16,8 +16,9 @@ import numpy as np
 
 from dropinf.compression import projections
 from dropinf.compression.allocation import Allocation, Layer, check_budget, entries_of, shares
-from dropinf.compression.dropout import Part, grid_sides
 from dropinf.compression.entry_map import Dense
+from dropinf.compression.grid import grid_sides
+from dropinf.compression.parts import Part
 from dropinf.compression.projections import Projection
 
 

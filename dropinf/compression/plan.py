@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from dropinf.compression.allocation import entries_of
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
-from dropinf.compression.dropout import Dropout, FactoredDropout, Full, Part, Sketch
+from dropinf.compression.dropout import Dropout, Full
 from dropinf.compression.entry_map import Fold
+from dropinf.compression.grid import FactoredDropout
+from dropinf.compression.parts import Part
+from dropinf.compression.sketch import Sketch
 from dropinf.text_table import print_table
 
 Compression = (

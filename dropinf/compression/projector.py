@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.compression.dropout import draw
+from dropinf.compression.parts import draw
 
 Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 

@@ -8,19 +8,10 @@ of a GPU cannot raise without a wait: there the entry is NaN.
 """
 
 from dropinf.ops.dispatch import BackendError, backends
-from dropinf.ops.sampled import (
-    DampedCholesky,
-    cholesky_solve,
-    damped_cholesky,
-    factored_outer,
-    gather_grads,
-    gram,
-    sampled_conv,
-    sampled_embedding,
-    sampled_outer,
-    score_topk,
-    unpack,
-)
+from dropinf.ops.gather import gather_grads
+from dropinf.ops.layerwise import DampedCholesky, cholesky_solve, damped_cholesky, gram, unpack
+from dropinf.ops.sampled import factored_outer, sampled_conv, sampled_embedding, sampled_outer
+from dropinf.ops.topk import score_topk
 
 __all__ = [
     "BackendError",

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from dropinf import Dropout, FactoredDropout, Full, Sketch
-from dropinf.compression.dropout import draw, grid_sides
+from dropinf.compression.grid import grid_sides
+from dropinf.compression.parts import draw
 
 
 @settings(deadline=None)

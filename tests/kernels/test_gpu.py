@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dropinf
 from dropinf import ops
-from dropinf.compression.dropout import draw
+from dropinf.compression.parts import draw
 from dropinf.ops import dispatch
 from dropinf.ops.bank_schedule import staged_order
 

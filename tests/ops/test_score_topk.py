@@ -7,7 +7,7 @@ from conftest import EMULATED, EPS32
 
 import dropinf
 from dropinf import ops
-from dropinf.ops import sampled
+from dropinf.ops import topk
 
 OPS = ("score_topk",)
 
@@ -128,7 +128,7 @@ def test_rows_far_into_a_store(backend):
 
 @pytest.mark.backends("reference")  # of what all have in common
 def test_only_some_scores_at_a_time(backend, monkeypatch):
-    monkeypatch.setattr(sampled, "_MAX_SCORES", 30)
+    monkeypatch.setattr(topk, "_MAX_SCORES", 30)
     queries, rows = whole(4, 50)
     wanted = truth(queries.double().numpy() @ rows.double().numpy().T, 6)
     assert_equal(run(backend, queries, rows, 6, [(0, 50)]), wanted)

@@ -24,7 +24,7 @@ from dropinf.capturing.marks import Marks
 from dropinf.capturing.meetings import Meetings
 from dropinf.capturing.rowmap import RowMap
 from dropinf.capturing.tap import Tap, sharded_modules
-from dropinf.compression import Plan, Slot
+from dropinf.compression import ParamPlan, Plan
 from dropinf.text_table import printable
 
 
@@ -91,7 +91,7 @@ class ActivationsTap(Tap):
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(meetings)  # last in and first out: it must not see the rest
 
-    def _track(self, parameter: Tensor, slot: Slot) -> None:
+    def _track(self, parameter: Tensor, slot: ParamPlan) -> None:
         self._meetings.track(parameter, slot)
 
         def unseen(p: Tensor) -> None:
@@ -107,7 +107,7 @@ class ActivationsTap(Tap):
                 handle = parameter.register_post_accumulate_grad_hook(unseen)
                 self._on_gradients.callback(handle.remove)
 
-    def _look_up(self, own: list[tuple[nn.Module, str, Slot]]) -> Callable[..., None]:
+    def _look_up(self, own: list[tuple[nn.Module, str, ParamPlan]]) -> Callable[..., None]:
         def look_up(module: nn.Module, args: Any) -> None:
             for owner, name, slot in own:  # a sharded module swaps them at each call
                 self._track(owner._parameters[name], slot)
@@ -173,7 +173,7 @@ class ActivationsTap(Tap):
             raise unconnected
         row_map = self._row_map(losses, segment_ids)
         rows = self.empty_rows(losses, row_map.num_rows)
-        if self.plan.folded:
+        if self.plan.has_entry_maps:
             rows.zero_()  # parameters add to entries that they share
         entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
         with torch._C.DisableTorchFunction():
@@ -196,7 +196,8 @@ class ActivationsTap(Tap):
         self.plan.paths.update(meetings.paths)
         self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
         for slot in self.plan.slots:
-            if slot.fold is None and slot.name not in entries.touched:  # did not meet this batch
+            # Did not meet this batch.
+            if slot.entry_map is None and slot.name not in entries.touched:
                 rows[:, slot.entries].zero_()
         return rows
 

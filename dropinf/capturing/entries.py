@@ -13,7 +13,7 @@ from dropinf.capturing.rowmap import Route, RowMap, groups
 from dropinf.capturing.rules import Form, Role
 from dropinf.capturing.runs import Run, alone, columns, in_one, runs, sample, values
 from dropinf.capturing.sources import Lookup, Source, View, chunk_items
-from dropinf.compression import Dense, Slot
+from dropinf.compression import DenseProjection, ParamPlan
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Entries:
     ) -> None:
         """`factor` is taken out of every gradient; `cache` keeps `Coordinates` between batches.
 
-        Under a plan that is `folded` the rows are zeros already.
+        Under a plan that has entry maps the rows are zeros already.
         """
         self.rows, self.map, self.touched, self.formed = rows, map, set(), set()
         self._factor, self._backend, self._cache = factor, backend, cache
@@ -162,15 +162,15 @@ class Entries:
         slot = view.slot
         self._begin(slot)
         values = values * (slot.scale / self._factor)
-        if slot.fold is not None:
-            if isinstance(slot.fold, Dense):
+        if slot.entry_map is not None:
+            if isinstance(slot.entry_map, DenseProjection):
                 self.formed.add(slot.name)
-            values = slot.fold(values, view.which)
+            values = slot.entry_map(values, view.which)
         self._add(view.columns, values, rows)
 
-    def _begin(self, slot: Slot) -> None:
+    def _begin(self, slot: ParamPlan) -> None:
         if slot.name not in self.touched:
-            if slot.fold is None:
+            if slot.entry_map is None:
                 self.rows[:, slot.entries] = 0
             self.touched.add(slot.name)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dropinf import ops
 from dropinf.capturing.tap import Tap, sharded_modules
-from dropinf.compression import Dense, Slot, Sums
+from dropinf.compression import DenseProjection, ParamPlan, SignedSums
 
 
 class GradsTap(Tap):
@@ -21,8 +21,8 @@ class GradsTap(Tap):
         self._indices, self._signs = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
             index, sign = slot.index, None
-            if isinstance(slot.fold, Sums):
-                numbers, sign = slot.fold.groups
+            if isinstance(slot.entry_map, SignedSums):
+                numbers, sign = slot.entry_map.groups
                 index = index[numbers]
             self._indices.append(index.to(p.device))
             self._signs.append(None if sign is None else sign.to(p.device))
@@ -70,7 +70,7 @@ class GradsTap(Tap):
         before = [p.grad for p in everything]
         current = 0
 
-        def take(l: int, slot: Slot) -> Callable[[Tensor], None]:
+        def take(l: int, slot: ParamPlan) -> Callable[[Tensor], None]:
             def gather(p: Tensor) -> None:
                 part = self._entries([l], [p.grad], loss_scale)
                 rows[current, slot.entries] += part.to(rows.device)
@@ -110,7 +110,7 @@ class GradsTap(Tap):
             )
         slots, grads = self.plan.slots, [p.grad for p in self.parameters]
         entries = self._entries(range(len(slots)), grads, loss_scale)
-        if not self.plan.folded:
+        if not self.plan.has_entry_maps:
             return entries
         row = entries.new_zeros(self.plan.width)  # parameters add to entries that they share
         for slot, part in zip(slots, entries.split([slot.r for slot in slots]), strict=True):
@@ -122,17 +122,17 @@ class GradsTap(Tap):
     ) -> Tensor:
         """The entries of the parameters of these numbers, side by side, of their gradients."""
         slots = [self.plan.slots[l] for l in numbers]
-        if any(isinstance(slot.fold, Dense) for slot in slots):
+        if any(isinstance(slot.entry_map, DenseProjection) for slot in slots):
             wide = [
                 p.detach().new_zeros(p.shape) if g is None else g
                 for p, g in zip((self.parameters[l] for l in numbers), grads, strict=True)
             ]
             parts = zip(slots, wide, strict=True)
-            return torch.cat([s.fold(g.reshape(1, -1) / loss_scale)[0] for s, g in parts])
+            return torch.cat([s.entry_map(g.reshape(1, -1) / loss_scale)[0] for s, g in parts])
         return ops.gather_grads(
             grads,
             [self._indices[l] for l in numbers],
-            signs=[self._signs[l] for l in numbers] if self.plan.folded else None,
+            signs=[self._signs[l] for l in numbers] if self.plan.has_entry_maps else None,
             scales=[slot.scale / loss_scale for slot in slots],
             backend=self.backend,
         )

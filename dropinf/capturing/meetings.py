@@ -35,7 +35,7 @@ from dropinf.capturing.routes import LOST, Routes
 from dropinf.capturing.rowmap import MixedExamples, TokensDiffer
 from dropinf.capturing.rules import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError, opened
 from dropinf.capturing.sources import Derived, Lookup, Source, View, source_of
-from dropinf.compression import Slot
+from dropinf.compression import ParamPlan
 
 _JOIN = {torch.cat, torch.concat, torch.concatenate}
 _SET = {Tensor.__setitem__}
@@ -74,14 +74,14 @@ class Meetings(TorchFunctionMode):
         self.paths: dict[str, str] = {}
         self._per = per
         self._sources: Marks[Source] = Marks()
-        self._constants: Marks[tuple[Slot, ...]] = Marks()  # and what they were made of
+        self._constants: Marks[tuple[ParamPlan, ...]] = Marks()  # and what they were made of
         self._routes = Routes()
         self._checked: set[tuple] = set()
         self._probe = torch.zeros((), requires_grad=True)
         for tensor in constants:
             self._constants.set(tensor, ())
 
-    def track(self, parameter: Tensor, slot: Slot) -> None:
+    def track(self, parameter: Tensor, slot: ParamPlan) -> None:
         """Follow a parameter."""
         self._sources.set(parameter, View.of(slot))
 
@@ -156,7 +156,7 @@ class Meetings(TorchFunctionMode):
             data = [t for t in tensors if not self._is_constant(t)]
             self._routes.follow(func, args, kwargs, data, y)
 
-    def _made_of(self, t: Tensor) -> tuple[Slot, ...]:
+    def _made_of(self, t: Tensor) -> tuple[ParamPlan, ...]:
         """The parameters that a constant was made of, where gradients were disabled."""
         source = self._sources.get(t)
         return self._constants.get(t) or (() if source is None else tuple(source.slots))
@@ -439,7 +439,7 @@ def _with_leaves(args: tuple, kwargs: dict, sources: dict) -> tuple[tuple, dict,
 
 
 @contextlib.contextmanager
-def _named(slots: list[Slot]) -> Iterator[None]:
+def _named(slots: list[ParamPlan]) -> Iterator[None]:
     """Say which parameter met data that do not keep the examples apart."""
     try:
         yield

@@ -16,7 +16,7 @@ from torch import Tensor
 from dropinf import ops
 from dropinf.capturing.rules import Role, outer
 from dropinf.capturing.sources import Source, View
-from dropinf.compression import Dense, Kron, Sums, by_entry
+from dropinf.compression import DenseProjection, Kron, SignedSums, by_entry
 from dropinf.ops import bank_schedule
 
 # Products of x and dy, which take signs, staged orders, and a grid as one product -> whether a
@@ -74,11 +74,11 @@ def runs(targets: Sequence[tuple[Source, Role]]) -> Iterator[list[tuple[Source, 
 def in_one(run: Run, cache: dict) -> bool:
     """Whether `sample` takes the run; if not, `values` are to be folded."""
     view, role = run[0]
-    fold = view.slot.fold
-    return fold is None or (
+    entry_map = view.slot.entry_map
+    return entry_map is None or (
         role.op in _PRODUCTS
         and _whole(view)
-        and (isinstance(fold, Sums) or _two_sided_of(view, role, cache) is not None)
+        and (isinstance(entry_map, SignedSums) or _two_sided_of(view, role, cache) is not None)
     )
 
 
@@ -90,10 +90,10 @@ def columns(run: Run) -> slice | Tensor:
 
 def alone(run: Run) -> bool:
     """Whether no parameter outside of the run has a part in its entries."""
-    first, last = run[0][0].slot.fold, run[-1][0].slot.fold
+    first, last = run[0][0].slot.entry_map, run[-1][0].slot.entry_map
     if first is None:
         return True
-    return isinstance(first, Sums) and not first.shares_first and not last.shares_last
+    return isinstance(first, SignedSums) and not first.shares_first and not last.shares_last
 
 
 def sample(
@@ -107,13 +107,13 @@ def sample(
 ) -> Tensor:
     """[b, r] entries of a run that is `in_one`; `cache` keeps what is made of its coordinates."""
     view, role = run[0]
-    if isinstance(view.slot.fold, Dense):
+    if isinstance(view.slot.entry_map, DenseProjection):
         A, B, swapped = _two_sided_of(view, role, cache)
         x, dy = (dy, x) if swapped else (x, dy)
         wide = torch.promote_types(x.dtype, torch.float32)
         x, dy = (t.to(wide) @ M.to(t.device, wide) for t, M in ((x, B), (dy, A)))
         return ops.factored_outer(x, dy, None, None, scale=scale, out=out)
-    found = _coordinates(run, dy.device, cache, signed=view.slot.fold is not None)
+    found = _coordinates(run, dy.device, cache, signed=view.slot.entry_map is not None)
     return _sampled(role, found, x, dy, scale, backend, out)
 
 
@@ -164,8 +164,8 @@ def _coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> C
     if signed:
         slots = [view.slot for view, _ in run]
         start = slots[0].offset
-        entry = torch.cat([slot.fold.entry + (slot.offset - start) for slot in slots])
-        signs = torch.cat([slot.fold.sign for slot in slots])
+        entry = torch.cat([slot.entry_map.entry + (slot.offset - start) for slot in slots])
+        signs = torch.cat([slot.entry_map.sign for slot in slots])
         at, sign = by_entry(entry, signs, slots[-1].entries.stop - start)
         o_idx, i_idx, sign = o_idx[at], i_idx[at], sign.to(device)
     found = Coordinates(o_idx.to(device), i_idx.to(device), sign, grid, None if key is None else {})
@@ -195,12 +195,12 @@ def _grid(
 
 def _two_sided_of(view: View, role: Role, cache: dict) -> tuple[Tensor, Tensor, bool] | None:
     """A [O, a] and B [I, b] of a two-sided projection, and whether its rows are inputs."""
-    fold = view.slot.fold
-    if not isinstance(fold, Dense) or not isinstance(fold.projection, Kron):
+    entry_map = view.slot.entry_map
+    if not isinstance(entry_map, DenseProjection) or not isinstance(entry_map.projection, Kron):
         return None
     key = ("two-sided", view.slot.name, id(role.coordinates.__code__))
     if key not in cache:
-        A, B = fold.projection.A, fold.projection.B
+        A, B = entry_map.projection.A, entry_map.projection.B
         at = view.at // len(B), view.at % len(B)
         found = role.coordinates(view.at)
         swaps = [s for s in (False, True) if torch.equal(at[s], found[0])]
@@ -213,9 +213,9 @@ def _adjoin(one: tuple[View, Role], other: tuple[View, Role]) -> bool:
     if not (_whole(a) and _whole(b) and one[1].op is other[1].op and a.slot.scale == b.slot.scale):
         return False
     overlap = a.slot.entries.stop - b.slot.offset
-    if a.slot.fold is None and b.slot.fold is None:
+    if a.slot.entry_map is None and b.slot.entry_map is None:
         return overlap == 0 and a.slot.grid is None and b.slot.grid is None
-    both = isinstance(a.slot.fold, Sums) and isinstance(b.slot.fold, Sums)
+    both = isinstance(a.slot.entry_map, SignedSums) and isinstance(b.slot.entry_map, SignedSums)
     return both and overlap in (0, 1) and one[1].op in _PRODUCTS
 
 

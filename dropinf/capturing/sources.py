@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.capturing.call_args import name_of
-from dropinf.compression import Slot
+from dropinf.compression import ParamPlan
 
 # Elements of the per-example gradients that are formed at a time where there is no other way.
 _MAX_ELEMENTS = 1 << 22
@@ -33,23 +33,23 @@ class View:
         which: [k] which of the slot's coordinates those are; None is all of them in order.
     """
 
-    slot: Slot
+    slot: ParamPlan
     at: Tensor
     which: Tensor | None = None
 
     @classmethod
-    def of(cls, slot: Slot) -> View:
+    def of(cls, slot: ParamPlan) -> View:
         """The parameter itself."""
         return cls(slot, slot.index)
 
     @property
     def columns(self) -> slice | Tensor:
         """Where its entries stand in a row."""
-        whole = self.which is None or self.slot.fold is not None
+        whole = self.which is None or self.slot.entry_map is not None
         return self.slot.entries if whole else self.which + self.slot.offset
 
     @property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[ParamPlan]:
         """The parameters behind it."""
         return [self.slot]
 
@@ -108,7 +108,7 @@ class Derived:
     sources: Sequence[View | Derived]
 
     @property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[ParamPlan]:
         """The parameters behind it."""
         return [slot for source in self.sources for slot in source.slots]
 

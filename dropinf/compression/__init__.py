@@ -2,9 +2,9 @@
 
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.compression.dropout import Dropout, Full
-from dropinf.compression.entry_map import Dense, Sums, by_entry
+from dropinf.compression.entry_map import DenseProjection, SignedSums, by_entry
 from dropinf.compression.grid import FactoredDropout
-from dropinf.compression.plan import Block, Compression, Plan, Slot, unwrap
+from dropinf.compression.plan import Compression, LayerPlan, ParamPlan, Plan, unwrap
 from dropinf.compression.projections import Kron
 from dropinf.compression.projector import DropoutProjector
 from dropinf.compression.sketch import Sketch
@@ -12,21 +12,21 @@ from dropinf.compression.sketch import Sketch
 __all__ = [
     "FJLT",
     "SJLT",
-    "Block",
     "Compression",
-    "Dense",
+    "DenseProjection",
     "Dropout",
     "DropoutProjector",
     "FactoredDropout",
     "Full",
     "Gaussian",
     "Kron",
+    "LayerPlan",
     "LoGra",
+    "ParamPlan",
     "Plan",
     "Rademacher",
+    "SignedSums",
     "Sketch",
-    "Slot",
-    "Sums",
     "by_entry",
     "unwrap",
 ]

@@ -47,10 +47,10 @@ def entries_of(compression: Any, layers: Sequence[Layer]) -> list[int]:
     if compression.rate is not None:
         return [max(1, round(compression.rate * P)) for P in sizes]
     name = type(compression).__name__
-    return shares(name, compression.total, layers, compression.allocation)
+    return allocate(name, compression.total, layers, compression.allocation)
 
 
-def shares(op: str, total: int, layers: Sequence[Layer], allocation: Allocation) -> list[int]:
+def allocate(op: str, total: int, layers: Sequence[Layer], allocation: Allocation) -> list[int]:
     """`total` shared out: one each, the rest by weight (largest remainders), at most all of each.
 
     What falls to a layer beyond its size is shared out over the others anew.

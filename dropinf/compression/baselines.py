@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dropinf.compression import projections
-from dropinf.compression.allocation import Allocation, Layer, check_budget, entries_of, shares
-from dropinf.compression.entry_map import Dense
+from dropinf.compression.allocation import Allocation, Layer, allocate, check_budget, entries_of
+from dropinf.compression.entry_map import DenseProjection
 from dropinf.compression.grid import grid_sides
 from dropinf.compression.parts import Part
 from dropinf.compression.projections import Projection
@@ -124,7 +124,7 @@ class LoGra(_Projected):
                 continue
             own = [(name, [shape]) for shape in shapes]
             parts, first = [], 0
-            for shape, share in zip(shapes, shares(name, r, own, "size"), strict=True):
+            for shape, share in zip(shapes, allocate(name, r, own, "size"), strict=True):
                 P = math.prod(shape)
                 projection = self.projection(P, share, number)
                 if len(shape) > 1:
@@ -146,7 +146,7 @@ def _parts(projection: Projection, shapes: Sequence[tuple[int, ...]], first: int
     """The parts of parameters that one projection takes together, its first entry at `first`."""
     parts, start = [], 0
     for size in map(math.prod, shapes):
-        fold = Dense(projection, start, size)
-        parts.append(Part(np.arange(size, dtype=np.int64), first, 1.0, fold))
+        entry_map = DenseProjection(projection, start, size)
+        parts.append(Part(np.arange(size, dtype=np.int64), first, 1.0, entry_map))
         start += size
     return parts

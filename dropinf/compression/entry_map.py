@@ -1,4 +1,4 @@
-"""Folds: linear maps from the values of a parameter's kept coordinates to its entries of a row."""
+"""Linear maps from the values of a parameter's kept coordinates to its entries of a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dropinf.compression.projections import Projection
 
 
-class Fold(ABC):
+class EntryMap(ABC):
     """A linear map [n values] -> [r entries].
 
     Attributes:
@@ -30,7 +30,7 @@ class Fold(ABC):
         """What tells it from others, for a plan's fingerprint."""
 
 
-class Sums(Fold):
+class SignedSums(EntryMap):
     """Signed sums: coordinate c is a summand of one entry.
 
     Attributes:
@@ -67,7 +67,7 @@ class Sums(Fold):
         return by_entry(self.entry, self.sign, self.r)
 
 
-class Dense(Fold):
+class DenseProjection(EntryMap):
     """A projection of a whole layer's gradient, of which this is the part of one parameter."""
 
     def __init__(self, projection: Projection, first: int, size: int) -> None:

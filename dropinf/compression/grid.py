@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dropinf.compression.allocation import Allocation, Layer, check_budget, entries_of, shares
+from dropinf.compression.allocation import Allocation, Layer, allocate, check_budget, entries_of
 from dropinf.compression.parts import Part, by_parameter, draw
 
 
@@ -51,7 +51,7 @@ class FactoredDropout:
             else:
                 first = 0
                 own = [(name, [shape]) for shape in shapes]
-                for shape, share in zip(shapes, shares(name, r, own, "size"), strict=True):
+                for shape, share in zip(shapes, allocate(name, r, own, "size"), strict=True):
                     index = _grid(shape, share, self.seed, number + 2 * len(parts))
                     parts.append(Part(index, first, math.sqrt(math.prod(shape) / len(index))))
                     first += len(index)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dropinf.compression.entry_map import Fold
+from dropinf.compression.entry_map import EntryMap
 
 
 class Part(NamedTuple):
@@ -22,13 +22,13 @@ class Part(NamedTuple):
         index: [n] int64, sorted positions in the flattened parameter.
         first: number of its first entry in the layer.
         scale: factor of the n values.
-        fold: makes entries of the values; None takes each as one.
+        entry_map: makes entries of the values; None takes each as one.
     """
 
     index: np.ndarray
     first: int
     scale: float
-    fold: Fold | None = None
+    entry_map: EntryMap | None = None
 
 
 def draw(P: int, r: int, seed: int, layer: int) -> np.ndarray:

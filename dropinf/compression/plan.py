@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dropinf.compression.allocation import entries_of
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.compression.dropout import Dropout, Full
-from dropinf.compression.entry_map import Fold
+from dropinf.compression.entry_map import EntryMap
 from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.parts import Part
 from dropinf.compression.sketch import Sketch
@@ -34,7 +34,7 @@ _FORMAT = "dropinf plan 1"
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamPlan:
     """One parameter of a block: where its entries stand in a row, and which they are."""
 
     name: str  # full name in the model, as in named_parameters()
@@ -42,7 +42,7 @@ class Slot:
     offset: int  # of its first entry in the row
     index: Tensor  # [n] int64, sorted positions in the flattened parameter
     scale: float
-    fold: Fold | None = None  # makes entries of the values there; None takes each as one
+    entry_map: EntryMap | None = None  # makes entries of the values there; None takes each as one
 
     @cached_property
     def grid(self) -> tuple[Tensor, Tensor] | None:
@@ -66,23 +66,23 @@ class Slot:
     @property
     def r(self) -> int:
         """Entries that it has a part in."""
-        return len(self.index) if self.fold is None else self.fold.r
+        return len(self.index) if self.entry_map is None else self.entry_map.r
 
     @property
     def entries(self) -> slice:
-        """Where its entries stand in a row; with a fold, other parameters' may be the same."""
+        """Where its entries stand in a row; with an entry map, others' may be the same."""
         return slice(self.offset, self.offset + self.r)
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerPlan:
     """One layer: a module with parameters of its own, which share one set of coordinates.
 
     The coordinates 0 .. P - 1 count through the flattened parameters, one after the other.
     """
 
     name: str
-    slots: tuple[Slot, ...]
+    slots: tuple[ParamPlan, ...]
     P: int
     r: int
     offset: int  # of its first entry in the row
@@ -99,9 +99,10 @@ class Plan:
 
     Attributes:
         compression: what chose the coordinates.
-        blocks: one `Block` a layer, in the order of the model's modules.
+        blocks: one `LayerPlan` a layer, in the order of the model's modules.
         width: R, entries in a row.
-        folded: whether entries are made of several coordinates, so that parameters share some.
+        has_entry_maps: whether entries are made of several coordinates, so that parameters
+            share some.
         fingerprint: 16 hexadecimal digits; two plans with equal ones make comparable rows.
         paths: parameter name -> how its entries were computed so far, see `describe`.
         prepared: what captures made of the coordinates for their devices, kept for the next one;
@@ -129,11 +130,13 @@ class Plan:
         ):
             slots = _slots(params, parts, offset)
             r = max(slot.entries.stop for slot in slots) - offset
-            blocks.append(Block(name, slots, P, r, offset, kind))
+            blocks.append(LayerPlan(name, slots, P, r, offset, kind))
             offset += r
         self.blocks = tuple(blocks)
         self.width = offset
-        self.folded = any(s.fold is not None for block in self.blocks for s in block.slots)
+        self.has_entry_maps = any(
+            s.entry_map is not None for block in self.blocks for s in block.slots
+        )
         self.paths: dict[str, str] = {}
         self.prepared: dict[Any, Any] = {}
 
@@ -189,7 +192,7 @@ class Plan:
         return cls(list(layers.items()), compression, types)
 
     @cached_property
-    def slots(self) -> tuple[Slot, ...]:
+    def slots(self) -> tuple[ParamPlan, ...]:
         """The parameters of all blocks, in row order."""
         return tuple(slot for block in self.blocks for slot in block.slots)
 
@@ -202,8 +205,8 @@ class Plan:
             digest.update(json.dumps([shapes, block.r]).encode())
             for slot in block.slots:
                 digest.update(slot.index.numpy().astype("<i8").tobytes())
-                if slot.fold is not None:
-                    digest.update(slot.fold.digest())
+                if slot.entry_map is not None:
+                    digest.update(slot.entry_map.digest())
         return digest.hexdigest()[:16]
 
     def describe(self) -> None:
@@ -312,9 +315,16 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
 
 def _slots(
     params: Sequence[tuple[str, tuple[int, ...]]], parts: Sequence[Part], offset: int
-) -> tuple[Slot, ...]:
+) -> tuple[ParamPlan, ...]:
     return tuple(
-        Slot(name, shape, offset + part.first, torch.from_numpy(part.index), part.scale, part.fold)
+        ParamPlan(
+            name,
+            shape,
+            offset + part.first,
+            torch.from_numpy(part.index),
+            part.scale,
+            part.entry_map,
+        )
         for (name, shape), part in zip(params, parts, strict=True)
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dropinf.compression.allocation import Allocation, Layer, check_budget, entries_of
-from dropinf.compression.entry_map import Sums
+from dropinf.compression.entry_map import SignedSums
 from dropinf.compression.parts import Part, by_parameter, draw
 
 
@@ -60,12 +60,12 @@ class Sketch:
                 # Shuffled inside of the parameter, so that at most one entry lies in two of them.
                 place = first + np.argsort(np.argsort(raw[here], kind="stable"))
                 start = first * r // n
-                fold = Sums(
+                entry_map = SignedSums(
                     place * r // n - start,
                     sign[here],
                     shares_first=0 < first < n and (first - 1) * r // n == start,
                     shares_last=0 <= last < n - 1 and (last + 1) * r // n == last * r // n,
                 )
-                parts.append(Part(index, start, math.sqrt(P / n), fold))
+                parts.append(Part(index, start, math.sqrt(P / n), entry_map))
             kept.append(parts)
         return kept

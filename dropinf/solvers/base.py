@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dropinf.compression import Block, Plan
+from dropinf.compression import LayerPlan, Plan
 from dropinf.rows import RowStore
 
 Self = TypeVar("Self", bound="Solver")
@@ -73,7 +73,7 @@ class Solver(ABC):
             solved[finite] = solve(rows[finite])
         return solved
 
-    def _blocks(self, plan: Plan) -> Sequence[Block]:
+    def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
         """The layers that have a matrix of their own."""
         return plan.blocks
 
@@ -99,6 +99,6 @@ class Solver(ABC):
 class Joint(Solver):
     """One matrix over all layers together, instead of one for each."""
 
-    def _blocks(self, plan: Plan) -> Sequence[Block]:
+    def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
         P = sum(block.P for block in plan.blocks)
-        return [Block("all layers", plan.slots, P, plan.width, 0)]
+        return [LayerPlan("all layers", plan.slots, P, plan.width, 0)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.compression import Block
+from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
@@ -103,7 +103,7 @@ class CG(Solver):
 class _System:
     """A x = q of one layer, with every q made one long."""
 
-    def __init__(self, block: Block, λ: float, diagonal: Tensor, q: Tensor) -> None:
+    def __init__(self, block: LayerPlan, λ: float, diagonal: Tensor, q: Tensor) -> None:
         self.block, self._λ, self._diagonal = block, λ, diagonal.to(q.device) + λ
         self.norms = torch.linalg.vector_norm(q, dim=1, keepdim=True)
         self._q = q / self.norms.where(self.norms > 0, 1)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.compression import Block
+from dropinf.compression import LayerPlan
 from dropinf.rows import PART_BYTES, RowStore
 from dropinf.solvers.base import Joint, Solver
 from dropinf.solvers.damping import Damping
@@ -87,7 +87,7 @@ class Cholesky(Solver):
                 group.factors = spill.append(group.factors)
         self._set(blocks, groups)
 
-    def _set(self, blocks: Sequence[Block], groups: Sequence[Group]) -> None:
+    def _set(self, blocks: Sequence[LayerPlan], groups: Sequence[Group]) -> None:
         done = {b: layer for g in groups for b, layer in zip(g.blocks, g.layers, strict=True)}
         self.layers = tuple(done[block] for block in blocks)
         self._order, self._groups = list(blocks), list(groups)
@@ -100,13 +100,13 @@ class Cholesky(Solver):
         """
         return float("inf") if self.max_bytes is None else self.max_bytes - 3 * setting.part_bytes
 
-    def _grouped(self, blocks: Sequence[Block], setting: Setting) -> list[Group]:
+    def _grouped(self, blocks: Sequence[LayerPlan], setting: Setting) -> list[Group]:
         """Every layer's form, and as many r x r layers together as fit."""
         budget = self._budget(setting)
-        together: list[list[Block]] = []
+        together: list[list[LayerPlan]] = []
         alone: list[Group] = []
 
-        def needs(form: type[Group], members: Sequence[Block]) -> int:
+        def needs(form: type[Group], members: Sequence[LayerPlan]) -> int:
             held = sum(form.num_bytes(block, setting) for block in members)
             return held + form.scratch_bytes(members, setting)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.compression import Block
+from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, mark_invalid, products, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
@@ -20,7 +20,7 @@ _ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
 class _Pairs(NamedTuple):
     """F_l = V diag(s) Vᵀ of one layer, as far as it is kept."""
 
-    block: Block
+    block: LayerPlan
     s: Tensor  # [k] float64, rising
     V: Tensor  # [r, k] float64
     mean_diagonal: float  # of F_l, all of it
@@ -58,7 +58,7 @@ class Eigen(Solver):
         self._pairs = [self._decompose(store, n, block) for block in blocks]
         self._lambdas("fit", self._damping)
 
-    def _decompose(self, store: RowStore, n: int, block: Block) -> _Pairs:
+    def _decompose(self, store: RowStore, n: int, block: LayerPlan) -> _Pairs:
         columns = [block.entries]
         if n < block.r:
             G = next(valid_rows(store, columns, torch.float64, 8 * n * block.r))  # [n, r]

@@ -16,7 +16,7 @@ _STEP = 1 << 26  # bytes read at a time for a checksum
 
 
 @dataclass(frozen=True)
-class Kept:
+class FileTensor:
     """A flat tensor in a file, little-endian."""
 
     file: Path
@@ -41,12 +41,12 @@ class Spill:
         self._file = Path(self._directory.name) / "factors.bin"
         self._file.touch()
 
-    def append(self, numbers: Tensor) -> Kept:
+    def append(self, numbers: Tensor) -> FileTensor:
         """Write a flat tensor behind the others."""
         start = self._file.stat().st_size
         with self._file.open("ab") as file:
             write(file, numbers)
-        return Kept(self._file, start, numbers.numel(), numbers.dtype)
+        return FileTensor(self._file, start, numbers.numel(), numbers.dtype)
 
 
 def write(file: BinaryIO, numbers: Tensor, crc: int = 0) -> int:

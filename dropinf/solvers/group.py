@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dropinf.compression import Block
+from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, merged
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.factor_file import Kept
+from dropinf.solvers.factor_file import FileTensor
 
 _RETRIES = 4  # each raises the damping tenfold
 _STEPS = 8  # of the power iterations of a condition estimate
@@ -54,11 +54,11 @@ class Group(ABC):
 
     form: ClassVar[str]
 
-    def __init__(self, blocks: Sequence[Block], setting: Setting) -> None:
+    def __init__(self, blocks: Sequence[LayerPlan], setting: Setting) -> None:
         self.blocks = list(blocks)
         self.setting = setting
         self.layers: list[Layer] = []
-        self.factors: Tensor | Kept = torch.empty(0)
+        self.factors: Tensor | FileTensor = torch.empty(0)
 
     @property
     def columns(self) -> list[slice]:
@@ -72,16 +72,16 @@ class Group(ABC):
 
     def read(self) -> Tensor:
         """The factors, in memory."""
-        return self.factors.read() if isinstance(self.factors, Kept) else self.factors
+        return self.factors.read() if isinstance(self.factors, FileTensor) else self.factors
 
     @staticmethod
     @abstractmethod
-    def num_bytes(block: Block, setting: Setting) -> int:
+    def num_bytes(block: LayerPlan, setting: Setting) -> int:
         """Of one layer's factor."""
 
     @classmethod
     @abstractmethod
-    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+    def scratch_bytes(cls, blocks: Sequence[LayerPlan], setting: Setting) -> int:
         """Beside the factors of a group of those layers, while they are made."""
 
     @abstractmethod

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.compression import Block
+from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
@@ -186,7 +186,7 @@ class LiSSA(Solver):
 class _Chain:
     """The series of one layer, with every q made one long."""
 
-    def __init__(self, block: Block, λ: float, scale: float, q: Tensor) -> None:
+    def __init__(self, block: LayerPlan, λ: float, scale: float, q: Tensor) -> None:
         self.block, self.λ, self.scale = block, λ, scale
         self.norms = torch.linalg.vector_norm(q, dim=1, keepdim=True)
         self.q = q / self.norms.where(self.norms > 0, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.compression import Block
+from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, put, take, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
 
@@ -19,11 +19,11 @@ class Primal(Group):
     form = "r x r"
 
     @staticmethod
-    def num_bytes(block: Block, setting: Setting) -> int:
+    def num_bytes(block: LayerPlan, setting: Setting) -> int:
         return setting.dtype.itemsize * block.r**2
 
     @classmethod
-    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+    def scratch_bytes(cls, blocks: Sequence[LayerPlan], setting: Setting) -> int:
         widest = max(cls.num_bytes(block, setting) for block in blocks)
         if setting.dtype == torch.float64:  # a layer at a time through torch, which copies twice
             return 2 * widest

@@ -117,16 +117,16 @@ def test_allocations():
 
 
 def sketched(compression, *shapes):
-    """Of one layer: [r, P] float64, its matrix from parts and folds."""
+    """Of one layer: [r, P] float64, its matrix from parts and entry maps."""
     (parts,) = compression.keep([("layer", list(shapes))])
     sizes = [int(np.prod(shape)) for shape in shapes]
-    r = max(part.first + part.fold.r for part in parts)
+    r = max(part.first + part.entry_map.r for part in parts)
     M, first = np.zeros((r, sum(sizes))), 0
     for part, size in zip(parts, sizes, strict=True):
         for c, position in enumerate(part.index):
-            k = part.first + int(part.fold.entry[c])
+            k = part.first + int(part.entry_map.entry[c])
             assert M[k, first + position] == 0
-            M[k, first + position] = part.scale * int(part.fold.sign[c])
+            M[k, first + position] = part.scale * int(part.entry_map.sign[c])
         first += size
     return M
 
@@ -140,9 +140,9 @@ def test_sketch(shapes, r, s):
     ((*parts,),) = Sketch(r=r, s=s).keep([("layer", shapes)])
     parts = [part for part in parts if len(part.index)]
     for one, other in itertools.pairwise(parts):
-        shared = one.first + one.fold.r > other.first
-        assert one.fold.shares_last == other.fold.shares_first == shared
-    assert not parts[0].fold.shares_first and not parts[-1].fold.shares_last
+        shared = one.first + one.entry_map.r > other.first
+        assert one.entry_map.shares_last == other.entry_map.shares_first == shared
+    assert not parts[0].entry_map.shares_first and not parts[-1].entry_map.shares_last
     used = M != 0
     assert (used.sum(1) == s).all() and (used.sum(0) <= 1).all()
     assert np.allclose(np.abs(M[used]), np.sqrt(60 / (r * s)))
@@ -172,8 +172,8 @@ def test_sketch_is_fixed_for_ever():
     """Its groups and signs, beside the coordinates; a change here breaks every stored row."""
     ((part,),) = Sketch(r=3, s=2, seed=1).keep([("layer", [(100,)])])
     assert part.index.tolist() == [3, 6, 19, 31, 38, 95]
-    assert part.fold.entry.tolist() == [1, 0, 0, 2, 1, 2]
-    assert part.fold.sign.tolist() == [-1, -1, -1, 1, 1, -1]
+    assert part.entry_map.entry.tolist() == [1, 0, 0, 2, 1, 2]
+    assert part.entry_map.sign.tolist() == [-1, -1, -1, 1, 1, -1]
 
 
 @pytest.mark.parametrize("kind", [FactoredDropout, Sketch])

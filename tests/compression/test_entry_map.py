@@ -24,7 +24,7 @@ from dropinf import (
     capture,
     ops,
 )
-from dropinf.compression import Dense, Sums
+from dropinf.compression import DenseProjection, SignedSums
 
 COMPRESSIONS = {
     "Sketch": Sketch(r=13, s=3),
@@ -51,14 +51,14 @@ def matrix(block):
     for slot in block.slots:
         start, size = slot.offset - block.offset, math.prod(slot.shape)
         for c, position in enumerate(slot.index.tolist()):
-            if slot.fold is None:
+            if slot.entry_map is None:
                 M[start + c, first + position] = slot.scale
-            elif isinstance(slot.fold, Sums):
-                k = start + int(slot.fold.entry[c])
+            elif isinstance(slot.entry_map, SignedSums):
+                k = start + int(slot.entry_map.entry[c])
                 assert M[k, first + position] == 0
-                M[k, first + position] = slot.scale * int(slot.fold.sign[c])
-        if isinstance(slot.fold, Dense):
-            projection = slot.fold.projection
+                M[k, first + position] = slot.scale * int(slot.entry_map.sign[c])
+        if isinstance(slot.entry_map, DenseProjection):
+            projection = slot.entry_map.projection
             whole = projection.project(torch.eye(projection.P, dtype=torch.float64)).T
             of_layer = projection.P == block.P
             own = whole[:, first : first + size] if of_layer else whole

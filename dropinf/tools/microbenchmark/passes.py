@@ -190,7 +190,7 @@ def check(name: str, device: torch.device) -> None:
             for slot in block.slots:
                 values = grads[slot.name].double().flatten()[slot.index.to(device)] * slot.scale
                 start = slot.offset - block.offset
-                folded = values if slot.fold is None else slot.fold(values[None])[0]
+                folded = values if slot.entry_map is None else slot.entry_map(values[None])[0]
                 row[start : start + slot.r] += folded
             parts.append(row)
         truth.append(torch.cat(parts))

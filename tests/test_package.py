@@ -180,7 +180,7 @@ ROOMS = [
     ["scoring"],
     ["integrations", "tools"],
 ]
-LEAVES = ["text_table"]  # for every room
+LEAVES = ("text_table", "user_warning")
 
 
 def room_of(module):
@@ -268,3 +268,11 @@ def test_readme_solvers(tmp_path, monkeypatch):
     assert namespace["many"].shape == (4, 20, 100) and namespace["own"].shape == (100,)
     assert namespace["mean"].shape == namespace["error"].shape == (20, 100)
     assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)
+
+
+def test_warnings_point_at_the_user(recwarn):
+    """At the line that called the package, however deep inside of it the warning was made."""
+    plan = dropinf.Plan.make(torch.nn.Linear(4, 1, bias=False), dropinf.Full())
+    store = dropinf.RowStore(torch.randn(9, 4), plan)
+    dropinf.solvers.LiSSA(damping=1e-3, depth=1).fit(store).solve(store.rows)
+    assert recwarn.pop(UserWarning).filename == __file__

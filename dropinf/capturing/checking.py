@@ -8,7 +8,6 @@ dimension that was taken for another. Dropout is switched off in both, so that i
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropinf.capturing.call_args import argument
 from dropinf.compression import Plan
+from dropinf.user_warning import warn_user
 
 _DROPOUT = {
     F.dropout,
@@ -91,10 +91,9 @@ def check_examples(
         return
     one = first_example(batch, B, batch_dim)
     if one is None:
-        warnings.warn(
+        warn_user(
             f"collect: could not cut example 0 out of a batch of type {type(batch).__name__}, so "
             "that it was not checked whether the model mixes examples; check=False says you know",
-            stacklevel=3,
         )
         return
     with _undisturbed(model, row.device):
@@ -117,10 +116,9 @@ def check_examples(
             random = _differing(alone, row_of(one), plan, mode.eps) is not None
             layer = _first_difference(model, one, batch, B, batch_dim, losses_of, mode.eps)
     if random:
-        warnings.warn(
+        warn_user(
             "collect: the model is random, so that it was not checked whether it mixes examples; "
             "rows are of the pass that was sampled. check=False says you know",
-            stacklevel=3,
         )
         return
     raise ValueError(

@@ -151,7 +151,7 @@ def _coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> C
     key = None
     if all(_whole(view) for view, _ in run):
         key = (
-            *((view.slot.name, id(role.coordinates.__code__)) for view, role in run),
+            *((v.slot.name, role.coordinates, role.op in _PRODUCTS) for v, role in run),
             device,
         )
     if key is not None and key in cache:
@@ -198,7 +198,7 @@ def _two_sided_of(view: View, role: Role, cache: dict) -> tuple[Tensor, Tensor, 
     entry_map = view.slot.entry_map
     if not isinstance(entry_map, DenseProjection) or not isinstance(entry_map.projection, Kron):
         return None
-    key = ("two-sided", view.slot.name, id(role.coordinates.__code__))
+    key = ("two-sided", view.slot.name, role.coordinates)
     if key not in cache:
         A, B = entry_map.projection.A, entry_map.projection.B
         at = view.at // len(B), view.at % len(B)

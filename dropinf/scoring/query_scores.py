@@ -34,7 +34,7 @@ def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool
     Raises:
         ValueError: the three were not made under the same plan, or a self-influence is negative.
     """
-    _check_plans("scores", queries, store, solver)
+    solver.check_plans("scores", queries, store)
     result = products(solver.solve(queries.rows), store)
     factors = _factors("scores", store, solver, relative)
     if factors is not None:
@@ -58,7 +58,7 @@ def topk(
     Raises:
         ValueError: as in `scores`, or k is out of range.
     """
-    _check_plans("topk", queries, store, solver)
+    solver.check_plans("topk", queries, store)
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
@@ -94,7 +94,7 @@ def self_influence(store: RowStore, solver: Solver) -> Tensor:
     Raises:
         ValueError: store and solver were not made under the same plan.
     """
-    _check_plans("self_influence", store, store, solver)
+    solver.check_plans("self_influence", store, store)
     parts = []
     for rows in valid_rows(store):
         own = (solver.solve(rows) * rows).sum(1)
@@ -201,20 +201,3 @@ def _factors(op: str, store: RowStore, solver: Solver, relative: bool) -> Tensor
             "definite inverse gives; raise the solver's accuracy or its damping"
         )
     return torch.where(own == 0, 0.0, own.rsqrt())  # a row of zeros has scores of zero
-
-
-def _check_plans(op: str, queries: RowStore, store: RowStore, solver: Solver) -> None:
-    if solver.plan is None:
-        raise RuntimeError(f"{op}: the solver was not fitted; call solver.fit(store) first")
-    made = store.plan.fingerprint
-    if queries.plan.fingerprint != made:
-        raise ValueError(
-            f"{op}: the queries were made under plan {queries.plan.fingerprint}, the store under "
-            f"{made}; collect the queries with the store's plan (store.plan, or "
-            "Plan.load(store.path))"
-        )
-    if solver.plan.fingerprint != made:
-        raise ValueError(
-            f"{op}: the solver was fitted under plan {solver.plan.fingerprint}, the store was made "
-            f"under {made}; fit it on rows of the store's plan"
-        )

@@ -144,7 +144,7 @@ class Cholesky(Solver):
         Returns:
             [k, m, n], equal to the scores of k solvers fitted with those dampings.
         """
-        self._check_plans("sweep", queries, store)
+        self.check_plans(f"{type(self).__name__}.sweep", queries, store)
         if self.store is None:
             name = type(self).__name__
             raise ValueError(

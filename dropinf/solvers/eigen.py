@@ -138,7 +138,7 @@ class Eigen(Solver):
             ValueError: rows under another plan, or a layer is singular at one of the dampings.
         """
         store = self.store if store is None else store
-        self._check_plans("sweep", queries, store)
+        self.check_plans(f"{type(self).__name__}.sweep", queries, store)
         solved = [self.solve_at(queries.rows, damping) for damping in dampings]
         found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
         return mark_invalid(found, queries, store)

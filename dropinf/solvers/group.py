@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, merged
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.factor_file import FileTensor
+from dropinf.user_warning import warn_user
 
 _RETRIES = 4  # each raises the damping tenfold
 _STEPS = 8  # of the power iterations of a condition estimate
@@ -119,10 +119,9 @@ class Group(ABC):
         op, pivots = self.setting.op, [failed]
         where = f"{op}.fit: layer {layer.name!r} (n={self.setting.n}, r={layer.r})"
         while layer.λ > 0 and len(pivots) <= _RETRIES:
-            warnings.warn(
+            warn_user(
                 f"{where}: pivot {pivots[-1]} is not positive beyond rounding at "
-                f"lambda={layer.λ:.3g}; its damping is raised tenfold",
-                stacklevel=6,
+                f"lambda={layer.λ:.3g}; its damping is raised tenfold"
             )
             layer = replace(layer, λ=10 * layer.λ, failed_pivots=tuple(pivots))
             failed = factorise(layer.λ)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, parts, solvable
+from dropinf.user_warning import warn_user
 
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
 # σ_max / 2.2 would do. Power iteration comes to less from all four random vectors with a
@@ -142,11 +142,10 @@ class LiSSA(Solver):
             chains = waiting
         if chains:
             worst = max(chains, key=lambda chain: chain.residual)
-            warnings.warn(
+            warn_user(
                 f"LiSSA.solve: layer {worst.block.name!r} has a relative residual of "
                 f"{worst.residual:.2g} after depth={self.depth} steps, above tol={self.tol:g} "
                 f"(layers not done: {len(chains)}); raise depth or the damping, or take CG",
-                stacklevel=5,
             )
 
     def _with_sampled_rows(self, chains: list[_Chain]) -> None:

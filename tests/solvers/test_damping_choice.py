@@ -50,7 +50,7 @@ def test_sweep_over_other_rows(tmp_path):
         solver.sweep([0.3], stores(3, 3, 7)[0])
     with pytest.raises(ValueError, match="damping must be a number from 0, got -1"):
         solver.sweep([-1], queries)
-    with pytest.raises(RuntimeError, match="sweep: call fit"):
+    with pytest.raises(RuntimeError, match=r"Cholesky\.sweep: the solver was not fitted; call fit"):
         Cholesky().sweep([0.3], queries)
 
 

@@ -11,11 +11,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dropinf import ops
 
-Coordinates = Callable[[Tensor], tuple[Tensor, Tensor]]  # flat positions -> (o, i)
+
+@dataclass(frozen=True)
+class Weight:
+    """(o, i) of positions in a flattened weight [O, width], or where i comes first [I, width]."""
+
+    width: int
+    i_first: bool = False
+
+    def __call__(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        row, column = at // self.width, at % self.width
+        return (column, row) if self.i_first else (row, column)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """(o, i) of positions in a vector [O] that one input i, as of ones, goes to."""
+
+    i: int
+
+    def __call__(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return at, torch.full_like(at, self.i)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """(o, i) of positions in a vector whose element k takes input k to output k."""
+
+    def __call__(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return at, at
+
+
+Coordinates = Weight | Bias | Scale
 
 
 class RefusedError(Exception):
@@ -28,7 +60,7 @@ class Role:
 
     Attributes:
         tensor: the parameter.
-        coordinates: (o, i) of its flattened positions.
+        coordinates: flattened positions -> (o, i).
         op: computes the entries: op(x, dy, o_idx, i_idx, scale=, out=, backend=).
     """
 

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.capturing.rules import norms
-from dropinf.capturing.rules.forms import Form, RefusedError, Role, affine, outer, roles_of
+from dropinf.capturing.rules.forms import (
+    Bias,
+    Form,
+    RefusedError,
+    Role,
+    Weight,
+    affine,
+    outer,
+    roles_of,
+)
 from dropinf.capturing.rules.norms import sum_of_dy
 
 
@@ -35,8 +44,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
         input,
         roles_of(
             outer,
-            (weight, lambda at: (at // I, at % I)),
-            (bias, lambda at: (at, torch.full_like(at, I))),
+            (weight, Weight(I)),
+            (bias, Bias(I)),
         ),
         prepare=affine,
     )
@@ -53,8 +62,8 @@ def _addmm(
         mat1,
         roles_of(
             outer,
-            (mat2, lambda at: (at % O, at // O)),
-            (input, lambda at: (at, torch.full_like(at, I))),
+            (mat2, Weight(O, i_first=True)),
+            (input, Bias(I)),
         ),
         prepare=affine,
     )
@@ -64,19 +73,19 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Iterator[Form]
     if other.dim() == 1 and input.dim() > 1:  # x [..., I] @ w [I]
         yield Form(
             input,
-            roles_of(outer, (other, lambda at: (torch.zeros_like(at), at))),
+            roles_of(outer, (other, Weight(len(other)))),
             features=(1, 0),
             prepare=affine,
         )
     if other.dim() == 2 and input.dim() > 1:  # x [..., I] @ W [I, O]
         O = other.shape[1]
-        yield Form(input, roles_of(outer, (other, lambda at: (at % O, at // O))), prepare=affine)
+        yield Form(input, roles_of(outer, (other, Weight(O, i_first=True))), prepare=affine)
     if input.dim() == 2 and other.dim() == 3:  # W [O, I] @ x [B, I, T]
         I, one, none = input.shape[1], (1,), (0,)
         op = partial(ops.sampled_conv, kernel_size=one, stride=one, padding=none, dilation=one)
         yield Form(
             other,
-            roles_of(op, (input, lambda at: (at // I, at % I))),
+            roles_of(op, (input, Weight(I))),
             features=None,
             prepare=affine,
         )
@@ -104,7 +113,7 @@ def _embedding(
 
     yield Form(
         input,
-        roles_of(ops.sampled_embedding, (weight, lambda at: (at % width, at // width))),
+        roles_of(ops.sampled_embedding, (weight, Weight(width, i_first=True))),
         features=(0, 1),
         prepare=without_padding,
         # Ids of one dimension may be the positions of every example alike.
@@ -120,7 +129,7 @@ def _getitem(table: Tensor, index: Any) -> Iterator[Form]:
     rows, width = len(table), table[0].numel()
     yield Form(
         ids,
-        roles_of(ops.sampled_embedding, (table, lambda at: (at % width, at // width))),
+        roles_of(ops.sampled_embedding, (table, Weight(width, i_first=True))),
         features=(0, table.dim() - 1),
         prepare=lambda ids, dy: (ids[..., 0] % rows, dy),
     )
@@ -163,8 +172,8 @@ def _conv(
         input,
         roles_of(
             op,
-            (weight, lambda at: (at // I, at % I)),
-            (bias, lambda at: (at, torch.full_like(at, I))),
+            (weight, Weight(I)),
+            (bias, Bias(I)),
         ),
         features=None,
         prepare=affine,
@@ -202,9 +211,9 @@ def _conv_transpose(
             **options,
         )
 
-    roles = roles_of(op, (weight, lambda at: (at // size, at % size)))
+    roles = roles_of(op, (weight, Weight(size)))
     if bias is not None:
-        roles.append(Role(bias, lambda at: (at, torch.ones_like(at)), sum_of_dy))
+        roles.append(Role(bias, Bias(1), sum_of_dy))
     yield Form(input, roles, features=None, prepare=affine)
 
 

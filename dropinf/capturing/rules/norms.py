@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropinf.capturing.rules.forms import Form, RefusedError, affine, outer, roles_of
+from dropinf.capturing.rules.forms import Bias, Form, RefusedError, Scale, affine, outer, roles_of
 
 
 def _channel_sums(
@@ -98,8 +98,8 @@ def _scaled(
 ) -> Form:
     roles = roles_of(
         outer,
-        (weight, lambda at: (at, at)),
-        (bias, lambda at: (at, torch.full_like(at, width))),
+        (weight, Scale()),
+        (bias, Bias(width)),
     )
     return Form(x, roles, features=(dims, dims), prepare=prepare)
 
@@ -165,7 +165,7 @@ def prelu(input: Tensor, weight: Tensor) -> Iterator[Form]:
     if weight.numel() == 1:  # one slope: a single channel of everything
         yield Form(
             input,
-            roles_of(outer, (weight, lambda at: (at, at))),
+            roles_of(outer, (weight, Scale())),
             features=(0, 0),
             prepare=_negative,
         )
@@ -198,8 +198,8 @@ def _channels(
 
     roles = roles_of(
         op,
-        (weight, lambda at: (at, torch.zeros_like(at))),
-        (bias, lambda at: (at, torch.ones_like(at))),
+        (weight, Bias(0)),
+        (bias, Bias(1)),
     )
     return Form(x, roles, features=None, prepare=with_positions)
 

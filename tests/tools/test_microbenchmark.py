@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from dropinf.tools.microbenchmark import check, formed, main, page, passes, sweep, timing
+from dropinf.tools import measuring
+from dropinf.tools.microbenchmark import check, formed, main, page, passes, sweep
 from dropinf.tools.microbenchmark.formed import Point
 
 pytestmark = pytest.mark.more
@@ -77,7 +78,7 @@ def test_contestants_compute_what_they_should(setting, name, monkeypatch):
     module = sweep.SETTINGS[setting]
     try:
         module.check(name, CPU)
-    except timing.LeftOut as reason:
+    except measuring.LeftOut as reason:
         pytest.skip(str(reason))
     right = module.CONTESTANTS[name]
 
@@ -213,7 +214,7 @@ def test_peer_that_does_not_import_is_named(monkeypatch):
 def test_missing_cuda_projector_is_named(monkeypatch):
     """With the extra that has it, which is not `peers`."""
     with pytest.raises(
-        timing.LeftOut, match=r"fast_jl is not installed; pip install 'traker\[fast"
+        measuring.LeftOut, match=r"fast_jl is not installed; pip install 'traker\[fast"
     ):
         formed.need("fast_jl", "traker[fast]")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dropinf import DropoutProjector
 from dropinf.compression import projections
-from dropinf.tools.microbenchmark.timing import Call, LeftOut
+from dropinf.tools.measuring import Call, LeftOut
 
 OURS, FLOOR = "dropinf Dropout", "one read of the gradients"
 

@@ -10,9 +10,9 @@ import sys
 
 import torch
 
+from dropinf.tools.measuring import MALLOC, peak
 from dropinf.tools.microbenchmark.formed import Point
 from dropinf.tools.microbenchmark.sweep import SETTINGS
-from dropinf.tools.microbenchmark.timing import MALLOC, peak
 
 
 def main(setting: str, contestant: str, n: str, r: str, d: str, device: str) -> None:

@@ -16,9 +16,9 @@ from torch.func import functional_call, grad, vmap
 
 import dropinf
 from dropinf.compression import Compression
+from dropinf.tools.measuring import Call
 from dropinf.tools.microbenchmark.formed import Point, need
 from dropinf.tools.microbenchmark.peers import PEERS, Batch, Work
-from dropinf.tools.microbenchmark.timing import Call
 
 OURS, FLOOR = "dropinf Dropout", "forward + backward to the input"
 T, NUM_LAYERS = 32, 4

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dropinf.tools.microbenchmark.timing import Call, LeftOut
+from dropinf.tools.measuring import Call, LeftOut
 
 Batch = tuple[Tensor, Tensor]
 

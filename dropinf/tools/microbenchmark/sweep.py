@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 import dropinf
+from dropinf.tools.measuring import Call, LeftOut, alternate, loop_of, seconds_of, spread
 from dropinf.tools.microbenchmark import formed, passes
 from dropinf.tools.microbenchmark.formed import Point
-from dropinf.tools.microbenchmark.timing import Call, LeftOut, alternate, once, spread
 
 SETTINGS: dict[str, ModuleType] = {"formed": formed, "passes": passes}
 TITLES = {
@@ -185,7 +185,7 @@ def _measured(
     known: dict[str, list[tuple[Point, float]]],
 ) -> dict[str, Any]:
     """Times at one size; `known` are the seconds of contestants at the sizes before."""
-    given = module.make(point, device)
+    given, cuda = module.make(point, device), device.type == "cuda"
     calls: dict[str, Call] = {}
     left_out = {}
     for name in able:
@@ -198,21 +198,25 @@ def _measured(
             continue
         try:
             call = module.CONTESTANTS[name](given)
-            once(call)  # compiles, allocates
+            seconds_of(call, cuda)  # compiles, allocates
         except Exception as error:  # of a foreign package, at a size that it does not take
             if name.startswith("dropinf") or name == module.FLOOR:
                 raise
             left_out[name] = f"fails: {' '.join(str(error).split())[:200]}"
             continue
-        seconds = once(call)
+        seconds = seconds_of(call, cuda)
         if seconds > preset.budget:  # something else on the machine may have had its turn
-            seconds = min(seconds, once(call))
+            seconds = min(seconds, seconds_of(call, cuda))
         before.append((point, seconds))
         if seconds > preset.budget and not always:
             left_out[name] = f"over budget: {seconds:.1f} s"
         else:
             calls[name] = call
-    seconds = alternate(calls, preset.rounds, preset.loop_seconds)
+    loops = {
+        name: loop_of(lambda _, call=call: call(), preset.loop_seconds, cuda)
+        for name, call in calls.items()
+    }
+    seconds = alternate(loops, preset.rounds)
     ours = seconds[module.OURS]
     return {
         **point._asdict(),

@@ -30,13 +30,17 @@ for module, names in (
 
 IMPORT = """
 import importlib, pkgutil
-import dropinf
+import dropinf.triton_kernels  # which an editable install finds elsewhere
 
-found = pkgutil.walk_packages(dropinf.__path__, "dropinf.")
-names = [module.name for module in found if module.name != "dropinf.__main__"]
+names = {
+    module.name
+    for package in (dropinf, dropinf.triton_kernels)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+}
+names.discard("dropinf.__main__")
 some = {"dropinf.ops.dispatch", "dropinf.solvers.cholesky", "dropinf.triton_kernels.gram"}
-assert some <= set(names)
-for name in names:
+assert some <= names
+for name in sorted(names):
     try:
         importlib.import_module(name)
     except ImportError as error:  # its package is not here

@@ -8,6 +8,7 @@ from dropinf.rows.row_passes import (
     merged,
     products,
     put,
+    solved_for,
     take,
     valid_rows,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "merged",
     "products",
     "put",
+    "solved_for",
     "take",
     "valid_rows",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from dropinf.rows.store import RowStore
 
 PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
+_PROBED = 32  # rows that show whether products hold in float32
+_LOST = 1e-4  # the share of a product that may be rounding
 
 
 def valid_rows(
@@ -65,6 +67,36 @@ def mean_squares(store: RowStore, n: int) -> Tensor:
     for rows in valid_rows(store):
         total += rows.double().square().sum(0)
     return total / n
+
+
+def solved_for(queries: Tensor, store: RowStore, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    """solve(queries) [m, R]; in float64 where products with the store's rows would lose digits.
+
+    With little damping λ the part of a query that the rows do not span is large in its solution,
+    1/λ of it, and its products with the rows cancel: in float32 to less than their rounding. Some
+    rows of the store show whether that, or the solution itself, is more than float32 holds.
+    """
+    solved = solve(queries)
+    if solved.dtype == torch.float64 or _float32_holds(queries, solved, store):
+        return solved
+    return solve(queries.double())
+
+
+def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
+    solved = solved[queries.isfinite().all(1) & queries.any(1)]
+    if not solved.isfinite().all():
+        return False
+    rows = next(store.chunks())[1][:_PROBED]
+    shape = len(solved), len(rows)
+    exact, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    for x, g in zip(solved.split(1 << 16, 1), rows.split(1 << 16, 1), strict=True):
+        x, g = x.cpu().double(), g.cpu().double().nan_to_num(0)
+        exact += x @ g.T
+        squares += x.square() @ g.square().T
+    # Roundings of as many terms add up like a random walk; and below 2^-149 a solution is zero.
+    least = 2.0**-149 * rows.double().nan_to_num(0).norm()
+    rounding = torch.finfo(torch.float32).eps * squares.sum(1).sqrt() + least
+    return bool((rounding <= _LOST * exact.norm(dim=1)).all())
 
 
 def products(solved: Tensor, store: RowStore) -> Tensor:

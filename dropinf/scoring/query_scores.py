@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from dropinf import ops
 from dropinf.compression import Compression, Dropout, Plan
-from dropinf.rows import LossFn, RowStore, collect, mark_invalid, products, valid_rows
+from dropinf.rows import (
+    LossFn,
+    RowStore,
+    collect,
+    mark_invalid,
+    products,
+    solved_for,
+    valid_rows,
+)
 from dropinf.solvers import Cholesky, Solver
 
 
@@ -35,7 +43,8 @@ def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool
         ValueError: the three were not made under the same plan, or a self-influence is negative.
     """
     solver.check_plans("scores", queries, store)
-    result = products(solver.solve(queries.rows), store)
+    solved = solved_for(queries.rows, store, solver.solve)
+    result = products(solved, store).to(queries.rows.dtype)
     factors = _factors("scores", store, solver, relative)
     if factors is not None:
         result *= factors
@@ -62,7 +71,7 @@ def topk(
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
-    solved = solver.solve(queries.rows)
+    solved = solved_for(queries.rows, store, solver.solve)
     factors = _factors("topk", store, solver, relative)
     values = solved.new_full((len(queries), k), -torch.inf)
     indices = torch.full((len(queries), k), -1, device=solved.device)
@@ -79,7 +88,7 @@ def topk(
         )
     values[~queries.valid] = torch.nan
     indices[~queries.valid] = -1
-    return values, indices
+    return values.to(queries.rows.dtype), indices
 
 
 def self_influence(store: RowStore, solver: Solver) -> Tensor:
@@ -97,7 +106,7 @@ def self_influence(store: RowStore, solver: Solver) -> Tensor:
     solver.check_plans("self_influence", store, store)
     parts = []
     for rows in valid_rows(store):
-        own = (solver.solve(rows) * rows).sum(1)
+        own = (solved_for(rows, store, solver.solve) * rows).sum(1).to(rows.dtype)
         scale = solver.scale(rows)
         parts.append(own if scale is None else own * scale)
     result = torch.full((len(store),), torch.nan, dtype=parts[0].dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.compression import LayerPlan
-from dropinf.rows import RowStore, mark_invalid, products, valid_rows
+from dropinf.rows import RowStore, mark_invalid, products, solved_for, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
+from dropinf.user_warning import warn_user
 
 _ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
 
@@ -56,7 +58,7 @@ class Eigen(Solver):
         blocks = self._blocks(store.plan)
         self._damping.of(blocks)  # before hours of work
         self._pairs = [self._decompose(store, n, block) for block in blocks]
-        self._lambdas("fit", self._damping)
+        self._warn_of_rounding("fit", self._damping)
 
     def _decompose(self, store: RowStore, n: int, block: LayerPlan) -> _Pairs:
         columns = [block.entries]
@@ -68,7 +70,7 @@ class Eigen(Solver):
             s, V = s[kept], G.T @ (U[:, kept] / (n * s[kept]).sqrt())
         else:
             F = torch.zeros(block.r**2, dtype=torch.float64)
-            for rows in valid_rows(store, columns):
+            for rows in valid_rows(store, columns, torch.float64):
                 ops.gram(rows, (0, block.r), scale=1 / n, accumulate=True, out=F)
             matrix = F.view(block.r, block.r)
             mean = float(matrix.diagonal().mean())
@@ -93,7 +95,12 @@ class Eigen(Solver):
             ValueError: a layer is singular at that damping.
         """
         wanted = Damping(f"{type(self).__name__}.solve_at", damping, self.absolute)
-        return self._checked("solve_at", rows, lambda q: self._solve_with(q, wanted))
+
+        def solve(q: Tensor) -> Tensor:
+            self._warn_of_rounding("solve_at", wanted)
+            return self._solve_with(q, wanted)
+
+        return self._checked("solve_at", rows, solve)
 
     def _solve_with(self, rows: Tensor, damping: Damping) -> Tensor:
         solved = torch.empty_like(rows)
@@ -121,6 +128,16 @@ class Eigen(Solver):
             λs.append(λ)
         return λs
 
+    def _warn_of_rounding(self, call: str, damping: Damping) -> None:
+        for (block, s, *_), λ in zip(self._pairs, self._lambdas(call, damping), strict=True):
+            rounding = _ROUNDING * float(s[-1]) if len(s) else 0.0
+            if 0 < λ < 100 * rounding and len(s) < block.r:
+                warn_user(
+                    f"{type(self).__name__}.{call}: layer {block.name!r} has lambda={λ:.3g}, and "
+                    f"eigenvalues below {rounding:.3g} count as zero: its solutions keep few "
+                    "digits; raise the damping"
+                )
+
     def sweep(
         self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
     ) -> Tensor:
@@ -139,6 +156,9 @@ class Eigen(Solver):
         """
         store = self.store if store is None else store
         self.check_plans(f"{type(self).__name__}.sweep", queries, store)
-        solved = [self.solve_at(queries.rows, damping) for damping in dampings]
+        solved = [
+            solved_for(queries.rows, store, partial(self.solve_at, damping=damping))
+            for damping in dampings
+        ]
         found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
-        return mark_invalid(found, queries, store)
+        return mark_invalid(found.to(queries.rows.dtype), queries, store)

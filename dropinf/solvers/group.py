@@ -31,6 +31,7 @@ class Layer:
     form: str  # "r x r", "n x n", or "zero": no training row has an entry there
     λ: float
     failed_pivots: tuple[int, ...] = ()  # counted from 1, one of each try that failed
+    exponent: int = 0  # the factor is that of F_l and λ times 4^-exponent
 
     @property
     def retries(self) -> int:

@@ -276,12 +276,20 @@ def test_rows_that_are_not_finite_are_named():
         with pytest.raises(ValueError, match="row 13 of the store is not finite"):
             solver.fit(store)
         assert solver.plan is None
-    big = store_of(rows_of("random", 60, 4) * 1e25, dtype=torch.float32)
-    with pytest.raises(
-        ValueError, match=r"squares of layer '0' overflow .*use dtype=torch.float64"
-    ):
-        Cholesky().fit(big)
-    assert Cholesky(dtype=torch.float64).fit(big).solve(big.rows[:1]).isfinite().all()
+
+
+def test_rows_whose_squares_leave_float32():
+    """Each such layer is scaled by a power of two, and the one between them is not."""
+    layers = [rows_of("random", 60, r, r) * size for r, size in ((4, 1e25), (5, 1), (6, 1e-25))]
+    store = store_of(*layers, dtype=torch.float32)
+    q = torch.randn(3, 15, dtype=torch.float64)
+    solver, exact = Cholesky().fit(store), Cholesky(dtype=torch.float64).fit(store)
+    assert [layer.exponent != 0 for layer in solver.layers] == [True, False, True]
+    for columns in (slice(4), slice(4, 9), slice(9, 15)):
+        found, wanted = (s.solve(q)[:, columns] for s in (solver, exact))
+        assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    for ours, theirs in zip(solver.layers, exact.layers, strict=True):
+        assert ours.λ == pytest.approx(theirs.λ, rel=1e-6)
 
 
 @pytest.mark.parametrize("n", [100, 60])

@@ -70,7 +70,7 @@ class Eigen(Solver):
             s, V = s[kept], G.T @ (U[:, kept] / (n * s[kept]).sqrt())
         else:
             F = torch.zeros(block.r**2, dtype=torch.float64)
-            for rows in valid_rows(store, columns, torch.float64):
+            for rows in valid_rows(store, columns):
                 ops.gram(rows, (0, block.r), scale=1 / n, accumulate=True, out=F)
             matrix = F.view(block.r, block.r)
             mean = float(matrix.diagonal().mean())

@@ -6,7 +6,7 @@ from conftest import BACKENDS
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.ops import dispatch
+from dropinf.ops import checks, dispatch
 
 FEW = torch.tensor([0, 2, 4]).int()
 PACKED = torch.tensor([2.0, 0, 1, 2, 3, 0, -1, 4])  # two layers of 2 x 2
@@ -165,7 +165,7 @@ def test_out_that_is_no_memory_of_its_own(backend, op):
 )
 def test_overlaps(shape, strides, overlap):
     view = torch.arange(99).as_strided(shape, strides)
-    assert (view.unique().numel() < view.numel()) == overlap == ops._overlaps(view)
+    assert (view.unique().numel() < view.numel()) == overlap == checks._overlaps(view)
 
 
 @every

@@ -20,12 +20,15 @@ PART ?=
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
 
+# Two processes, each of which takes whole files: what a file makes for all its tests is made once.
+pytest := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/installed $(OLD_TRITON) lint
-	$(BIN)/python -m pytest
+	$(pytest)
 
 # Tests of what measures: slow, and seldom concerned by a change.
 test-more: .venv/installed
-	$(BIN)/python -m pytest -m more
+	$(pytest) -m more
 
 bench: .venv/installed
 	mkdir -p build
@@ -38,7 +41,7 @@ bench-check: .venv/installed
 	$(BIN)/python -m dropinf bench --preset quick --out build/microbenchmark/quick \
 	    --against bench/results/microbenchmark/quick/results.json
 
-# A Triton beside the one in .venv, for tests/test_triton_compile.py.
+# A Triton beside the one in .venv, for tests/kernels/test_triton_compile.py.
 build/triton-%: | .venv/installed
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target $@.part triton==$*
 	mv $@.part $@
@@ -64,7 +67,7 @@ peers: .venv/installed
 # The CUDA kernels on the host under AddressSanitizer and ThreadSanitizer, and then faults in a copy of
 # them, which both must find. The C++ library is loaded first, or exceptions would not be known to
 # the sanitizers; reports go past pytest.
-HOST_TESTS := $(addprefix tests/test_,sampled_outer.py sampled_embedding.py sampled_conv.py \
+HOST_TESTS := $(addprefix tests/ops/test_,sampled_outer.py sampled_embedding.py sampled_conv.py \
     gather_grads.py gram.py damped_cholesky.py cholesky_solve.py score_topk.py large_offsets.py)
 preloaded = LD_PRELOAD="$$($(CXX) -print-file-name=$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)"
 on_host = $(BIN)/python -m pytest -q --capture=sys -k cuda-host $(HOST_TESTS)
@@ -73,7 +76,7 @@ sanitize: .venv/installed
 	$(call preloaded,libasan) DROPINF_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 $(on_host)
 	$(call preloaded,libtsan) DROPINF_SANITIZE=thread \
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" $(on_host)
-	DROPINF_SANITIZE=planted $(BIN)/python -m pytest -q tests/test_planted_faults.py
+	DROPINF_SANITIZE=planted $(BIN)/python -m pytest -q -m more tests/kernels/test_planted_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

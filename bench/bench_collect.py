@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import dropinf
-from dropinf.microbenchmark.peers import PEERS, Work
-from dropinf.microbenchmark.timing import LeftOut
+from dropinf.tools.measuring import LeftOut
+from dropinf.tools.microbenchmark.peers import PEERS, Work
 
 SIDE = 32  # of the square of numbers that the peers keep of a layer
 R = SIDE * SIDE

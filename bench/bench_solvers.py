@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dropinf import Full, Plan, RowStore
+from dropinf.rows import RowWriter
 from dropinf.solvers import Cholesky
-from dropinf.store import RowWriter
 
 N, M = 100_000, 16
 SIZES = [8192, 4096, 1024, *(1 + l % 3 for l in range(997))]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+
+from dropinf.tools.measuring import alternate, loop_of, spread
 
 LOOP_SECONDS = 0.35  # shorter loops of two busy cores quantise to the scheduler's 4 ms
 ROUNDS = 7
@@ -30,37 +30,33 @@ def timed(benchmark):
         rounds: int = ROUNDS,
         settle: bool = False,
     ) -> None:
-        counts = {}
+        loops = {}
         for name, call in contestants.items():
             call()  # warm up: compile, allocate, fault pages in
-            start = time.perf_counter()
-            call()
-            once = time.perf_counter() - start
-            counts[name] = max(1, round(loop_seconds / once))
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(rounds):
-            for name, call in contestants.items():
-                if settle:  # the heap and the caches are as the contestant before left them
-                    call()
-                start = time.perf_counter()
-                for _ in range(counts[name]):
-                    call()
-                seconds[name].append((time.perf_counter() - start) / counts[name])
+            loop = loop_of(lambda _, call=call: call(), loop_seconds)
+            loops[name] = settled(call, loop) if settle else loop
+        seconds = alternate(loops, rounds)
         benchmark.extra_info["threads"] = torch.get_num_threads()
         benchmark.extra_info["ours"] = ours
         benchmark.extra_info["contestants"] = {
             name: {
-                "ms": _spread([1e3 * s for s in times]),
-                "ratio": _spread([a / b for a, b in zip(times, seconds[ours], strict=True)]),
+                "ms": spread([1e3 * s for s in times]),
+                "ratio": spread([a / b for a, b in zip(times, seconds[ours], strict=True)]),
                 "to_reach": to_reach.get(name),
             }
             for name, times in seconds.items()
         }
-        benchmark.pedantic(contestants[ours], rounds=3, iterations=counts[ours])
+        iterations = max(1, round(loop_seconds / min(seconds[ours])))
+        benchmark.pedantic(contestants[ours], rounds=3, iterations=iterations)
 
     return run
 
 
-def _spread(values: list[float]) -> list[float]:
-    """[median, smallest, largest]."""
-    return [statistics.median(values), min(values), max(values)]
+def settled(call: Callable[[], object], loop: Callable[[], float]) -> Callable[[], float]:
+    """The loop after a call, since the contestant before left the heap and the caches its way."""
+
+    def run() -> float:
+        call()
+        return loop()
+
+    return run

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
-from dropinf.microbenchmark.timing import LeftOut
+from dropinf.tools.measuring import LeftOut
 
 N, M, B = 64, 16, 32  # training examples, queries, examples in a batch
 SIZE = f"a perceptron of 2.0 M parameters, n={N}, m={M}, B={B}"

@@ -19,7 +19,7 @@ from models import ResNet18
 from torch import Tensor
 
 from dropinf import DropoutProjector
-from dropinf.microbenchmark.timing import LeftOut
+from dropinf.tools.measuring import LeftOut
 
 R, FEW, BLOCK = 2048, 8, 100  # BLOCK is the default of both packages
 NUM_EXAMPLES = 8

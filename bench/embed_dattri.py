@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import dropinf
 from dropinf import DropoutProjector
-from dropinf.microbenchmark.peers import only_trainable
+from dropinf.tools.microbenchmark.peers import only_trainable
 
 TOTAL = 256  # of a projection of the whole gradient
 R = 256  # of a layer, a square, as 4 r is

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dropinf.microbenchmark.timing import MALLOC, peak
+from dropinf.tools.measuring import MALLOC, peak
 
 
 def skip_without_proc() -> None:

@@ -1,5 +1,6 @@
 // Which coordinates of sampled_outer a warp reads together, so that no bank of shared memory is
-// asked twice. Chosen once for a layer, on the CPU; dropinf/staging.py says what is made of it.
+// asked twice. Chosen once for a layer, on the CPU; dropinf/ops/bank_schedule.py says what is made
+// of it.
 
 #pragma once
 

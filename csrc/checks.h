@@ -1,4 +1,4 @@
-// Checks that ops share, of what would read or write out of bounds; dropinf/ops.py checks for
+// Checks that ops share, of what would read or write out of bounds; dropinf/ops/ checks for
 // people. For the files that include torch.
 
 #pragma once

@@ -18,7 +18,7 @@ namespace {
 template <typename T>
 using Array = pybind11::array_t<T, pybind11::array::c_style>;
 
-// dropinf/staging.py gives it checked arrays [r, s].
+// dropinf/ops/bank_schedule.py gives it checked arrays [r, s].
 Array<int64_t> cut_passes_of(const Array<int32_t>& o_idx, const Array<int32_t>& i_idx,
                              int64_t element_size, int64_t alignment, int64_t max_outputs,
                              int64_t max_warps) {

@@ -1,16 +1,24 @@
 """dropinf: dropout gradient compression for influence functions (arXiv 2509.15651)."""
 
 from dropinf import ops, solvers
-from dropinf.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.capturing import capture
-from dropinf.collecting import collect
-from dropinf.compress import Dropout, FactoredDropout, Full, Sketch
-from dropinf.dampings import choose_damping
-from dropinf.dispatch import BackendError, backends
-from dropinf.plan import Plan
-from dropinf.projector import DropoutProjector
+from dropinf.compression import (
+    FJLT,
+    SJLT,
+    Dropout,
+    DropoutProjector,
+    FactoredDropout,
+    Full,
+    Gaussian,
+    LoGra,
+    Plan,
+    Rademacher,
+    Sketch,
+)
+from dropinf.ops import BackendError, backends
+from dropinf.rows import RowStore, collect
 from dropinf.scoring import ensemble, influence, scores, self_influence, topk
-from dropinf.store import RowStore
+from dropinf.solvers import choose_damping
 
 __version__ = "0.1.0"  # pyproject.toml reads it here, so that a checkout has it too
 

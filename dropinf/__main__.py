@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import dropinf
-from dropinf import doctor
-from dropinf.tables import printable
+from dropinf.text_table import printable
+from dropinf.tools import doctor
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     if arguments.command == "doctor":
         sys.exit(doctor.main())
     if arguments.command == "bench":
-        from dropinf.microbenchmark import main as microbenchmark
+        from dropinf.tools.microbenchmark import main as microbenchmark
 
         try:
             sys.exit(microbenchmark.run(arguments.preset, arguments.out, arguments.against))
@@ -64,7 +64,7 @@ def main() -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         parser.error(f"the demo needs {error.name}: pip install 'dropinf[demo]'")
-    from dropinf import demo as quickstart
+    from dropinf.tools import demo as quickstart
 
     quickstart.main(arguments.picture)
 

@@ -1,4 +1,7 @@
-"""Models with a batch and a loss: what capture must take, and the truth to compare it with."""
+"""Models with a batch and a loss: what capture must take, and the truth to compare it with.
+
+transformers is imported where it is needed: it takes longer than a rank of a distributed test.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
 
 
 class Case(NamedTuple):
@@ -127,10 +128,18 @@ def padded_ids():
 
 
 def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
         vocab_size=23, n_positions=10, n_embd=12, n_layer=2, n_head=3, attn_implementation="eager"
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(7, 5), nn.GELU(), Conv1D(3, 7))
 
 
 CASES = [
@@ -147,12 +156,7 @@ CASES = [
         cross_entropy,
     ),
     Case("transformer", lambda: Transformer().eval(), padded_ids, tokens_cross_entropy),
-    Case(
-        "Conv1D",
-        lambda: nn.Sequential(Conv1D(7, 5), nn.GELU(), Conv1D(3, 7)),
-        lambda: (torch.randn(4, 6, 5),),
-        squares,
-    ),
+    Case("Conv1D", conv1d, lambda: (torch.randn(4, 6, 5),), squares),
     Case("embedding with padding", Bag, padded_ids, squares),
     Case("GPT-2, tied", gpt2, padded_ids, tokens_cross_entropy),
     Case("[B, H, W, I], partly frozen", ImageNorm, lambda: (torch.randn(3, 2, 4, 5),), squares),

@@ -6,9 +6,14 @@ import os
 from functools import lru_cache
 from typing import NamedTuple
 
+# Before torch is imported, and for the processes that tests start: what they compute is small, and
+# threads that wait for each other take longer than one. Tests of threads ask for theirs.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from cuda_host import build
+from filelock import FileLock
 
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
@@ -16,16 +21,22 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
 from on_device import OpsOn
 
 import dropinf
-from dropinf import dispatch
+from dropinf.ops import dispatch
+
+torch.set_num_threads(1)  # a plugin may have imported it before
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []
 BACKENDS = ["cpu", "cpu-portable", "cuda-host", *ON_A_GPU, "triton", "reference"]
+# Kernels run by threads of the host or by Triton's interpreter, a thousand times slower.
+INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+EMULATED = ["cuda-host", *INTERPRETED]
 
 
 class Backend(NamedTuple):
     name: str
     device: str  # where it computes; what tests give to the ops is on the CPU, see `OpsOn`
+    emulated: bool
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +48,39 @@ def empties_are_nan():
 
 
 def pytest_generate_tests(metafunc):
-    """Every backend of what a module tests: it names its ops in OPS, or tests whole models."""
+    """Every backend of what a module tests: it names its ops in OPS, or tests whole models.
+
+    Marks choose: `ops("gram")` instead of OPS; `backends("cuda", "cpu")` those that a test is
+    about; `cases("shape, dtype", choose)` its other arguments by backend, of which
+    choose("cuda-host") gives tuples.
+    """
     if "backend" not in metafunc.fixturenames or hasattr(metafunc.module, "backend"):
         return
     if any("backend" in m.args[0] for m in metafunc.definition.iter_markers("parametrize")):
         return  # with the op that it is of
-    ops = getattr(metafunc.module, "OPS", ())
-    names = ["cpu", "cpu-portable", "reference"]
-    if ops:  # whole models take minutes on the others without a GPU
-        names = BACKENDS
-        kernels = [dispatch.KERNELS[op] for op in ops]
-        names = [n for n in names if all(n.partition("-")[0] in k for k in kernels)]
-    metafunc.parametrize("backend", names, indirect=True)
+    mark = metafunc.definition.get_closest_marker("ops")
+    names = backends_of(mark.args if mark else getattr(metafunc.module, "OPS", ()))
+    for mark in metafunc.definition.iter_markers("backends"):
+        names = [name for name in names if name in mark.args or name.partition("-")[0] in mark.args]
+    mark = metafunc.definition.get_closest_marker("cases")
+    if mark is None:
+        metafunc.parametrize("backend", names, indirect=True)
+        return
+    arguments, choose = mark.args
+    cases = [(name, *case) for name in names for case in choose(name)]
+    ids = ["-".join(map(str, case)) for case in cases]
+    metafunc.parametrize(f"backend, {arguments}", cases, indirect=["backend"], ids=ids)
+
+
+def backends_of(ops):
+    """Those that have all of these ops; of none, those that whole models are run on.
+
+    These two round differently; whatever else an op may be computed by is tested on its own.
+    """
+    if not ops:
+        return ["cpu", "reference"]
+    kernels = [dispatch.KERNELS[op] for op in ops]
+    return [n for n in BACKENDS if all(n.partition("-")[0] in k for k in kernels)]
 
 
 @pytest.fixture
@@ -61,20 +93,28 @@ def backend(request, monkeypatch):
         pytest.skip(f"backend {name!r} is {state}")
     if dispatch._DEVICES.get(name) == "cuda":
         monkeypatch.setattr(request.module, "ops", OpsOn("cuda:0"))
-        yield Backend(name, "cuda:0")
+        yield Backend(name, "cuda:0", emulated=False)
         return
     if variant != "portable":
-        yield Backend(name, "cpu")
+        yield Backend(name, "cpu", request.param in EMULATED)
         return
     before = dropinf._C.cpu_capability()
     dropinf._C.set_cpu_capability(variant)
-    yield Backend(name, "cpu")
+    yield Backend(name, "cpu", request.param in EMULATED)
     dropinf._C.set_cpu_capability(before)
+
+
+@lru_cache
+def load_on_the_host():
+    """The library is built by one process, whatever number of them runs tests."""
+    build.BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(build.BUILD / "lock"):
+        build.load()
 
 
 def on_the_host(request, monkeypatch):
     """Backend "cuda" for CPU tensors: the same kernels, run by threads of the host."""
-    build.load()
+    load_on_the_host()
     for op, kernels in dispatch.KERNELS.items():
         if "cuda" in kernels:
             monkeypatch.setitem(kernels, "cuda", getattr(torch.ops.dropinf_host, op).default)
@@ -85,14 +125,19 @@ def on_the_host(request, monkeypatch):
     request.addfinalizer(dispatch.kernel.cache_clear)
 
 
-# Once a process, as that of the others, and apart from what dispatch knows of them.
+# Once for all tests, apart from what dispatch keeps.
 self_test_on_the_host = lru_cache(dispatch._self_test.__wrapped__)
 
 
-def few_in_interpreter(backend: Backend, wanted: bool) -> None:
-    """Skip a case that Triton's interpreter takes long for, unless it is one of the few wanted."""
-    if backend.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" and not wanted:
-        pytest.skip("slow in Triton's interpreter, and covered by the cases that are run there")
+def numbers_of_threads():
+    """1, 2, 3: torch has as many meanwhile."""
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_within(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:

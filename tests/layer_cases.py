@@ -236,14 +236,14 @@ class TwoViews(nn.Module):
 
 
 class Turned(nn.Module):
-    """The batch in another order on its way through a layer, and back."""
+    """The batch in other orders on its way through two layers, and back."""
 
     def __init__(self):
         super().__init__()
         self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.other(self.one(x.flip(0)).roll(1, 0).roll(-1, 0).flip([0, 1])).flip(1)
+        return self.other(self.one(x.flip(0)).roll(1, 0)).roll(-1, 0).flip([0, 1])
 
 
 class Merged(nn.Module):

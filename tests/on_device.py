@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf import ops, staging
+from dropinf import ops
+from dropinf.ops import bank_schedule
 
 
 class OpsOn:
@@ -48,7 +49,7 @@ class Moved:
 
     def there(self, value: Any) -> Any:
         """`value` with its tensors on the device."""
-        if isinstance(value, staging.StagedOrder):  # its passes stay on the CPU
+        if isinstance(value, bank_schedule.StagedOrder):  # its passes stay on the CPU
             there = (self.there(part) for part in (value.packed, value.target))
             return value._replace(**dict(zip(("packed", "target"), there, strict=True)))
         if not isinstance(value, Tensor):

@@ -1,12 +1,13 @@
 """The README's examples, for the tests that run them."""
 
 import re
-from pathlib import Path
+
+from places import ROOT
 
 
 def blocks():
     """All of its Python."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     return [part.split("```")[0] for part in text.split("```python\n")[1:]]
 
 

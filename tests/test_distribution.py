@@ -13,10 +13,9 @@ from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import dropinf
-
-ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
 import torch

@@ -1,6 +1,9 @@
 """The package as installed, with and without a compiler; its command line; its one direction."""
 
 import ast
+import importlib
+import json
+import logging
 import os
 import shutil
 import subprocess
@@ -9,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import PACKAGE, ROOT
 
-import dropinf
-from dropinf import dispatch
-
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "dropinf"
+import dropinf.__main__
+from dropinf.ops import dispatch
+from dropinf.tools.microbenchmark import sweep
+from dropinf.tools.microbenchmark.formed import Point
 
 
 def run(*command, cwd=None, **environment):
@@ -27,17 +30,25 @@ def run(*command, cwd=None, **environment):
     return done.stdout
 
 
-def install(tmp_path, **environment):
-    """`pip install .` of a copy of the sources, into a folder of its own."""
-    source, target = tmp_path / "source", tmp_path / "target"
+def sources(tmp_path):
+    """A copy of what is built, without what was."""
+    source = tmp_path / "source"
     built = shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt")
     for folder in ("csrc", "dropinf", "triton_kernels"):
         shutil.copytree(ROOT / folder, source / folder, ignore=built)
     for file in ("pyproject.toml", "setup.py", "README.md"):
         shutil.copy(ROOT / file, source)
-    pip = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    run(*pip, "--target", str(target), str(source), **environment)
-    return target
+    return source
+
+
+def build(tmp_path, **environment):
+    """What `pip install .` builds first; why there is no extension."""
+    command = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    run(*command, cwd=sources(tmp_path), **environment)
+    return (tmp_path / "dropinf" / "_build_failure.txt").read_text()
+
+
+NO_COMPILER = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}
 
 
 USE = """
@@ -53,36 +64,38 @@ scores = dropinf.influence(
     model, data, data, lambda m, x: m(x).pow(2).sum(1), dropinf.Dropout(r=7), progress=False
 )
 assert scores.shape == (5, 5) and scores.isfinite().all()
+tools = {"captum", "dattri", "lightning", "sklearn", "trak", "transformers"}
+assert not tools & set(sys.modules)  # those that adapters and the demo are for
 for name, state in dropinf.backends().items():
     print(f"{name}: {state}")
 """
 
 
-@pytest.mark.parametrize("why", ["not asked for", "no compiler"])
-def test_install_without_compiler(why, tmp_path):
+def test_install_without_compiler(tmp_path):
     """It installs, imports, works on `reference`, and says why `cpu` is missing."""
-    if why == "no compiler":
-        missing = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "DROPINF_EXTENSION": ""}
-    else:
-        missing = {"DROPINF_EXTENSION": "0"}
-    target = install(tmp_path, **missing)
+    target = tmp_path / "target"
+    pip = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    source = str(sources(tmp_path))
+    run(*pip, "--target", str(target), source, **NO_COMPILER, DROPINF_EXTENSION="")
     printed = run("-c", USE, str(target), cwd=target, PYTHONPATH=str(target))
     assert "reference: available" in printed
-    reason = "did not compile" if why == "no compiler" else "DROPINF_EXTENSION=0 was set"
-    assert f"cpu: not available: {reason}" in printed.replace("the C++ extension ", "")
+    assert "cpu: not available: the C++ extension did not compile" in printed
     assert not list(target.glob("dropinf/_C*"))
+
+
+def test_extension_that_was_not_wanted(tmp_path):
+    assert build(tmp_path, DROPINF_EXTENSION="0").startswith("DROPINF_EXTENSION=0 was set")
 
 
 def test_extension_that_was_asked_for_is_an_error(tmp_path):
     with pytest.raises(AssertionError, match=r"DROPINF_EXTENSION|compile|nowhere"):
-        install(tmp_path, CXX="/nowhere/c++", CC="/nowhere/cc", DROPINF_EXTENSION="1")
+        build(tmp_path, **NO_COMPILER, DROPINF_EXTENSION="1")
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
 def test_cuda_kernels_that_were_asked_for_are_an_error(tmp_path):
-    if torch.version.cuda:
-        pytest.skip("torch is a CUDA build")
     with pytest.raises(AssertionError, match=r"DROPINF_CUDA=1, but torch .* is not a CUDA build"):
-        install(tmp_path, DROPINF_CUDA="1")
+        build(tmp_path, DROPINF_CUDA="1")
 
 
 def test_build_information():
@@ -100,94 +113,117 @@ def test_command_line():
     assert "reference   available" in run("-m", "dropinf", "backends")
 
 
-def test_doctor():
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("doctor"): the exit status of `python -m dropinf doctor`, and what it prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dropinf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            dropinf.__main__.main()
+        return end.value.code, capsys.readouterr().out
+
+    return run
+
+
+def test_doctor(command):
     """Every backend that is here passes its self-test, and each op has a line."""
-    printed = run("-m", "dropinf", "doctor", TRITON_INTERPRET="1")
+    status, printed = command("doctor")
     for op, kernels in dispatch.KERNELS.items():
         for name in kernels:
             here = dropinf.backends()[name] == "available" and name != "cuda"
             lines = [x for x in printed.splitlines() if x.split()[:2] == [op, name]]
             assert len(lines) == here and all("ok (" in x for x in lines), (op, name)
-    assert "FAILS" not in printed and "picked by default" in printed
+    assert "FAILS" not in printed and "picked by default" in printed and status == 0
 
 
-def test_doctor_finds_a_wrong_backend():
+def test_doctor_finds_a_wrong_backend(command, monkeypatch):
     """It prints what is wrong, and ends with 1."""
-    broken = "from dropinf import dispatch, doctor; "
-    broken += (
-        "dispatch.KERNELS['gram']['cpu'] = lambda *args: None; raise SystemExit(doctor.main())"
-    )
-    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
-    assert done.returncode == 1 and "FAILS with torch.float32, off by" in done.stdout
+    monkeypatch.setitem(dispatch.KERNELS["gram"], "cpu", lambda *args: None)
+    status, printed = command("doctor")
+    assert status == 1 and "FAILS with torch.float32, off by" in printed
+
+
+def test_bench(command, monkeypatch, request, tmp_path):
+    """Dropout and its floor in tiny sizes: results, a page with figures, and a comparison."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # which it sets, as it silences logs, for good
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
+    for module in sweep.SETTINGS.values():
+        few = {name: module.CONTESTANTS[name] for name in (module.FLOOR, module.OURS)}
+        monkeypatch.setattr(module, "CONTESTANTS", few)
+    base = {"formed": Point(4, 16, 2000), "passes": Point(2, 16, 32**2)}
+    sizes = {name: {"n": (2, 4), "r": (16,), "d": (base[name].d,)} for name in base}
+    tiny = sweep.Preset(base, sizes, budget=10.0, rounds=1, loop_seconds=1e-4, memory=False)
+    monkeypatch.setitem(sweep.PRESETS, "quick", tiny)
+    results = tmp_path / "one" / "results.json"
+    status, printed = command("bench", "--out", results.parent)
+    assert status == 0 and printed.endswith(f"{results.parent / 'page.md'}\n")
+    for found in json.loads(results.read_text())["settings"].values():
+        assert all(
+            list(point["ms"]) == [found["floor"], found["ours"]] for point in found["points"]
+        )
+    page = (results.parent / "page.md").read_text()
+    assert "(formed-n.svg)" in page and "<svg" in (results.parent / "formed-n.svg").read_text()
+    status, printed = command("bench", "--out", tmp_path / "two", "--against", results)
+    assert status in (0, 1) and ("nothing became slower" in printed) == (status == 0)
+
+
+# From the ops, which know only tensors, to the calls that do everything.
+ROOMS = [
+    ["ops"],
+    ["compression"],
+    ["capturing.rules"],
+    ["capturing"],
+    ["rows"],
+    ["solvers"],
+    ["scoring"],
+    ["integrations", "tools"],
+]
+LEAVES = ("text_table", "user_warning")
+
+
+def room_of(module):
+    """The room that dropinf.<module> is in, or is; "" of what stands in none."""
+    names = [name for names in ROOMS for name in names]
+    return max((n for n in names if f"{module}.".startswith(f"{n}.")), key=len, default="")
 
 
 def imports(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dropinf"):
-            parts = node.module.split(".")
-            if len(parts) > 1:
-                yield ".".join(parts[1:])
-            else:
-                yield from (alias.name for alias in node.names)
-
-
-# From the backends, which know only tensors, to the calls that do everything.
-ORDER = [
-    ["reference", "staging"],
-    ["selftest"],
-    ["dispatch"],
-    ["ops"],
-    ["calls", "forms", "marks", "rowmap", "composites", "tables", "shares", "projections"],
-    ["folds"],
-    ["compress"],
-    ["baselines", "projector"],
-    ["plan", "norms", "routes", "general"],
-    ["layers", "tap", "store", "sources", "checking"],
-    ["runs", "gradients", "solvers.base", "solvers.damping", "solvers.kept", "streaming"],
-    ["entries", "solvers.group", "solvers.eigen", "solvers.gauss_newton"],
-    ["graph", "solvers.primal", "solvers.dual"],
-    ["meetings", "solvers.saving"],
-    ["activations"],
-    [
-        "solvers.cg",
-        "solvers.cholesky",
-        "solvers.datainf",
-        "solvers.diagonal",
-        "solvers.identity",
-        "solvers.lissa",
-        "capturing",
-    ],
-    ["solvers", "collecting"],
-    ["scoring", "dampings", "integrations.training", "integrations.drawn"],
-    ["integrations.versions", "integrations.transformers_losses"],
-    ["integrations.transformers", "integrations.lightning"],
-    ["doctor", "microbenchmark.timing", "microbenchmark.check"],
-    ["microbenchmark.peers", "microbenchmark.formed"],
-    ["microbenchmark.passes"],
-    ["microbenchmark.sweep"],
-    ["microbenchmark.page", "microbenchmark.memory"],
-    ["microbenchmark.main"],
-]
+    """What a file imports of the package: "rows" of `from dropinf.rows import ...`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "dropinf":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dropinf."):
+            yield node.module.removeprefix("dropinf.")
+        elif isinstance(node, ast.Import):
+            names = (alias.name.partition(".") for alias in node.names)
+            yield from (inside for package, _, inside in names if package == "dropinf")
 
 
 def test_one_direction():
-    """Nothing imports to its right: a module imports only from earlier ranks."""
-    rank = {name: i for i, names in enumerate(ORDER) for name in names}
-    for name, mine in rank.items():
-        file = PACKAGE / (name.replace(".", "/") + ".py")
-        file = file if file.exists() else PACKAGE / name / "__init__.py"
+    """A room imports from rooms before it, and only what their front doors have."""
+    rank = {name: i for i, names in enumerate(ROOMS) for name in names}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        mine = room_of(".".join(parts))
+        if not mine:
+            assert parts[0] in ("__init__", "__main__", "triton_kernels", *LEAVES), parts
+            continue
         for other in imports(file):
-            if other in rank:
-                assert rank[other] < mine, f"{name} imports {other}"
-    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "demo"}
-    assert modules <= set(rank)
+            theirs = room_of(other)
+            if theirs == mine or other in LEAVES or (mine == "tools" and not theirs):
+                continue
+            assert theirs and rank[theirs] < rank[mine], f"{'.'.join(parts)} imports {other}"
+            assert other == theirs, f"{'.'.join(parts)} imports {other}, not from {theirs}"
 
 
 def test_no_module_has_the_name_of_a_public_function():
-    modules = {p.stem for p in PACKAGE.glob("*.py")}
-    functions = {n for n in dropinf.__all__ if callable(getattr(dropinf, n))}
-    assert not modules & functions
+    for name in ["dropinf", *(f"dropinf.{name}" for names in ROOMS for name in names)]:
+        package = importlib.import_module(name)
+        modules = {path.stem for path in Path(package.__file__).parent.iterdir()}
+        public = getattr(package, "__all__", [])
+        assert not modules & {n for n in public if callable(getattr(package, n))}, name
 
 
 def readme_blocks():
@@ -232,3 +268,11 @@ def test_readme_solvers(tmp_path, monkeypatch):
     assert namespace["many"].shape == (4, 20, 100) and namespace["own"].shape == (100,)
     assert namespace["mean"].shape == namespace["error"].shape == (20, 100)
     assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)
+
+
+def test_warnings_point_at_the_user(recwarn):
+    """At the line that called the package, however deep inside of it the warning was made."""
+    plan = dropinf.Plan.make(torch.nn.Linear(4, 1, bias=False), dropinf.Full())
+    store = dropinf.RowStore(torch.randn(9, 4), plan)
+    dropinf.solvers.LiSSA(damping=1e-3, depth=1).fit(store).solve(store.rows)
+    assert recwarn.pop(UserWarning).filename == __file__

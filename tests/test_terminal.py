@@ -5,19 +5,18 @@ import contextlib
 import io
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from torch import nn
 
 import dropinf
 from dropinf import __main__ as command_line
-from dropinf import tables
-from dropinf.microbenchmark import check
-from dropinf.microbenchmark import main as microbenchmark
+from dropinf import text_table
+from dropinf.tools.microbenchmark import check
+from dropinf.tools.microbenchmark import main as microbenchmark
 
-ROOT = Path(__file__).parent.parent
 SOURCES = [
     ROOT / "setup.py",
     *(ROOT / "dropinf").rglob("*.py"),
@@ -76,9 +75,9 @@ def test_names_in_messages_are_quoted():
 
 def test_printable():
     for text, shown in ODD.items():
-        assert tables.printable(text) == (text if text == "слой" else shown)
-    assert tables.printable("a b_c.0 λ") == "a b_c.0 λ"
-    assert tables.printable("\u202eleft\x9b1m\udc80") == r"\u202eleft\x9b1m\udc80"
+        assert text_table.printable(text) == (text if text == "слой" else shown)
+    assert text_table.printable("a b_c.0 λ") == "a b_c.0 λ"
+    assert text_table.printable("\u202eleft\x9b1m\udc80") == r"\u202eleft\x9b1m\udc80"
 
 
 def test_tables_of_a_plan_and_a_solver(tmp_path):

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from models import Block, loss_fn
 
-from dropinf import demo
+from dropinf.tools import demo
 
 T = 64  # characters that a window asks for
 VOCABULARY = 96  # printable ASCII, and one for everything else

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.compress import draw
+from dropinf.compression.parts import draw
 from gpu.ratios import Case, Contestant, Setup, Target, backends_of, reason_of
 from gpu.timing import Bench, Loop, relative_error
 
@@ -165,7 +165,9 @@ def sectors(index: Tensor, width: int, size: int) -> int:
 
 
 def staged_order(o_idx: Tensor, i_idx: Tensor, I: int, O: int, size: int) -> Any:
-    order = importlib.import_module("dropinf.staging").staged_order(o_idx, i_idx, I, O, size)
+    order = importlib.import_module("dropinf.ops.bank_schedule").staged_order(
+        o_idx, i_idx, I, O, size
+    )
     if order is None:
         raise ValueError("these coordinates have no staged order")
     return order

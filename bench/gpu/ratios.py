@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dropinf import dispatch
+from dropinf.ops import dispatch
 from gpu.results import Deadline, Results
 from gpu.timing import Bench, Loop, spread
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.compress import draw
+from dropinf.compression.parts import draw
 from gpu.outer import coordinates
 from gpu.ratios import Case, Contestant, Setup, Target, backends_of
 from gpu.timing import Bench, relative_error

@@ -7,12 +7,13 @@ sets together are larger than the cache. In rehearsals, on the CPU, a clock stan
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from dropinf.tools import measuring
 
 Loop = Callable[[int], object]
 
@@ -36,28 +37,11 @@ class Bench:
 
     def seconds(self, call: Callable[[], object]) -> float:
         """One call, all that it launched included."""
-        if not self.cuda:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return measuring.seconds_of(call, self.cuda)
 
     def eager(self, call: Loop) -> Callable[[], float]:
         """A loop of calls; it gives the seconds of one."""
-        once = self.seconds(lambda: call(0))
-        count = max(2, min(2000, round(self.loop_seconds / max(once, 1e-7))))
-
-        def loop() -> None:
-            for i in range(count):
-                call(i)
-
-        return lambda: self.seconds(loop) / count
+        return measuring.loop_of(call, self.loop_seconds, self.cuda, least=2)
 
     def graph(self, call: Loop) -> Callable[[], float]:
         """A CUDA graph of calls, replayed; it gives the seconds of one. No host time is in it.
@@ -81,13 +65,7 @@ class Bench:
         self, loops: dict[str, Callable[[], float]], seconds_left: Callable[[], float]
     ) -> dict[str, list[float]]:
         """Seconds of each in every round; fewer rounds where time runs out, one at least."""
-        times: dict[str, list[float]] = {name: [] for name in loops}
-        for done in range(self.rounds):
-            if done and seconds_left() < 0:
-                break
-            for name, loop in loops.items():
-                times[name].append(loop())
-        return times
+        return measuring.alternate(loops, self.rounds, lambda: seconds_left() >= 0)
 
     def healthy(self) -> bool:
         """Whether the device still computes: an illegal access ends it for this process."""
@@ -138,7 +116,7 @@ class Bench:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return dict(zip(("median", "min", "max"), measuring.spread(values), strict=True))
 
 
 def ceilings(bench: Bench) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropinf
-from dropinf import dispatch
+from dropinf.ops import dispatch
 from gpu.ratios import Case, Contestant, Setup, Target
 from gpu.timing import Bench, relative_error
 

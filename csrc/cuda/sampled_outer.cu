@@ -6,9 +6,9 @@
 // Staged: a block copies positions x[b, t, :] and dy[b, t, o0:o1] to shared memory, whole, while it
 // works on the ones before; each thread keeps up to kCoordinates coordinates and their float32 sums
 // in registers. The coordinates come in an order in which the lanes of a warp read different banks
-// (dropinf/staging.py), and return to their places at the end. A block holds four positions or
-// more; where the device has no room for those, the call is direct. sm_86 and sm_89 have 99 KB, so
-// there a position may take 24.7 KB instead of 40.
+// (dropinf/ops/bank_schedule.py), and return to their places at the end. A block holds four
+// positions or more; where the device has no room for those, the call is direct. sm_86 and sm_89
+// have 99 KB, so there a position may take 24.7 KB instead of 40.
 //
 // Both cut the positions into chunks, whose sums a second kernel adds in order. The chunks depend
 // on T and the layer alone, so B changes no bit, nor does the device but for that room.

@@ -9,7 +9,7 @@
 namespace dropinf {
 namespace cuda {
 
-// The coordinates of a layer in the order of dropinf/staging.py.
+// The coordinates of a layer in the order of dropinf/ops/bank_schedule.py.
 struct StagedOrder {
   const int64_t* passes;  // [num_passes, 6] on the host: k0, k1, o0, o1, first slot, slots
   int64_t num_passes;

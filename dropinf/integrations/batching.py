@@ -167,7 +167,10 @@ class _Outside(torch.autograd.Function):
 
 @contextmanager
 def _answering(model: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """While open, the first call of the model is `answer`'s, without its hooks; a second raises."""
+    """While open, the first call of the model is `answer`'s, without its hooks; a second raises.
+
+    By its class, where Python looks for __call__: with another forward its hooks would still run.
+    """
     kind, count = type(model), 0
 
     class Answering(kind):

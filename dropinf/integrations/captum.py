@@ -17,13 +17,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dropinf.collecting import collect
+from dropinf.compression import Compression, Plan
 from dropinf.integrations.versions import require
-from dropinf.plan import Compression, Plan
+from dropinf.rows import RowStore, collect
 from dropinf.scoring import scores, self_influence, topk
-from dropinf.solvers import Cholesky
-from dropinf.solvers.base import Solver
-from dropinf.store import RowStore
+from dropinf.solvers import Cholesky, Solver
 
 require("captum", "0.9")
 

@@ -33,15 +33,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from dropinf.collecting import collect
+from dropinf.compression import Compression, DropoutProjector, Plan
 from dropinf.integrations.batching import batched_outputs, check_first
 from dropinf.integrations.versions import require
-from dropinf.plan import Compression, Plan
-from dropinf.projector import DropoutProjector
+from dropinf.rows import RowStore, collect
 from dropinf.scoring import scores, self_influence
-from dropinf.solvers import Cholesky
-from dropinf.solvers.base import Solver
-from dropinf.store import RowStore
+from dropinf.solvers import Cholesky, Solver
 
 require("dattri", "0.3")
 

@@ -15,7 +15,8 @@ class Drawn:
 
     Batches are fetched ahead of training, by workers too, but they come out in the order in which
     they were drawn. So the sampler is watched, and `next` is told of each batch that comes out.
-    The loader's own sampler is changed in place, since loaders hold it in several places.
+    The loader's own sampler is changed in place, since loaders hold it in several places; and its
+    class is, since iter() looks for __iter__ there and never at the object.
     """
 
     def __init__(self, loader: Any, skipped: int = 0) -> None:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dropinf.collecting import LossFn, collect
+from dropinf.compression import Plan
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
-from dropinf.store import RowStore
+from dropinf.rows import LossFn, RowStore, collect
 
 require("lightning", "2.6")
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dropinf.collecting import LossFn, collect
-from dropinf.plan import Plan
-from dropinf.store import RowStore, RowWriter
+from dropinf.compression import Plan
+from dropinf.rows import LossFn, RowStore, RowWriter, collect
 
 
 @contextmanager
@@ -49,8 +48,8 @@ class TrainingRows:
         self, plan: Plan, path: str | os.PathLike | None, loss_fn: LossFn, options: dict[str, Any]
     ) -> None:
         self._plan, self._loss_fn, self._options = plan, loss_fn, options
-        self._writer = RowWriter(plan, path)
-        self._writer.__enter__()
+        self._open = ExitStack()  # from here to `close`, over many calls
+        self._writer = self._open.enter_context(RowWriter(plan, path))
 
     def add(
         self, model: nn.Module, batch: Any, step: int, positions: Callable[[int], list[int]]
@@ -83,4 +82,4 @@ class TrainingRows:
 
     def close(self) -> None:
         """Leave nothing half-written."""
-        self._writer.__exit__(None, None, None)
+        self._open.close()

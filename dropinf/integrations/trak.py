@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from dropinf.capturing import capture
+from dropinf.compression import Plan
 from dropinf.integrations.batching import batched_outputs, check_first
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
 
 require("traker", "0.3")
 

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dropinf.collecting import collect
+from dropinf.compression import Plan
 from dropinf.integrations.drawn import Drawn
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
 from dropinf.integrations.versions import require
-from dropinf.plan import Plan
-from dropinf.store import RowStore
+from dropinf.rows import RowStore, collect
 
 require("transformers", "5", tested="5.23")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
-from dropinf.plan import unwrap
+from dropinf.compression import unwrap
 
 IGNORED = -100  # the label of what has no part in the loss
 _POSITIONS = ("start_positions", "end_positions")

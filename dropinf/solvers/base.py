@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block, Plan
-from dropinf.store import RowStore
+from dropinf.compression import LayerPlan, Plan
+from dropinf.rows import RowStore
 
 Self = TypeVar("Self", bound="Solver")
 
@@ -73,21 +73,27 @@ class Solver(ABC):
             solved[finite] = solve(rows[finite])
         return solved
 
-    def _blocks(self, plan: Plan) -> Sequence[Block]:
+    def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
         """The layers that have a matrix of their own."""
         return plan.blocks
 
-    def _check_plans(self, call: str, queries: RowStore, store: RowStore | None) -> None:
-        op = f"{type(self).__name__}.{call}"
+    def check_plans(self, op: str, queries: RowStore, store: RowStore | None) -> None:
+        """Raise unless this, queries and store (None: that of the fit) are of one plan."""
         if self.plan is None:
-            raise RuntimeError(f"{op}: call fit(store) first")
-        made = self.plan.fingerprint
-        for what, rows in (("queries were", queries), ("training rows were", store)):
-            if rows is not None and rows.plan.fingerprint != made:
-                raise ValueError(
-                    f"{op}: the {what} made under plan {rows.plan.fingerprint}, the solver was "
-                    f"fitted under {made}; collect them with the same plan"
-                )
+            raise RuntimeError(f"{op}: the solver was not fitted; call fit(store) first")
+        fitted = self.plan.fingerprint
+        made = fitted if store is None else store.plan.fingerprint
+        if queries.plan.fingerprint != made:
+            raise ValueError(
+                f"{op}: the queries were made under plan {queries.plan.fingerprint}, the store "
+                f"under {made}; collect the queries with the store's plan (store.plan, or "
+                "Plan.load(store.path))"
+            )
+        if made != fitted:
+            raise ValueError(
+                f"{op}: the solver was fitted under plan {fitted}, the store was made under "
+                f"{made}; fit it on rows of the store's plan"
+            )
 
     @abstractmethod
     def _fit(self, store: RowStore, n: int) -> None: ...
@@ -99,6 +105,6 @@ class Solver(ABC):
 class Joint(Solver):
     """One matrix over all layers together, instead of one for each."""
 
-    def _blocks(self, plan: Plan) -> Sequence[Block]:
+    def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
         P = sum(block.P for block in plan.blocks)
-        return [Block("all layers", plan.slots, P, plan.width, 0)]
+        return [LayerPlan("all layers", plan.slots, P, plan.width, 0)]

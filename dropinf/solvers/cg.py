@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, solvable
-from dropinf.store import RowStore
-from dropinf.streaming import mean_squares
+from dropinf.user_warning import warn_user
 
 # Directions below this share of the longest are rounding: they are dropped.
 _DEPENDENT = 1e-12
@@ -37,7 +37,8 @@ class CG(Solver):
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
         absolute: `damping` is λ_l itself.
-        tol: largest |q - (F_l + λ_l) x| / |q| of any query in any layer.
+        tol: largest |q - (F_l + λ_l) x| / |q| of any query in any layer. Where F_l has not full
+            rank, x itself may be off by tol |q| / λ_l, of which `fit` warns.
         max_iterations: passes at each `solve`; None is 20 + 2 min(n, r), r of the widest layer
             (without rounding, 1 + min(n, r) would do).
 
@@ -68,6 +69,15 @@ class CG(Solver):
         λs = self._damping.lambdas(blocks, self._diagonal)
         self._layers = solvable("CG.fit", blocks, λs, self._diagonal, n)
         self._n = n
+        for block, λ in self._layers:
+            mean = float(self._diagonal[block.entries].mean())
+            if 0 < λ < 100 * self.tol * mean:
+                warn_user(
+                    f"CG.fit: layer {block.name!r} has lambda={λ:.3g} beside a mean diagonal of "
+                    f"{mean:.3g}: a residual of tol={self.tol:g} can leave a solution off by "
+                    "tol |q| / lambda; lower tol, raise the damping, or take Cholesky or Eigen"
+                )
+                break
 
     def _solve(self, rows: Tensor) -> Tensor:
         systems = [
@@ -104,7 +114,7 @@ class CG(Solver):
 class _System:
     """A x = q of one layer, with every q made one long."""
 
-    def __init__(self, block: Block, λ: float, diagonal: Tensor, q: Tensor) -> None:
+    def __init__(self, block: LayerPlan, λ: float, diagonal: Tensor, q: Tensor) -> None:
         self.block, self._λ, self._diagonal = block, λ, diagonal.to(q.device) + λ
         self.norms = torch.linalg.vector_norm(q, dim=1, keepdim=True)
         self._q = q / self.norms.where(self.norms > 0, 1)

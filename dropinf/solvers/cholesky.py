@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import PART_BYTES, RowStore
 from dropinf.solvers.base import Joint, Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
 from dropinf.solvers.eigen import Eigen
+from dropinf.solvers.factor_file import Spill
 from dropinf.solvers.group import Group, Layer, Setting
-from dropinf.solvers.kept import Spill
 from dropinf.solvers.primal import Primal
 from dropinf.solvers.saving import load_solver, save_solver
-from dropinf.store import RowStore
-from dropinf.streaming import PART_BYTES
-from dropinf.tables import print_table
+from dropinf.text_table import print_table
 
 
 class Cholesky(Solver):
@@ -88,7 +87,7 @@ class Cholesky(Solver):
                 group.factors = spill.append(group.factors)
         self._set(blocks, groups)
 
-    def _set(self, blocks: Sequence[Block], groups: Sequence[Group]) -> None:
+    def _set(self, blocks: Sequence[LayerPlan], groups: Sequence[Group]) -> None:
         done = {b: layer for g in groups for b, layer in zip(g.blocks, g.layers, strict=True)}
         self.layers = tuple(done[block] for block in blocks)
         self._order, self._groups = list(blocks), list(groups)
@@ -101,13 +100,13 @@ class Cholesky(Solver):
         """
         return float("inf") if self.max_bytes is None else self.max_bytes - 3 * setting.part_bytes
 
-    def _grouped(self, blocks: Sequence[Block], setting: Setting) -> list[Group]:
+    def _grouped(self, blocks: Sequence[LayerPlan], setting: Setting) -> list[Group]:
         """Every layer's form, and as many r x r layers together as fit."""
         budget = self._budget(setting)
-        together: list[list[Block]] = []
+        together: list[list[LayerPlan]] = []
         alone: list[Group] = []
 
-        def needs(form: type[Group], members: Sequence[Block]) -> int:
+        def needs(form: type[Group], members: Sequence[LayerPlan]) -> int:
             held = sum(form.num_bytes(block, setting) for block in members)
             return held + form.scratch_bytes(members, setting)
 
@@ -145,7 +144,7 @@ class Cholesky(Solver):
         Returns:
             [k, m, n], equal to the scores of k solvers fitted with those dampings.
         """
-        self._check_plans("sweep", queries, store)
+        self.check_plans(f"{type(self).__name__}.sweep", queries, store)
         if self.store is None:
             name = type(self).__name__
             raise ValueError(

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
 
 
 class Damping:
@@ -28,7 +28,7 @@ class Damping:
                 raise ValueError(f"{op}: damping must be a number from 0, got {number!r}")
         self._op, self._damping, self.absolute = op, damping, absolute
 
-    def of(self, blocks: Sequence[Block]) -> list[float]:
+    def of(self, blocks: Sequence[LayerPlan]) -> list[float]:
         """The damping of each layer.
 
         Raises:
@@ -59,7 +59,7 @@ class Damping:
         """λ_l of a layer with that damping and mean of F_l's diagonal."""
         return number if self.absolute else number * mean_diagonal
 
-    def lambdas(self, blocks: Sequence[Block], diagonal: Tensor) -> list[float]:
+    def lambdas(self, blocks: Sequence[LayerPlan], diagonal: Tensor) -> list[float]:
         """λ_l of each layer, from the diagonal of F [R]."""
         return [
             self.λ(number, float(diagonal[block.entries].mean()))

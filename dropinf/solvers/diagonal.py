@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.store import RowStore
-from dropinf.streaming import mean_squares
 
 
 class Diagonal(Solver):

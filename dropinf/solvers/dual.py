@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
-from dropinf.store import RowStore
-from dropinf.streaming import valid_rows
 
 
 class Dual(Group):
@@ -24,11 +23,11 @@ class Dual(Group):
     form = "n x n"
 
     @staticmethod
-    def num_bytes(block: Block, setting: Setting) -> int:
+    def num_bytes(block: LayerPlan, setting: Setting) -> int:
         return 8 * setting.n**2
 
     @classmethod
-    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+    def scratch_bytes(cls, blocks: Sequence[LayerPlan], setting: Setting) -> int:
         return 2 * 8 * setting.n**2  # K is kept for another try, and torch copies
 
     def size(self) -> tuple[int, torch.dtype]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, mark_invalid, products, solved_for, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.store import RowStore
-from dropinf.streaming import mark_invalid, products, valid_rows
+from dropinf.user_warning import warn_user
 
 _ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
 
@@ -21,7 +22,7 @@ _ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
 class _Pairs(NamedTuple):
     """F_l = V diag(s) Vᵀ of one layer, as far as it is kept."""
 
-    block: Block
+    block: LayerPlan
     s: Tensor  # [k] float64, rising
     V: Tensor  # [r, k] float64
     mean_diagonal: float  # of F_l, all of it
@@ -57,9 +58,9 @@ class Eigen(Solver):
         blocks = self._blocks(store.plan)
         self._damping.of(blocks)  # before hours of work
         self._pairs = [self._decompose(store, n, block) for block in blocks]
-        self._lambdas("fit", self._damping)
+        self._warn_of_rounding("fit", self._damping)
 
-    def _decompose(self, store: RowStore, n: int, block: Block) -> _Pairs:
+    def _decompose(self, store: RowStore, n: int, block: LayerPlan) -> _Pairs:
         columns = [block.entries]
         if n < block.r:
             G = next(valid_rows(store, columns, torch.float64, 8 * n * block.r))  # [n, r]
@@ -94,7 +95,12 @@ class Eigen(Solver):
             ValueError: a layer is singular at that damping.
         """
         wanted = Damping(f"{type(self).__name__}.solve_at", damping, self.absolute)
-        return self._checked("solve_at", rows, lambda q: self._solve_with(q, wanted))
+
+        def solve(q: Tensor) -> Tensor:
+            self._warn_of_rounding("solve_at", wanted)
+            return self._solve_with(q, wanted)
+
+        return self._checked("solve_at", rows, solve)
 
     def _solve_with(self, rows: Tensor, damping: Damping) -> Tensor:
         solved = torch.empty_like(rows)
@@ -122,6 +128,16 @@ class Eigen(Solver):
             λs.append(λ)
         return λs
 
+    def _warn_of_rounding(self, call: str, damping: Damping) -> None:
+        for (block, s, *_), λ in zip(self._pairs, self._lambdas(call, damping), strict=True):
+            rounding = _ROUNDING * float(s[-1]) if len(s) else 0.0
+            if 0 < λ < 100 * rounding and len(s) < block.r:
+                warn_user(
+                    f"{type(self).__name__}.{call}: layer {block.name!r} has lambda={λ:.3g}, and "
+                    f"eigenvalues below {rounding:.3g} count as zero: its solutions keep few "
+                    "digits; raise the damping"
+                )
+
     def sweep(
         self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
     ) -> Tensor:
@@ -139,7 +155,10 @@ class Eigen(Solver):
             ValueError: rows under another plan, or a layer is singular at one of the dampings.
         """
         store = self.store if store is None else store
-        self._check_plans("sweep", queries, store)
-        solved = [self.solve_at(queries.rows, damping) for damping in dampings]
+        self.check_plans(f"{type(self).__name__}.sweep", queries, store)
+        solved = [
+            solved_for(queries.rows, store, partial(self.solve_at, damping=damping))
+            for damping in dampings
+        ]
         found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
-        return mark_invalid(found, queries, store)
+        return mark_invalid(found.to(queries.rows.dtype), queries, store)

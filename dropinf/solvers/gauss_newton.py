@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
-from dropinf.store import RowStore
-from dropinf.streaming import valid_rows
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, valid_rows
 
 
 def parts(store: RowStore) -> Iterator[Tensor]:
@@ -21,7 +20,7 @@ def parts(store: RowStore) -> Iterator[Tensor]:
         yield from rows.split(max(256, store.plan.width))
 
 
-def multiply(store: RowStore, n: int, vectors: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+def multiply(store: RowStore, n: int, vectors: Sequence[tuple[LayerPlan, Tensor]]) -> list[Tensor]:
     """F_l v = G_lᵀ (G_l v) / n for each layer's vectors [k, r_l] float64, in one pass."""
     results = [torch.zeros_like(v) for _, v in vectors]
     for rows in parts(store):
@@ -32,8 +31,8 @@ def multiply(store: RowStore, n: int, vectors: Sequence[tuple[Block, Tensor]]) -
 
 
 def solvable(
-    op: str, blocks: Sequence[Block], λs: Sequence[float], diagonal: Tensor, n: int
-) -> list[tuple[Block, float]]:
+    op: str, blocks: Sequence[LayerPlan], λs: Sequence[float], diagonal: Tensor, n: int
+) -> list[tuple[LayerPlan, float]]:
     """(layer, λ_l) of the layers to solve; without those that are zero and not damped.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -13,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, merged
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.kept import Kept
-from dropinf.store import RowStore
-from dropinf.streaming import merged
+from dropinf.solvers.factor_file import FileTensor
+from dropinf.user_warning import warn_user
 
 _RETRIES = 4  # each raises the damping tenfold
 _STEPS = 8  # of the power iterations of a condition estimate
@@ -32,6 +31,7 @@ class Layer:
     form: str  # "r x r", "n x n", or "zero": no training row has an entry there
     λ: float
     failed_pivots: tuple[int, ...] = ()  # counted from 1, one of each try that failed
+    exponent: int = 0  # the factor is that of F_l and λ times 4^-exponent
 
     @property
     def retries(self) -> int:
@@ -55,11 +55,11 @@ class Group(ABC):
 
     form: ClassVar[str]
 
-    def __init__(self, blocks: Sequence[Block], setting: Setting) -> None:
+    def __init__(self, blocks: Sequence[LayerPlan], setting: Setting) -> None:
         self.blocks = list(blocks)
         self.setting = setting
         self.layers: list[Layer] = []
-        self.factors: Tensor | Kept = torch.empty(0)
+        self.factors: Tensor | FileTensor = torch.empty(0)
 
     @property
     def columns(self) -> list[slice]:
@@ -73,16 +73,16 @@ class Group(ABC):
 
     def read(self) -> Tensor:
         """The factors, in memory."""
-        return self.factors.read() if isinstance(self.factors, Kept) else self.factors
+        return self.factors.read() if isinstance(self.factors, FileTensor) else self.factors
 
     @staticmethod
     @abstractmethod
-    def num_bytes(block: Block, setting: Setting) -> int:
+    def num_bytes(block: LayerPlan, setting: Setting) -> int:
         """Of one layer's factor."""
 
     @classmethod
     @abstractmethod
-    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+    def scratch_bytes(cls, blocks: Sequence[LayerPlan], setting: Setting) -> int:
         """Beside the factors of a group of those layers, while they are made."""
 
     @abstractmethod
@@ -120,10 +120,9 @@ class Group(ABC):
         op, pivots = self.setting.op, [failed]
         where = f"{op}.fit: layer {layer.name!r} (n={self.setting.n}, r={layer.r})"
         while layer.λ > 0 and len(pivots) <= _RETRIES:
-            warnings.warn(
+            warn_user(
                 f"{where}: pivot {pivots[-1]} is not positive beyond rounding at "
-                f"lambda={layer.λ:.3g}; its damping is raised tenfold",
-                stacklevel=6,
+                f"lambda={layer.λ:.3g}; its damping is raised tenfold"
             )
             layer = replace(layer, λ=10 * layer.λ, failed_pivots=tuple(pivots))
             failed = factorise(layer.λ)

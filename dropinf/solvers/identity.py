@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
-from dropinf.store import RowStore
 
 
 class Identity(Solver):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, parts, solvable
-from dropinf.store import RowStore
-from dropinf.streaming import mean_squares
+from dropinf.user_warning import warn_user
 
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
 # σ_max / 2.2 would do. Power iteration comes to less from all four random vectors with a
@@ -143,11 +142,10 @@ class LiSSA(Solver):
             chains = waiting
         if chains:
             worst = max(chains, key=lambda chain: chain.residual)
-            warnings.warn(
+            warn_user(
                 f"LiSSA.solve: layer {worst.block.name!r} has a relative residual of "
                 f"{worst.residual:.2g} after depth={self.depth} steps, above tol={self.tol:g} "
                 f"(layers not done: {len(chains)}); raise depth or the damping, or take CG",
-                stacklevel=5,
             )
 
     def _with_sampled_rows(self, chains: list[_Chain]) -> None:
@@ -187,7 +185,7 @@ class LiSSA(Solver):
 class _Chain:
     """The series of one layer, with every q made one long."""
 
-    def __init__(self, block: Block, λ: float, scale: float, q: Tensor) -> None:
+    def __init__(self, block: LayerPlan, λ: float, scale: float, q: Tensor) -> None:
         self.block, self.λ, self.scale = block, λ, scale
         self.norms = torch.linalg.vector_norm(q, dim=1, keepdim=True)
         self.q = q / self.norms.where(self.norms > 0, 1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.plan import Block
+from dropinf.compression import LayerPlan
+from dropinf.rows import RowStore, put, take, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
-from dropinf.store import RowStore
-from dropinf.streaming import put, take, valid_rows
+
+# Rows whose largest entry is beyond these are scaled by a power of two, which is exact, before they
+# are squared: float32 ends at 1e-38, with all its digits at 1e-31, and at 3e38.
+_LEAST, _MOST = 1e-14, 1e14
 
 
 class Primal(Group):
@@ -20,11 +24,11 @@ class Primal(Group):
     form = "r x r"
 
     @staticmethod
-    def num_bytes(block: Block, setting: Setting) -> int:
+    def num_bytes(block: LayerPlan, setting: Setting) -> int:
         return setting.dtype.itemsize * block.r**2
 
     @classmethod
-    def scratch_bytes(cls, blocks: Sequence[Block], setting: Setting) -> int:
+    def scratch_bytes(cls, blocks: Sequence[LayerPlan], setting: Setting) -> int:
         widest = max(cls.num_bytes(block, setting) for block in blocks)
         if setting.dtype == torch.float64:  # a layer at a time through torch, which copies twice
             return 2 * widest
@@ -37,16 +41,21 @@ class Primal(Group):
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
         numbers, dtype = self.size()
         F = torch.empty(numbers, dtype=dtype)
-        self._gram(store, F)
+        exponents = self._gram(store, F)
         matrices = ops.unpack(F, self.offsets)
+        for l, exponent in enumerate(exponents):
+            if exponent:
+                Primal([self.blocks[l]], self.setting)._gram(store, matrices[l].view(-1), exponent)
         diagonals = [matrix.diagonal().clone() for matrix in matrices]
         shift = F.new_empty(len(self.blocks))
         for l, (block, diagonal) in enumerate(zip(self.blocks, diagonals, strict=True)):
-            mean = float(diagonal.double().mean())
+            unit = 4.0 ** exponents[l]
+            mean = float(diagonal.double().mean()) * unit
             λ = self.setting.damping.λ(dampings[l], mean)
             zero = λ == 0 and mean == 0
-            shift[l] = 1.0 if zero else λ  # a zero layer's factor is never used
-            self.layers.append(Layer(block.name, block.r, "zero" if zero else self.form, λ))
+            shift[l] = 1.0 if zero else λ / unit  # a zero layer's factor is never used
+            form = "zero" if zero else self.form
+            self.layers.append(Layer(block.name, block.r, form, λ, exponent=exponents[l]))
         # In place; the few layers that fail are summed again.
         info = ops.damped_cholesky(F, self.offsets, shift, out=F).info.tolist()
         for l, (matrix, diagonal) in enumerate(zip(matrices, diagonals, strict=True)):
@@ -57,30 +66,33 @@ class Primal(Group):
                 self.layers[l] = self._retry(store, l, failed, matrix, diagonal)
         self.factors = F
 
-    def _gram(self, store: RowStore, F: Tensor) -> None:
-        """Every layer's F_l, packed, into F."""
+    def _gram(self, store: RowStore, F: Tensor, exponent: int = 0) -> list[int]:
+        """Every layer's F_l times 4^-exponent, packed, into F; the exponent each would need, 0
+        where the squares of its rows are well within the dtype's range."""
         parts = valid_rows(store, self.columns, part_bytes=self.setting.part_bytes)
+        peaks = torch.zeros(self.offsets[-1])
         for i, rows in enumerate(parts):
+            peaks = torch.maximum(peaks, rows.abs().amax(0).float())
+            rows = rows * 2.0**-exponent if exponent else rows
             ops.gram(rows, self.offsets, scale=1 / self.setting.n, accumulate=i > 0, out=F)
-        for block, matrix in zip(self.blocks, ops.unpack(F, self.offsets), strict=True):
-            if not matrix.diagonal().isfinite().all():
-                raise ValueError(
-                    f"{self.setting.op}.fit: the squares of layer {block.name!r} overflow "
-                    f"{F.dtype}; scale the loss down, or use dtype=torch.float64"
-                )
+        sizes = [block.r for block in self.blocks]
+        largest = [float(part.max()) if len(part) else 0.0 for part in peaks.split(sizes)]
+        return [0 if _LEAST <= peak <= _MOST else math.frexp(peak)[1] for peak in largest]
 
     def _retry(
         self, store: RowStore, l: int, failed: int, factor: Tensor, diagonal: Tensor
     ) -> Layer:
         """Each try sums F_l and factorises it where its factor belongs: no memory beyond that."""
         alone, packed = Primal([self.blocks[l]], self.setting), factor.view(-1)
+        exponent = self.layers[l].exponent
+        unit = 4.0**exponent
 
         def factorise(λ: float) -> int:
-            alone._gram(store, packed)
-            info = ops.damped_cholesky(packed, alone.offsets, λ, out=packed).info
-            return int(info[0]) or lost_pivot(factor, diagonal + λ)
+            alone._gram(store, packed, exponent)
+            info = ops.damped_cholesky(packed, alone.offsets, λ / unit, out=packed).info
+            return int(info[0]) or lost_pivot(factor, diagonal + λ / unit)
 
-        mean = float(diagonal.double().mean())
+        mean = float(diagonal.double().mean()) * unit
         return self._retried(self.layers[l], failed, factorise, mean)
 
     def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
@@ -90,6 +102,8 @@ class Primal(Group):
         for block, layer in zip(self.blocks, self.layers, strict=True):
             if layer.form == "zero":
                 solved[:, block.entries] = 0
+            elif layer.exponent:
+                solved[:, block.entries] *= 4.0**-layer.exponent
 
     def condition(self) -> list[float]:
         factors = ops.unpack(self.read(), self.offsets)

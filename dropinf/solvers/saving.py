@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from dropinf.plan import Block, Plan
+from dropinf.compression import LayerPlan, Plan
+from dropinf.rows import RowStore
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
+from dropinf.solvers.factor_file import FileTensor, crc_of, write
 from dropinf.solvers.group import Group, Layer, Setting
-from dropinf.solvers.kept import Kept, crc_of, write
 from dropinf.solvers.primal import Primal
-from dropinf.store import RowStore
-from dropinf.tables import printable
+from dropinf.text_table import printable
 
 _FORMAT = "dropinf cholesky 1"
 _FORMS = {form.form: form for form in (Primal, Dual)}
@@ -31,7 +31,7 @@ def save_solver(
     path: str | os.PathLike,
     plan: Plan,
     options: dict[str, Any],
-    blocks: Sequence[Block],
+    blocks: Sequence[LayerPlan],
     groups: Sequence[Group],
 ) -> None:
     """Write a directory, which appears whole or not at all."""
@@ -86,14 +86,14 @@ class Saved:
     file: Path
     parts: list[tuple[type[Group], list[int], list[Layer]]]
 
-    def groups(self, blocks: Sequence[Block], in_memory: int | None) -> list[Group]:
+    def groups(self, blocks: Sequence[LayerPlan], in_memory: int | None) -> list[Group]:
         """The groups, with their factors in memory if they are of at most `in_memory` bytes."""
         groups, start = [], 0
         for form, members, layers in self.parts:
             group = form([blocks[l] for l in members], self.setting)
             group.layers = layers
             size, dtype = group.size()
-            group.factors = Kept(self.file, start, size, dtype)
+            group.factors = FileTensor(self.file, start, size, dtype)
             start += size * dtype.itemsize
             groups.append(group)
         if in_memory is None or start <= in_memory:

@@ -9,7 +9,7 @@
 namespace dropinf {
 namespace bench {
 
-// What dropinf/staging.py makes of coordinates (o, i), for elements of 2 bytes.
+// What dropinf/ops/bank_schedule.py makes of coordinates (o, i), for elements of 2 bytes.
 struct Order {
   std::vector<int64_t> passes;
   std::vector<int32_t> packed, target;

@@ -1,0 +1,239 @@
+"""Entries: the rows of one backward pass, as the calls that met parameters fill them in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropinf.capturing.rowmap import Route, RowMap, groups
+from dropinf.capturing.rules import Form, Role
+from dropinf.capturing.runs import Run, alone, columns, in_one, runs, sample, values
+from dropinf.capturing.sources import Lookup, Source, View, chunk_items
+from dropinf.compression import DenseProjection, ParamPlan
+
+
+@dataclass(frozen=True)
+class Where:
+    """How the data of a call hold the examples.
+
+    Attributes:
+        batch_dim: their dimension; None is 0, refused where it is in doubt.
+        route: where the rows came from, if they were picked by an index.
+    """
+
+    batch_dim: int | None
+    route: Route | None
+
+
+class Entries:
+    """Rows [num_rows, R] that start empty.
+
+    Attributes:
+        rows: the rows.
+        map: which of them each position of the batch belongs to.
+        touched: names of the parameters that wrote some.
+        formed: names of those whose gradients were formed, a few examples at a time.
+    """
+
+    def __init__(
+        self, rows: Tensor, map: RowMap, factor: float, backend: str | None, cache: dict
+    ) -> None:
+        """`factor` is taken out of every gradient; `cache` keeps `Coordinates` between batches.
+
+        Under a plan that has entry maps the rows are zeros already.
+        """
+        self.rows, self.map, self.touched, self.formed = rows, map, set(), set()
+        self._factor, self._backend, self._cache = factor, backend, cache
+
+    def sample(
+        self,
+        form: Form,
+        targets: Sequence[tuple[Source, Role]],
+        x: Tensor,
+        dy: Tensor,
+        where: Where,
+    ) -> None:
+        """Write what a call in closed form contributes."""
+        if form.features is not None:
+            parts = self.map.split(x, dy, form.features, where.batch_dim, where.route)
+        else:
+            rows = self.map.of_items(len(x), where.batch_dim, where.route)
+            parts = iter([(slice(None) if rows is None else rows, x, dy)])
+        for rows, x_part, dy_part in parts:
+            x_part, dy_part = form.prepare(x_part, dy_part)
+            for run in runs(targets):
+                source, role = run[0]
+                if isinstance(source, View):
+                    self._sample_views(run, x_part, dy_part, rows)
+                    continue
+                # Every coordinate of the tensor, a few examples at a time, then pulled back.
+                shape = role.tensor.shape
+                o_idx, i_idx = role.coordinates(torch.arange(shape.numel()))
+                o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (o_idx, i_idx))
+                for some in chunk_items(len(x_part), shape.numel()):
+                    grads = role.op(
+                        x_part[some], dy_part[some], o_idx, i_idx, backend=self._backend, scale=1.0
+                    )
+                    for view, entries in source.pull(grads.unflatten(1, shape)):
+                        self.add(view, entries, _part(rows, some, len(x_part)))
+
+    def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: slice | Tensor) -> None:
+        slot = run[0][0].slot
+        if not in_one(run, self._cache):
+            for view, role in run:
+                self._fold_views(view, role, x, dy, rows)
+            return
+        if not any(len(view.at) for view, _ in run):
+            self._begin(slot)
+            return
+        names = {view.slot.name for view, _ in run}
+        at, scale = columns(run), slot.scale / self._factor
+        options = (scale, self._backend, self._cache)
+        all_new = isinstance(rows, slice) and not self.touched & names and alone(run)
+        if all_new and isinstance(at, slice) and dy.device == self.rows.device:
+            self.touched |= names
+            sample(run, x, dy, *options, out=self.rows[:, at])
+            return
+        found = sample(run, x, dy, *options)
+        for view, _ in run:
+            self._begin(view.slot)
+        self._add(at, found, rows)
+
+    def _fold_views(
+        self, view: View, role: Role, x: Tensor, dy: Tensor, rows: slice | Tensor
+    ) -> None:
+        """The values at all coordinates of a view, a few examples at a time, then folded."""
+        self._begin(view.slot)
+        for some in chunk_items(len(x), len(view.at)):
+            found = values(view, role, x[some], dy[some], self._backend, self._cache)
+            self.add(view, found, _part(rows, some, len(x)))
+
+    def pull(
+        self, source: Source, shape: torch.Size, grads: Tensor, dims: Sequence[int], where: Where
+    ) -> None:
+        """Write the gradients of an operand that was expanded over the batch.
+
+        Args:
+            source: of the operand.
+            shape: its shape, filled up with ones to the dimensions of `grads`.
+            grads: gradient of the expanded operand.
+            dims: the dimensions that are items, of which every row has some, the example first.
+            where: how the data that it met hold the examples.
+        """
+        if isinstance(source, Lookup) and self._pull_lookup(source, shape, grads, dims, where):
+            return
+        rest = [d for d in range(grads.dim()) if d not in dims]
+        items = [grads.shape[d] for d in dims]
+        # A dimension that the operand has itself: item i takes its gradient there from slice i.
+        own = [d for d in dims if shape[d] > 1]
+        n = torch.Size(items).numel()
+        rows = self.map.of_items(n, where.batch_dim, where.route)
+        rows = slice(None) if rows is None else rows
+        by_item = grads.permute(*dims, *rest)
+        if isinstance(source, View):
+            self.add(source, _view_entries(source, shape, by_item, dims, own, rest), rows)
+            return
+        base = torch.Size(source.output.shape)
+        for some in chunk_items(n, base.numel()):
+            whole = [
+                _item_gradient(i, items, shape, by_item, dims, own)
+                for i in range(some.start, some.stop)
+            ]
+            for view, entries in source.pull(torch.stack(whole).reshape(-1, *base)):
+                self.add(view, entries, _part(rows, some, n))
+
+    def _pull_lookup(
+        self, source: Lookup, shape: torch.Size, grads: Tensor, dims: Sequence[int], where: Where
+    ) -> bool:
+        """Whether the looked-up rows are the last dimension of the data, and could be written."""
+        if grads.dim() - 1 in dims or max(dims) > 1:
+            return False
+        ids = source.ids.reshape(shape[:-1]).expand(grads.shape[:-1])
+        for rows, some_ids, dy in self.map.split(ids, grads, (0, 1), dims[0], where.route):
+            self.add(*source.pull_positions(some_ids[..., 0], dy, self._backend), rows)
+        return True
+
+    def add(self, view: View, values: Tensor, rows: slice | Tensor) -> None:
+        """Add the unscaled values [n, k] of a view to rows, which may repeat."""
+        slot = view.slot
+        self._begin(slot)
+        values = values * (slot.scale / self._factor)
+        if slot.entry_map is not None:
+            if isinstance(slot.entry_map, DenseProjection):
+                self.formed.add(slot.name)
+            values = slot.entry_map(values, view.which)
+        self._add(view.columns, values, rows)
+
+    def _begin(self, slot: ParamPlan) -> None:
+        if slot.name not in self.touched:
+            if slot.entry_map is None:
+                self.rows[:, slot.entries] = 0
+            self.touched.add(slot.name)
+
+    def _add(self, columns: slice | Tensor, entries: Tensor, rows: slice | Tensor) -> None:
+        entries = entries.to(self.rows)
+        if isinstance(columns, Tensor):
+            columns = columns.to(self.rows.device)
+        if isinstance(rows, slice):
+            self.rows[rows, columns] += entries
+            return
+        # Rows that repeat are summed in a fixed order.
+        for here, at, real in groups(rows.to(self.rows.device), len(self.rows), entries.shape[1]):
+            sums = entries[at].where(real[..., None], 0).sum(1)
+            self.rows[here if isinstance(columns, slice) else here[:, None], columns] += sums
+
+
+def _view_entries(
+    view: View,
+    shape: torch.Size,
+    grads: Tensor,
+    dims: Sequence[int],
+    own: Sequence[int],
+    rest: Sequence[int],
+) -> Tensor:
+    """[n, k] entries of each item, from grads [*items, *rest]."""
+    at = view.at.to(grads.device)
+    index = torch.unravel_index(at, shape)
+    flat = torch.zeros_like(at)  # position in the dimensions that are no items
+    for d in rest:
+        flat = flat * shape[d] + index[d]
+    grads = grads.flatten(len(dims)) if rest else grads[..., None]
+    if not own:
+        return grads.flatten(0, len(dims) - 1)[:, flat]
+    entries = grads.new_zeros(*grads.shape[:-1], len(at))
+    here = []
+    for j, d in enumerate(dims):
+        if d in own:
+            here.append(index[d])
+        else:
+            step = torch.arange(grads.shape[j], device=at.device)
+            here.append(step.reshape(-1, *(1,) * (len(dims) - j)))
+    entries[(*here, torch.arange(len(at), device=at.device))] = grads[(*here, flat)]
+    return entries.flatten(0, len(dims) - 1)
+
+
+def _item_gradient(
+    i: int,
+    items: Sequence[int],
+    shape: torch.Size,
+    grads: Tensor,
+    dims: Sequence[int],
+    own: Sequence[int],
+) -> Tensor:
+    """The gradient [*shape] of item i alone, from grads [*items, *rest]."""
+    index = [int(j) for j in torch.unravel_index(torch.tensor(i), tuple(items))]
+    mine = grads[tuple(index)]  # [*rest]
+    whole = grads.new_zeros(shape)
+    at: list[Any] = [slice(None)] * len(shape)
+    for d, j in zip(dims, index, strict=True):
+        at[d] = j if d in own else 0
+    whole[tuple(at)] = mine
+    return whole
+
+
+def _part(rows: slice | Tensor, some: slice, n: int) -> slice | Tensor:
+    return some if isinstance(rows, slice) else rows[some]

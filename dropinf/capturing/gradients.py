@@ -1,0 +1,142 @@
+"""mode="grads": rows gathered from the gradients of the parameters, whatever layer made them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropinf import ops
+from dropinf.capturing.tap import Tap, sharded_modules
+from dropinf.compression import DenseProjection, ParamPlan, SignedSums
+
+
+class GradsTap(Tap):
+    """Rows from the .grad of the parameters, one backward pass an example."""
+
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        self._indices, self._signs = [], []
+        for slot, p in zip(self.plan.slots, self.parameters, strict=True):
+            index, sign = slot.index, None
+            if isinstance(slot.entry_map, SignedSums):
+                numbers, sign = slot.entry_map.groups
+                index = index[numbers]
+            self._indices.append(index.to(p.device))
+            self._signs.append(None if sign is None else sign.to(p.device))
+        # What the forward pass has in place of each parameter: a sharded module swaps them.
+        self._used = {id(p): p for p in self.model.parameters()}
+        for sharded in sharded_modules(self.model):
+            below = [
+                (id(p), module, name)
+                for module in sharded.modules()
+                for name, p in module._parameters.items()
+                if p is not None
+            ]
+            handle = sharded.register_forward_pre_hook(self._note(below))  # behind its own
+            undo.callback(handle.remove)
+
+    def _note(self, below: list[tuple[int, nn.Module, str]]) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            for key, module, name in below:
+                self._used[key] = module._parameters[name]
+
+        return note
+
+    def rows(
+        self, losses: Tensor, *, loss_scale: float = 1.0, retain_graph: bool = False
+    ) -> Tensor:
+        """[B, R] rows of losses [B]: one backward pass an example, so small batches are best.
+
+        Gradients are freed as the backward pass goes; those that were there are put back.
+        `loss_scale` and `retain_graph` are as in mode="activations".
+        """
+        self.check(losses)
+        for slot, p in zip(self.plan.slots, self.parameters, strict=True):
+            if not p.requires_grad:
+                raise ValueError(
+                    f"rows: {slot.name!r} does not require grad, so mode='grads' sees no gradient "
+                    "of it; unfreeze it, or leave it out of the plan with exclude="
+                )
+        rows = self.empty_rows(losses, len(losses)).zero_()
+        self.num_examples = len(losses)
+        if not losses.requires_grad:
+            raise RuntimeError("rows: the losses carry no gradient; run the model with it enabled")
+        used = [self._used[id(p)] for p in self.parameters]
+        tracked = set(map(id, used))
+        everything = list(self._used.values())
+        before = [p.grad for p in everything]
+        current = 0
+
+        def take(l: int, slot: ParamPlan) -> Callable[[Tensor], None]:
+            def gather(p: Tensor) -> None:
+                part = self._entries([l], [p.grad], loss_scale)
+                rows[current, slot.entries] += part.to(rows.device)
+                p.grad = None
+                self.met.add(slot.name)
+                self.plan.paths[slot.name] = ".grad"
+
+            return gather
+
+        with contextlib.ExitStack() as undo:
+            for l, (slot, p) in enumerate(zip(self.plan.slots, used, strict=True)):
+                undo.callback(p.register_post_accumulate_grad_hook(take(l, slot)).remove)
+            for p in everything:
+                if p.requires_grad and id(p) not in tracked:
+                    undo.callback(p.register_post_accumulate_grad_hook(_drop).remove)
+            try:
+                for p in everything:
+                    p.grad = None
+                for current in range(len(losses)):  # the hooks read it
+                    losses[current].backward(retain_graph=retain_graph or current + 1 < len(losses))
+            finally:
+                for p, grad in zip(everything, before, strict=True):
+                    p.grad = grad
+        return rows
+
+    def row(self, *, loss_scale: float = 1.0) -> Tensor:
+        """[R] row of the gradients that are in .grad now, in one launch.
+
+        For a loop of one's own, left untouched: after its `loss.backward()`, this is the row of
+        that loss, whatever example or microbatch it was. Nothing is freed. `loss_scale` is what
+        the loss was multiplied by (`GradScaler.get_scale()`).
+        """
+        if sharded_modules(self.model):
+            raise RuntimeError(
+                "row: the .grad of a sharded model is the mean over all ranks, of one shard; "
+                "use tap.rows(losses)"
+            )
+        slots, grads = self.plan.slots, [p.grad for p in self.parameters]
+        entries = self._entries(range(len(slots)), grads, loss_scale)
+        if not self.plan.has_entry_maps:
+            return entries
+        row = entries.new_zeros(self.plan.width)  # parameters add to entries that they share
+        for slot, part in zip(slots, entries.split([slot.r for slot in slots]), strict=True):
+            row[slot.entries] += part
+        return row
+
+    def _entries(
+        self, numbers: Sequence[int], grads: Sequence[Tensor | None], loss_scale: float
+    ) -> Tensor:
+        """The entries of the parameters of these numbers, side by side, of their gradients."""
+        slots = [self.plan.slots[l] for l in numbers]
+        if any(isinstance(slot.entry_map, DenseProjection) for slot in slots):
+            wide = [
+                p.detach().new_zeros(p.shape) if g is None else g
+                for p, g in zip((self.parameters[l] for l in numbers), grads, strict=True)
+            ]
+            parts = zip(slots, wide, strict=True)
+            return torch.cat([s.entry_map(g.reshape(1, -1) / loss_scale)[0] for s, g in parts])
+        return ops.gather_grads(
+            grads,
+            [self._indices[l] for l in numbers],
+            signs=[self._signs[l] for l in numbers] if self.plan.has_entry_maps else None,
+            scales=[slot.scale / loss_scale for slot in slots],
+            backend=self.backend,
+        )
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None

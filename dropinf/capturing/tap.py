@@ -1,0 +1,108 @@
+"""Tap: what both modes of capture share."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dropinf.compression import Plan, unwrap
+
+Self = TypeVar("Self", bound="Tap")
+
+
+class Tap:
+    """One opened capture: the plan's parameters found in the model.
+
+    Attributes:
+        met: names of the parameters that had a gradient in some batch so far.
+        num_examples: of the last rows.
+        origin: [n, 2] the example in its batch, and the token or segment, of each of the last rows;
+            None if they are the examples.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
+        self.given, self.model = model, unwrap("capture", model)
+        self.plan, self.backend = plan, backend
+        reshard(self.model)
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        for slot in plan.slots:
+            shape = tuple(found[slot.name].shape) if slot.name in found else "none"
+            if shape != slot.shape:
+                raise ValueError(
+                    f"capture: the plan has a parameter {slot.name!r} of shape {slot.shape}, "
+                    f"the model {shape}; make a plan for this model with Plan.make"
+                )
+        self.parameters = [found[slot.name] for slot in plan.slots]
+        self.met: set[str] = set()
+        self.num_examples = 0
+        self.origin: Tensor | None = None
+        self._open = False
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self: Self) -> Self:
+        if self._open:
+            raise RuntimeError("capture: this capture is open already; make one for each `with`")
+        with contextlib.ExitStack() as undo:
+            for module in self.given.modules():
+                if isinstance(module, DistributedDataParallel):
+                    # It would average an example's gradient with those of the other ranks.
+                    undo.enter_context(module.no_sync())
+            reshard(self.model)
+            undo.callback(reshard, self.model)
+            self._attach(undo)
+            self._undo = undo.pop_all()
+        self._open = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open = False
+        self._undo.close()
+
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        """Change the model, and register on `undo` how to change it back."""
+
+    _loss_dims: tuple[int, ...] = (1,)
+
+    def check(self, losses: Tensor) -> None:
+        """Refuse losses that are not one per example of a batch that holds some."""
+        if not self._open:
+            raise RuntimeError("rows: call it inside `with dropinf.capture(...) as tap:`")
+        if not isinstance(losses, Tensor) or losses.dim() not in self._loss_dims:
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"rows: need one loss per example, [B], got {got or 'a scalar'}; a mean or sum "
+                "would mix examples, so use reduction='none' and sum over positions only"
+            )
+        if not len(losses):
+            raise ValueError("rows: the batch holds no example")
+
+    def empty_rows(self, losses: Tensor, num_rows: int) -> Tensor:
+        """[num_rows, R] for these losses: float32, or float64 for float64 losses."""
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        return torch.empty(num_rows, self.plan.width, dtype=dtype, device=losses.device)
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules that fully_shard was called on, each of which swaps the parameters below it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it there are none
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Put a sharded model's own parameters in place, whose flags and identity last.
+
+    A forward pass without a backward leaves those of the root put together from all ranks.
+    """
+    for module in sharded_modules(model):
+        module.reshard()

@@ -1,0 +1,350 @@
+"""Plan: every layer's kept coordinates and its place in a row."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dropinf.compression.allocation import entries_of
+from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
+from dropinf.compression.dropout import Dropout, Full
+from dropinf.compression.entry_map import EntryMap
+from dropinf.compression.grid import FactoredDropout
+from dropinf.compression.parts import Part
+from dropinf.compression.sketch import Sketch
+from dropinf.text_table import print_table
+
+Compression = (
+    Dropout | Sketch | FactoredDropout | Full | Gaussian | Rademacher | SJLT | FJLT | LoGra
+)
+_COMPRESSIONS = {c.__name__: c for c in get_args(Compression)}
+_FORMAT = "dropinf plan 1"
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """One parameter of a block: where its entries stand in a row, and which they are."""
+
+    name: str  # full name in the model, as in named_parameters()
+    shape: tuple[int, ...]
+    offset: int  # of its first entry in the row
+    index: Tensor  # [n] int64, sorted positions in the flattened parameter
+    scale: float
+    entry_map: EntryMap | None = None  # makes entries of the values there; None takes each as one
+
+    @cached_property
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """(rows [a], columns [b]) of the parameter [O, ...] whose product `index` is, or None.
+
+        One row or column alone is no grid.
+        """
+        I = math.prod(self.shape[1:])
+        if len(self.shape) < 2 or not len(self.index):
+            return None
+        rows, columns = self.index // I, self.index % I
+        b = int((rows == rows[0]).sum())
+        a = len(self.index) // b
+        if a < 2 or b < 2 or a * b != len(self.index):
+            return None
+        same = (rows.view(a, b) == rows[::b, None]).all() and (
+            columns.view(a, b) == columns[:b]
+        ).all()
+        return (rows[::b].clone(), columns[:b].clone()) if same else None
+
+    @property
+    def r(self) -> int:
+        """Entries that it has a part in."""
+        return len(self.index) if self.entry_map is None else self.entry_map.r
+
+    @property
+    def entries(self) -> slice:
+        """Where its entries stand in a row; with an entry map, others' may be the same."""
+        return slice(self.offset, self.offset + self.r)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: a module with parameters of its own, which share one set of coordinates.
+
+    The coordinates 0 .. P - 1 count through the flattened parameters, one after the other.
+    """
+
+    name: str
+    slots: tuple[ParamPlan, ...]
+    P: int
+    r: int
+    offset: int  # of its first entry in the row
+    type: str = ""  # class of the module
+
+    @property
+    def entries(self) -> slice:
+        """Where its entries stand in a row."""
+        return slice(self.offset, self.offset + self.r)
+
+
+class Plan:
+    """The coordinates that every row keeps; a pure function of layer shapes and compression.
+
+    Attributes:
+        compression: what chose the coordinates.
+        blocks: one `LayerPlan` a layer, in the order of the model's modules.
+        width: R, entries in a row.
+        has_entry_maps: whether entries are made of several coordinates, so that parameters
+            share some.
+        fingerprint: 16 hexadecimal digits; two plans with equal ones make comparable rows.
+        paths: parameter name -> how its entries were computed so far, see `describe`.
+        prepared: what captures made of the coordinates for their devices, kept for the next one;
+            neither saved nor pickled.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, Sequence[tuple[str, tuple[int, ...]]]]],
+        compression: Compression,
+        types: Sequence[str] | None = None,
+    ) -> None:
+        """From (layer name, [(parameter name, shape), ...]) of every layer; see `make`.
+
+        `types` are the classes of the layers, for people to read.
+        """
+        self.compression = compression
+        self._layers = [(name, [(n, tuple(s)) for n, s in params]) for name, params in layers]
+        sizes = [sum(math.prod(shape) for _, shape in params) for _, params in self._layers]
+        blocks, offset = [], 0
+        self._types = [""] * len(sizes) if types is None else list(types)
+        kept = compression.keep([(name, [s for _, s in params]) for name, params in self._layers])
+        for (name, params), P, parts, kind in zip(
+            self._layers, sizes, kept, self._types, strict=True
+        ):
+            slots = _slots(params, parts, offset)
+            r = max(slot.entries.stop for slot in slots) - offset
+            blocks.append(LayerPlan(name, slots, P, r, offset, kind))
+            offset += r
+        self.blocks = tuple(blocks)
+        self.width = offset
+        self.has_entry_maps = any(
+            s.entry_map is not None for block in self.blocks for s in block.slots
+        )
+        self.paths: dict[str, str] = {}
+        self.prepared: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Its keys hold addresses, which mean nothing in another process.
+        return {**self.__dict__, "prepared": {}}
+
+    @classmethod
+    def make(
+        cls,
+        model: nn.Module,
+        compression: Compression,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+    ) -> Plan:
+        """A plan for the trainable parameters of `model`.
+
+        Args:
+            model: its parameters with requires_grad are tracked; a tied parameter belongs to the
+                first module that owns it.
+            compression: which coordinates a layer keeps.
+            include: names of layers or parameters to track, None for all. A name takes everything
+                below it; `*`, `?` and `[...]` match as in a shell.
+            exclude: names to leave out of those.
+
+        Raises:
+            ValueError: a name matches nothing, or nothing is left to track.
+        """
+        if not isinstance(compression, tuple(_COMPRESSIONS.values())):
+            known = ", ".join(_COMPRESSIONS)
+            raise ValueError(f"Plan.make: compression must be one of {known}, got {compression!r}")
+        model = unwrap("Plan.make", model)
+        owned, seen = [], set()
+        for layer, module in model.named_modules():
+            for name, p in module.named_parameters(prefix=layer, recurse=False):
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    owned.append((layer, name, tuple(p.shape)))
+        names = [name for _, name, _ in owned]
+        kept = set(names if include is None else _matching("include", include, names))
+        if exclude is not None:
+            kept -= set(_matching("exclude", exclude, names))
+        layers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for layer, name, shape in owned:
+            if name in kept and math.prod(shape):
+                layers.setdefault(layer, []).append((name, shape))
+        if not layers:
+            raise ValueError(
+                f"Plan.make: {len(names)} trainable parameters, none left to track; "
+                "set requires_grad or widen include/exclude"
+            )
+        types = [type(model.get_submodule(layer)).__name__ for layer in layers]
+        return cls(list(layers.items()), compression, types)
+
+    @cached_property
+    def slots(self) -> tuple[ParamPlan, ...]:
+        """The parameters of all blocks, in row order."""
+        return tuple(slot for block in self.blocks for slot in block.slots)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the shapes and coordinates; names of layers do not count."""
+        digest = hashlib.sha256(_FORMAT.encode())
+        for block in self.blocks:
+            shapes = [slot.shape for slot in block.slots]
+            digest.update(json.dumps([shapes, block.r]).encode())
+            for slot in block.slots:
+                digest.update(slot.index.numpy().astype("<i8").tobytes())
+                if slot.entry_map is not None:
+                    digest.update(slot.entry_map.digest())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> None:
+        """Print a table of the layers: what is kept of each, and how it is computed.
+
+        The path is what captures under this plan have taken so far: "closed form" samples the
+        coordinates from the layer's input and output gradient; "general" forms the gradients of
+        one example at a time, which is slower; "gradient formed" projects gradients that are formed
+        a few examples at a time; ".grad" reads gradient buffers.
+        """
+        rows = [("layer", "type", "parameters", "path", "entries", "bytes a row")]
+        for block in self.blocks:
+            paths = {self.paths.get(slot.name, "not run yet") for slot in block.slots}
+            rows.append(
+                (
+                    block.name or "(model)",
+                    block.type,
+                    f"{block.P:,}",
+                    " + ".join(sorted(paths)),
+                    f"{block.r:,}",
+                    f"{4 * block.r:,}",
+                )
+            )
+        P = sum(block.P for block in self.blocks)
+        rows.append(("total", "", f"{P:,}", "", f"{self.width:,}", f"{4 * self.width:,}"))
+        print_table(rows, right=(2, 4, 5))
+        if not isinstance(self.compression, Full):
+            layers = [(name, [s for _, s in params]) for name, params in self._layers]
+            wanted = sum(entries_of(self.compression, layers))
+            if wanted > self.width:
+                print(
+                    f"{wanted:,} entries were asked for: grids of a x b have no more than "
+                    f"{self.width:,} of them"
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as one small JSON file; an existing file is replaced at once or not."""
+        kind = type(self.compression).__name__
+        text = json.dumps(
+            {
+                "format": _FORMAT,
+                "compression": {"kind": kind, **asdict(self.compression)},
+                "layers": self._layers,
+                "types": self._types,
+                "fingerprint": self.fingerprint,
+            },
+            indent=1,
+            default=int,  # a numpy integer given as r or seed
+        )
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(text)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan from its file, or from the directory of a `RowStore`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or not a plan.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "plan.json"
+        text = file.read_text()
+        try:
+            saved = json.loads(text)
+            compression = dict(saved["compression"])
+            kind = _COMPRESSIONS[compression.pop("kind")]
+            plan = cls(saved["layers"], kind(**compression), saved.get("types"))
+            whole = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Plan.load: {file} is damaged or not a plan: {error!r}") from error
+        if not whole:
+            raise ValueError(
+                f"Plan.load: {file} is damaged: its coordinates do not have its fingerprint"
+            )
+        return plan
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.compression}, {len(self.blocks)} layers, width {self.width}, "
+            f"fingerprint {self.fingerprint})"
+        )
+
+
+def unwrap(op: str, model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: a part of it is a DataParallel.
+    """
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "
+            "be captured; give the model inside it (.module), or use DistributedDataParallel"
+        )
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _slots(
+    params: Sequence[tuple[str, tuple[int, ...]]], parts: Sequence[Part], offset: int
+) -> tuple[ParamPlan, ...]:
+    return tuple(
+        ParamPlan(
+            name,
+            shape,
+            offset + part.first,
+            torch.from_numpy(part.index),
+            part.scale,
+            part.entry_map,
+        )
+        for (name, shape), part in zip(params, parts, strict=True)
+    )
+
+
+def _matching(what: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The parameter names that a pattern takes, by their own name or a module above them."""
+    matched = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = [name for name in names if _takes(pattern, name)]
+        if not hits:
+            above = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
+            close = difflib.get_close_matches(pattern, sorted(above), n=3) or sorted(above)[:3]
+            raise ValueError(
+                f"Plan.make: {what}={pattern!r} matches no trainable parameter; "
+                f"names here are like {str(close)[1:-1]}"
+            )
+        matched += hits
+    return matched
+
+
+def _takes(pattern: str, name: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

@@ -1,0 +1,30 @@
+"""The ops: tensors in, tensors out. Each checks its arguments, picks the backend and calls it.
+
+No op has a derivative: while grad mode is on, as it is not in a backward pass, an input that
+requires grad is refused with a ValueError.
+
+An index out of range is an IndexError, and a sign that is not -1, 0 or 1 a ValueError. The kernels
+of a GPU cannot raise without a wait: there the entry is NaN.
+"""
+
+from dropinf.ops.dispatch import BackendError, backends
+from dropinf.ops.gather import gather_grads
+from dropinf.ops.layerwise import DampedCholesky, cholesky_solve, damped_cholesky, gram, unpack
+from dropinf.ops.sampled import factored_outer, sampled_conv, sampled_embedding, sampled_outer
+from dropinf.ops.topk import score_topk
+
+__all__ = [
+    "BackendError",
+    "DampedCholesky",
+    "backends",
+    "cholesky_solve",
+    "damped_cholesky",
+    "factored_outer",
+    "gather_grads",
+    "gram",
+    "sampled_conv",
+    "sampled_embedding",
+    "sampled_outer",
+    "score_topk",
+    "unpack",
+]

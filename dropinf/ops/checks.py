@@ -1,0 +1,76 @@
+"""Checks of arguments that ops share; their errors are for people."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    check_no_grad(op, name, tensor)
+
+
+def check_same(
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(f"{op}: {name} must be {dtype} on {device}, got {describe(tensor)}")
+    check_no_grad(op, name, tensor)
+
+
+def check_no_grad(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} requires grad, and the op has no derivative; call it under "
+            f"torch.no_grad(), or give {name}.detach()"
+        )
+
+
+def check_writable(op: str, name: str, out: Tensor) -> None:
+    """A kernel writes to the memory of `out`, each entry on its own."""
+    check_no_grad(op, name, out)
+    if torch.compiler.is_compiling():  # which knows no is_neg(), and writes to copies
+        return
+    if out.is_neg() or out._is_zerotensor() or _overlaps(out):
+        raise ValueError(
+            f"{op}: {name} must have memory of its own for each entry, got a view "
+            f"{tuple(out.shape)} with strides {out.stride()} that is expanded, overlaps itself or "
+            f"is negated; give torch.empty({tuple(out.shape)})"
+        )
+
+
+def _overlaps(out: Tensor) -> bool:
+    """Whether two entries of a tensor of one or two dimensions are in one place."""
+    if out.is_contiguous():
+        return False
+    (n, a), (m, b) = [(1, 0), *zip(out.shape, out.stride(), strict=True)][-2:]
+    # The least i, j > 0 with i * a == j * b, where they are not both 0.
+    step = math.gcd(a, b) or 1
+    return (b // step < n and a // step < m) and n * m > 1
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def output_of(
+    op: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if out is None:
+        dtype = torch.promote_types(dtype, torch.float32)
+        return torch.empty(shape, dtype=dtype, device=device)
+    if out.shape != shape or out.device != device or not out.is_floating_point():
+        raise ValueError(
+            f"{op}: out must be floating point {shape} on {device}, got {describe(out)}"
+        )
+    check_writable(op, "out", out)
+    return out
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself, or a copy where its last dimension is not contiguous (an expanded gradient)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,0 +1,219 @@
+"""The ops of solvers: a symmetric matrix for every layer, packed one after the other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropinf.ops import reference
+from dropinf.ops.checks import check_no_grad, check_same, check_writable, unit_stride
+from dropinf.ops.dispatch import kernel
+
+
+class DampedCholesky(NamedTuple):
+    """What `damped_cholesky` returns."""
+
+    factors: Tensor  # [Σ r_l²]
+    info: Tensor  # [L] int32
+    solved: Tensor | None  # [m, R] if rows were given
+
+
+def gram(
+    rows: Tensor,
+    offsets: Sequence[int] | Tensor,
+    *,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Every layer's Gram matrix of packed rows, lower triangles only.
+
+    F_l = scale * rows[:, offsets[l]:offsets[l + 1]].T @ rows[:, offsets[l]:offsets[l + 1]]
+
+    Args:
+        rows: [n, R] float32 or float64, stride 1 in R.
+        offsets: [L + 1] rising column bounds of the layers; r_l is their difference.
+        scale: factor of every entry.
+        accumulate: add to `out`, so that a store can be streamed over in parts.
+        out: [Σ r_l²] to write into.
+        dtype: of the result and of its sums if there is no `out`; None is the rows' own. float64
+            widens float32 rows before they are multiplied.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        [Σ r_l²], the r_l x r_l matrices one after the other, see `unpack`; zeros above the
+        diagonals: `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "gram"
+    offsets, num_packed, R = _offsets(op, offsets)
+    _packed_rows(op, "rows", rows, R)
+    if accumulate and out is None:
+        raise ValueError(f"{op}: accumulate=True adds to out, which was not given")
+    if out is None:
+        dtype = rows.dtype if dtype is None else dtype
+        out = torch.empty(num_packed, dtype=dtype, device=rows.device)
+    _packed(op, "out", out, num_packed, out.dtype, rows.device)
+    check_writable(op, "out", out)
+    call = kernel(op, backend, rows.device, (rows.dtype,), out.dtype)
+    call(unit_stride(rows), offsets, scale, accumulate, out)
+    return out
+
+
+def damped_cholesky(
+    matrices: Tensor,
+    offsets: Sequence[int] | Tensor,
+    shift: float | Tensor = 0.0,
+    *,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> DampedCholesky:
+    """Cholesky factors of every layer's damped matrix, and solutions with them if asked for.
+
+    L_l L_lᵀ = F_l + shift[l] · 1, with the shift added as the matrix is read.
+
+    Args:
+        matrices: [Σ r_l²] float32 or float64, one after the other as `gram` makes them; only the
+            lower triangles are read.
+        offsets: [L + 1] rising column bounds of the layers; r_l is their difference.
+        shift: [L] in the matrices' dtype, or one for all layers: λ_l, absolute.
+        rows: [m, R] right-hand sides to solve for at the same time, see `cholesky_solve`.
+        out: [Σ r_l²] to write the factors into; may be `matrices`.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        factors [Σ r_l²] (zeros above the diagonals), info [L] int32, solved [m, R] or None.
+        info[l] is 0, or the first pivot (counted from 1) that is not positive or NaN, as in LAPACK;
+        factor and solutions of such a layer are NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "damped_cholesky"
+    offsets, num_packed, R = _offsets(op, offsets)
+    dtype, device = matrices.dtype, matrices.device
+    _packed(op, "matrices", matrices, num_packed, dtype, device)
+    L = offsets.numel() - 1
+    if not isinstance(shift, Tensor):
+        shift = torch.full((L,), shift, dtype=dtype, device=device)
+    _packed(op, "shift", shift, L, dtype, device)
+    out = torch.empty_like(matrices) if out is None else out
+    _packed(op, "out", out, num_packed, dtype, device)
+    check_writable(op, "out", out)
+    solved = None
+    if rows is not None:
+        _packed_rows(op, "rows", rows, R)
+        check_same(op, "rows", rows, dtype, device)
+        rows = unit_stride(rows)
+        solved = torch.empty(rows.shape, dtype=dtype, device=device)
+    info = torch.empty(L, dtype=torch.int32, device=device)
+    kernel(op, backend, device, (dtype,), dtype)(matrices, offsets, shift, rows, out, info, solved)
+    return DampedCholesky(out, info, solved)
+
+
+def cholesky_solve(
+    factors: Tensor,
+    offsets: Sequence[int] | Tensor,
+    rows: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Every layer's slice of the rows times the inverse of its factorised matrix.
+
+    out[:, layer l] = rows[:, layer l] @ inverse(L_l L_lᵀ)
+
+    Args:
+        factors: [Σ r_l²] lower factors from `damped_cholesky`.
+        offsets: [L + 1] rising column bounds of the layers; r_l is their difference.
+        rows: [m, R] right-hand sides, dtype of the factors, stride 1 in R.
+        out: [m, R] to write into, stride 1 in R; may be `rows`.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        [m, R]: `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "cholesky_solve"
+    offsets, num_packed, R = _offsets(op, offsets)
+    _packed(op, "factors", factors, num_packed, factors.dtype, factors.device)
+    _packed_rows(op, "rows", rows, R)
+    check_same(op, "rows", rows, factors.dtype, factors.device)
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
+    _packed_rows(op, "out", out, R)
+    check_same(op, "out", out, rows.dtype, rows.device)
+    check_writable(op, "out", out)
+    if out.shape != rows.shape or unit_stride(out) is not out:
+        raise ValueError(
+            f"{op}: out must be {tuple(rows.shape)} with stride 1 in R, got {tuple(out.shape)} "
+            f"with strides {out.stride()}"
+        )
+    call = kernel(op, backend, rows.device, (rows.dtype,), out.dtype)
+    call(factors, offsets, unit_stride(rows), out)
+    return out
+
+
+def unpack(packed: Tensor, offsets: Sequence[int] | Tensor) -> list[Tensor]:
+    """Views [r_l, r_l] of the matrices of a packed tensor [Σ r_l²], as `gram` makes it."""
+    offsets, num_packed, _ = _offsets("unpack", offsets)
+    _packed("unpack", "packed", packed, num_packed, packed.dtype, packed.device)
+    return reference.unpack(packed, offsets)
+
+
+def _offsets(op: str, offsets: Sequence[int] | Tensor) -> tuple[Tensor, int, int]:
+    """The column bounds [L + 1] int64 on the CPU, Σ r_l², and R."""
+    global _latest
+    if offsets is _latest[0]:
+        return _latest[1]
+    if isinstance(offsets, Tensor):
+        offsets = offsets.tolist()
+    checked = _checked_offsets(op, tuple(offsets))
+    if type(offsets) is tuple:  # cannot change
+        _latest = (offsets, checked)
+    return checked
+
+
+# The last bounds by identity: hashing those of 200 layers takes 1 µs.
+_latest: tuple[object, tuple[Tensor, int, int]] = (object(), (torch.empty(0), 0, 0))
+
+
+# Of 200 layers, a tensor of the bounds costs more to make than all 8 x 8 factors.
+@lru_cache(maxsize=64)
+def _checked_offsets(op: str, offsets: tuple[int, ...]) -> tuple[Tensor, int, int]:
+    sizes = [b - a for a, b in itertools.pairwise(offsets)]
+    if not offsets or offsets[0] != 0 or any(r < 0 for r in sizes):
+        raise ValueError(f"{op}: offsets must rise from 0, got {offsets}")
+    return torch.tensor(offsets, dtype=torch.int64), sum(r * r for r in sizes), offsets[-1]
+
+
+def _packed(
+    op: str, name: str, tensor: Tensor, size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        raise ValueError(f"{op}: {name} must be float32 or float64, got {dtype}")
+    check_same(op, name, tensor, dtype, device)
+    if tensor.dim() != 1 or tensor.numel() != size or not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous [{size}], got {tuple(tensor.shape)}")
+
+
+def _packed_rows(op: str, name: str, rows: Tensor, R: int) -> None:
+    if rows.dim() != 2 or rows.shape[1] != R:
+        raise ValueError(f"{op}: {name} must be [m, R={R}], got {tuple(rows.shape)}")
+    if rows.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: {name} must be float32 or float64, got {rows.dtype}")
+    check_no_grad(op, name, rows)

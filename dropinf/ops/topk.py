@@ -1,0 +1,102 @@
+"""The largest scores of each query, merged part by part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dropinf.ops.checks import check_no_grad, check_same, check_writable, describe
+from dropinf.ops.dispatch import kernel
+
+# Bounds the temporaries of score_topk: this many scores at a time, or as many as it keeps.
+_MAX_SCORES = 1 << 22
+
+# The kernels keep k scores in registers; the reference takes any k.
+_MERGE_MAX_K = 1024
+
+
+def score_topk(
+    queries: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    *,
+    first: int = 0,
+    factors: Tensor | None = None,
+    valid: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge the scores of some rows into each query's largest k so far, in place.
+
+    scores[q, i] = (queries[q] · rows[i]) * factors[i], of row number first + i
+
+    Start with values of -inf and indices of -1, and call it for all parts of a store in any order:
+    the result is that of one call. The scores are formed some rows at a time, never as [m, n].
+
+    Args:
+        queries: [m, R] float32 or float64.
+        rows: [c, R], dtype of the queries.
+        values: [m, k] largest scores so far, in descending order, dtype of the queries.
+        indices: [m, k] int64 row numbers of the values; -1, with a value of -inf, where there is
+            none yet.
+        first: row number of rows[0].
+        factors: [c], dtype of the queries; None is 1 for each.
+        valid: [c] bool; rows with False never enter. None takes all.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        values and indices. NaN counts as largest, as in torch.topk; of equal scores the lower row
+        number comes first; a score of -inf never enters.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an input requires grad, or k is too large
+            for the named backend.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "score_topk"
+    if queries.dim() != 2 or queries.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: queries must be [m, R] float32 or float64, got {describe(queries)}"
+        )
+    check_no_grad(op, "queries", queries)
+    (m, R), dtype, device = queries.shape, queries.dtype, queries.device
+    check_same(op, "rows", rows, dtype, device)
+    if rows.dim() != 2 or rows.shape[1] != R:
+        raise ValueError(f"{op}: rows must be [c, R={R}], got {tuple(rows.shape)}")
+    check_same(op, "values", values, dtype, device)
+    check_same(op, "indices", indices, torch.int64, device)
+    if values.dim() != 2 or values.shape[0] != m or indices.shape != values.shape:
+        raise ValueError(
+            f"{op}: values and indices must both be [m={m}, k], "
+            f"got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    for name, tensor in (("values", values), ("indices", indices)):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} is written in place and must be contiguous, "
+                f"got strides {tensor.stride()}"
+            )
+        check_writable(op, name, tensor)
+    c, k = rows.shape[0], values.shape[1]
+    for name, tensor, wanted in (("factors", factors, dtype), ("valid", valid, torch.bool)):
+        if tensor is not None:
+            check_same(op, name, tensor, wanted, device)
+            if tensor.shape != (c,):
+                raise ValueError(f"{op}: {name} must be [c={c}], got {tuple(tensor.shape)}")
+    if first < 0:
+        raise ValueError(f"{op}: first must be at least 0, got {first}")
+    if backend is None and k > _MERGE_MAX_K:
+        backend = "reference"
+    merge = kernel(op, backend, device, (dtype,), dtype)
+    if m * k == 0:
+        return values, indices
+    step = max(k, _MAX_SCORES // m)
+    for start in range(0, c, step):
+        part = slice(start, start + step)
+        scores = queries @ rows[part].T
+        if factors is not None:
+            scores *= factors[part]
+        if valid is not None:
+            scores.masked_fill_(~valid[part], -torch.inf)
+        merge(scores, first + start, values, indices)
+    return values, indices

@@ -1,0 +1,31 @@
+"""Rows [n, R] of a data set: how they are collected, kept and read."""
+
+from dropinf.rows.collecting import LossFn, collect
+from dropinf.rows.row_passes import (
+    PART_BYTES,
+    mark_invalid,
+    mean_squares,
+    merged,
+    products,
+    put,
+    solved_for,
+    take,
+    valid_rows,
+)
+from dropinf.rows.store import RowStore, RowWriter
+
+__all__ = [
+    "PART_BYTES",
+    "LossFn",
+    "RowStore",
+    "RowWriter",
+    "collect",
+    "mark_invalid",
+    "mean_squares",
+    "merged",
+    "products",
+    "put",
+    "solved_for",
+    "take",
+    "valid_rows",
+]

@@ -1,0 +1,141 @@
+"""Passes over the rows of a store, in parts that bound the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dropinf.rows.store import RowStore
+
+PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
+_PROBED = 32  # rows that show whether products hold in float32
+_LOST = 1e-4  # the share of a product that may be rounding
+
+
+def valid_rows(
+    store: RowStore,
+    columns: Sequence[slice] = (slice(None),),
+    dtype: torch.dtype | None = None,
+    part_bytes: int | None = None,
+) -> Iterator[Tensor]:
+    """The valid rows in order, their `columns` side by side, as parts of about `part_bytes`
+    (None is PART_BYTES).
+
+    Of a store whose rows are wide, a part joins many of `store.chunks()`: products with a part of
+    few rows would be bound by memory.
+
+    Raises:
+        ValueError: a valid row is not finite.
+    """
+    part_bytes = PART_BYTES if part_bytes is None else part_bytes
+    part, filled = None, 0
+    for start, chunk in store.chunks():
+        valid = store.valid[start : start + len(chunk)]
+        rows = take(chunk, columns)
+        finite = rows.isfinite().all(1)
+        if not finite[valid].all():
+            at = start + int((~finite & valid).nonzero()[0])
+            raise ValueError(
+                f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
+            )
+        rows = rows if valid.all() else rows[valid]
+        wanted = rows.dtype if dtype is None else dtype
+        num_rows = max(1, part_bytes // max(1, rows.shape[1] * wanted.itemsize))
+        last = start + len(chunk) == len(store)
+        if part is None and len(rows) and (len(rows) >= num_rows or last):
+            yield from (piece.to(wanted) for piece in rows.split(num_rows))  # nothing to join
+            continue
+        while len(rows):
+            if part is None:
+                size = min(num_rows, len(store))
+                part, filled = rows.new_empty(size, rows.shape[1], dtype=wanted), 0
+            taken = min(len(part) - filled, len(rows))
+            part[filled : filled + taken] = rows[:taken]
+            filled, rows = filled + taken, rows[taken:]
+            if filled == len(part):
+                yield part
+                part = None
+    if part is not None:
+        yield part[:filled]
+
+
+def mean_squares(store: RowStore, n: int) -> Tensor:
+    """[R] float64: the diagonal of F over all layers, n the number of valid rows."""
+    total = torch.zeros(store.plan.width, dtype=torch.float64)
+    for rows in valid_rows(store):
+        total += rows.double().square().sum(0)
+    return total / n
+
+
+def solved_for(queries: Tensor, store: RowStore, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    """solve(queries) [m, R]; in float64 where products with the store's rows would lose digits.
+
+    With little damping λ the part of a query that the rows do not span is large in its solution,
+    1/λ of it, and its products with the rows cancel: in float32 to less than their rounding. Some
+    rows of the store show whether that, or the solution itself, is more than float32 holds.
+    """
+    solved = solve(queries)
+    if solved.dtype == torch.float64 or _float32_holds(queries, solved, store):
+        return solved
+    return solve(queries.double())
+
+
+def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
+    solved = solved[queries.isfinite().all(1) & queries.any(1)]
+    if not solved.isfinite().all():
+        return False
+    rows = next(store.chunks())[1][:_PROBED]
+    shape = len(solved), len(rows)
+    exact, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    for x, g in zip(solved.split(1 << 16, 1), rows.split(1 << 16, 1), strict=True):
+        x, g = x.cpu().double(), g.cpu().double().nan_to_num(0)
+        exact += x @ g.T
+        squares += x.square() @ g.square().T
+    # Roundings of as many terms add up like a random walk; and below 2^-149 a solution is zero.
+    least = 2.0**-149 * rows.double().nan_to_num(0).norm()
+    rounding = torch.finfo(torch.float32).eps * squares.sum(1).sqrt() + least
+    return bool((rounding <= _LOST * exact.norm(dim=1)).all())
+
+
+def products(solved: Tensor, store: RowStore) -> Tensor:
+    """[m, R] -> [m, n]: products with every row of the store, valid or not."""
+    result = solved.new_empty(len(solved), len(store))
+    for start, chunk in store.chunks():
+        torch.mm(solved, chunk.to(solved).T, out=result[:, start : start + len(chunk)])
+    return result
+
+
+def mark_invalid(scores: Tensor, queries: RowStore, store: RowStore) -> Tensor:
+    """The scores [..., m, n] themselves, NaN where the query or the training row is invalid."""
+    scores[..., ~queries.valid, :] = torch.nan
+    scores[..., ~store.valid] = torch.nan
+    return scores
+
+
+def merged(columns: Sequence[slice]) -> list[slice]:
+    """Slices that follow each other, made one where they touch."""
+    result: list[slice] = []
+    for part in columns:
+        if result and result[-1].stop == part.start:
+            result[-1] = slice(result[-1].start, part.stop)
+        else:
+            result.append(part)
+    return result
+
+
+def take(rows: Tensor, columns: Sequence[slice]) -> Tensor:
+    """The columns side by side: a view of the rows if they are one slice."""
+    if len(columns) == 1:
+        return rows[:, columns[0]]
+    return torch.cat([rows[:, part] for part in columns], 1)
+
+
+def put(rows: Tensor, columns: Sequence[slice], values: Tensor) -> None:
+    """Write what `take` took."""
+    start = 0
+    for part in columns:
+        width = part.stop - part.start
+        rows[:, part] = values[:, start : start + width]
+        start += width

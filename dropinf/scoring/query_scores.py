@@ -1,0 +1,212 @@
+"""Scores [m, n] of m queries against n training examples, and the largest k of each query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dropinf import ops
+from dropinf.compression import Compression, Dropout, Plan
+from dropinf.rows import (
+    LossFn,
+    RowStore,
+    collect,
+    mark_invalid,
+    products,
+    solved_for,
+    valid_rows,
+)
+from dropinf.solvers import Cholesky, Solver
+
+
+def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool = False) -> Tensor:
+    """scores[q, i] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l: the influence of example i on query q.
+
+    Positive: more of training example i lowers query q's loss. Solves for the m queries, never for
+    the n training rows.
+
+    Args:
+        queries: m rows.
+        store: n training rows under the same plan.
+        solver: fitted, usually on `store`.
+        relative: divide by the square root of each training example's self-influence, so that
+            outliers with large gradients do not come first for every query (RelatIF, arXiv
+            2003.11630, section 4.2, l-relative influence); this does solve for the training rows.
+
+    Returns:
+        [m, n] in the rows' dtype; NaN where the query or the training row is invalid.
+
+    Raises:
+        ValueError: the three were not made under the same plan, or a self-influence is negative.
+    """
+    solver.check_plans("scores", queries, store)
+    solved = solved_for(queries.rows, store, solver.solve)
+    result = products(solved, store).to(queries.rows.dtype)
+    factors = _factors("scores", store, solver, relative)
+    if factors is not None:
+        result *= factors
+    return mark_invalid(result, queries, store)
+
+
+def topk(
+    queries: RowStore, store: RowStore, solver: Solver, k: int = 10, *, relative: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k training examples of largest score for each query, without forming [m, n].
+
+    Args:
+        queries, store, solver, relative: as in `scores`.
+        k: 1 to the number of valid training rows.
+
+    Returns:
+        values [m, k], largest first, and indices [m, k] int64, positions in the store. Invalid
+        training rows are never among them; an invalid query has NaN and -1.
+
+    Raises:
+        ValueError: as in `scores`, or k is out of range.
+    """
+    solver.check_plans("topk", queries, store)
+    num_valid = int(store.valid.sum())
+    if not 1 <= k <= num_valid:
+        raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
+    solved = solved_for(queries.rows, store, solver.solve)
+    factors = _factors("topk", store, solver, relative)
+    values = solved.new_full((len(queries), k), -torch.inf)
+    indices = torch.full((len(queries), k), -1, device=solved.device)
+    for start, chunk in store.chunks():
+        part = slice(start, start + len(chunk))
+        ops.score_topk(
+            solved,
+            chunk.to(solved),
+            values,
+            indices,
+            first=start,
+            factors=None if factors is None else factors[part].to(solved),
+            valid=store.valid[part].to(solved.device),
+        )
+    values[~queries.valid] = torch.nan
+    indices[~queries.valid] = -1
+    return values.to(queries.rows.dtype), indices
+
+
+def self_influence(store: RowStore, solver: Solver) -> Tensor:
+    """[n]: scores[i, i] of every training example, without forming [n, n].
+
+    Large for what a model fits with few other examples: memorised, mislabelled, rare. Solves for
+    all n rows, some at a time.
+
+    Returns:
+        [n] in the rows' dtype; NaN where the row is invalid.
+
+    Raises:
+        ValueError: store and solver were not made under the same plan.
+    """
+    solver.check_plans("self_influence", store, store)
+    parts = []
+    for rows in valid_rows(store):
+        own = (solved_for(rows, store, solver.solve) * rows).sum(1).to(rows.dtype)
+        scale = solver.scale(rows)
+        parts.append(own if scale is None else own * scale)
+    result = torch.full((len(store),), torch.nan, dtype=parts[0].dtype)
+    result[store.valid] = torch.cat(parts)
+    return result
+
+
+class Ensemble(NamedTuple):
+    """What `ensemble` returns."""
+
+    mean: Tensor  # [m, n]
+    error: Tensor  # [m, n] standard error of the mean
+
+
+def ensemble(
+    parts: Iterable[tuple[RowStore, RowStore, Solver]], *, relative: bool = False
+) -> Ensemble:
+    """Scores averaged over checkpoints and masks, with error bars.
+
+    Averaging over several trained models is what helps most (TRAK, arXiv 2303.14186, section 3.2);
+    several masks (`Dropout(seed=)`) of one model show how much of a score is the compression.
+
+    Args:
+        parts: (queries, store, solver) of each checkpoint and mask, for the same queries and
+            training examples in the same order; a generator makes them one at a time.
+        relative: as in `scores`.
+
+    Returns:
+        mean [m, n], and error [m, n], the standard error of that mean: the standard deviation over
+        the parts divided by the square root of their number, NaN for a single part. NaN where
+        the query or training row is invalid in any part.
+
+    Raises:
+        ValueError: there are no parts, or they differ in m or n.
+    """
+    count, mean, squares = 0, torch.empty(0), torch.empty(0)
+    for queries, store, solver in parts:
+        found = scores(queries, store, solver, relative=relative)
+        if count == 0:
+            mean, squares = torch.zeros_like(found), torch.zeros_like(found)
+        if found.shape != mean.shape:
+            raise ValueError(
+                f"ensemble: part {count} has scores {list(found.shape)}, those before it "
+                f"{list(mean.shape)}; give the same queries and training examples to all"
+            )
+        count += 1
+        off = found - mean  # Welford's update: no cancellation of large sums
+        mean += off / count
+        squares += off * (found - mean)
+    if count == 0:
+        raise ValueError("ensemble: no parts were given")
+    spread = squares / (count - 1) if count > 1 else torch.full_like(mean, torch.nan)
+    return Ensemble(mean, (spread / count).sqrt())
+
+
+def influence(
+    model: nn.Module,
+    train_loader: Iterable,
+    query_loader: Iterable,
+    loss_fn: LossFn,
+    compression: Compression | None = None,
+    damping: float = 0.1,
+    *,
+    mode: str = "activations",
+    progress: bool = True,
+) -> Tensor:
+    """All of it in one call: plan, collect both loaders, fit `solvers.Cholesky`, score.
+
+    Args:
+        model: its trainable parameters are tracked.
+        train_loader, query_loader: in a fixed order; batches of any type that `loss_fn` takes.
+        loss_fn: (model, batch) -> [B], one loss per example.
+        compression: None is Dropout(r=1024).
+        damping: relative, see `solvers.Cholesky`.
+        mode: see `capture`.
+        progress: show a bar for each loader.
+
+    Returns:
+        scores [m, n], see `scores`.
+    """
+    plan = Plan.make(model, Dropout(r=1024) if compression is None else compression)
+    store, queries = (
+        collect(model, loader, loss_fn, plan, mode=mode, progress=progress and label)
+        for loader, label in ((train_loader, "train rows"), (query_loader, "query rows"))
+    )
+    return scores(queries, store, Cholesky(damping).fit(store))
+
+
+def _factors(op: str, store: RowStore, solver: Solver, relative: bool) -> Tensor | None:
+    """[n] factors of the training rows' scores, None for one each."""
+    if not relative:
+        parts = [solver.scale(chunk) for _, chunk in store.chunks()]
+        return None if not parts or parts[0] is None else torch.cat(parts)
+    if solver.scale(store.rows[:1]) is not None:
+        raise ValueError(f"{op}: relative=True with cosine=True would normalise twice; take one")
+    own = self_influence(store, solver)
+    if (own < 0).any():
+        at = int((own < 0).nonzero()[0])
+        raise ValueError(
+            f"{op}: the self-influence of example {at} is {float(own[at]):.3g}, which no positive "
+            "definite inverse gives; raise the solver's accuracy or its damping"
+        )
+    return torch.where(own == 0, 0.0, own.rsqrt())  # a row of zeros has scores of zero

@@ -1,0 +1,1 @@
+"""What people run: the demo, the doctor, the microbenchmark."""

@@ -1,0 +1,146 @@
+"""Every .cu file compiles for every architecture, without torch, a GPU, or a register spilled."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from places import ROOT
+
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "bench" / "gpu" / "kernels.cu"]
+ARCHITECTURES = ("80", "90", "100")
+BUILD = ROOT / "build" / "nvcc"
+REGISTERS = 65536  # of an SM of each of these architectures; a block has no more
+
+
+class Kernel(NamedTuple):
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spilled: int
+    static_shared: int
+    max_threads: int  # its launch bounds: threads of a block, and blocks of an SM
+    min_blocks: int
+
+
+def nvcc():
+    """The compiler on the path, of CUDA_HOME, or of the package nvidia-cuda-nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home, "bin", "nvcc")] if home else []
+    candidates += sorted(Path(sysconfig.get_paths()["purelib"], "nvidia").glob("*/bin/nvcc"))
+    return shutil.which("nvcc") or next((str(c) for c in candidates if c.exists()), None)
+
+
+@cache
+def compiled(source):
+    """What ptxas says of each kernel; kept in build/ until a file or the compiler changes."""
+    compiler = nvcc()
+    if compiler is None:
+        pytest.skip("nvcc is not here: pip install 'dropinf[nvcc]', or put CUDA's bin on the PATH")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    folders = (ROOT / "csrc", ROOT / "bench" / "gpu")
+    headers = sorted(h for f in folders for end in ("*.h", "*.cuh") for h in f.rglob(end))
+    digest = hashlib.sha256(version.encode())
+    for file in [source, *headers]:
+        digest.update(file.read_bytes())
+    report = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
+    if not report.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        report_of(compiler, source, report)
+    return parse(report.read_text())
+
+
+def report_of(compiler, source, report):
+    """Whole from the first moment: another process may be making it too."""
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+        command = [compiler, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *codes, "-Xptxas=-v"]
+        command += ["--keep", f"--keep-dir={folder}", "-c", str(source), f"-o={folder}/out.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        bounds = [
+            f"bounds {architecture} {name} {threads} {blocks or 1}\n"
+            for architecture in ARCHITECTURES
+            for ptx in Path(folder).glob(f"*compute_{architecture}.ptx")
+            for name, threads, blocks in BOUNDS.findall(ptx.read_text())
+        ]
+        made = Path(folder, "report.txt")
+        made.write_text(done.stderr + done.stdout + "".join(bounds))
+        made.replace(report)
+
+
+BOUNDS = re.compile(
+    r"\.entry (\w+)\([^)]*\)\s*(?:\.maxntid (\d+)[^\n]*\s*)(?:\.minnctapersm (\d+))?", re.DOTALL
+)
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
+    r"(\d+) bytes spill stores.*?Used (\d+) registers([^\n]*)",
+    re.DOTALL,
+)
+
+
+def parse(report):
+    bounds = {
+        (a, n): (int(t), int(b))
+        for a, n, t, b in re.findall(r"^bounds (.*) (.*) (.*) (.*)$", report, re.M)
+    }
+    kernels = []
+    for name, architecture, stack, spilled, registers, rest in ENTRY.findall(report):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels.append(
+            Kernel(
+                re.sub(r"^_ZN7dropinf4cuda(\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8})?\d\d", "", name),
+                architecture,
+                int(registers),
+                int(stack),
+                int(spilled),
+                int(shared[1]) if shared else 0,
+                *bounds[architecture, name],
+            )
+        )
+    return kernels
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_resources(source):
+    """The report of `pytest -s`: registers within the launch bounds, nothing in local memory."""
+    kernels = compiled(source)
+    assert {k.architecture for k in kernels} == set(ARCHITECTURES)
+    print(f"\n{source.name:24}sm   registers  threads x blocks")
+    for k in kernels:
+        print(
+            f"{k.name[:22]:24}{k.architecture:5}{k.registers:9}  {k.max_threads} x {k.min_blocks}"
+        )
+        assert k.spilled == 0 and k.stack == 0, f"{k} keeps registers in local memory"
+        assert k.static_shared == 0, f"{k} has static shared memory, which the host tests have not"
+        assert k.registers * k.max_threads * k.min_blocks <= REGISTERS, f"{k} exceeds its bounds"
+
+
+SPILLING = """
+#include <cuda_runtime.h>
+__global__ void __launch_bounds__(1024, 2) many(float* data, int n) {
+  float kept[64];
+#pragma unroll
+  for (int k = 0; k < 64; ++k) kept[k] = data[k * 1024 + threadIdx.x];
+  for (int i = 0; i < n; ++i) {
+#pragma unroll
+    for (int k = 0; k < 64; ++k) kept[k] += kept[(k + 7) % 64] * data[i];
+  }
+#pragma unroll
+  for (int k = 0; k < 64; ++k) data[k * 1024 + threadIdx.x] = kept[k];
+}
+"""
+
+
+def test_a_spill_is_seen(tmp_path):
+    source = tmp_path / "spilling.cu"
+    source.write_text(SPILLING)
+    assert all(k.spilled > 0 and k.max_threads == 1024 for k in compiled(source))

@@ -1,0 +1,220 @@
+"""score_topk: the largest scores of all rows, whatever parts the rows come in."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import EMULATED, EPS32
+
+import dropinf
+from dropinf import ops
+from dropinf.ops import topk
+
+OPS = ("score_topk",)
+
+SHAPES = {  # m, n, k
+    "one": (1, 1, 1),
+    "the best": (3, 50, 1),
+    "as many as there are": (2, 7, 7),
+    "more than there are": (2, 9, 40),
+    "a block of 128": (3, 300, 128),
+    "and one more": (2, 300, 129),
+    "longer than a tile": (2, 2500, 5),
+}
+OF_ONE_QUERY = ("more than there are", "and one more", "longer than a tile")
+
+
+def whole(m, n, R=6, seed=0):
+    """Queries and rows of small whole numbers: exact products, full of ties."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-2, 3, (m, R), generator=generator).float()
+    return queries, torch.randint(-2, 3, (n, R), generator=generator).float()
+
+
+def nothing(m, k, dtype=torch.float32):
+    return torch.full((m, k), -torch.inf, dtype=dtype), torch.full((m, k), -1)
+
+
+def run(backend, queries, rows, k, parts, **options):
+    """Merged in parts, [(start, stop), ...]."""
+    values, indices = nothing(len(queries), k, queries.dtype)
+    for start, stop in parts:
+        part = {name: option[start:stop] for name, option in options.items()}
+        ops.score_topk(
+            queries,
+            rows[start:stop],
+            values,
+            indices,
+            first=start,
+            backend=backend.name,
+            **part,
+        )
+    return values, indices
+
+
+def truth(scores, k, valid=None):
+    """NaN first, then falling, the lower row first; as numpy arrays."""
+    values = np.full((len(scores), k), -np.inf)
+    indices = np.full((len(scores), k), -1)
+    for q, row in enumerate(scores):
+        there = [i for i, s in enumerate(row) if s != -np.inf and (valid is None or valid[i])]
+        best = sorted(there, key=lambda i: (not np.isnan(row[i]), -np.nan_to_num(row[i]), i))[:k]
+        values[q, : len(best)] = row[best]
+        indices[q, : len(best)] = best
+    return values, indices
+
+
+def assert_equal(got, wanted):
+    np.testing.assert_array_equal(got[0].double().numpy(), wanted[0])
+    np.testing.assert_array_equal(got[1].numpy(), wanted[1])
+
+
+def shapes(backend):
+    return zip(("the best", *OF_ONE_QUERY) if backend in EMULATED else SHAPES)
+
+
+@pytest.mark.cases("shape", shapes)
+def test_score_topk(backend, shape):
+    m, n, k = SHAPES[shape]
+    if backend.emulated and shape in OF_ONE_QUERY:
+        m = 1
+    queries, rows = whole(m, n)
+    rows[-1] = 5 * queries[0]  # the best comes last
+    wanted = truth(queries.double().numpy() @ rows.double().numpy().T, k)
+    third = n // 3
+    for parts in (
+        [(0, n)],
+        [(0, third), (third, third), (third, n)],
+        [(third, n), (0, third)],  # in any order
+    ):
+        assert_equal(run(backend, queries, rows, k, parts), wanted)
+
+
+def test_factors_and_valid(backend):
+    queries, rows = whole(1 if backend.emulated else 3, 200)
+    factors = torch.randint(-2, 3, (200,)).float()
+    valid = torch.rand(200) < 0.4
+    wanted = truth(queries.double().numpy() @ rows.double().numpy().T * factors.numpy(), 90, valid)
+    for parts in ([(0, 200)], [(0, 33), (33, 200)]):
+        got = run(backend, queries, rows, 90, parts, factors=factors, valid=valid)
+        assert_equal(got, wanted)
+
+
+def test_not_finite(backend):
+    """NaN counts as largest, ±inf as numbers; -inf never enters; -0 ties with 0."""
+    special = [0.0, torch.nan, torch.inf, 1.0, -torch.inf, -0.0, torch.nan, 3e38, -3e38, 1e-44]
+    scores = torch.tensor(special * 3)
+    queries, rows = torch.ones(1, 1), torch.ones(30, 1)  # a product would make 0 of -0
+    for k in (12,) if backend.emulated else (4, 12, 30):
+        wanted = truth(scores[None].double().numpy(), k)
+        for parts in ([(0, 30)], [(0, 7), (7, 9), (9, 30)], [(9, 30), (0, 9)]):
+            assert_equal(run(backend, queries, rows, k, parts, factors=scores), wanted)
+
+
+def test_rows_far_into_a_store(backend):
+    """Row numbers of more than 32 bits."""
+    first = 2**33 + 5
+    values, indices = nothing(1, 3)
+    for start, score in ((first, 1.0), (first - 1, 1.0), (7, 0.5), (first + 9, 1.0)):
+        ops.score_topk(
+            torch.ones(1, 1),
+            torch.full((1, 1), score),
+            values,
+            indices,
+            first=start,
+            backend=backend.name,
+        )
+    assert indices.tolist() == [[first - 1, first, first + 9]]
+
+
+@pytest.mark.backends("reference")  # of what all have in common
+def test_only_some_scores_at_a_time(backend, monkeypatch):
+    monkeypatch.setattr(topk, "_MAX_SCORES", 30)
+    queries, rows = whole(4, 50)
+    wanted = truth(queries.double().numpy() @ rows.double().numpy().T, 6)
+    assert_equal(run(backend, queries, rows, 6, [(0, 50)]), wanted)
+
+
+def test_real_numbers(backend):
+    """Within the rounding bound of a float32 sum, and no better row is left out."""
+    m, n, R, k = 1 if backend.emulated else 3, 400, 50, 20
+    queries, rows = torch.randn(m, R), torch.randn(n, R)
+    values, indices = run(backend, queries, rows, k, [(0, 150), (150, n)])
+    exact = queries.double() @ rows.double().T
+    bound = (R + 1) * EPS32 * (queries.double().abs() @ rows.double().abs().T)
+    assert ((values - exact.gather(1, indices)).abs() <= bound.gather(1, indices)).all()
+    assert (values.diff(dim=1) <= 0).all()
+    rest = exact.scatter(1, indices, -torch.inf)
+    assert (rest <= values[:, -1:] + bound).all()
+
+
+def test_many(backend):
+    """The largest k that the kernels take; the reference takes any."""
+    queries, rows = whole(1, 1500)
+    wanted = truth(queries.double().numpy() @ rows.double().numpy().T, 1024)
+    assert_equal(run(backend, queries, rows, 1024, [(0, 1200), (1200, 1500)]), wanted)
+    values, indices = nothing(1, 1025)
+    if backend.name != "reference":
+        message = rf"'{backend.name}' takes k up to 1024, got 1025; backend='reference' takes any"
+        with pytest.raises(ValueError, match=message):
+            ops.score_topk(queries, rows, values, indices, backend=backend.name)
+    ops.score_topk(queries, rows, values, indices)
+    assert (indices.sort(1).values.diff(dim=1) > 0).all()
+
+
+def test_float64():
+    queries, rows = whole(2, 60)
+    queries[0, 0] += 2.0**-20
+    queries, rows = queries.double(), rows.double()
+    values, indices = nothing(2, 9, torch.float64)
+    ops.score_topk(queries, rows, values, indices)
+    assert_equal((values, indices), truth(queries.numpy() @ rows.numpy().T, 9))
+    if dropinf.backends()["triton"] == "available":
+        with pytest.raises(dropinf.BackendError, match=r"not torch.float64\. Here: 'reference'"):
+            ops.score_topk(queries, rows, values, indices, backend="triton")
+
+
+@pytest.mark.parametrize("m, c, k", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (2, 0, 0)])
+def test_empty(backend, m, c, k):
+    queries, rows = whole(m, c)
+    values, indices = run(backend, queries, rows, k, [(0, c)])
+    assert values.shape == indices.shape == (m, k)
+    assert (values == -torch.inf).all() and (indices == -1).all()
+
+
+def test_rows_without_columns(backend):
+    values, indices = run(backend, torch.zeros(1, 0), torch.zeros(3, 0), 2, [(0, 3)])
+    assert values.tolist() == [[0.0, 0.0]] and indices.tolist() == [[0, 1]]
+
+
+good = {
+    "queries": torch.zeros(2, 4),
+    "rows": torch.zeros(3, 4),
+    "values": torch.full((2, 5), -torch.inf),
+    "indices": torch.full((2, 5), -1),
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"queries": torch.zeros(4)}, r"queries must be \[m, R\] float32 or float64"),
+        ({"queries": torch.zeros(2, 4).half()}, "queries must be .*, got torch.float16"),
+        ({"rows": torch.zeros(3, 5)}, r"rows must be \[c, R=4\], got \(3, 5\)"),
+        ({"rows": torch.zeros(3, 4).double()}, "rows must be torch.float32 on cpu"),
+        ({"rows": torch.zeros(3, 4, device="meta")}, "rows must be torch.float32 on cpu"),
+        ({"values": torch.zeros(2, 5).double()}, "values must be torch.float32"),
+        ({"indices": torch.zeros(2, 5).int()}, "indices must be torch.int64"),
+        ({"indices": torch.zeros(2, 4).long()}, r"must both be \[m=2, k\], got .* and \(2, 4\)"),
+        ({"values": torch.zeros(3, 5)}, r"must both be \[m=2, k\], got \(3, 5\)"),
+        ({"values": torch.zeros(5, 2).T}, "values is written in place and must be contiguous"),
+        ({"factors": torch.ones(2)}, r"factors must be \[c=3\], got \(2,\)"),
+        ({"factors": torch.ones(3).double()}, "factors must be torch.float32"),
+        ({"valid": torch.ones(3)}, "valid must be torch.bool"),
+        ({"valid": torch.ones(3, 1).bool()}, r"valid must be \[c=3\], got \(3, 1\)"),
+        ({"first": -1}, "first must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.score_topk(**{**good, **change})

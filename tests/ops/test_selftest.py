@@ -1,0 +1,177 @@
+"""The self-test of backends: right ones pass, wrong ones are refused by name."""
+
+import bisect
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from cuda_host import build
+from kernel_faults import FAULTS
+from outer_cases import good
+from places import ROOT
+
+import dropinf
+from dropinf import ops
+from dropinf.ops import bank_schedule, dispatch, reference, selftest
+
+RESULTS = ROOT / "bench" / "results"
+CPU = torch.device("cpu")
+OPS = sorted(dispatch.KERNELS)
+
+
+def test_every_op_has_one():
+    assert set(selftest._CASES) == set(dispatch.KERNELS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_passes(op):
+    assert selftest.mismatch(op, getattr(reference, op), CPU) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_passes(op):
+    if dropinf.backends()["cpu"] != "available":
+        pytest.skip(dropinf.backends()["cpu"])
+    if "cpu" not in dispatch.KERNELS[op]:
+        pytest.skip(f"{op} is not written for backend 'cpu'")
+    assert selftest.mismatch(op, dispatch.KERNELS[op]["cpu"], CPU) is None
+
+
+def spoilt(op, how, *args):
+    """`reference`, and then one of its results spoilt."""
+    getattr(reference, op)(*args)
+    out = next(a for a in reversed(args) if isinstance(a, torch.Tensor) and a.is_floating_point())
+    how(out.flatten() if out.is_contiguous() else out)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "how",
+    [lambda out: out[-1:].add_(0.01), lambda out: out[:1].fill_(torch.nan)],
+    ids=["off", "NaN"],
+)
+def test_wrong_results_are_seen(op, how):
+    message = selftest.mismatch(op, partial(spoilt, op, how), CPU)
+    assert message.startswith("with torch.float32, off by ")
+
+
+def test_nothing_written_is_seen():
+    for op in OPS:
+        assert selftest.mismatch(op, lambda *args: None, CPU)
+
+
+def test_staged_cases():
+    """Passes and signs with every dtype; and all together, every kernel that is chosen by slots."""
+    if not bank_schedule.AVAILABLE:
+        pytest.skip("the C++ extension makes the orders")
+    make, dtypes, _ = selftest._CASES["sampled_outer"]
+    kernels = set()
+    for dtype in dtypes:
+        cases = [args for args, _ in make(dtype, CPU) if args[7]]
+        passes = [args[7][0] for args in cases]
+        assert max(map(len, passes)) > 1 and any(args[4] is not None for args in cases)
+        # 384 threads, each of 5, 13 or 25 coordinates.
+        kernels |= {bisect.bisect_left([5 * 384, 13 * 384], int(p[:, 5].max())) for p in passes}
+    assert kernels == {0, 1, 2}
+
+
+# In a process of its own, which can load one library of these ops.
+ON_THE_HOST = """
+import sys
+import torch
+from dropinf.ops import selftest
+_, op, library = sys.argv
+torch.ops.load_library(library)
+kernel = getattr(torch.ops.dropinf_host, op).default
+print(selftest.mismatch(op, kernel, torch.device("cpu")))
+"""
+
+
+@pytest.mark.parametrize("op", FAULTS)
+def test_a_fault_in_a_kernel_is_found(op, tmp_path):
+    """Built for the host, the kernels are right, and wrong after a fault is planted."""
+    found = []
+    for sources in (build.SOURCES, build.planted(tmp_path, *FAULTS[op])):
+        library = build.library(sources, "")
+        command = [sys.executable, "-c", ON_THE_HOST, op, str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found.append(done.stdout.strip() or done.stderr)
+    assert found[0] == "None" and found[1].startswith("with torch.float32, off by"), found
+
+
+def test_a_backend_that_fails_is_refused(monkeypatch):
+    """Named, it raises with its name and the way out, every time; the default is another."""
+    wrong = partial(spoilt, "sampled_outer", lambda out: out.mul_(2))
+    monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", wrong)
+    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+    dispatch.kernel.cache_clear()
+    for _ in range(2):
+        with pytest.raises(dropinf.BackendError, match="sampled_outer: backend 'cuda' fails its"):
+            ops.sampled_outer(**good, backend="cuda")
+    assert ops.sampled_outer(**good).shape == (2, 6)
+    # Verified, it is the default, and its failure is an error: nothing falls back silently.
+    monkeypatch.setitem(dispatch.VERIFIED, ("cuda", "sampled_outer"), "some.json")
+    dispatch.kernel.cache_clear()
+    with pytest.raises(dropinf.BackendError, match="backend 'cuda' fails its self-test"):
+        ops.sampled_outer(**good)
+    dispatch.kernel.cache_clear()
+
+
+def unproven(verified, folder):
+    """The entries whose file does not show that all tests of the op ran on a GPU and passed."""
+    wrong = []
+    for (backend, op), name in verified.items():
+        file = folder / name
+        record = json.loads(file.read_text()) if file.exists() else {"rehearsal": True}
+        counts = record.get("verified", {}).get(f"{backend}/{op}", {"failed": None})
+        proven = counts["failed"] == 0 and counts["passed"] > 0 and counts["complete"]
+        if record["rehearsal"] or not proven:
+            wrong.append((backend, op))
+    return wrong
+
+
+def test_what_is_verified_has_a_record(tmp_path):
+    assert not unproven(dispatch.VERIFIED, RESULTS)
+    good = {"passed": 9, "failed": 0, "skipped": 1, "complete": True}
+    for name, entry, rehearsal in (
+        ("good", good, False),
+        ("failed", good | {"failed": 1}, False),
+        ("cut", good | {"complete": False}, False),
+        ("none", good | {"passed": 0}, False),
+        ("cpu", good, True),
+    ):
+        record = {"rehearsal": rehearsal, "verified": {"cuda/gram": entry}}
+        (tmp_path / name).write_text(json.dumps(record))
+        assert bool(unproven({("cuda", "gram"): name}, tmp_path)) == (name != "good")
+    assert unproven({("triton", "gram"): "good", ("cuda", "gram"): "missing"}, tmp_path) == [
+        ("triton", "gram"),
+        ("cuda", "gram"),
+    ]
+
+
+def test_default_only_if_verified(monkeypatch):
+    """A backend for GPUs that is there and right is still not the default until it is verified."""
+    calls = []
+
+    def traced(*args):
+        calls.append("cuda")
+        return reference.sampled_outer(*args)
+
+    monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", traced)
+    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+    dispatch.kernel.cache_clear()
+    ops.sampled_outer(**good)
+    assert not calls
+    ops.sampled_outer(**good, backend="cuda")
+    assert calls
+    calls.clear()
+    monkeypatch.setitem(dispatch.VERIFIED, ("cuda", "sampled_outer"), "some.json")
+    dispatch.kernel.cache_clear()
+    ops.sampled_outer(**good)
+    assert calls
+    dispatch.kernel.cache_clear()

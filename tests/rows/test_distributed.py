@@ -1,0 +1,138 @@
+"""capture on models that are shared between processes: two ranks, each with its own batch."""
+
+import copy
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from cases import CASES, Transformer, assert_exact, build, true_rows
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from dropinf import Dropout, Plan, capture
+
+RANKS = 2
+MODES = ["activations", "grads"]
+case = next(case for case in CASES if case.name == "transformer")
+
+
+def run_rank(rank, store):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        for check in (check_ddp, check_fsdp):
+            check(rank)
+            dist.barrier()
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    # Without the interpreter's teardown, in which gloo's threads now and then abort the process.
+    os._exit(0)
+
+
+def batch_of(rank, seed=0):
+    torch.manual_seed(10 * seed + rank)
+    return case.batch()
+
+
+def train(model, batch):
+    """One ordinary step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    case.loss_fn(model, batch).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole(model):
+    """Its parameters, those of a sharded model put together."""
+    full = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in full])
+
+
+def check_capture(rank, model, wrapped):
+    """Rows of `wrapped` are those of the plain model, and both still train alike."""
+    plan = Plan.make(model, Dropout(r=50), exclude="*norm*.bias")
+    same = Plan.make(wrapped, Dropout(r=50), exclude="*norm*.bias")
+    assert same.fingerprint == plan.fingerprint
+    batches = [batch_of(rank, seed) for seed in (1, 2)]
+    for mode in MODES:
+        with capture(wrapped, plan, mode) as tap:
+            for batch in batches:
+                rows = tap.rows(case.loss_fn(wrapped, batch))
+                assert_exact(rows, true_rows(case, model, batch, plan))
+            case.loss_fn(wrapped, batches[0])  # whose backward pass never comes
+        assert all(p.requires_grad and p.grad is None for p in wrapped.parameters())
+
+        together = (torch.cat([batch_of(r, 3)[0] for r in range(RANKS)]),)
+        train(model, together)
+        train(wrapped, batch_of(rank, 3))
+        torch.testing.assert_close(whole(wrapped), whole(model), rtol=0, atol=1e-12)
+        with torch.no_grad():
+            wrapped(batches[0][0])  # leaves the parameters of a sharded root put together
+
+
+def check_ddp(rank):
+    for options in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        model, _ = build(case, torch.float64)
+        wrapped = DistributedDataParallel(copy.deepcopy(model), **options)
+        check_capture(rank, model, wrapped)
+        if rank == 0:  # alone: a gradient that was sent would wait for the other rank
+            for mode in MODES:
+                plan = Plan.make(model, Dropout(r=50))
+                with capture(wrapped, plan, mode) as tap:
+                    tap.rows(case.loss_fn(wrapped, batch_of(rank)))
+        dist.barrier()
+        train(wrapped, batch_of(rank))
+        mine = whole(wrapped)
+        sent = mine.clone()
+        dist.broadcast(sent, 0)
+        assert torch.equal(mine, sent)
+
+
+class Borrowing(nn.Module):
+    """Uses the parameters of a module whose forward never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Transformer(), nn.Linear(12, 23)
+        self.body.head = nn.Identity()
+
+    def forward(self, ids):
+        return F.linear(self.body(ids), self.head.weight, self.head.bias)
+
+
+def check_fsdp(rank):
+    model, _ = build(case, torch.float64)
+    wrapped = copy.deepcopy(model)
+    for layer in wrapped.layers:
+        fully_shard(layer["attention"])
+        fully_shard(layer["mlp"])
+    fully_shard(wrapped.head)  # owns the parameters that its own hook swaps
+    check_capture(rank, model, fully_shard(wrapped))
+
+    model, _ = build(case._replace(model=lambda: Borrowing().eval()), torch.float64)
+    check_capture(rank, model, fully_shard(copy.deepcopy(model)))
+
+
+def test_rows_equal_plain(tmp_path):
+    """Under DistributedDataParallel and fully_shard, in one pair of processes."""
+    mp.spawn(run_rank, (tmp_path / "store",), nprocs=RANKS)
+
+
+def test_data_parallel_is_refused():
+    model = nn.Linear(3, 2)
+    plan = Plan.make(model, Dropout(r=3))
+    with pytest.raises(ValueError, match="DataParallel"):
+        Plan.make(DataParallel(model), Dropout(r=3))
+    with pytest.raises(ValueError, match="DataParallel"):
+        capture(DataParallel(model), plan)

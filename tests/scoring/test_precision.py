@@ -1,0 +1,117 @@
+"""float32 rows: scores at any damping, and of rows of any size, against float64 of numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+import dropinf
+from dropinf import RowStore
+from dropinf.solvers import CG, Cholesky, Diagonal, Eigen, Full
+
+plan = dropinf.Plan.make(torch.nn.Linear(40, 1, bias=False), dropinf.Full())
+
+
+def stores(n, rank, size=1.0):
+    """n rows of that rank and size; 4 queries of size one, most of each outside of their span."""
+    generator = torch.Generator().manual_seed(n + rank)
+    basis, parts, queries = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((rank, 40), (n, rank), (4, 40))
+    )
+    return RowStore((size * parts @ basis).float(), plan), RowStore(queries.float(), plan)
+
+
+def truth(store, queries, damping):
+    """By the singular values of the rows, of which no square is taken apart."""
+    G, q = (s.rows.double().numpy() for s in (store, queries))
+    s, Vt = np.linalg.svd(G, full_matrices=True)[1:]
+    values = np.zeros(G.shape[1])
+    values[: len(s)] = s**2 / len(G)
+    return (q @ Vt.T) / (values + damping * values.mean()) @ (G @ Vt.T).T
+
+
+def off(found, exact):
+    return np.linalg.norm(found.double().numpy() - exact) / np.linalg.norm(exact)
+
+
+# Where n < r, Cholesky's form is that of Eigen and as exact; else its factors are float32.
+DEFICIENT = [(Eigen, 60), (Eigen, 10), (Cholesky, 10), (Full, 10), (CG, 60), (CG, 10)]
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6, 1e-7])
+@pytest.mark.parametrize("solver, n", DEFICIENT)
+@pytest.mark.filterwarnings("ignore:CG.fit")
+def test_little_damping_of_rows_of_rank_5(solver, n, damping):
+    """What rows do not span of a query is 1/λ of it in the solution, and must cancel in scores."""
+    store, queries = stores(n, rank=5)
+    exact = truth(store, queries, damping)
+    try:
+        fitted = solver(damping).fit(store)
+        found = dropinf.scores(queries, store, fitted)
+    except RuntimeError as error:
+        assert solver is CG and damping <= 1e-6 and "take Cholesky or Eigen" in str(error)
+        return
+    assert found.dtype == torch.float32
+    assert off(found, exact) < 1e-4
+    values, indices = dropinf.topk(queries, store, fitted, k=3)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, found.gather(1, indices))
+    assert off(values, np.sort(exact)[:, :-4:-1]) < 1e-4
+    if isinstance(fitted, Cholesky):
+        assert off(fitted.sweep([damping], queries)[0], exact) < 1e-4
+
+
+def test_digits_that_are_lost_are_said():
+    store, queries = stores(60, rank=5)
+    with pytest.warns(UserWarning, match=r"CG\.fit: layer .* can leave a solution off"):
+        CG(1e-6).fit(store)
+    with pytest.warns(UserWarning, match=r"Eigen\.fit: layer .* keep few digits"):
+        fitted = Eigen(1e-11).fit(store)
+    with pytest.warns(UserWarning, match=r"Eigen\.solve_at: layer .* keep few digits"):
+        fitted.solve_at(queries.rows, 1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-12, 1e12, 1e18, 1e25])
+@pytest.mark.parametrize("solver", [Cholesky, Full, Eigen, CG, Diagonal])
+@pytest.mark.parametrize("n", [60, 10])
+def test_rows_of_any_size(solver, size, n):
+    """Squares of rows, and solutions, leave what float32 can hold; scores do not."""
+    store, queries = stores(n, 8, size)
+    fitted = solver(0.1).fit(store)
+    found = dropinf.scores(queries, store, fitted)
+    if solver is Diagonal:
+        G, q = (s.rows.double().numpy() for s in (store, queries))
+        squares = (G**2).mean(0)
+        exact = q / (squares + 0.1 * squares.mean()) @ G.T
+    else:
+        exact = truth(store, queries, 0.1)
+    assert off(found, exact) < 2e-5
+    assert torch.equal(dropinf.topk(queries, store, fitted, k=1)[0][:, 0], found.amax(1))
+    own = dropinf.self_influence(store, fitted)
+    if solver is not Diagonal:
+        assert off(own, np.diag(truth(store, store, 0.1))) < 2e-5
+
+
+def test_an_absolute_damping_beside_tiny_rows():
+    store, queries = stores(60, 40, 1e-20)
+    found = dropinf.scores(queries, store, Cholesky(1.0, absolute=True).fit(store))
+    exact = queries.rows.double() @ store.rows.double().T
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max())
+
+
+def test_sizes_survive_a_file(tmp_path):
+    store, queries = stores(60, 40, 1e-20)
+    fitted = Cholesky(0.1).fit(store)
+    fitted.save(tmp_path / "solver")
+    again = Cholesky.load(tmp_path / "solver")
+    exact = dropinf.scores(queries, store, fitted)
+    assert torch.equal(dropinf.scores(queries, store, again), exact) and exact.any()
+
+
+def test_what_float32_holds_is_solved_once(monkeypatch):
+    store, queries = stores(60, 40)
+    fitted, dtypes = Cholesky(0.1).fit(store), []
+    solve = fitted.solve
+    monkeypatch.setattr(fitted, "solve", lambda q: dtypes.append(q.dtype) or solve(q))
+    dropinf.scores(queries, store, fitted)
+    assert dtypes == [torch.float32]

@@ -1,0 +1,225 @@
+"""Solvers and scores against the formula in float64, written out densely."""
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, build, example
+from conftest import EPS32, assert_within
+from score_cases import formula, plan_of, stores
+
+import dropinf.rows.row_passes
+import dropinf.rows.store
+from dropinf import (
+    Full,
+    RowStore,
+    ensemble,
+    influence,
+    scores,
+    self_influence,
+    topk,
+)
+from dropinf.solvers import Cholesky, Identity
+
+
+def whole_gradients(case, model, batch):
+    rows = []
+    for b in range(len(batch[0])):
+        loss = case.loss_fn(model, example(batch, b)).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("mode", ["activations", "grads"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[2]], ids=lambda case: case.name)
+def test_full_influence_is_exact(case, mode):
+    """influence(Full()) of a whole model against autograd and the written-out formula."""
+    model, batch = build(case, torch.float64)
+    _, queries = build(case, torch.float64, seed=1)
+    loaders = [
+        [example(data, slice(0, 3)), example(data, slice(3, None))] for data in (batch, queries)
+    ]
+    got = influence(
+        model, *loaders, case.loss_fn, compression=Full(), damping=0.1, mode=mode, progress=False
+    )
+    train, queried = (whole_gradients(case, model, data) for data in (batch, queries))
+    layers = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in layers]
+    truth = formula(train, queried, sizes, 0.1)
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-10 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize(
+    "n, sizes",
+    [(40, (5, 17, 30)), (12, (5, 12, 13, 60)), (1, (4, 1)), (300, (64,))],
+    ids=["r < n", "mixed", "one example", "one layer"],
+)
+def test_cholesky(n, sizes, damping):
+    """Both forms: r x r where n >= r, n x n where n < r."""
+    store, queries = stores(n, 7, *sizes)
+    truth = formula(store.rows, queries.rows, sizes, damping)
+    solver = Cholesky(damping).fit(store)
+    got = scores(queries, store, solver)
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-9 * truth.abs().max().item())
+    store32, queries32 = (RowStore(s.rows.float(), s.plan) for s in (store, queries))
+    got32 = scores(queries32, store32, Cholesky(damping).fit(store32))
+    assert got32.dtype == torch.float32
+    rows32 = RowStore(store32.rows.double(), store.plan)
+    solved = Cholesky(damping).fit(rows32).solve(queries32.rows.double())
+    truth32 = formula(rows32.rows, queries32.rows.double(), sizes, damping)
+    sizes32 = solved.abs() @ rows32.rows.abs().T  # a rounded solution, then a float32 dot product
+    assert_within(got32, truth32, (store.plan.width + 2) * EPS32 * sizes32)
+
+
+def test_row_scaling_cancels():
+    """The damping is relative, so scaling all rows of a layer does not change its scores."""
+    store, queries = stores(30, 4, 10, 20)
+    scaled = [RowStore(s.rows * 1000, s.plan) for s in (store, queries)]
+    one = scores(queries, store, Cholesky().fit(store))
+    other = scores(scaled[1], scaled[0], Cholesky().fit(scaled[0]))
+    torch.testing.assert_close(one, other)
+
+
+def test_layer_of_zeros_scores_nothing():
+    store, queries = stores(30, 4, 10, 20)
+    rows = store.rows.clone()
+    rows[:, :10] = 0
+    zeros = RowStore(rows, store.plan)
+    got = scores(queries, zeros, Cholesky().fit(zeros))
+    truth = formula(store.rows[:, 10:], queries.rows[:, 10:], (20,), 0.1)
+    torch.testing.assert_close(got, truth)
+
+
+def test_identity():
+    store, queries = stores(30, 4, 10, 20)
+    got = scores(queries, store, Identity().fit(store))
+    torch.testing.assert_close(got, queries.rows @ store.rows.T)
+
+
+def test_invalid_rows_do_not_count(monkeypatch):
+    store, queries = stores(40, 6, 5, 50)
+    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", 7 * store.plan.width * 8)
+    valid = torch.ones(40, dtype=torch.bool)
+    valid[[0, 9, 33]] = False
+    rows = store.rows.clone()
+    rows[~valid] = 1000  # whatever stands there
+    marked = RowStore(rows, store.plan, valid)
+    query_valid = torch.tensor([True, False, True, True, True, True])
+    asked = RowStore(queries.rows, queries.plan, query_valid)
+    solver = Cholesky().fit(marked)
+    got = scores(asked, marked, solver)
+    truth = formula(store.rows[valid], queries.rows, (5, 50), 0.1)
+    torch.testing.assert_close(got[query_valid][:, valid], truth[query_valid])
+    assert got[:, ~valid].isnan().all() and got[1].isnan().all()
+    values, indices = topk(asked, marked, solver, k=37)
+    assert not set(indices[0].tolist()) & {0, 9, 33}
+    assert values[1].isnan().all() and (indices[1] == -1).all()
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
+def test_topk_equals_sorted_scores(k, rows_a_chunk, monkeypatch):
+    store, queries = stores(40, 6, 5, 9)
+    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", rows_a_chunk * store.plan.width * 8)
+    solver = Cholesky().fit(store)
+    values, indices = topk(queries, store, solver, k)
+    all_scores = scores(queries, store, solver)
+    order = all_scores.argsort(1, descending=True)[:, :k]
+    assert torch.equal(indices, order)
+    torch.testing.assert_close(values, all_scores.gather(1, order))
+
+
+@pytest.mark.parametrize("n, sizes", [(40, (5, 17)), (9, (5, 60))], ids=["r x r", "n x n"])
+def test_self_influence_and_relative_scores(n, sizes, monkeypatch):
+    store, queries = stores(n, 6, *sizes)
+    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", 3 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.row_passes, "PART_BYTES", 7 * store.plan.width * 8)
+    valid = torch.ones(n, dtype=torch.bool)
+    valid[4] = False
+    rows = store.rows.clone()
+    rows[4] = torch.nan
+    rows[5] = 0
+    marked = RowStore(rows, store.plan, valid)
+    solver = Cholesky().fit(marked)
+    kept = rows[valid]
+    own = formula(kept, kept, sizes, 0.1).diagonal()
+    got = self_influence(marked, solver)
+    torch.testing.assert_close(got[valid], own)
+    assert got[4].isnan() and got[5] == 0
+    truth = formula(kept, queries.rows, sizes, 0.1) / own.sqrt()
+    truth[:, 4] = 0  # the row of zeros, behind the one that is left out
+    relative = scores(queries, marked, solver, relative=True)
+    torch.testing.assert_close(relative[:, valid], truth)
+    values, indices = topk(queries, marked, solver, 5, relative=True)
+    best = relative.nan_to_num(-torch.inf).topk(5)
+    torch.testing.assert_close(values, best.values)
+    assert torch.equal(indices, best.indices)
+
+
+def test_negative_self_influence_is_refused():
+    store, queries = stores(9, 2, 5)
+    solver = Identity().fit(store)
+    solver._solve = lambda rows: -rows
+    with pytest.raises(ValueError, match="self-influence of example 0 is -"):
+        scores(queries, store, solver, relative=True)
+
+
+def test_ensemble_of_masks():
+    """Mean and standard error over parts, against numpy; a generator is taken one at a time."""
+    parts, each = [], []
+    for seed in range(4):
+        store, queries = stores(20, 3, 5, 9, seed=seed)
+        parts.append((queries, store, Cholesky().fit(store)))
+        each.append(scores(*parts[-1]).numpy())
+    mean, error = ensemble(iter(parts))
+    np.testing.assert_allclose(mean, np.mean(each, 0), rtol=1e-12)
+    np.testing.assert_allclose(error, np.std(each, 0, ddof=1) / 2, rtol=1e-9)
+    single = ensemble(parts[:1])
+    np.testing.assert_allclose(single.mean, each[0])
+    assert single.error.isnan().all()
+    relative = ensemble(parts, relative=True).mean
+    np.testing.assert_allclose(
+        relative, np.mean([scores(*part, relative=True) for part in parts], 0), rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="no parts"):
+        ensemble([])
+    store, queries = stores(21, 3, 5, 9)
+    with pytest.raises(ValueError, match=r"part 1 has scores \[3, 21\], those before it \[3, 20\]"):
+        ensemble([parts[0], (queries, store, Cholesky().fit(store))])
+
+
+def test_bad_input():
+    store, queries = stores(20, 3, 5, 9)
+    solver = Cholesky().fit(store)
+    other = RowStore(torch.randn(3, 14, dtype=torch.float64), plan_of(14))
+    made, foreign = store.plan.fingerprint, other.plan.fingerprint
+    for call in (scores, topk):
+        with pytest.raises(ValueError, match=f"queries were made under plan {foreign}, .*{made}"):
+            call(other, store, solver)
+        with pytest.raises(ValueError, match=f"solver was fitted under plan {made}, .*{foreign}"):
+            call(other, other, solver)
+        with pytest.raises(RuntimeError, match="the solver was not fitted; call fit"):
+            call(queries, store, Cholesky())
+    for k in (0, 21):
+        with pytest.raises(ValueError, match=f"k must be 1 to 20, .*got {k}"):
+            topk(queries, store, solver, k)
+    with pytest.raises(RuntimeError, match=r"Cholesky\.solve: call fit"):
+        Cholesky().solve(queries.rows)
+    with pytest.raises(ValueError, match=r"must be \[m, 14\], got \(3, 13\)"):
+        solver.solve(queries.rows[:, 1:])
+    for damping in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="damping must be"):
+            Cholesky(damping)
+    nothing = RowStore(torch.zeros(2, 14), store.plan, torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="none of the store's 2 rows is valid"):
+        Cholesky().fit(nothing)
+
+
+def test_singular_without_damping():
+    store, _ = stores(3, 1, 2, 9)
+    with pytest.raises(ValueError, match=r"layer '1' \(n=3, r=9\) is singular at damping=0"):
+        Cholesky(0).fit(store)
+    twins = RowStore(torch.ones(20, 11, dtype=torch.float64), store.plan)
+    with pytest.raises(ValueError, match=r"layer '0' \(n=20, r=2\) is singular"):
+        Cholesky(0).fit(twins)

@@ -116,10 +116,13 @@ AVX2 inline Lanes widen(__m128i bits, BFloat16) {
 AVX2 inline Lanes widen(__m128i bits, Float16) { return _mm256_cvtph_ps(bits); }
 
 AVX2 inline Lanes load(const float* p) { return _mm256_loadu_ps(p); }
+template <typename E>
+AVX2 inline Lanes load(const E* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), E{});
+}
 AVX2 inline __m256i first_lanes(int64_t count) {
   const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const int32_t most = static_cast<int32_t>(std::min(count, kLanes));
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(most), place);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), place);
 }
 AVX2 inline Lanes load_part(const float* p, int64_t count) {
   return count >= kLanes ? load(p) : _mm256_maskload_ps(p, first_lanes(count));

@@ -7,13 +7,16 @@
 // Large planes are cut into boxes of outputs, so that what coordinates have in common stays in the
 // cache. Neighbours of one channel of dy that leave out the same outputs share its loads.
 
+#include "sampled_conv.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
 #include <vector>
 
-#include "cpu/conv_kernels.h"
+#include "cpu/lanes.h"
+#include "cpu/sampled_conv_rows.h"
 
 namespace dropinf {
 namespace {
@@ -71,12 +74,32 @@ Range inside(int64_t size, int64_t x_size, int64_t stride, int64_t offset) {
   return range.begin < range.end ? range : Range{0, 0};
 }
 
+// The functions of one capability and dtype.
+struct Kernels {
+  void (*dots)(const Box&, const void* const* x, const void* dy, int64_t count, float* lanes);
+  bool (*finite)(const void* data, int64_t step, int64_t count);
+};
+
+template <typename E>
+Kernels kernels_of() {
+  return {CAPABLE(dots<E>), CAPABLE(finite<E>)};
+}
+
+Kernels kernels_of(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return kernels_of<BFloat16>();
+    case DType::kFloat16:
+      return kernels_of<Float16>();
+    default:
+      return kernels_of<float>();
+  }
+}
+
 class Call final : public SampledConv {
  public:
   explicit Call(const SampledConvArgs& args)
-      : args_(args),
-        element_size_(args.dtype == DType::kFloat32 ? 4 : 2),
-        kernels_(kernels_of(args.dtype)) {
+      : args_(args), element_size_(size_of(args.dtype)), kernels_(kernels_of(args.dtype)) {
     for (int d = 0; d < 3; ++d) {
       whole_.size[d] = args.dy_size[d];
       whole_.x_step[d] = args.stride[d] * args.x_stride[d];

@@ -22,6 +22,19 @@ def check_same(
     check_no_grad(op, name, tensor)
 
 
+def check_coordinates(
+    op: str, o_idx: Tensor, i_idx: Tensor, device: torch.device, wanted: str, num_dims: int
+) -> None:
+    """Both int32 of one shape, which `wanted` describes."""
+    for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
+        check_same(op, name, index, torch.int32, device)
+        if index.dim() != num_dims or index.shape != o_idx.shape:
+            raise ValueError(
+                f"{op}: o_idx and i_idx must both be {wanted}, "
+                f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
+            )
+
+
 def check_no_grad(op: str, name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from dropinf.ops.bank_schedule import StagedOrder
-from dropinf.ops.checks import check_floating, check_same, describe, output_of, unit_stride
+from dropinf.ops.checks import (
+    check_coordinates,
+    check_floating,
+    check_same,
+    describe,
+    output_of,
+    unit_stride,
+)
 from dropinf.ops.dispatch import kernel
 
 
@@ -60,15 +67,8 @@ def sampled_outer(
         raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
     check_floating(op, "x", x)
     check_same(op, "dy", dy, x.dtype, x.device)
-    coordinates = 1 if sign is None else 2
-    for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
-        check_same(op, name, index, torch.int32, x.device)
-        if index.dim() != coordinates or index.shape != o_idx.shape:
-            wanted = "[r] without sign" if sign is None else "[r, s] with sign"
-            raise ValueError(
-                f"{op}: o_idx and i_idx must both be {wanted}, "
-                f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
-            )
+    wanted = ("[r] without sign", 1) if sign is None else ("[r, s] with sign", 2)
+    check_coordinates(op, o_idx, i_idx, x.device, *wanted)
     if sign is not None:
         check_same(op, "sign", sign, torch.int8, x.device)
         if sign.shape != o_idx.shape:
@@ -194,13 +194,7 @@ def sampled_embedding(
         raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
     check_floating(op, "dy", dy)
     check_same(op, "ids", ids, ids.dtype, dy.device)
-    for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
-        check_same(op, name, index, torch.int32, dy.device)
-        if index.dim() != 1 or index.shape != o_idx.shape:
-            raise ValueError(
-                f"{op}: o_idx and i_idx must both be [r], "
-                f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
-            )
+    check_coordinates(op, o_idx, i_idx, dy.device, "[r]", 1)
     out = output_of(op, out, (B, o_idx.shape[0]), dy.dtype, dy.device)
     call = kernel(op, backend, dy.device, (dy.dtype,), out.dtype)
     call(
@@ -289,13 +283,7 @@ def sampled_conv(
     O = dy.shape[1]
     if groups < 1 or C % groups or O % groups:
         raise ValueError(f"{op}: groups must divide C={C} and O={O}, got {groups}")
-    for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
-        check_same(op, name, index, torch.int32, x.device)
-        if index.dim() != 1 or index.shape != o_idx.shape:
-            raise ValueError(
-                f"{op}: o_idx and i_idx must both be [r], "
-                f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
-            )
+    check_coordinates(op, o_idx, i_idx, x.device, "[r]", 1)
     out = output_of(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(

@@ -18,7 +18,7 @@ from dropinf.compression import Plan
 from dropinf.rows.store import RowStore, RowWriter
 from dropinf.user_warning import warn_user
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
 
 
 class CaptureOptions(TypedDict, total=False):

@@ -524,8 +524,10 @@ def test_a_run_that_is_ended_leaves_no_process(tmp_path, number):
     assert len(processes_with(str(path))) == 2
     process.send_signal(number)
     process.wait(20)
-    time.sleep(0.2)
-    assert not processes_with(str(path))
+    until = time.monotonic() + 10  # which a loaded machine takes to end what was killed
+    while processes_with(str(path)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     data = json.loads(path.read_text())
     assert data["rows"]
     if number == signal.SIGTERM:
@@ -541,4 +543,7 @@ def test_a_run_has_a_limit_of_its_own():
         time.sleep(30)
     assert ended.value.reason == "its time was over" and time.monotonic() - started < 10
     assert child.returncode == -signal.SIGKILL
-    assert not processes_with("60.5")
+    until = time.monotonic() + 10  # which a loaded machine takes to end what was killed
+    while processes_with("60.5"):
+        assert time.monotonic() < until
+        time.sleep(0.05)

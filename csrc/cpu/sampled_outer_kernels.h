@@ -35,8 +35,8 @@ TARGET void scalar(const void* x_data, int64_t x_stride_t, const void* dy_data, 
   }
 }
 
-// Writes 8 positions of the tile: rows[p, c] of the used columns c to tile[row of c][p], 0 for p
-// from `count` on.
+// Writes kStreams positions of the tile: rows[p, c] of the used columns c to tile[row of c][p], 0
+// for p from `count` on.
 template <bool kWhole, typename E>
 TARGET void transpose_rows(const E* data, int64_t stride, int64_t count, const Columns& columns,
                            float* tile) {
@@ -49,9 +49,9 @@ TARGET void transpose_rows(const E* data, int64_t stride, int64_t count, const C
     } else {
       if (kWhole && k + kAhead < num_pieces) {
         const E* next = data + columns.pieces[k + kAhead].column;
-        for (int64_t p = 0; p < 8; ++p) __builtin_prefetch(next + p * stride);
+        for (int64_t p = 0; p < kStreams; ++p) __builtin_prefetch(next + p * stride);
       }
-      for (int64_t p = 0; p < 8; ++p) {
+      for (int64_t p = 0; p < kStreams; ++p) {
         tile[p] = kWhole || p < count ? load1(from + p * stride) : 0.0f;
       }
     }
@@ -59,14 +59,13 @@ TARGET void transpose_rows(const E* data, int64_t stride, int64_t count, const C
   }
 }
 
-// 8 rows at a time over the whole width: 16 streams from memory are a third slower than 8.
 template <typename E>
 TARGET void transpose_tile(const void* rows, int64_t stride, int64_t count, const Columns& columns,
                            float* tile) {
   const E* data = static_cast<const E*>(rows);
-  for (int64_t p = 0; p < kTile; p += 8) {
-    if (count - p >= 8) {
-      transpose_rows<true>(data + p * stride, stride, 8, columns, tile + p);
+  for (int64_t p = 0; p < kTile; p += kStreams) {
+    if (count - p >= kStreams) {
+      transpose_rows<true>(data + p * stride, stride, kStreams, columns, tile + p);
     } else {
       transpose_rows<false>(data + p * stride, stride, count - p, columns, tile + p);
     }

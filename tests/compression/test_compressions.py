@@ -176,6 +176,13 @@ def test_sketch_is_fixed_for_ever():
     assert part.entry_map.sign.tolist() == [-1, -1, -1, 1, 1, -1]
 
 
+def test_grid_is_fixed_for_ever():
+    """Rows and columns of both weights, four draws; a change here breaks every stored row."""
+    (parts,) = FactoredDropout(r=8, seed=1).keep([("layer", [(30, 30), (30, 30)])])
+    assert [(p.index // 30).tolist() for p in parts] == [[9, 9, 27, 27], [9, 9, 11, 11]]
+    assert [(p.index % 30).tolist() for p in parts] == [[2, 22, 2, 22], [19, 20, 19, 20]]
+
+
 @pytest.mark.parametrize("kind", [FactoredDropout, Sketch])
 def test_layers_of_one_shape_differ(kind):
     one, other = kind(r=30).keep([("a", [(40, 50)]), ("b", [(40, 50)])])

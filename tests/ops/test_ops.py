@@ -50,3 +50,13 @@ def test_an_unknown_backend_is_refused():
 def test_a_backend_for_another_device_is_refused(backend):
     with pytest.raises(dropinf.BackendError, match=r"'cpu' is not for tensors on meta\. Here: "):
         ops.gram(rows.to("meta"), offsets, backend=backend.name)
+
+
+@pytest.mark.ops("sampled_outer")
+@pytest.mark.backends("cpu")
+def test_a_backend_for_another_out_is_refused(backend):
+    out = torch.zeros(2, 6, dtype=torch.float64)
+    refused = r"'cpu' is for a float32 out, not torch\.float64\. Here: 'reference'"
+    with pytest.raises(dropinf.BackendError, match=refused):
+        ops.sampled_outer(x, dy, index, index, out=out, backend=backend.name)
+    assert ops.sampled_outer(x, dy, index, index, out=out) is out

@@ -133,6 +133,33 @@ def test_nonfinite_examples_that_cannot_be_kept_apart(setup, of, choice):
         gather(model, loader, plan, mode="grads", on_nonfinite=choice)
 
 
+def test_only_the_loss_is_not_finite(setup):
+    """What is added to a loss has no gradient, so that the row itself is finite."""
+    model, loader, plan = setup
+
+    def losses(model, batch):
+        return cross_entropy(model, batch) + torch.where(batch[1] == 0, torch.inf, 0.0)
+
+    store = collect(model, loader, losses, plan, progress=False, on_nonfinite="skip")
+    assert torch.equal(store.valid, loader.dataset.tensors[1] != 0) and not store.valid.all()
+    assert not store.rows[~store.valid].any()
+
+
+def test_nonfinite_token():
+    """Rows are of tokens; the error names the example."""
+    model, x = nn.Linear(3, 1), torch.randn(4, 5, 3)
+    x[3, 1, 0] = 7.0
+
+    def losses(model, x):
+        y = model(x)[..., 0]
+        y.register_hook(lambda dy: torch.where(x[..., 0] == 7.0, torch.inf, dy))
+        return y.sum(1)
+
+    plan = Plan.make(model, Full())
+    with pytest.raises(ValueError, match="the gradient of example 3 "):
+        collect(model, x.split(2), losses, plan, per="token", progress=False)
+
+
 def test_bad_input(setup, tmp_path):
     model, loader, plan = setup
     path = tmp_path / "rows"

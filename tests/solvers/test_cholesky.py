@@ -233,6 +233,27 @@ def test_failed_pivots_are_retried():
     assert len(caught) == 4
 
 
+@pytest.mark.parametrize("size", [2.0**60, 2.0**-60])
+def test_retries_of_rows_whose_squares_leave_float32(size):
+    """A power of two changes no digit of what is tried, nor of what is said."""
+    G = np.outer(np.random.default_rng(0).standard_normal(60), np.arange(1, 31.0))
+    stores = [store_of(G * factor, dtype=torch.float32) for factor in (1.0, size)]
+    with pytest.warns(UserWarning, match="is not positive beyond rounding"):
+        plain, scaled = (Cholesky(1e-9).fit(store) for store in stores)
+    (one,), (other,) = plain.layers, scaled.layers
+    assert other.exponent and not one.exponent
+    assert other.retries == one.retries > 0
+    assert other.λ == pytest.approx(one.λ * size**2, rel=1e-6)
+    q = torch.randn(2, 30)
+    torch.testing.assert_close(scaled.solve(q * size) * size, plain.solve(q))
+    said = []
+    for store in stores:
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="is singular") as error:
+            Cholesky(1e-14).fit(store)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("n", [60, 9], ids=["r x r", "n x n"])
 def test_singular_without_damping(n):
     """The damping that the error gives does work, and a tenth of it does not."""

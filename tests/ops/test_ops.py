@@ -60,3 +60,10 @@ def test_a_backend_for_another_out_is_refused(backend):
     with pytest.raises(dropinf.BackendError, match=refused):
         ops.sampled_outer(x, dy, index, index, out=out, backend=backend.name)
     assert ops.sampled_outer(x, dy, index, index, out=out) is out
+
+
+def test_bounds_in_a_list_may_change():
+    bounds = [0, 3, 5]
+    assert len(ops.gram(rows, bounds)) == 9 + 4
+    bounds[1] = 4
+    assert len(ops.gram(rows, bounds)) == 16 + 1

@@ -143,16 +143,17 @@ def test_missing_peer_is_named(monkeypatch):
 def test_over_budget(monkeypatch, tmp_path):
     """What takes too long is left out there and at larger sizes, and the page says so."""
 
-    def slow_from(d, seconds):
+    def slow_from(n, d):
         def contestant(given):
             def call():
-                time.sleep(seconds if given.grads.shape[1] >= d else 0)
+                time.sleep(0.2 if given.grads.shape[0] >= n and given.grads.shape[1] >= d else 0)
 
             return call
 
         return contestant
 
-    contestants = {formed.OURS: slow_from(10**9, 0), "slow": slow_from(4000, 0.2)}
+    contestants = {formed.OURS: slow_from(0, 10**9), "slow": slow_from(0, 4000)}
+    contestants["slow for many"] = slow_from(8, 0)  # which are no part of the sizes that follow
     monkeypatch.setattr(formed, "CONTESTANTS", contestants)
     monkeypatch.setattr(formed, "FLOOR", formed.OURS)
     monkeypatch.setattr(formed, "check", lambda name, device: None)
@@ -160,6 +161,7 @@ def test_over_budget(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "_peaks", lambda *args: {})
     results = sweep.measure("quick", TINY._replace(budget=0.1))
     left = {(p["n"], p["d"]): p["left_out"] for p in results["settings"]["formed"]["points"]}
+    assert left.pop((8, 2000)) == {"slow for many": "over budget: 0.2 s"}
     assert left.pop((4, 4000)) == {"slow": "over budget: 0.2 s"}
     assert left.pop((4, 8000)) == {"slow": "over budget: 0.2 s at a smaller size"}
     assert not any(left.values())
@@ -237,6 +239,7 @@ OLD = result(**{"dropinf a": [4.0, 3.6, 4.4], "dropinf b": [1.0, 0.9, 1.1], "pee
     [
         ({"dropinf a": [4.0, 3.6, 4.4]}, []),
         ({"dropinf a": [5.0, 4.4, 5.6]}, []),  # within both spreads and a quarter
+        ({"dropinf a": [6.0, 5.8, 6.2]}, []),  # within the floor's as well
         ({"dropinf a": [8.0, 7.6, 8.4]}, ["dropinf a"]),
         ({"dropinf a": [8.0, 4.0, 9.0]}, []),  # its smallest is as before
         ({"dropinf a": [1.0, 0.9, 1.1], "peer": [9, 9, 9]}, []),  # faster, and a peer

@@ -151,3 +151,21 @@ def test_what_cannot_be_exact_is_refused(model, why):
         capture(model, Plan.make(model, Full())) as tap,
     ):
         tap.rows(model(x).flatten(1).sum(1))
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, ids):
+        return self.w[ids]
+
+
+def test_indices_from_the_end():
+    model, ids = Table(), torch.tensor([[-1, 0, 2], [-4, -1, 1]])
+    found = []
+    for given in (ids, ids % 4):
+        with capture(model, Plan.make(model, Full())) as tap:
+            found.append(tap.rows(model(given).square().sum((1, 2))))
+    assert torch.equal(*found) and found[0].any(1).all()

@@ -92,6 +92,7 @@ def test_r_rate_total():
     assert kept(Dropout(total=10**9), *sizes) == sizes
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 500), min_size=1, max_size=20),
     extra=st.integers(0, 3000),

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 from zoo import GROUPED, IDS, SMALL, build_as  # noqa: E402
 
 import dropinf  # noqa: E402
-from dropinf.integrations import versions  # noqa: E402
+from dropinf.integrations import transformers_losses, versions  # noqa: E402
 from dropinf.integrations.drawn import Drawn  # noqa: E402
 from dropinf.integrations.transformers import (  # noqa: E402
     InfluenceCallback,
@@ -130,6 +130,12 @@ def test_losses_are_the_models_own(name):
         wanted[3] = -model(**ones[3]).end_logits[0].log_softmax(0)[2] / 2
     torch.testing.assert_close(losses, wanted.float())
     torch.testing.assert_close(loss_fn_for(model)(model, ones[1]).float(), losses[1:2])
+
+
+def test_padding_is_not_packed():
+    """Where it is, positions repeat."""
+    left = {"position_ids": [[1, 1, 0, 1, 2]], "attention_mask": [[0, 0, 1, 1, 1]]}
+    transformers_losses.refuse_packed({name: torch.tensor(v) for name, v in left.items()})
 
 
 def test_losses_refuse():

@@ -117,6 +117,7 @@ class GradsTap(Tap):
             row[slot.entries] += part
         return row
 
+    @torch.no_grad()  # a backward pass with create_graph=True leaves gradients that require grad
     def _entries(
         self, numbers: Sequence[int], grads: Sequence[Tensor | None], loss_scale: float
     ) -> Tensor:

@@ -92,6 +92,20 @@ def test_row_of_a_loop_left_untouched():
     torch.testing.assert_close(row, truth.sum(0), rtol=0, atol=1e-12 * truth.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_row_after_a_backward_pass_that_can_be_derived(backend):
+    """create_graph=True, as for a penalty of gradients, leaves gradients that require grad."""
+    model = nn.Linear(3, 2)
+    plan = Plan.make(model, Full())
+    with capture(model, plan, "grads", backend=backend) as tap:
+        model(torch.randn(4, 3)).square().sum().backward(create_graph=True)
+        row = tap.row()
+    whole = torch.cat([p.grad.detach().flatten() for p in model.parameters()])
+    assert torch.equal(row, whole) and not row.requires_grad
+    model.zero_grad()
+
+
 def test_unused_parameter_is_zeros():
     class Unused(nn.Module):
         def __init__(self):

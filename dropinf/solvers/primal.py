@@ -73,7 +73,7 @@ class Primal(Group):
         peaks = torch.zeros(self.offsets[-1])
         for i, rows in enumerate(parts):
             peaks = torch.maximum(peaks, rows.abs().amax(0).float())
-            rows = rows * 2.0**-exponent if exponent else rows
+            rows = scaled(rows, -exponent) if exponent else rows
             ops.gram(rows, self.offsets, scale=1 / self.setting.n, accumulate=i > 0, out=F)
         sizes = [block.r for block in self.blocks]
         largest = [float(part.max()) if len(part) else 0.0 for part in peaks.split(sizes)]
@@ -96,14 +96,18 @@ class Primal(Group):
         return self._retried(self.layers[l], failed, factorise, mean)
 
     def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
-        columns = self.columns
-        q = take(rows, columns).to(self.setting.dtype)
-        put(solved, columns, ops.cholesky_solve(self.read(), self.offsets, q))
+        columns, dtype, unit = self.columns, self.setting.dtype, None
+        q = take(rows, columns)
+        if dtype.itemsize < q.dtype.itemsize:  # and its range, too
+            unit = 2.0 ** torch.frexp(q.abs().amax(1, keepdim=True)).exponent.to(q.dtype)
+            q = q / unit
+        x = ops.cholesky_solve(self.read(), self.offsets, q.to(dtype))
+        put(solved, columns, x if unit is None else x.to(unit.dtype) * unit)
         for block, layer in zip(self.blocks, self.layers, strict=True):
             if layer.form == "zero":
                 solved[:, block.entries] = 0
             elif layer.exponent:
-                solved[:, block.entries] *= 4.0**-layer.exponent
+                solved[:, block.entries] = scaled(solved[:, block.entries], -2 * layer.exponent)
 
     def condition(self) -> list[float]:
         factors = ops.unpack(self.read(), self.offsets)
@@ -112,3 +116,11 @@ class Primal(Group):
             * largest(lambda v, L=L: torch.cholesky_solve(v, L), len(L), L.dtype)
             for L in factors
         ]
+
+
+def scaled(rows: Tensor, exponent: int) -> Tensor:
+    """rows * 2^exponent, where that power itself may be beyond their dtype."""
+    quarter = exponent // 4
+    for part in (quarter, quarter, quarter, exponent - 3 * quarter):
+        rows = rows * 2.0**part
+    return rows

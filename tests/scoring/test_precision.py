@@ -92,6 +92,33 @@ def test_rows_of_any_size(solver, size, n):
         assert off(own, np.diag(truth(store, store, 0.1))) < 2e-5
 
 
+@pytest.mark.parametrize("exponents", [(83, 83), (-90, -90), (-139, -139), (83, 0), (-139, 0)])
+@pytest.mark.parametrize("solver", [Cholesky, Eigen, CG, Diagonal])
+def test_queries_as_large_as_rows(solver, exponents):
+    """A power of two in both is in no score. One layer in each form of Cholesky."""
+    layers, generator = [30, 150], torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(r, 1, bias=False) for r in layers))
+    two = dropinf.Plan.make(model, dropinf.Full())
+    power = torch.tensor([2.0**e for e in exponents], dtype=torch.float64)
+    power = power.repeat_interleave(torch.tensor(layers))
+    # Few bits, which numbers as small as 2^-139 still have.
+    rows = [torch.randint(-64, 65, (k, 180), generator=generator) for k in (60, 4)]
+    plain, (store, queries) = (
+        [RowStore((r * p).float(), two) for r in rows] for p in (torch.ones(180), power)
+    )
+    exact = dropinf.scores(*plain[::-1], solver(0.1).fit(plain[0]))
+    found = dropinf.scores(queries, store, solver(0.1).fit(store))
+    assert off(found, exact.double().numpy()) < 1e-5
+
+
+def test_queries_beyond_float32():
+    """float64 queries of any size, with factors in float32."""
+    store, queries = stores(60, 40)
+    fitted, q = Cholesky().fit(store), queries.rows.double()
+    for exponent in (-200, 200):
+        assert torch.equal(fitted.solve(q * 2.0**exponent), fitted.solve(q) * 2.0**exponent)
+
+
 def test_an_absolute_damping_beside_tiny_rows():
     store, queries = stores(60, 40, 1e-20)
     found = dropinf.scores(queries, store, Cholesky(1.0, absolute=True).fit(store))

@@ -40,7 +40,8 @@ def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool
         [m, n] in the rows' dtype; NaN where the query or the training row is invalid.
 
     Raises:
-        ValueError: the three were not made under the same plan, or a self-influence is negative.
+        ValueError: the three were not made under the same plan, a self-influence is negative, or a
+            score is beyond the range of the rows' dtype.
     """
     solver.check_plans("scores", queries, store)
     solved = solved_for(queries.rows, store, solver.solve)
@@ -48,6 +49,8 @@ def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool
     factors = _factors("scores", store, solver, relative)
     if factors is not None:
         result *= factors
+    valid = queries.valid[:, None], store.valid
+    solver.check_scores("scores", result, valid, lambda q, i: (solved[q], store.rows[i]))
     return mark_invalid(result, queries, store)
 
 
@@ -86,9 +89,14 @@ def topk(
             factors=None if factors is None else factors[part].to(solved),
             valid=store.valid[part].to(solved.device),
         )
+    values = values.to(queries.rows.dtype)
+    valid = (queries.valid[:, None],)
+    solver.check_scores(
+        "topk", values, valid, lambda q, at: (solved[q], store.rows[indices[q, at]])
+    )
     values[~queries.valid] = torch.nan
     indices[~queries.valid] = -1
-    return values.to(queries.rows.dtype), indices
+    return values, indices
 
 
 def self_influence(store: RowStore, solver: Solver) -> Tensor:
@@ -101,14 +109,19 @@ def self_influence(store: RowStore, solver: Solver) -> Tensor:
         [n] in the rows' dtype; NaN where the row is invalid.
 
     Raises:
-        ValueError: store and solver were not made under the same plan.
+        ValueError: store and solver were not made under the same plan, or a self-influence is
+            beyond the range of the rows' dtype.
     """
     solver.check_plans("self_influence", store, store)
     parts = []
     for rows in valid_rows(store):
-        own = (solved_for(rows, store, solver.solve) * rows).sum(1).to(rows.dtype)
+        solved = solved_for(rows, store, solver.solve)
+        own = (solved * rows).sum(1).to(rows.dtype)
         scale = solver.scale(rows)
         parts.append(own if scale is None else own * scale)
+        solver.check_scores(
+            "self_influence", parts[-1], (), lambda i, x=solved, g=rows: (x[i], g[i])
+        )
     result = torch.full((len(store),), torch.nan, dtype=parts[0].dtype)
     result[store.valid] = torch.cat(parts)
     return result

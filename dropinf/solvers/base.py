@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropinf.compression import LayerPlan, Plan
 from dropinf.rows import RowStore
+from dropinf.solvers.number_range import check_scores
 
 Self = TypeVar("Self", bound="Solver")
 
@@ -45,7 +46,8 @@ class Solver(ABC):
     def solve(self, rows: Tensor) -> Tensor:
         """[m, R] -> [m, R]: each layer's slice times the inverse of its damped matrix.
 
-        A row that is not finite gives NaN.
+        A row that is not finite gives NaN. A solution too large for the rows' dtype is infinite:
+        give them in float64, as `scores` does.
 
         Raises:
             RuntimeError: the solver was not fitted.
@@ -76,6 +78,12 @@ class Solver(ABC):
     def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
         """The layers that have a matrix of their own."""
         return plan.blocks
+
+    def check_scores(
+        self, op: str, found: Tensor, valid: Sequence[Tensor], at: Callable[..., Sequence[Tensor]]
+    ) -> None:
+        """Raise if a score is beyond the range of its dtype: see `number_range.check_scores`."""
+        check_scores(op, self.plan, found, valid, at)
 
     def check_plans(self, op: str, queries: RowStore, store: RowStore | None) -> None:
         """Raise unless this, queries and store (None: that of the fit) are of one plan."""

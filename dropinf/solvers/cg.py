@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan
-from dropinf.rows import RowStore, mean_squares
+from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, solvable
+from dropinf.solvers.number_range import diagonal_of
 from dropinf.user_warning import warn_user
 
 # Directions below this share of the longest are rounding: they are dropped.
@@ -65,7 +66,7 @@ class CG(Solver):
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = store.plan.blocks
-        self._diagonal = mean_squares(store, n)
+        self._diagonal = diagonal_of("CG.fit", store, n)
         λs = self._damping.lambdas(blocks, self._diagonal)
         self._layers = solvable("CG.fit", blocks, λs, self._diagonal, n)
         self._n = n

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.rows import RowStore, mean_squares
+from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import parts
+from dropinf.solvers.number_range import diagonal_of
 
 
 class DataInf(Solver):
@@ -36,7 +37,7 @@ class DataInf(Solver):
         self._damping = Damping("DataInf", damping, absolute)
 
     def _fit(self, store: RowStore, n: int) -> None:
-        diagonal = mean_squares(store, n)
+        diagonal = diagonal_of("DataInf.fit", store, n)
         blocks = store.plan.blocks
         self._layers = []
         for block, λ in zip(blocks, self._damping.lambdas(blocks, diagonal), strict=True):

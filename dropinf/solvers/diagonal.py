@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dropinf.rows import RowStore, mean_squares
+from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
+from dropinf.solvers.number_range import diagonal_of
 
 
 class Diagonal(Solver):
@@ -34,7 +35,7 @@ class Diagonal(Solver):
         self._damping = Damping("Diagonal", damping, absolute)
 
     def _fit(self, store: RowStore, n: int) -> None:
-        diagonal = mean_squares(store, n)
+        diagonal = diagonal_of("Diagonal.fit", store, n)
         self._inverse = torch.zeros_like(diagonal)
         blocks = store.plan.blocks
         for block, λ in zip(blocks, self._damping.lambdas(blocks, diagonal), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
+from dropinf.solvers.number_range import check_squares
 
 
 class Dual(Group):
@@ -38,6 +39,7 @@ class Dual(Group):
         K = torch.zeros(n, n, dtype=torch.float64)
         for _, G in self._columns_of(store):
             K.addmm_(G, G.T)
+        check_squares(f"{self.setting.op}.fit", block, K.diagonal(), store)
         mean = float(K.trace()) / (n * block.r)
         λ = self.setting.damping.λ(dampings[0], mean)
         zero = λ == 0 and mean == 0

@@ -14,6 +14,7 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, mark_invalid, products, solved_for, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
+from dropinf.solvers.number_range import check_squares
 from dropinf.user_warning import warn_user
 
 _ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
@@ -61,11 +62,13 @@ class Eigen(Solver):
         self._warn_of_rounding("fit", self._damping)
 
     def _decompose(self, store: RowStore, n: int, block: LayerPlan) -> _Pairs:
-        columns = [block.entries]
+        op, columns = f"{type(self).__name__}.fit", [block.entries]
         if n < block.r:
             G = next(valid_rows(store, columns, torch.float64, 8 * n * block.r))  # [n, r]
-            s, U = torch.linalg.eigh(G @ G.T / n)
-            mean = float(s.sum()) / block.r
+            K = G @ G.T / n
+            check_squares(op, block, K.diagonal(), store)
+            mean = float(K.trace()) / block.r
+            s, U = torch.linalg.eigh(K)
             kept = self._kept(s)
             s, V = s[kept], G.T @ (U[:, kept] / (n * s[kept]).sqrt())
         else:
@@ -73,6 +76,7 @@ class Eigen(Solver):
             for rows in valid_rows(store, columns):
                 ops.gram(rows, (0, block.r), scale=1 / n, accumulate=True, out=F)
             matrix = F.view(block.r, block.r)
+            check_squares(op, block, matrix.diagonal(), store)
             mean = float(matrix.diagonal().mean())
             s, V = torch.linalg.eigh(matrix)  # reads the lower triangle
             kept = self._kept(s)
@@ -155,10 +159,14 @@ class Eigen(Solver):
             ValueError: rows under another plan, or a layer is singular at one of the dampings.
         """
         store = self.store if store is None else store
-        self.check_plans(f"{type(self).__name__}.sweep", queries, store)
+        op = f"{type(self).__name__}.sweep"
+        self.check_plans(op, queries, store)
         solved = [
             solved_for(queries.rows, store, partial(self.solve_at, damping=damping))
             for damping in dampings
         ]
         found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
-        return mark_invalid(found.to(queries.rows.dtype), queries, store)
+        found = found.to(queries.rows.dtype)
+        valid = queries.valid[:, None], store.valid
+        self.check_scores(op, found, valid, lambda k, q, i: (solved[k][q], store.rows[i]))
+        return mark_invalid(found, queries, store)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan
-from dropinf.rows import RowStore, mean_squares
+from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.gauss_newton import multiply, parts, solvable
+from dropinf.solvers.number_range import diagonal_of
 from dropinf.user_warning import warn_user
 
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
@@ -80,7 +81,7 @@ class LiSSA(Solver):
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = store.plan.blocks
-        diagonal = mean_squares(store, n)
+        diagonal = diagonal_of("LiSSA.fit", store, n)
         λs = self._damping.lambdas(blocks, diagonal)
         self._layers = solvable("LiSSA.fit", blocks, λs, diagonal, n)
         self._n = n

@@ -12,6 +12,7 @@ from dropinf import ops
 from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, put, take, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
+from dropinf.solvers.number_range import check_squares
 
 # Rows whose largest entry is beyond these are scaled by a power of two, which is exact, before they
 # are squared: float32 ends at 1e-38, with all its digits at 1e-31, and at 3e38.
@@ -49,8 +50,9 @@ class Primal(Group):
         diagonals = [matrix.diagonal().clone() for matrix in matrices]
         shift = F.new_empty(len(self.blocks))
         for l, (block, diagonal) in enumerate(zip(self.blocks, diagonals, strict=True)):
-            unit = 4.0 ** exponents[l]
-            mean = float(diagonal.double().mean()) * unit
+            squares = scaled(diagonal.double(), 2 * exponents[l])
+            check_squares(f"{self.setting.op}.fit", block, squares, store)
+            unit, mean = 4.0 ** exponents[l], float(squares.mean())
             λ = self.setting.damping.λ(dampings[l], mean)
             zero = λ == 0 and mean == 0
             shift[l] = 1.0 if zero else λ / unit  # a zero layer's factor is never used
@@ -70,9 +72,9 @@ class Primal(Group):
         """Every layer's F_l times 4^-exponent, packed, into F; the exponent each would need, 0
         where the squares of its rows are well within the dtype's range."""
         parts = valid_rows(store, self.columns, part_bytes=self.setting.part_bytes)
-        peaks = torch.zeros(self.offsets[-1])
+        peaks = torch.zeros(self.offsets[-1], dtype=torch.float64)
         for i, rows in enumerate(parts):
-            peaks = torch.maximum(peaks, rows.abs().amax(0).float())
+            peaks = torch.maximum(peaks, rows.abs().amax(0).double())
             rows = scaled(rows, -exponent) if exponent else rows
             ops.gram(rows, self.offsets, scale=1 / self.setting.n, accumulate=i > 0, out=F)
         sizes = [block.r for block in self.blocks]

@@ -6,7 +6,7 @@ import torch
 
 import dropinf
 from dropinf import RowStore
-from dropinf.solvers import CG, Cholesky, Diagonal, Eigen, Full
+from dropinf.solvers import CG, Cholesky, DataInf, Diagonal, Eigen, Full, Identity, LiSSA
 
 plan = dropinf.Plan.make(torch.nn.Linear(40, 1, bias=False), dropinf.Full())
 
@@ -117,6 +117,42 @@ def test_queries_beyond_float32():
     fitted, q = Cholesky().fit(store), queries.rows.double()
     for exponent in (-200, 200):
         assert torch.equal(fitted.solve(q * 2.0**exponent), fitted.solve(q) * 2.0**exponent)
+
+
+ANY = [Cholesky, Full, Eigen, CG, LiSSA, DataInf, Diagonal]
+
+
+@pytest.mark.parametrize("solver", [*ANY, Identity])
+def test_scores_beyond_float32_are_refused(solver):
+    """Not infinite, nor NaN: the layer is named, and float64 rows have the same scores."""
+    size = 2.0**70 if solver is Identity else 2.0**-70
+    store, queries = stores(60, 40, size)
+    large = RowStore(queries.rows * 2.0**90, plan)
+    fitted = solver().fit(store)
+    calls = [
+        lambda: dropinf.scores(large, store, fitted),
+        lambda: dropinf.topk(large, store, fitted, k=2),
+        lambda: dropinf.self_influence(large, fitted),
+    ]
+    if hasattr(fitted, "sweep"):
+        calls.append(lambda: fitted.sweep([0.1], large))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"beyond the range of torch.float32, by layer ''; sc"):
+            call()
+    wide, asked = (RowStore(s.rows.double(), plan) for s in (store, large))
+    found = dropinf.scores(asked, wide, solver().fit(wide))
+    smaller = dropinf.scores(queries, store, fitted).double() * 2.0**90
+    assert found.isfinite().all() and off(found, smaller.numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("exponent, what", [(-540, "small"), (520, "large")])
+@pytest.mark.parametrize("solver", ANY)
+@pytest.mark.parametrize("n", [60, 10])
+def test_squares_beyond_float64_are_refused(solver, n, exponent, what):
+    store, _ = stores(n, 40)
+    rows = store.rows.double() * 2.0**exponent
+    with pytest.raises(ValueError, match=rf"fit: the squares of layer '.*' are too {what} for fl"):
+        solver().fit(RowStore(rows, plan))
 
 
 def test_an_absolute_damping_beside_tiny_rows():

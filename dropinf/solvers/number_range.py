@@ -1,0 +1,59 @@
+"""Errors where squares of rows or scores are beyond what their dtype can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dropinf.compression import LayerPlan, Plan
+from dropinf.rows import RowStore, mean_squares, valid_rows
+
+
+def check_squares(op: str, block: LayerPlan, squares: Tensor, store: RowStore) -> None:
+    """Raise if sums of squares of a layer's rows, in float64, are too large or too small for it."""
+    if not squares.isfinite().all():
+        raise ValueError(
+            f"{op}: the squares of layer {block.name!r} are too large for float64; scale the loss "
+            "down"
+        )
+    info = torch.finfo(torch.float64)
+    if store.rows.dtype != torch.float64 or squares.max() >= info.smallest_normal / info.eps:
+        return  # float64 has the square of any float32
+    if any(bool(rows.any()) for rows in valid_rows(store, [block.entries])):
+        raise ValueError(
+            f"{op}: the squares of layer {block.name!r} are too small for float64; scale the loss "
+            "up"
+        )
+
+
+def diagonal_of(op: str, store: RowStore, n: int) -> Tensor:
+    """[R] float64: the diagonal of F over all layers, n the number of valid rows."""
+    diagonal = mean_squares(store, n)
+    for block in store.plan.blocks:
+        check_squares(op, block, diagonal[block.entries], store)
+    return diagonal
+
+
+def check_scores(
+    op: str, plan: Plan, found: Tensor, valid: Sequence[Tensor], at: Callable[..., Sequence[Tensor]]
+) -> None:
+    """Raise if a score [..., m, n] that `valid` masks leave is not finite, and name its layer.
+
+    `at(*position)` is what the score at a position is the product of: solved [R] and a row [R].
+    """
+    beyond = ~found.isfinite()
+    for mask in valid:
+        if beyond.any():
+            beyond &= mask
+    if not beyond.any():
+        return
+    solved, row = at(*beyond.nonzero()[0].tolist())
+    terms = solved.double() * row.double()
+    sizes = torch.stack([terms[block.entries].sum().abs() for block in plan.blocks])
+    worst = plan.blocks[int(sizes.nan_to_num(torch.inf).argmax())]
+    raise ValueError(
+        f"{op}: a score is beyond the range of {found.dtype}, by layer {worst.name!r}; scale the "
+        "loss so that its rows are nearer to 1, or collect in float64"
+    )

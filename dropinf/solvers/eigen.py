@@ -17,7 +17,7 @@ from dropinf.solvers.damping import Damping
 from dropinf.solvers.number_range import check_squares
 from dropinf.user_warning import warn_user
 
-_ROUNDING = 1e-12  # of the largest eigenvalue: smaller ones count as zero
+_ROUNDING = 8 * torch.finfo(torch.float64).eps
 
 
 class _Pairs(NamedTuple):
@@ -71,6 +71,8 @@ class Eigen(Solver):
             s, U = torch.linalg.eigh(K)
             kept = self._kept(s)
             s, V = s[kept], G.T @ (U[:, kept] / (n * s[kept]).sqrt())
+            # The shorter G.T u is, the more rounding has left in it of the longer ones.
+            V = torch.linalg.qr(V.flip(1)).Q.flip(1)
         else:
             F = torch.zeros(block.r**2, dtype=torch.float64)
             for rows in valid_rows(store, columns):
@@ -85,7 +87,7 @@ class Eigen(Solver):
 
     def _kept(self, s: Tensor) -> slice:
         """The largest ones that are not rounding of zero; s is rising."""
-        positive = int((s > _ROUNDING * s[-1].clamp(min=0)).sum())
+        positive = int((s > _ROUNDING * len(s) ** 0.5 * s[-1].clamp(min=0)).sum())
         k = positive if self.rank is None else min(positive, self.rank)
         return slice(len(s) - k, len(s))
 
@@ -134,7 +136,7 @@ class Eigen(Solver):
 
     def _warn_of_rounding(self, call: str, damping: Damping) -> None:
         for (block, s, *_), λ in zip(self._pairs, self._lambdas(call, damping), strict=True):
-            rounding = _ROUNDING * float(s[-1]) if len(s) else 0.0
+            rounding = _ROUNDING * block.r**0.5 * float(s[-1]) if len(s) else 0.0
             if 0 < λ < 100 * rounding and len(s) < block.r:
                 warn_user(
                     f"{type(self).__name__}.{call}: layer {block.name!r} has lambda={λ:.3g}, and "

@@ -61,14 +61,46 @@ def test_little_damping_of_rows_of_rank_5(solver, n, damping):
         assert off(fitted.sweep([damping], queries)[0], exact) < 1e-4
 
 
+def test_rows_that_say_nothing_come_first():
+    """Invalid ones, and those of a batch that the layer has nothing of."""
+    store, queries = stores(60, rank=5)
+    exact = truth(store, queries, 1e-6)
+    rows = torch.cat([torch.zeros(90, 40), store.rows])
+    for valid in (torch.arange(150) >= 90, torch.arange(150) >= 40):
+        padded = RowStore(rows, plan, valid)
+        zeros = int((~valid).sum())
+        fitted = Eigen(1e-6).fit(padded)
+        found = dropinf.scores(queries, padded, fitted)[:, 90:]
+        λ = 150 - zeros  # zeros among the valid rows scale F, and with it λ
+        assert off(found * (60 / λ), exact) < 1e-4
+
+
 def test_digits_that_are_lost_are_said():
     store, queries = stores(60, rank=5)
     with pytest.warns(UserWarning, match=r"CG\.fit: layer .* can leave a solution off"):
         CG(1e-6).fit(store)
     with pytest.warns(UserWarning, match=r"Eigen\.fit: layer .* keep few digits"):
-        fitted = Eigen(1e-11).fit(store)
+        fitted = Eigen(1e-12).fit(store)
     with pytest.warns(UserWarning, match=r"Eigen\.solve_at: layer .* keep few digits"):
-        fitted.solve_at(queries.rows, 1e-12)
+        fitted.solve_at(queries.rows, 1e-13)
+
+
+def test_eigen_of_a_graded_spectrum():
+    """Eigenvalues down to 1e-12 of the largest, of rows that are exact: signs and powers of two."""
+    H = np.ones((1, 1))
+    while len(H) < 64:
+        H = np.block([[H, H], [H, -H]])
+    lengths = 2.0 ** -np.round(np.linspace(0, 20, 16))
+    U, V = H[:16, :16] / 4, H[:, :16] / 8
+    G, q = U * lengths @ V.T, np.random.default_rng(0).standard_normal((3, 64))
+    whole = dropinf.Plan.make(torch.nn.Linear(64, 1, bias=False), dropinf.Full())
+    store = RowStore(torch.from_numpy(G), whole)
+    s = lengths**2 / 16
+    for damping in (1e-3, 1e-6, 1e-9):
+        λ = damping * s.sum() / 64
+        x = q @ V / (s + λ) @ V.T + (q - q @ V @ V.T) / λ
+        found = Eigen(damping).fit(store).solve(torch.from_numpy(q)) @ store.rows.T
+        assert off(found, x @ G.T) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-12, 1e12, 1e18, 1e25])

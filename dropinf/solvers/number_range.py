@@ -13,14 +13,16 @@ from dropinf.rows import RowStore, mean_squares, valid_rows
 
 def check_squares(op: str, block: LayerPlan, squares: Tensor, store: RowStore) -> None:
     """Raise if sums of squares of a layer's rows, in float64, are too large or too small for it."""
+    if next(store.chunks())[1].dtype != torch.float64:
+        return  # float64 has the square of any float32
     if not squares.isfinite().all():
         raise ValueError(
             f"{op}: the squares of layer {block.name!r} are too large for float64; scale the loss "
             "down"
         )
     info = torch.finfo(torch.float64)
-    if store.rows.dtype != torch.float64 or squares.max() >= info.smallest_normal / info.eps:
-        return  # float64 has the square of any float32
+    if squares.max() >= info.smallest_normal / info.eps:
+        return
     if any(bool(rows.any()) for rows in valid_rows(store, [block.entries])):
         raise ValueError(
             f"{op}: the squares of layer {block.name!r} are too small for float64; scale the loss "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,16 +34,17 @@ class Cholesky(Solver):
 
     It reads the store's rows again when it solves, so they must not change meanwhile.
 
-    A pivot that is not positive, or no larger than rounding makes it, raises its layer's damping
-    tenfold, at most four times, each with a warning. A layer whose training rows and λ are zero
-    gives zeros: its scores are zero under any inverse.
+    Layers that float32 has not the digits for, as with a small damping where the rows have few
+    directions, are factorised in float64. A pivot that is not positive, or no larger than rounding
+    makes it, raises its layer's damping tenfold, at most four times, each with a warning. A layer
+    whose training rows and λ are zero gives zeros: its scores are zero under any inverse.
 
     Args:
         damping: relative to the mean diagonal of F_l, the paper's 0.1 as the default; or a dict of
             layer name (or shell pattern; the first that matches) -> damping.
         absolute: `damping` is λ_l itself.
-        dtype: of F_l and its factor in the r x r form; None is the rows' own. For float32 rows with
-            dampings of 1e-5 and less, float64.
+        dtype: of F_l and its factor in the r x r form; None is the rows' own, and float64 for the
+            layers that need it.
         max_bytes: bound of the memory for matrices, factors and parts of the rows. What does not
             fit at once is done some layers at a time, with the factors in a temporary file.
 
@@ -76,16 +78,34 @@ class Cholesky(Solver):
         part_bytes = PART_BYTES
         if self.max_bytes is not None:
             part_bytes = min(part_bytes, max(1, self.max_bytes // 8))
-        setting = Setting(type(self).__name__, self._damping, dtype, n, part_bytes)
+        widens = self.dtype is None and dtype == torch.float32
+        setting = Setting(type(self).__name__, self._damping, dtype, n, part_bytes, widens)
         groups = self._grouped(blocks, setting)
         total = sum(group.num_bytes(block, setting) for group in groups for block in group.blocks)
         beside = max(group.scratch_bytes(group.blocks, setting) for group in groups)
-        self._spill = spill = None if total + beside <= self._budget(setting) else Spill()
+        self._spill = None if total + beside <= self._budget(setting) else Spill()
+        self._fit_groups(store, groups, dampings)
+        widened = [self._widened(block, group) for group in groups for block in group.left]
+        if widened and self.max_bytes is not None and self._spill is None:
+            self._spill = Spill()
+            for group in groups:
+                group.factors = self._spill.append(group.factors)
+        self._fit_groups(store, widened, dampings)
+        self._set(blocks, [*groups, *widened])
+
+    def _fit_groups(
+        self, store: RowStore, groups: Sequence[Group], dampings: Mapping[LayerPlan, float]
+    ) -> None:
         for group in groups:
             group.fit(store, [dampings[block] for block in group.blocks])
-            if spill is not None:
-                group.factors = spill.append(group.factors)
-        self._set(blocks, groups)
+            if self._spill is not None:
+                group.factors = self._spill.append(group.factors)
+
+    def _widened(self, block: LayerPlan, group: Group) -> Group:
+        """For a layer that the group left: in float64 if that fits, or else as it was."""
+        wide = replace(group.setting, dtype=torch.float64, widens=False)
+        fits = _needs(Primal, [block], wide) <= self._budget(wide)
+        return Primal([block], wide if fits else replace(group.setting, widens=False))
 
     def _set(self, blocks: Sequence[LayerPlan], groups: Sequence[Group]) -> None:
         done = {b: layer for g in groups for b, layer in zip(g.blocks, g.layers, strict=True)}
@@ -106,22 +126,19 @@ class Cholesky(Solver):
         together: list[list[LayerPlan]] = []
         alone: list[Group] = []
 
-        def needs(form: type[Group], members: Sequence[LayerPlan]) -> int:
-            held = sum(form.num_bytes(block, setting) for block in members)
-            return held + form.scratch_bytes(members, setting)
-
         for block in blocks:
             form = Dual if 2 * setting.n <= block.r else Primal
-            if needs(form, [block]) > budget:
+            least = _needs(form, [block], setting)
+            if least > budget:
                 raise ValueError(
                     f"{setting.op}.fit: layer {block.name!r} (n={setting.n}, r={block.r}) needs "
-                    f"max_bytes={needs(form, [block]) * 8 // 5 + 1} or more, got {self.max_bytes}; "
+                    f"max_bytes={least * 8 // 5 + 1} or more, got {self.max_bytes}; "
                     "raise it, or keep fewer coordinates"
                 )
             if form is Dual:
                 alone.append(Dual([block], setting))
             elif together and (
-                self.max_bytes is None or needs(form, [*together[-1], block]) <= budget
+                self.max_bytes is None or _needs(form, [*together[-1], block], setting) <= budget
             ):
                 together[-1].append(block)
             else:
@@ -224,6 +241,11 @@ class Cholesky(Solver):
     def _need_fit(self, what: str) -> None:
         if self.plan is None:
             raise RuntimeError(f"{type(self).__name__}.{what}: call fit(store) first")
+
+
+def _needs(form: type[Group], blocks: Sequence[LayerPlan], setting: Setting) -> int:
+    held = sum(form.num_bytes(block, setting) for block in blocks)
+    return held + form.scratch_bytes(blocks, setting)
 
 
 class _JointEigen(Joint, Eigen):

@@ -48,6 +48,7 @@ class Setting:
     dtype: torch.dtype  # of r x r factors
     n: int  # valid training rows
     part_bytes: int  # of the rows that are read at once
+    widens: bool = False  # a layer that `dtype` has not the digits for is left for float64
 
 
 class Group(ABC):
@@ -59,6 +60,7 @@ class Group(ABC):
         self.blocks = list(blocks)
         self.setting = setting
         self.layers: list[Layer] = []
+        self.left: list[LayerPlan] = []  # after `fit`, for a group of float64
         self.factors: Tensor | FileTensor = torch.empty(0)
 
     @property
@@ -139,13 +141,14 @@ class Group(ABC):
         )
 
 
-def lost_pivot(factor: Tensor, diagonal: Tensor) -> int:
+def lost_pivot(factor: Tensor, diagonal: Tensor, margin: float = 1.0) -> int:
     """The first pivot (from 1) of L that rounding may have made, or 0.
 
     A pivot is a difference of numbers as large as the matrix's own diagonal, so it is off by about
     sqrt(r) roundings of that; below a few times as much, a singular matrix passes as a regular one.
+    Below `margin` times that, what the inverse has of it is off by about 1 / margin.
     """
-    rounding = 2 * torch.finfo(factor.dtype).eps * len(factor) ** 0.5
+    rounding = margin * 2 * torch.finfo(factor.dtype).eps * len(factor) ** 0.5
     lost = ~(factor.diagonal().square() > rounding * diagonal)
     return int(lost.nonzero()[0]) + 1 if lost.any() else 0
 

@@ -13,10 +13,13 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore, put, take, valid_rows
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
 from dropinf.solvers.number_range import check_squares
+from dropinf.user_warning import warn_user
 
 # Rows whose largest entry is beyond these are scaled by a power of two, which is exact, before they
 # are squared: float32 ends at 1e-38, with all its digits at 1e-31, and at 3e38.
 _LEAST, _MOST = 1e-14, 1e14
+
+_MARGIN = 100.0  # a factor in float32 is to keep about two digits of its smallest pivot
 
 
 class Primal(Group):
@@ -60,12 +63,25 @@ class Primal(Group):
             self.layers.append(Layer(block.name, block.r, form, λ, exponent=exponents[l]))
         # In place; the few layers that fail are summed again.
         info = ops.damped_cholesky(F, self.offsets, shift, out=F).info.tolist()
-        for l, (matrix, diagonal) in enumerate(zip(matrices, diagonals, strict=True)):
-            failed = info[l] or lost_pivot(matrix, diagonal + shift[l])
+        for l, (block, matrix, diagonal) in enumerate(
+            zip(self.blocks, matrices, diagonals, strict=True)
+        ):
+            few_digits = lost_pivot(matrix, diagonal + shift[l], _MARGIN)
+            failed = info[l] or (few_digits and lost_pivot(matrix, diagonal + shift[l]))
+            # Undamped, what rows of float32 have beyond its rounding is no direction of theirs.
+            if self.setting.widens and self.layers[l].λ > 0 and (failed or few_digits):
+                self.left.append(block)
+                continue
             if self.layers[l].λ == 0 and self.setting.n < len(diagonal) and diagonal.any():
                 failed = self.setting.n + 1  # the rank of F_l, whatever rounding made of it
             if failed:
                 self.layers[l] = self._retry(store, l, failed, matrix, diagonal)
+            elif few_digits and dtype == torch.float32:
+                warn_user(
+                    f"{self.setting.op}.fit: layer {block.name!r} (n={self.setting.n}, "
+                    f"r={block.r}): pivot {few_digits} keeps fewer than two digits beyond "
+                    f"rounding at lambda={self.layers[l].λ:.3g}; use dtype=torch.float64"
+                )
         self.factors = F
 
     def _gram(self, store: RowStore, F: Tensor, exponent: int = 0) -> list[int]:
@@ -122,6 +138,8 @@ class Primal(Group):
 
 def scaled(rows: Tensor, exponent: int) -> Tensor:
     """rows * 2^exponent, where that power itself may be beyond their dtype."""
+    if exponent == 0:
+        return rows
     quarter = exponent // 4
     for part in (quarter, quarter, quarter, exponent - 3 * quarter):
         rows = rows * 2.0**part

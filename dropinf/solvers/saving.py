@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,12 @@ def save_solver(
                 "fingerprint": plan.fingerprint,
                 "options": options,
                 "n": setting.n,
-                "dtype": str(setting.dtype).removeprefix("torch."),
+                "dtype": _name(setting.dtype),
                 "part_bytes": setting.part_bytes,
                 "groups": [
                     {
                         "form": group.form,
+                        "dtype": _name(group.setting.dtype),
                         "blocks": [order[block] for block in group.blocks],
                         "layers": [asdict(layer) for layer in group.layers],
                     }
@@ -84,13 +85,13 @@ class Saved:
     options: dict[str, Any]
     setting: Setting
     file: Path
-    parts: list[tuple[type[Group], list[int], list[Layer]]]
+    parts: list[tuple[type[Group], torch.dtype, list[int], list[Layer]]]
 
     def groups(self, blocks: Sequence[LayerPlan], in_memory: int | None) -> list[Group]:
         """The groups, with their factors in memory if they are of at most `in_memory` bytes."""
         groups, start = [], 0
-        for form, members, layers in self.parts:
-            group = form([blocks[l] for l in members], self.setting)
+        for form, dtype, members, layers in self.parts:
+            group = form([blocks[l] for l in members], replace(self.setting, dtype=dtype))
             group.layers = layers
             size, dtype = group.size()
             group.factors = FileTensor(self.file, start, size, dtype)
@@ -120,7 +121,10 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
         damping = Damping(kind, **options)
         dtype = _DTYPES[saved["dtype"]]
         setting = Setting(kind, damping, dtype, int(saved["n"]), int(saved["part_bytes"]))
-        parts = [(_FORMS[g["form"]], g["blocks"], _layers(g["layers"])) for g in saved["groups"]]
+        parts = [
+            (_FORMS[g["form"]], _DTYPES[g["dtype"]], g["blocks"], _layers(g["layers"]))
+            for g in saved["groups"]
+        ]
         crc, of_kind = saved["crc32"], saved["kind"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{kind}.load: {path}/solver.json is damaged: {error!r}") from error
@@ -142,6 +146,10 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
                 f"{plan.fingerprint}, the store has {found[1]} under {found[0]}"
             )
     return Saved(plan, options, setting, file, parts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layers(saved: list[dict[str, Any]]) -> list[Layer]:

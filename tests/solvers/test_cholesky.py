@@ -13,6 +13,7 @@ import dropinf.rows.store
 from dropinf import RowStore, ops, scores
 from dropinf.rows import RowWriter
 from dropinf.solvers import Cholesky, Full
+from dropinf.solvers.factor_file import FileTensor
 
 HARD = ["random", "rank-deficient", "one dominant", "scaled rows", "tridiagonal", "zeros"]
 
@@ -205,13 +206,13 @@ def test_zero_layer_with_absolute_damping():
 
 
 def test_failed_pivots_are_retried():
-    """float32 cannot factorise the second layer at 1e-9; it says so, and what it took."""
+    """float32 alone cannot factorise the second layer at 1e-9; it says so, and what it took."""
     G = np.random.default_rng(0).standard_normal((60, 30))
     store = store_of(G, np.outer(G[:, 0], np.arange(1, 31.0)) * 1e3, dtype=torch.float32)
     with pytest.warns(
         UserWarning, match=r"layer '1' \(n=60, r=30\): pivot \d+ is not positive beyond"
     ):
-        solver = Cholesky(1e-9).fit(store)
+        solver = Cholesky(1e-9, dtype=torch.float32).fit(store)
     first, second = solver.layers
     assert first.retries == 0 and 1 <= second.retries <= 4 and first.λ < 2e-9
     λ = 1e-9 * float((store.rows[:, 30:].double() ** 2).mean())
@@ -229,7 +230,7 @@ def test_failed_pivots_are_retried():
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
-        Cholesky(1e-14).fit(store)
+        Cholesky(1e-14, dtype=torch.float32).fit(store)
     assert len(caught) == 4
 
 
@@ -239,7 +240,7 @@ def test_retries_of_rows_whose_squares_leave_float32(size):
     G = np.outer(np.random.default_rng(0).standard_normal(60), np.arange(1, 31.0))
     stores = [store_of(G * factor, dtype=torch.float32) for factor in (1.0, size)]
     with pytest.warns(UserWarning, match="is not positive beyond rounding"):
-        plain, scaled = (Cholesky(1e-9).fit(store) for store in stores)
+        plain, scaled = (Cholesky(1e-9, dtype=torch.float32).fit(s) for s in stores)
     (one,), (other,) = plain.layers, scaled.layers
     assert other.exponent and not one.exponent
     assert other.retries == one.retries > 0
@@ -249,14 +250,14 @@ def test_retries_of_rows_whose_squares_leave_float32(size):
     said = []
     for store in stores:
         with pytest.warns(UserWarning), pytest.raises(ValueError, match="is singular") as error:
-            Cholesky(1e-14).fit(store)
+            Cholesky(1e-14, dtype=torch.float32).fit(store)
         said.append(str(error.value))
     assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("n", [60, 9], ids=["r x r", "n x n"])
 def test_singular_without_damping(n):
-    """The damping that the error gives does work, and a tenth of it does not."""
+    """The damping that the error gives does work, and in float32 alone a tenth of it does not."""
     G = rows_of("random", n, 10)
     twins = np.concatenate([G, G], 1)
     store = store_of(G, twins, dtype=torch.float32)
@@ -273,7 +274,7 @@ def test_singular_without_damping(n):
         Cholesky(works).fit(only)
     if works > 1e-12:
         with pytest.warns(UserWarning, match="not positive"):
-            Cholesky(works / 10).fit(only)
+            Cholesky(works / 10, dtype=torch.float32).fit(only)
     assert 1e-12 <= works <= 1e-5
 
 
@@ -288,6 +289,47 @@ def test_pivots_that_rounding_made_do_not_pass(dtype):
         with pytest.raises(ValueError, match="is singular at damping=0"):
             Cholesky(0).fit(store)
     assert passed
+
+
+def few_directions():
+    """float32 rows whose second layer has rank 5, and the answers to four queries at 1e-5."""
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((60, 20)), rng.standard_normal((60, 5)) @ rng.standard_normal((5, 30))
+    store = store_of(*G, rng.standard_normal((60, 25)), dtype=torch.float32)
+    q = rng.standard_normal((4, 75)).astype(np.float32)
+    parts = np.split(store.rows.double().numpy(), [20, 50], 1)
+    asked = np.split(q.astype(float), [20, 50], 1)
+    exact = np.concatenate([truth(G, q, 1e-5) for G, q in zip(parts, asked, strict=True)], 1)
+    return store, torch.from_numpy(q), exact
+
+
+@pytest.mark.parametrize("max_bytes", [None, 60_000])
+def test_layers_that_need_float64_get_it(max_bytes, tmp_path):
+    """And no others; with a memory bound, in a file, and after it was saved."""
+    store, q, exact = few_directions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solver = Cholesky(1e-5, max_bytes=max_bytes).fit(store)
+    wide = [g.blocks for g in solver._groups if g.setting.dtype == torch.float64]
+    assert wide == [[store.plan.blocks[1]]]
+    in_a_file = [isinstance(g.factors, FileTensor) for g in solver._groups]
+    assert all(in_a_file) if max_bytes else not any(in_a_file)
+    assert [layer.retries for layer in solver.layers] == [0, 0, 0]
+    solver.save(tmp_path / "solver")
+    for each in (solver, Cholesky.load(tmp_path / "solver", max_bytes=max_bytes)):
+        got = each.solve(q.double()).numpy()
+        part = slice(20, 50)
+        np.testing.assert_allclose(got[:, part], exact[:, part], rtol=1e-7, atol=1e-6)
+        assert np.abs(got - exact)[:, :20].max() <= 1e-3 * np.abs(exact[:, :20]).max()
+    assert max(solver.condition()) > 1e5
+
+
+def test_float32_alone_says_what_it_loses():
+    store, _, _ = few_directions()
+    with pytest.warns(UserWarning, match=r"layer '1' .*fewer than two digits .*use dtype=torch.fl"):
+        Cholesky(1e-5, dtype=torch.float32).fit(store)
+    with pytest.warns(UserWarning, match=r"layer '1' .*fewer than two digits"):
+        Cholesky(1e-5, max_bytes=25_000).fit(store)  # no room for float64
 
 
 def test_rows_that_are_not_finite_are_named():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import weakref
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,6 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from dropinf.compression import Plan, unwrap
 
 Self = TypeVar("Self", bound="Tap")
+
+# Parameters of captures that are open, by id: a second one would take the first one's gradients.
+_OPEN: set[int] = set()
+_LOCK = threading.Lock()
+
+
+class NotClosedError(RuntimeError):
+    """The forward pass or the loss asks for the gradient of a parameter."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"capture: the forward pass or the loss asks for the gradient of {name!r} itself, which "
+            "layers in closed form do not give; use capture(..., closed=False), as collect does"
+        )
 
 
 class Tap:
@@ -49,6 +65,7 @@ class Tap:
         if self._open:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
         with contextlib.ExitStack() as undo:
+            self._claim(undo)
             for module in self.given.modules():
                 if isinstance(module, DistributedDataParallel):
                     # It would average an example's gradient with those of the other ranks.
@@ -68,6 +85,24 @@ class Tap:
     ) -> None:
         self._open = False
         self._undo.close()
+
+    def _claim(self, undo: contextlib.ExitStack) -> None:
+        """Refuse a model that is captured already, in this thread or another."""
+        mine = set(map(id, self.model.parameters()))
+        with _LOCK:
+            if mine & _OPEN:
+                raise RuntimeError(
+                    "capture: this model, or a part of it, is in a capture that is open; close that "
+                    "one first, or capture a copy of the model made outside of it"
+                )
+            _OPEN.update(mine)
+        undo.callback(_OPEN.difference_update, mine)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError("capture: an open capture cannot be copied; make another for the copy")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("capture: a capture cannot be pickled; pickle the rows, or its plan")
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         """Change the model, and register on `undo` how to change it back."""
@@ -91,6 +126,21 @@ class Tap:
         """[num_rows, R] for these losses: float32, or float64 for float64 losses."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return torch.empty(num_rows, self.plan.width, dtype=dtype, device=losses.device)
+
+
+class Entered:
+    """A hook that tells a tap what its model was given; that of a copied model tells nobody."""
+
+    def __init__(self, tap: Any = None) -> None:
+        self._tap = (lambda: None) if tap is None else weakref.ref(tap)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tap = self._tap()
+        if tap is not None and module is tap.model:
+            tap.entered(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return Entered, ()
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:

@@ -83,9 +83,8 @@ def _grouped_mm(
     return torch.cat([*parts, rest]).to(out_dtype or input.dtype)
 
 
-# The dimension of the batch inside of a composite, where it is not the caller's.
-COMPOSITES: dict[Callable, tuple[Callable, int | None]] = {
-    F.multi_head_attention_forward: (opened(F.multi_head_attention_forward), 1),
-    F.embedding_bag: (_embedding_bag, None),
-    torch._grouped_mm: (_grouped_mm, None),
+COMPOSITES: dict[Callable, Callable] = {
+    F.multi_head_attention_forward: opened(F.multi_head_attention_forward),
+    F.embedding_bag: _embedding_bag,
+    torch._grouped_mm: _grouped_mm,
 }

@@ -1,0 +1,310 @@
+"""Closing: the calls in which parameters meet data in closed form.
+
+A parameter stays what it is, a leaf of autograd's graph, in every call that is not understood. Where
+it meets data in a function that has a rule, the function gets a detached copy, and a site in the
+graph writes its entries in the backward pass. What is chosen here decides what a capture costs; that
+rows are exact follows from the walk over the graph, whatever is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointFunction
+
+from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
+from dropinf.capturing.graph import HOOKED, FormSite, Operand, Output, SpreadSite, Tap, edge_of
+from dropinf.capturing.marks import Marks
+from dropinf.capturing.owner_rules import WRITTEN
+from dropinf.capturing.rules import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
+from dropinf.capturing.sources import Expanded, Lookup, Source, View, lookup_of, source_of
+from dropinf.compression import ParamPlan
+
+_JOIN = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+_SET = Tensor.__setitem__
+# The second argument only says of what dtype, device or shape the result is to be.
+_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+_HOOKS = {Tensor.register_hook, Tensor.grad_fn.__get__}
+_GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+_INPUT = torch.empty(0)  # stands for the input in what is kept of a call
+
+
+class Closing(TorchFunctionMode):
+    """Watches the functions of one capture.
+
+    Attributes:
+        examples: how many the model was given, as far as its first argument shows; None: not known.
+        shared: functions and parameters whose results turned out to be shared by examples, so that
+            they are left to autograd from then on.
+    """
+
+    def __init__(self, tap: Tap, constants: Sequence[Tensor], per: str) -> None:
+        super().__init__()
+        self.examples: int | None = None
+        self.batch_dim = 0
+        self.shared: set[tuple] = set()
+        self._tap, self._per = tap, per
+        self._sources: Marks[tuple[Source, int | None]] = Marks()
+        self._constants = {t.untyped_storage().data_ptr() for t in constants}
+        self._probe = tap.probe
+
+    def track(self, parameter: Tensor, slot: ParamPlan) -> None:
+        """Follow a parameter."""
+        self._sources.set(parameter, (View.of(slot, parameter), None))
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _GRADIENTS:
+            return self._tap.gradients(func, args, kwargs)
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return func(*args, **kwargs)
+        tensors = list(tensors_of(args, kwargs))
+        sources = {}
+        for t in tensors:
+            source = self._source(t)
+            if source is not None:
+                sources[id(t)] = source
+        if sources:
+            y = self._meet(func, args, kwargs, tensors, sources)
+        else:
+            y = func(*args, **kwargs)
+        if func in _HOOKS:
+            _note_hook(args)
+        elif func is _SET:
+            _note_write(args[0], args[1])
+        return y
+
+    def _source(self, t: Tensor) -> Source | None:
+        if not t.requires_grad:
+            return None
+        known = self._sources.get(t)
+        # Since a write into it, a tensor is what autograd's graph says.
+        return known[0] if known is not None and known[1] in (None, t._version) else None
+
+    def _meet(
+        self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
+    ) -> Any:
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
+        if name_of(func) in _LIKE and id(args[0]) not in sources:
+            return func(*args, **kwargs)
+        activations = [t for t in tensors if t.requires_grad and id(t) not in sources]
+        y = self._in_closed_form(func, args, kwargs, sources, activations)
+        if y is not None:
+            return y
+        spread = self._spread(func, args, kwargs, tensors, sources, activations)
+        if spread is not None:
+            return func(*spread[0], **spread[1])
+        if activations:
+            return func(*args, **kwargs)
+        # Not to be made anew by a checkpoint around it: it is of the parameters' size, not the
+        # batch's, and is pulled back once for each example.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            y = func(*args, **kwargs)
+        self._mark(func, args, kwargs, sources, y)
+        return y
+
+    def _mark(self, func: Callable, args: tuple, kwargs: dict, sources: dict, y: Any) -> None:
+        """Note that the results are made of sources."""
+        for t in tensors_of((args[0],) if func is _SET else (y,), {}):
+            if not t.requires_grad or t.is_leaf:
+                continue
+            table = sources.get(id(args[1])) if func is F.embedding and len(args) > 1 else None
+            if isinstance(table, View):
+                padding = argument(args, kwargs, 2, "padding_idx", None)
+                source: Source = lookup_of(args[0], table, padding, t, len(args[1]))
+            else:
+                source = source_of(func, args, t, sources)
+            self._sources.set(t, (source, t._version))
+
+    # Functions with a closed form.
+
+    def _in_closed_form(
+        self, func: Callable, args: tuple, kwargs: dict, sources: dict, activations: list[Tensor]
+    ) -> Tensor | None:
+        if func not in FORMS:
+            return None
+        form = self._form(func, args, kwargs, sources, activations)
+        if form is None:
+            return None
+        x = form.x
+        if id(x) in sources:  # expanded over the batch: a row for each example from here on
+            (x,) = self._operands([x], sources, x.shape, func)
+            args, kwargs = swap(args, {id(form.x): x}), swap(kwargs, {id(form.x): x})
+        targets = [(sources[id(r.tensor)], r) for r in form.roles if id(r.tensor) in sources]
+        plain = {id(r.tensor): r.tensor.detach() for r in form.roles}
+        y = func(*swap(args, plain), **swap(kwargs, plain))
+        here = id(x)
+        bare = swap(args, {here: _INPUT}), swap(kwargs, {here: _INPUT})  # x is autograd's to hold
+
+        def again(x: Tensor) -> Tensor:
+            there = {id(_INPUT): x}
+            return func(*swap(bare[0], there), **swap(bare[1], there))
+
+        form = dataclasses.replace(form, x=None)
+        site = FormSite(_named(func), targets, form, edge_of(x), x.dim(), again)
+        return Output.apply(self._tap, site, self._probe, x, y)
+
+    def _form(
+        self, func: Callable, args: tuple, kwargs: dict, sources: dict, activations: list[Tensor]
+    ) -> Form | None:
+        try:
+            for form in FORMS[func](*args, **kwargs):
+                if self._per != "example" and func in ELEMENTWISE and form.num_lead < 2:
+                    continue  # a scale of its own for every token
+                roles = {id(role.tensor) for role in form.roles}
+                x = form.x
+                if id(x) in roles or not roles & set(sources) or _complex(args, kwargs):
+                    continue
+                if not {id(t) for t in (*activations, *_of(sources, args, kwargs))} <= roles | {
+                    id(x)
+                }:
+                    continue
+                if self._key(func, form, sources) in self.shared:
+                    continue
+                source = sources.get(id(x))
+                if source is None:
+                    if x.requires_grad or self._plausible(x, form.flat):
+                        return form
+                elif isinstance(source, Expanded):
+                    return form
+        except RefusedError:
+            pass
+        return None
+
+    def _key(self, func: Callable, form: Form, sources: dict) -> tuple:
+        names = [s.name for r in form.roles for s in self._slots(r.tensor, sources)]
+        return (_named(func), *names)
+
+    def _slots(self, t: Tensor, sources: dict) -> Sequence[ParamPlan]:
+        source = sources.get(id(t))
+        return () if source is None else source.slots
+
+    def _plausible(self, x: Tensor, flat: bool = True) -> bool:
+        """Whether data without a gradient may hold the batch: wrong answers cost time, not rows."""
+        if not x.dim() or x.untyped_storage().data_ptr() in self._constants:
+            return False
+        if self.examples in (None, 1):
+            return flat or x.dim() > 1 or self.examples == 1
+        if x.dim() > self.batch_dim and x.shape[self.batch_dim] == 1 and len(x) == 1:
+            return False
+        return flat or x.dim() > 1 or len(x) == self.examples
+
+    # Parameters that are expanded over what they meet.
+
+    def _spread(
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        tensors: list[Tensor],
+        sources: dict,
+        activations: list[Tensor],
+    ) -> tuple[tuple, dict] | None:
+        """The arguments with operands in place of sources, if that lets autograd keep them apart."""
+        if in_place(func) and args and id(args[0]) in sources:
+            return None
+        chosen = [t for t in tensors if id(t) in sources]
+        others = [t for t in tensors if id(t) not in sources]
+        if func in ELEMENTWISE:
+            shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+            if not activations:
+                grown = [t for t in chosen if t.shape != shape]
+                direct = all(isinstance(sources[id(t)], (View, Lookup, Expanded)) for t in chosen)
+                meets = any(self._plausible(t) and t.dim() == len(shape) for t in others)
+                if not (grown and direct and meets):
+                    return None
+        elif func is _SET:
+            shape = _shape_at(args[0], args[1])
+            if shape is None:
+                return None
+        else:
+            shape = None
+            batched = [t for t in chosen if isinstance(sources[id(t)], Expanded)]
+            if func is F.scaled_dot_product_attention and activations:
+                batched = chosen
+            elif func in _JOIN and activations:
+                batched = chosen
+            elif not (activations or (func in _JOIN and any(map(self._plausible, others)))):
+                return None
+            if not batched:
+                return None
+            chosen = batched
+        swapped: dict[int, Tensor] = {}
+        for t in chosen:
+            target = t.shape if shape is None else shape
+            if func is F.scaled_dot_product_attention:
+                target = _attention_shape(t, args, kwargs)
+            (swapped[id(t)],) = self._operands([t], sources, target, func)
+        return swap(args, swapped), swap(kwargs, swapped)
+
+    def _operands(
+        self, some: Sequence[Tensor], sources: dict, shape: torch.Size, func: Callable
+    ) -> list[Tensor]:
+        found = []
+        for t in some:
+            own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
+            site = SpreadSite(_named(func), [(sources[id(t)], None)], own)
+            found.append(
+                Operand.apply(self._tap, site, self._probe, t.detach().reshape(own), shape)
+            )
+        return found
+
+
+def _complex(args: tuple, kwargs: dict) -> bool:
+    return any(t.is_complex() for t in tensors_of(args, kwargs))
+
+
+def _of(sources: dict, args: tuple, kwargs: dict) -> list[Tensor]:
+    return [t for t in tensors_of(args, kwargs) if id(t) in sources]
+
+
+def _named(func: Callable) -> str:
+    return resolve_name(func) or getattr(func, "__name__", repr(func))
+
+
+def _shape_at(x: Tensor, index: Any) -> torch.Size | None:
+    with torch.no_grad():
+        shape = x.detach()[index].shape
+    return shape
+
+
+def _attention_shape(t: Tensor, args: tuple, kwargs: dict) -> torch.Size:
+    """A mask as large as the products of queries and keys; the rest as it is."""
+    q, k = args[0], args[1]
+    if t is argument(args, kwargs, 3, "attn_mask", None):
+        lead = torch.broadcast_shapes(q.shape[:-2], t.shape[:-2])
+        return torch.Size((*lead, q.shape[-2], k.shape[-2]))
+    B = max(len(a) for a in args[:3])
+    return torch.Size((B, *t.shape[1:])) if len(t) in (1, B) else t.shape
+
+
+def _note_hook(args: tuple) -> None:
+    """What a hook does to a gradient is not known; torch's own for shards do nothing to it."""
+    t, hook = args[0], args[1] if len(args) > 1 else None
+    if (
+        not getattr(hook, "__module__", "").startswith("torch.distributed")
+        and t.grad_fn is not None
+    ):
+        t.grad_fn.metadata[HOOKED] = True
+
+
+def _note_write(x: Tensor, index: Any) -> None:
+    """Where a value was written, which the node of a write into a part does not say."""
+    if x.requires_grad and not x._is_view() and type(x.grad_fn).__name__ == "CopySlices":
+        x.grad_fn.metadata[WRITTEN] = tree_map(
+            lambda i: i.detach().cpu().numpy() if isinstance(i, Tensor) else i, index
+        )

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
-from dropinf.capturing.graph import HOOKED, FormSite, Operand, Output, SpreadSite, Tap, edge_of
+from dropinf.capturing.graph import HOOKED, LIKE, FormSite, Operand, Output, SpreadSite, Tap, edge_of
 from dropinf.capturing.marks import Marks
-from dropinf.capturing.owner_rules import WRITTEN
+from dropinf.capturing.owner_rules import JOINED, WRITTEN
 from dropinf.capturing.rules import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
 from dropinf.capturing.sources import Expanded, Lookup, Source, View, lookup_of, source_of
 from dropinf.compression import ParamPlan
@@ -32,7 +32,6 @@ _JOIN = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 _SET = Tensor.__setitem__
 # The second argument only says of what dtype, device or shape the result is to be.
 _LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
-_HOOKS = {Tensor.register_hook, Tensor.grad_fn.__get__}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -80,10 +79,9 @@ class Closing(TorchFunctionMode):
             y = self._meet(func, args, kwargs, tensors, sources)
         else:
             y = func(*args, **kwargs)
-        if func in _HOOKS:
-            _note_hook(args)
-        elif func is _SET:
-            _note_write(args[0], args[1])
+        if func in _NOTES:
+            with torch._C.DisableTorchFunction():
+                _NOTES[func](args, kwargs, y)
         return y
 
     def _source(self, t: Tensor) -> Source | None:
@@ -114,13 +112,19 @@ class Closing(TorchFunctionMode):
         # batch's, and is pulled back once for each example.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             y = func(*args, **kwargs)
-        self._mark(func, args, kwargs, sources, y)
+        if func in ELEMENTWISE or not any(map(self._holds_batch, tensors)):
+            self._mark(func, args, kwargs, sources, y)
         return y
+
+    def _holds_batch(self, t: Tensor) -> bool:
+        dim = self.batch_dim if t.dim() > 1 else 0
+        batch = t.dim() > 0 and t.shape[dim] == self.examples != 1
+        return batch and not t.requires_grad and self._plausible(t)
 
     def _mark(self, func: Callable, args: tuple, kwargs: dict, sources: dict, y: Any) -> None:
         """Note that the results are made of sources."""
         for t in tensors_of((args[0],) if func is _SET else (y,), {}):
-            if not t.requires_grad or t.is_leaf:
+            if not t.requires_grad or t.is_leaf or self._source(t) is not None:
                 continue
             table = sources.get(id(args[1])) if func is F.embedding and len(args) > 1 else None
             if isinstance(table, View):
@@ -199,9 +203,8 @@ class Closing(TorchFunctionMode):
             return False
         if self.examples in (None, 1):
             return flat or x.dim() > 1 or self.examples == 1
-        if x.dim() > self.batch_dim and x.shape[self.batch_dim] == 1 and len(x) == 1:
-            return False
-        return flat or x.dim() > 1 or len(x) == self.examples
+        dim = self.batch_dim if x.dim() > 1 else 0
+        return x.shape[dim] == self.examples if not flat else len(x) > 1 or x.shape[dim] > 1
 
     # Parameters that are expanded over what they meet.
 
@@ -292,19 +295,44 @@ def _attention_shape(t: Tensor, args: tuple, kwargs: dict) -> torch.Size:
     return torch.Size((B, *t.shape[1:])) if len(t) in (1, B) else t.shape
 
 
-def _note_hook(args: tuple) -> None:
+def _note_hook(args: tuple, kwargs: dict, y: Any) -> None:
     """What a hook does to a gradient is not known; torch's own for shards do nothing to it."""
     t, hook = args[0], args[1] if len(args) > 1 else None
-    if (
-        not getattr(hook, "__module__", "").startswith("torch.distributed")
-        and t.grad_fn is not None
-    ):
+    if not getattr(hook, "__module__", "").startswith("torch.distributed") and t.grad_fn is not None:
         t.grad_fn.metadata[HOOKED] = True
 
 
-def _note_write(x: Tensor, index: Any) -> None:
+def _note_write(args: tuple, kwargs: dict, y: Any) -> None:
     """Where a value was written, which the node of a write into a part does not say."""
+    x, index = args[:2]
     if x.requires_grad and not x._is_view() and type(x.grad_fn).__name__ == "CopySlices":
         x.grad_fn.metadata[WRITTEN] = tree_map(
             lambda i: i.detach().cpu().numpy() if isinstance(i, Tensor) else i, index
         )
+
+
+def _note_lengths(args: tuple, kwargs: dict, y: Tensor) -> None:
+    """How long the parts of a cat are, which its node does not say of those without a gradient."""
+    parts = argument(args, kwargs, 0, "tensors", ())
+    if y.requires_grad and y.grad_fn is not None and not all(t.requires_grad for t in parts):
+        d = argument(args, kwargs, 1, "dim", 0)
+        y.grad_fn.metadata[JOINED] = [t.shape[d] if t.dim() == y.dim() else 0 for t in parts]
+
+
+def _note_padded(args: tuple, kwargs: dict, y: Tensor) -> None:
+    """Padding by what is there is written in parts that nobody sees, each example's in itself."""
+    x = args[0] if args else kwargs["input"]
+    edge = edge_of(x)
+    if edge is not None and y.grad_fn is not None and y.grad_fn is not edge[0]:
+        y.grad_fn.metadata[LIKE] = edge
+
+
+_NOTES = {
+    Tensor.register_hook: _note_hook,
+    Tensor.grad_fn.__get__: _note_hook,
+    Tensor.__setitem__: _note_write,
+    torch.cat: _note_lengths,
+    torch.concat: _note_lengths,
+    torch.concatenate: _note_lengths,
+    F.pad: _note_padded,
+}

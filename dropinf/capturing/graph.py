@@ -20,6 +20,8 @@ Edge = tuple[Any, int]  # a node of the graph, and which of its results
 
 # In the metadata of a node: that a hook may change the gradient there.
 HOOKED = "dropinf: hooked"
+# In that of a result: the edge of the argument whose examples stand where the result's do.
+LIKE = "dropinf: like"
 
 
 class Writer(Protocol):

@@ -13,6 +13,8 @@ from dropinf.capturing.owners import Array, Owners, broadcast, merged, mixed, pa
 
 # In the metadata of a write into a part of a tensor: the index.
 WRITTEN = "dropinf: written"
+# In that of a cat: the lengths of its parts, of which some may have no gradient.
+JOINED = "dropinf: joined"
 
 
 @dataclass
@@ -181,10 +183,14 @@ def cat(call: Call, out: Array) -> list[Owners]:
     d = dim_of(call.saved("dim"), out.ndim)
     if out.shape[d] == 1:
         return [out for _ in call.shapes]
-    if any(s is None for s in call.shapes):  # whose length is not known
-        return [call.name for _ in call.shapes]
-    sizes = parts([s[d] if len(s) == out.ndim else 0 for s in call.shapes])
-    return [np.take(out, range(p.start, p.stop), d) for p in sizes]
+    sizes = call.node.metadata.get(JOINED)
+    if sizes is None:
+        sizes = [None if s is None else s[d] if len(s) == out.ndim else 0 for s in call.shapes]
+        if sizes.count(None) > 1:
+            return [f"{call.name} of parts whose length is not known" for _ in call.shapes]
+        rest = call.shape[d] - sum(size or 0 for size in sizes)
+        sizes = [rest if size is None else size for size in sizes]
+    return [np.take(out, range(p.start, p.stop), d) for p in parts(sizes)]
 
 
 def stack(call: Call, out: Array) -> list[Owners]:

@@ -24,11 +24,6 @@ Array = np.ndarray
 Owners = Array | str
 
 
-def ones(owners: Array, dims: int) -> Array:
-    """One owner, or as many as there are, as a tensor of `dims` dimensions more in front."""
-    return owners.reshape((1,) * dims + owners.shape)
-
-
 def varying(owners: Array) -> tuple[int, ...]:
     """The dimensions along which owners differ."""
     return tuple(d for d, size in enumerate(owners.shape) if size > 1)
@@ -48,28 +43,37 @@ def coarse(owners: Array, T: int) -> Array:
     return compressed(np.where(owners >= 0, -2 - owners // T, owners))
 
 
+def collapsed(owners: Array, dims: Sequence[int]) -> Array | None:
+    """One owner for all along some dimensions, past what reaches no loss; None if they differ."""
+    for d in dims:
+        if owners.shape[d] > 1:
+            none = owners == NONE
+            most = np.where(none, np.iinfo(owners.dtype).min, owners).max(d, keepdims=True)
+            if not ((owners == most) | none).all():
+                return None
+            owners = np.where(none.all(d, keepdims=True), NONE, most)
+    return owners
+
+
 def broadcast(owners: Array, shape: Sequence[int], name: str) -> Owners:
     """Of an operand of `shape` that was broadcast to what `owners` are of."""
     extra = owners.ndim - len(shape)
     if extra < 0:
         return name
-    if any(size > 1 for size in owners.shape[:extra]):
+    lead = tuple(range(extra))
+    repeated = [d for d, size in enumerate(shape, extra) if size == 1]
+    one = collapsed(owners, (*lead, *repeated))
+    if one is None:
         return f"{name}, which several examples share"
-    owners = owners.reshape(owners.shape[extra:])
-    if any(mine > 1 and size != mine for mine, size in zip(owners.shape, shape, strict=True)):
-        return f"{name}, which several examples share"
-    return owners
+    return one.reshape(one.shape[extra:])
 
 
 def mixed(owners: Array, dims: Sequence[int], T: int | None, name: str) -> Owners:
     """Of what was mixed along some dimensions: one example's, or lost."""
-    if all(owners.shape[d] == 1 for d in dims):
-        return owners
-    if T is not None:
-        owners = coarse(owners, T)
-        if all(owners.shape[d] == 1 for d in dims):
-            return owners
-    return f"{name}, which mixes examples"
+    one = collapsed(owners, dims)
+    if one is None and T is not None:
+        one = collapsed(coarse(owners, T), dims)
+    return f"{name}, which mixes examples" if one is None else one
 
 
 def merged(one: Owners, other: Owners, T: int | None) -> Owners:

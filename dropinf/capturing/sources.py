@@ -8,7 +8,7 @@ which sampled coordinates a tensor holds (`View`), or how to pull a gradient of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +190,11 @@ def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]
     """The source of a tensor that a function made of sources and of no other gradient."""
     if len(sources) == 1 and args and id(args[0]) in sources:
         leaf, source = args[0], sources[id(args[0])]
-        if name_of(func) in _CASTS and t.shape == leaf.shape and not isinstance(source, Derived):
-            return source
+        if name_of(func) in _CASTS and t.shape == leaf.shape:
+            if isinstance(source, Lookup):
+                return replace(source, output=t)
+            if not isinstance(source, Derived):
+                return source
         if isinstance(source, View) and t.dtype == leaf.dtype and _same_memory(t, leaf):
             viewed = source.viewed(leaf, t)
             if viewed is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from dropinf.capturing.alignment import RULES
-from dropinf.capturing.graph import HOOKED, Edge, Site, site_of
+from dropinf.capturing.graph import HOOKED, LIKE, Edge, Site, site_of
 from dropinf.capturing.keeping import keeps
 from dropinf.capturing.owner_rules import Call
 from dropinf.capturing.owners import Array, Owners, merged, varying
@@ -68,7 +68,10 @@ def walk(starts: Sequence[tuple[Tensor, Owners]], T: int | None = None) -> Found
 
 def _edges(node: Any) -> Sequence[Edge]:
     site = site_of(node)
-    return node.next_functions if site is None else site.edges
+    if site is not None:
+        return site.edges
+    like = node.metadata.get(LIKE)
+    return node.next_functions if like is None else (like,)
 
 
 def _ordered(roots: Sequence[Any]) -> list[Any]:
@@ -116,14 +119,14 @@ def _arguments(
     out_shapes = [m.shape for m in node._input_metadata]
     outs = outs + [None] * (len(out_shapes) - len(outs))
     name = _name(node)
-    rule = RULES.get(name)
+    rule = None if LIKE in node.metadata else RULES.get(name)
     if rule is None:
         function = getattr(type(node), "_forward_cls", None)
         if function is CheckpointFunction:
             claims = [_claimed(outs, out_shapes, s) for s in shapes]
             found.checkpoints[node] = outs, claims
             return edges, claims
-        if keeps(node):
+        if keeps(node) or LIKE in node.metadata:
             return edges, [_claimed(outs, out_shapes, s) for s in shapes]
         return edges, [f"{name}, which is not known"] * len(edges)
     call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes)

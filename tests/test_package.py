@@ -71,6 +71,7 @@ for name, state in dropinf.backends().items():
 """
 
 
+@pytest.mark.more
 def test_install_without_compiler(tmp_path):
     """It installs, imports, works on `reference`, and says why `cpu` is missing."""
     target = tmp_path / "target"

@@ -55,7 +55,6 @@ class PytestRun:
         self.outcomes = Path(self.folder.name) / "outcomes.jsonl"
         self.printed = Path(self.folder.name) / "printed.txt"
         made = environment(rehearsal, DROPINF_BACKENDS=backend, DROPINF_OUTCOMES=str(self.outcomes))
-        made["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once()))
         if wrapper:  # any value switches it on
             made["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         options = ["-q", "-m", "", "-p", "gpu.outcomes", "-p", "no:cacheprovider", "--tb=short"]

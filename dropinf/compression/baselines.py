@@ -58,7 +58,7 @@ class Gaussian(_Projected):
 
     def projection(self, P: int, r: int, layer: int) -> Projection:
         """Of the gradient [P] of layer number `layer` to r entries."""
-        return projections.Gaussian(P, r, self.seed, layer)
+        return projections.GaussianProjection(P, r, self.seed, layer)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Rademacher(_Projected):
 
     def projection(self, P: int, r: int, layer: int) -> Projection:
         """Of the gradient [P] of layer number `layer` to r entries."""
-        return projections.Rademacher(P, r, self.seed, layer)
+        return projections.RademacherProjection(P, r, self.seed, layer)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class SJLT(_Projected):
 
     def projection(self, P: int, r: int, layer: int) -> Projection:
         """Of the gradient [P] of layer number `layer` to r entries."""
-        return projections.SJLT(P, r, self.seed, layer, s=min(self.s, r))
+        return projections.SJLTProjection(P, r, self.seed, layer, s=min(self.s, r))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class FJLT(_Projected):
 
     def projection(self, P: int, r: int, layer: int) -> Projection:
         """Of the gradient [P] of layer number `layer` to r entries."""
-        return projections.FJLT(P, r, self.seed, layer)
+        return projections.FJLTProjection(P, r, self.seed, layer)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class LoGra(_Projected):
 
     def projection(self, P: int, r: int, layer: int) -> Projection:
         """Of a parameter [P] of one dimension, or of a layer of fewer entries than parameters."""
-        return projections.Gaussian(P, r, self.seed, layer)
+        return projections.GaussianProjection(P, r, self.seed, layer)
 
 
 def _parts(projection: Projection, shapes: Sequence[tuple[int, ...]], first: int = 0) -> list[Part]:

@@ -37,13 +37,18 @@ class Projection(abc.ABC):
         for name, (value, low, bits) in given.items():
             if not low <= value < 2**bits:
                 bound = f"in {low} .. 2^{bits} - 1"
-                raise ValueError(f"{type(self).__name__}: {name} must be {bound}, got {value}")
+                raise ValueError(f"{self.kind}: {name} must be {bound}, got {value}")
         self.P, self.r, self.seed, self.layer = map(int, (P, r, seed, layer))
+
+    @property
+    def kind(self) -> str:
+        """Gaussian of a GaussianProjection: for errors, and for the fingerprints of plans."""
+        return type(self).__name__.removesuffix("Projection")
 
     def __repr__(self) -> str:
         """Its arguments, which a plan's fingerprint holds."""
         public = {k: v for k, v in vars(self).items() if isinstance(v, int) and k[0] != "_"}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in public.items())})"
+        return f"{self.kind}({', '.join(f'{k}={v}' for k, v in public.items())})"
 
     @torch.no_grad()
     def project(self, values: Tensor, at: Tensor | slice = slice(None)) -> Tensor:
@@ -140,7 +145,7 @@ class _Dense(_Blocked):
         sums += values.to(dtype) @ part.to(dtype)
 
 
-class Gaussian(_Dense):
+class GaussianProjection(_Dense):
     """Entries independent, N(0, 1 / r): O(n P r) time."""
 
     _stream = 0x81
@@ -149,7 +154,7 @@ class Gaussian(_Dense):
         return self._normals(block, rows, self.r)
 
 
-class Rademacher(_Dense):
+class RademacherProjection(_Dense):
     """Entries independent, +1 or -1 over sqrt(r) (Achlioptas 2003): O(n P r) time."""
 
     _stream = 0x82
@@ -158,7 +163,7 @@ class Rademacher(_Dense):
         return self._signs(block, rows * self.r).view(rows, self.r).float()
 
 
-class SJLT(_Blocked):
+class SJLTProjection(_Blocked):
     """Each coordinate goes to s of the r entries, with random signs over sqrt(s): O(n P s) time.
 
     One entry in each of s nearly equal parts of 0 .. r - 1: the block construction of Kane &
@@ -196,7 +201,7 @@ class SJLT(_Blocked):
                     sums.index_put_((rows, entry), added, accumulate=True)
 
 
-class FJLT(Projection):
+class FJLTProjection(Projection):
     """Random signs, a Walsh-Hadamard transform, r of its entries: O(n P log P) time.
 
     project(g) = (H (D g, padded to m))[i] / sqrt(r), with the Sylvester H [m, m] of +1 and -1, m

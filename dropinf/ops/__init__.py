@@ -7,10 +7,12 @@ An index out of range is an IndexError, and a sign that is not -1, 0 or 1 a Valu
 of a GPU cannot raise without a wait: there the entry is NaN.
 """
 
+from dropinf.ops.convolution import sampled_conv
 from dropinf.ops.dispatch import BackendError, backends
+from dropinf.ops.embedding import sampled_embedding
 from dropinf.ops.gather import gather_grads
 from dropinf.ops.layerwise import DampedCholesky, cholesky_solve, damped_cholesky, gram, unpack
-from dropinf.ops.sampled import factored_outer, sampled_conv, sampled_embedding, sampled_outer
+from dropinf.ops.outer import factored_outer, sampled_outer
 from dropinf.ops.topk import score_topk
 
 __all__ = [

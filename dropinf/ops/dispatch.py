@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from dropinf.ops import reference, selftest
+from dropinf.ops.selftest import DTYPES, Case, SelfTest
 
 try:
     importlib.import_module("dropinf._C")  # registers the ops
@@ -24,8 +25,6 @@ try:
 except ImportError as error:
     _failure = Path(__file__).parent.with_name("_build_failure.txt")
     _why_no_cpu = _failure.read_text("utf-8").strip() if _failure.exists() else str(error)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 GPU_BACKENDS = ("cuda", "triton")
 
@@ -112,26 +111,30 @@ def _on_meta(*args: object) -> None:
     """`out` has its shape and its dtype, and nothing is computed."""
 
 
-def _row(op: str, *names: str) -> dict[str, Callable]:
-    makers = {"cuda": _native, "triton": _triton, "cpu": _native}
-    return {
-        **{name: makers[name](op) for name in names},
-        "reference": getattr(reference, op),
-    }
-
-
 # op -> its backends, the preferred one first. Each writes into `out`, the last argument.
-KERNELS: dict[str, dict[str, Callable]] = {
-    "sampled_outer": _row("sampled_outer", "cuda", "triton", "cpu"),
-    "factored_outer": _row("factored_outer"),  # a matrix product, for which torch's is best
-    "sampled_embedding": _row("sampled_embedding", "cuda", "triton", "cpu"),
-    "sampled_conv": _row("sampled_conv", "cuda", "triton", "cpu"),
-    "gather_grads": _row("gather_grads", "cuda", "cpu"),
-    "gram": _row("gram", "cuda", "triton", "cpu"),
-    "damped_cholesky": _row("damped_cholesky", "cuda", "cpu"),
-    "cholesky_solve": _row("cholesky_solve", "cuda", "cpu"),
-    "score_topk": _row("score_topk", "cuda", "triton"),
-}
+KERNELS: dict[str, dict[str, Callable]] = {}
+
+
+def add_op(
+    op: str,
+    backends: Sequence[str],
+    cases: Callable[[torch.dtype, torch.device], Iterator[Case]],
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    tolerance: float = 0.0,
+) -> None:
+    """Make an op known; the file that has its checks calls this.
+
+    Args:
+        op: its name, that of its function in `reference`, its native op and its Triton launcher.
+        backends: those it is written for beside `reference`, the preferred one first.
+        cases: cases(dtype, device): small inputs on which they must agree with `reference`.
+        dtypes: of the cases.
+        tolerance: how far off they may be, as a part of the largest.
+    """
+    makers = {"cuda": _native, "triton": _triton, "cpu": _native}
+    kernels = {name: makers[name](op) for name in backends}
+    KERNELS[op] = {**kernels, "reference": getattr(reference, op)}
+    selftest.SELF_TESTS[op] = SelfTest(cases, dtypes, tolerance)
 
 
 # Looking it up anew costs 1 µs, of the 10 µs that 200 small layers may take in all.
@@ -213,7 +216,7 @@ def obstacle(
         return f"not for tensors on {device}"
     if _state(backend) != "available":
         return _state(backend)
-    wrong = [d for d in dtypes if d not in _DTYPES]
+    wrong = [d for d in dtypes if d not in DTYPES]
     if wrong:
         return f"for float32, bfloat16 and float16, not {wrong[0]}"
     if out_dtype != torch.float32:

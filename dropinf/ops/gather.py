@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from dropinf.ops.checks import check_floating, check_same, output_of
-from dropinf.ops.dispatch import kernel
+from dropinf.ops.dispatch import add_op, kernel
+from dropinf.ops.selftest import Case, Inputs
 
 _dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
 
@@ -123,3 +124,18 @@ def _check_gather(
                 f"{op}: grads[{l}] is {grad.layout}; only dense gradients can be gathered, "
                 "so build the embedding with sparse=False"
             )
+
+
+def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    grads = [new.numbers(13, 5), None, new.numbers(7, 3).T, new.numbers(300)]
+    sizes = [65, 9, 21, 300]
+    indices = [new.indices(size, size // 2, dtype=torch.int64) for size in sizes]
+    scales = [0.5, 1.0, 2.0, -1.0]
+    yield (grads, indices, (), scales), (new.out(sum(map(len, indices))),)
+    indices[2:] = [new.indices(size, 17, 5, dtype=torch.int64) for size in sizes[2:]]
+    signs = [None, None, *(new.indices(3, 17, 5, dtype=torch.int8) - 1 for _ in range(2))]
+    yield (grads, indices, signs, scales), (new.out(sum(map(len, indices))),)
+
+
+add_op("gather_grads", ["cuda", "cpu"], _cases)

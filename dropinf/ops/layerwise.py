@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dropinf.ops import reference
 from dropinf.ops.checks import check_no_grad, check_same, check_writable, unit_stride
-from dropinf.ops.dispatch import kernel
+from dropinf.ops.dispatch import add_op, kernel
+from dropinf.ops.selftest import Case, Inputs
 
 
 class DampedCholesky(NamedTuple):
@@ -217,3 +218,56 @@ def _packed_rows(op: str, name: str, rows: Tensor, R: int) -> None:
     if rows.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: {name} must be float32 or float64, got {rows.dtype}")
     check_no_grad(op, name, rows)
+
+
+def _layers(*sizes: int) -> tuple[Tensor, int, int]:
+    """Column bounds of layers, on the CPU; their last, and the packed matrices' size."""
+    bounds = [0, *itertools.accumulate(sizes)]
+    return torch.tensor(bounds), bounds[-1], sum(r * r for r in sizes)
+
+
+_NARROW = (1, 33, 0, 70)
+_WIDE = (40, 330, 330)  # wider than backend cuda factorises itself
+
+
+def _gram_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    offsets, R, num_packed = _layers(*_NARROW)
+    for n in (45, 600):  # within a chunk of rows, and more
+        rows = new.numbers(n, R)
+        yield (rows, offsets, 0.5, False), (new.out(num_packed),)
+        yield (rows, offsets, 0.5, True), (new.out(num_packed),)
+
+
+def _matrices(new: Inputs, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed matrices that are positive definite with a shift, and right-hand sides."""
+    offsets, R, num_packed = _layers(*sizes)
+    matrices = new.out(num_packed)
+    half = Inputs(new.dtype, new.device).numbers(90, R)
+    reference.gram(half, offsets, 1 / 64, False, matrices)
+    shift = torch.ones(len(sizes), dtype=new.dtype, device=new.device)
+    return matrices, offsets, shift, new.numbers(5, R)
+
+
+def _factor_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    for sizes in (_NARROW, _WIDE):
+        matrices, offsets, shift, rows = _matrices(new, sizes)
+        factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
+        yield (matrices, offsets, shift, rows), (factors, info, new.out(*rows.shape))
+        failing = -100 * shift
+        yield (matrices, offsets, failing, None), (new.out(len(matrices)), info.clone(), None)
+
+
+def _solve_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    for sizes in (_NARROW, _WIDE):
+        matrices, offsets, shift, rows = _matrices(new, sizes)
+        factors, info = new.out(len(matrices)), new.out(len(shift), dtype=torch.int32)
+        reference.damped_cholesky(matrices, offsets, shift, None, factors, info, None)
+        yield (factors, offsets, rows), (new.out(*rows.shape),)
+
+
+add_op("gram", ["cuda", "triton", "cpu"], _gram_cases, dtypes=(torch.float32,))
+add_op("damped_cholesky", ["cuda", "cpu"], _factor_cases, dtypes=(torch.float32,), tolerance=1e-5)
+add_op("cholesky_solve", ["cuda", "cpu"], _solve_cases, dtypes=(torch.float32,), tolerance=1e-5)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from dropinf.ops.checks import check_no_grad, check_same, check_writable, describe
-from dropinf.ops.dispatch import kernel
+from dropinf.ops.dispatch import add_op, kernel
+from dropinf.ops.selftest import Case, Inputs
 
 # Bounds the temporaries of score_topk: this many scores at a time, or as many as it keeps.
 _MAX_SCORES = 1 << 22
@@ -100,3 +103,15 @@ def score_topk(
             scores.masked_fill_(~valid[part], -torch.inf)
         merge(scores, first + start, values, indices)
     return values, indices
+
+
+def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    m, k = 3, 7
+    values = torch.full((m, k), -torch.inf, dtype=dtype, device=device)
+    indices = torch.full((m, k), -1, device=device)
+    yield (new.numbers(m, 300), 5), (values, indices)  # ties: 17 numbers for 300 scores
+    yield (new.numbers(m, 4), 305), (values, indices)
+
+
+add_op("score_topk", ["cuda", "triton"], _cases, dtypes=(torch.float32,))

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from dropinf.compression import Kron, projections
-from dropinf.compression.projections import FJLT, SJLT, Gaussian, Rademacher
+from dropinf.compression.projections import (
+    FJLTProjection,
+    GaussianProjection,
+    RademacherProjection,
+    SJLTProjection,
+)
 
 EPS32, EPS64 = 2.0**-24, 2.0**-53  # largest relative error of one rounding
 P = 12  # = O I; not a power of two
@@ -19,11 +24,11 @@ def kron(r, seed=3, layer=1, P=P):
 
 
 KINDS = {
-    "gaussian": lambda r, seed=3, layer=1, P=P: Gaussian(P, r, seed, layer),
-    "rademacher": lambda r, seed=3, layer=1, P=P: Rademacher(P, r, seed, layer),
-    "sjlt1": lambda r, seed=3, layer=1, P=P: SJLT(P, r, seed, layer),
-    "sjlt": lambda r, seed=3, layer=1, P=P: SJLT(P, r, seed, layer, s=min(r, 3)),
-    "fjlt": lambda r, seed=3, layer=1, P=P: FJLT(P, r, seed, layer),
+    "gaussian": lambda r, seed=3, layer=1, P=P: GaussianProjection(P, r, seed, layer),
+    "rademacher": lambda r, seed=3, layer=1, P=P: RademacherProjection(P, r, seed, layer),
+    "sjlt1": lambda r, seed=3, layer=1, P=P: SJLTProjection(P, r, seed, layer),
+    "sjlt": lambda r, seed=3, layer=1, P=P: SJLTProjection(P, r, seed, layer, s=min(r, 3)),
+    "fjlt": lambda r, seed=3, layer=1, P=P: FJLTProjection(P, r, seed, layer),
     "kron": kron,
 }
 STREAMS = {"gaussian": 0x81, "rademacher": 0x82, "sjlt1": 0x83, "sjlt": 0x83, "fjlt": 0x84}
@@ -66,7 +71,7 @@ def assert_image(out, values, M, eps=EPS64):
 @pytest.mark.parametrize("r", [1, 5, 40])
 def test_gaussian_is_its_definition(r, small_blocks):
     """Generator number h + b, h the first word of the layer, gives block b."""
-    M = matrix(Gaussian(P, r, 7, 2))
+    M = matrix(GaussianProjection(P, r, 7, 2))
     (word,) = words("gaussian", 7, 2, 0, 1)
     width = max(1, 8 // r)
     blocks = [
@@ -85,7 +90,7 @@ def test_normal_numbers_are_normal(kind):
     """The largest distance to the normal distribution function, and 5-sigma moments."""
     N = 1 << 20
     if kind == "gaussian":
-        z = matrix(Gaussian(1, N, 5, 0)).ravel() * math.sqrt(N)
+        z = matrix(GaussianProjection(1, N, 5, 0)).ravel() * math.sqrt(N)
     else:
         z = Kron(N, 1, 1, 1, 5, 0).A.double().numpy().ravel()
     cdf = 0.5 * (1 + torch.erf(torch.from_numpy(np.sort(z)) / math.sqrt(2)).numpy())
@@ -99,7 +104,7 @@ def test_normal_numbers_are_normal(kind):
 @pytest.mark.parametrize("r", [1, 3, 40])
 def test_rademacher_is_its_definition(r, small_blocks):
     """Every bit is a sign, from the lowest, coordinate after coordinate."""
-    M = matrix(Rademacher(P, r, 7, 2))
+    M = matrix(RademacherProjection(P, r, 7, 2))
     width = max(1, 8 // r)
     for j in range(P):
         bits = words("rademacher", 7, 2, j // width, 20)
@@ -112,7 +117,7 @@ def test_rademacher_is_its_definition(r, small_blocks):
 @pytest.mark.parametrize("r, s", [(1, 1), (5, 1), (7, 3), (4, 4), (40, 3)])
 def test_sjlt_is_its_definition(r, s, small_blocks):
     """One entry in each of s parts, from a word's high half; the sign from its lowest bit."""
-    M = matrix(SJLT(P, r, 7, 2, s))
+    M = matrix(SJLTProjection(P, r, 7, 2, s))
     assert ((M != 0).sum(1) == s).all()
     np.testing.assert_allclose(np.abs(M[M != 0]), 1 / math.sqrt(s), rtol=4 * EPS64)
     width = max(1, 8 // s)
@@ -130,7 +135,7 @@ def test_sjlt_is_its_definition(r, s, small_blocks):
 def test_sjlt_entries_are_uniform():
     """Pearson's statistic of 2^13 coordinates in each part, within 5 sigma of its mean."""
     P, r, s = 1 << 13, 50, 3
-    projection, unit = SJLT(P, r, 11, 4, s), torch.eye(256)
+    projection, unit = SJLTProjection(P, r, 11, 4, s), torch.eye(256)
     counts = sum(
         (projection.project(unit, slice(start, start + 256)) != 0).sum(0).numpy()
         for start in range(0, P, 256)
@@ -152,7 +157,7 @@ def sylvester(m):
 @pytest.mark.parametrize("P, r", [(1, 1), (2, 1), (12, 5), (16, 16), (17, 3), (100, 100)])
 def test_fjlt_is_its_definition(P, r):
     """Signs are the bits of block 0, entries where the r smallest words of block 1 are."""
-    M = matrix(FJLT(P, r, 7, 2))
+    M = matrix(FJLTProjection(P, r, 7, 2))
     m = 1
     while m < P:
         m *= 2
@@ -313,11 +318,11 @@ def test_blocks_without_positions_are_not_made(kind, at, monkeypatch):
 def test_a_large_matrix_is_never_held():
     """4 TiB of it; three coordinates touch two blocks."""
     at = torch.tensor([5, 6, 2**28 - 1])
-    for kind in (Gaussian, Rademacher):
+    for kind in (GaussianProjection, RademacherProjection):
         projection = kind(2**28, 4096, 0, 0)
         out = projection.project(torch.ones(1, 3), at)
         assert not projection._kept and 0 < out.square().mean() < 1  # of mean 3 / 4096
-    sparse = SJLT(2**40, 4096, 0, 0)
+    sparse = SJLTProjection(2**40, 4096, 0, 0)
     assert sparse.project(torch.ones(1, 1), torch.tensor([2**40 - 1])).abs().sum() == 1
 
 
@@ -385,13 +390,19 @@ def test_on_a_gpu(small_blocks):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Gaussian(0, 1, 0, 0), r"Gaussian: P must be in 1 \.\. 2\^63 - 1, got 0"),
-        (lambda: Rademacher(3, 0, 0, 0), "Rademacher: r must be in 1"),
-        (lambda: SJLT(3, 2**31, 0, 0), r"SJLT: r must be in 1 \.\. 2\^31 - 1, got 2147483648"),
-        (lambda: Gaussian(3, 1, -1, 0), r"seed must be in 0 \.\. 2\^64 - 1, got -1"),
-        (lambda: Gaussian(3, 1, 0, 2**56), r"layer must be in 0 \.\. 2\^56 - 1"),
-        (lambda: SJLT(3, 4, 0, 0, s=5), r"SJLT: s must be in 1 \.\. r=4, got 5"),
-        (lambda: FJLT(3, 4, 0, 0), r"FJLT: r must be at most P=3, got 4: .*take r=P, or another"),
+        (lambda: GaussianProjection(0, 1, 0, 0), r"Gaussian: P must be in 1 \.\. 2\^63 - 1, got 0"),
+        (lambda: RademacherProjection(3, 0, 0, 0), "Rademacher: r must be in 1"),
+        (
+            lambda: SJLTProjection(3, 2**31, 0, 0),
+            r"SJLT: r must be in 1 \.\. 2\^31 - 1, got 2147483648",
+        ),
+        (lambda: GaussianProjection(3, 1, -1, 0), r"seed must be in 0 \.\. 2\^64 - 1, got -1"),
+        (lambda: GaussianProjection(3, 1, 0, 2**56), r"layer must be in 0 \.\. 2\^56 - 1"),
+        (lambda: SJLTProjection(3, 4, 0, 0, s=5), r"SJLT: s must be in 1 \.\. r=4, got 5"),
+        (
+            lambda: FJLTProjection(3, 4, 0, 0),
+            r"FJLT: r must be at most P=3, got 4: .*take r=P, or another",
+        ),
         (lambda: Kron(-2, -3, 1, 1, 0, 0), "Kron: O, I, a and b must be from 1"),
     ],
 )
@@ -420,4 +431,4 @@ def test_refused_maps(make, message):
 )
 def test_refused_values(values, at, message):
     with pytest.raises(ValueError, match=message):
-        Gaussian(12, 3, 0, 0).project(values, at)
+        GaussianProjection(12, 3, 0, 0).project(values, at)

@@ -1,46 +1,70 @@
 """Every Triton kernel compiles for the GPUs it is meant for, and spills nothing."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from places import ROOT
 
 CAPABILITIES = ("80", "90")
 SCRIPT = ROOT / "tests" / "kernels" / "triton_resources.py"
+BUILD = ROOT / "build" / "triton"
 
 
 @pytest.fixture(scope="module", params=["installed", "3.6.0"])
-def kernels(request, tmp_path_factory):
-    """What each uses when compiled by the Triton that is installed, or by the one in build/."""
+def kernels(request):
+    """What each uses when compiled by the Triton that is installed, or by the one in build/.
+
+    Kept in build/ until a kernel, the script or Triton's version changes.
+    """
     pytest.importorskip("triton")
     if sys.platform != "linux":
         pytest.skip("the triton package has cuobjdump on Linux only")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    version = importlib.metadata.version("triton")
+    version, folder = importlib.metadata.version("triton"), None
     if request.param != "installed":
         version = request.param
         folder = ROOT / "build" / f"triton-{version}"
         if not folder.exists():
             pytest.skip(f"Triton {version} is not there; make build/{folder.name} gets it")
-        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    runs = []
-    for capability in CAPABILITIES:  # at the same time
-        command = [sys.executable, "-W", "error", str(SCRIPT), capability]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        runs.append(subprocess.Popen(command, env=environment, **pipes))
-    found = []
-    for run in runs:
-        out, errors = run.communicate()
-        assert run.returncode == 0, errors
-        found += json.loads(out)
+    digest = hashlib.sha256(repr((version, CAPABILITIES)).encode())
+    for file in [SCRIPT, *sorted((ROOT / "triton_kernels").glob("*.py"))]:
+        digest.update(file.read_bytes())
+    report = BUILD / f"{version}-{digest.hexdigest()[:16]}.json"
+    if not report.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        compile_all(folder, report)
+    found = json.loads(report.read_text())
     assert {k["triton"] for k in found} == {version}
     return found
+
+
+def compile_all(folder, report):
+    """Write the report, by the Triton in `folder`; whole from the first moment."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if folder:
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        environment["TRITON_CACHE_DIR"] = temporary
+        runs = []
+        for capability in CAPABILITIES:  # at the same time
+            command = [sys.executable, "-W", "error", str(SCRIPT), capability]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            runs.append(subprocess.Popen(command, env=environment, **pipes))
+        found = []
+        for run in runs:
+            out, errors = run.communicate()
+            assert run.returncode == 0, errors
+            found += json.loads(out)
+        made = Path(temporary, "report.json")
+        made.write_text(json.dumps(found))
+        made.replace(report)
 
 
 def test_resources(kernels):

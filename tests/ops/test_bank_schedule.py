@@ -15,7 +15,7 @@ from torch import nn
 import dropinf
 from dropinf import Dropout, Plan, capture, ops
 from dropinf.capturing import runs
-from dropinf.ops import bank_schedule, sampled
+from dropinf.ops import bank_schedule, outer
 from dropinf.ops.bank_schedule import staged_order
 
 pytestmark = pytest.mark.skipif(
@@ -350,7 +350,7 @@ def test_kept_by_the_plan(monkeypatch):
     monkeypatch.setattr(bank_schedule, "order_if_faster", make)
     # On CUDA tensors they are made; here the CPU stands in for it.
     monkeypatch.setattr(runs, "_on_cuda", lambda dy: True)
-    monkeypatch.setattr(sampled, "_check_order", lambda op, order, r, x: used.append(order))
+    monkeypatch.setattr(outer, "_check_order", lambda op, order, r, x: used.append(order))
     for a, b in zip(twice(), without, strict=True):
         assert torch.equal(a, b)
     assert len(made) == 3 and {id(order) for order in used} == {id(order) for order in made}

@@ -1,0 +1,215 @@
+"""Sampled entries of each example's weight gradient, from a layer's input and output gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropinf.ops import bank_schedule
+from dropinf.ops.bank_schedule import StagedOrder
+from dropinf.ops.checks import (
+    check_coordinates,
+    check_floating,
+    check_same,
+    output_of,
+    unit_stride,
+)
+from dropinf.ops.dispatch import add_op, kernel
+from dropinf.ops.selftest import Case, Inputs
+
+
+def sampled_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor,
+    i_idx: Tensor,
+    *,
+    sign: Tensor | None = None,
+    bias: bool = False,
+    scale: float = 1.0,
+    order: StagedOrder | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled entries of each example's weight gradient.
+
+    out[b, k] = scale * sum_t dy[b, t, o_idx[k]] * x[b, t, i_idx[k]]
+
+    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx, i_idx] * scale, without the [B, O, I] tensor.
+
+    Args:
+        x: [B, T, I] layer input, float32, bfloat16 or float16 (float64 on `reference`).
+        dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
+        o_idx, i_idx: [r] int32, fastest when sorted by (o, i); or [r, s] with `sign`.
+        sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates. 0 leaves a
+            coordinate out, for entries of fewer than s; its index must still be in range.
+        bias: let i_idx = I name the layer's bias, a virtual input column of ones.
+        scale: factor of every entry.
+        order: of these coordinates, from `bank_schedule.staged_order`. Backends other than cuda
+            ignore it; it changes rounding nowhere but on cuda.
+        out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
+        backend: a name from `dropinf.backends()`; None takes the first available.
+
+    Returns:
+        [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a sign is none, or an input requires grad.
+        IndexError: an index is out of range.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "sampled_outer"
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
+    B, T = x.shape[:2]
+    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    check_floating(op, "x", x)
+    check_same(op, "dy", dy, x.dtype, x.device)
+    wanted = ("[r] without sign", 1) if sign is None else ("[r, s] with sign", 2)
+    check_coordinates(op, o_idx, i_idx, x.device, *wanted)
+    if sign is not None:
+        check_same(op, "sign", sign, torch.int8, x.device)
+        if sign.shape != o_idx.shape:
+            raise ValueError(
+                f"{op}: sign must have o_idx's shape {tuple(o_idx.shape)}, got {tuple(sign.shape)}"
+            )
+        sign = sign.contiguous()
+    if order is not None:
+        _check_order(op, order, o_idx.shape[0], x)
+    out = output_of(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
+    call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
+    call(
+        unit_stride(x),
+        unit_stride(dy),
+        o_idx.contiguous(),
+        i_idx.contiguous(),
+        sign,
+        bias,
+        scale,
+        () if order is None else order[:3],
+        out,
+    )
+    return out
+
+
+def _check_order(op: str, order: StagedOrder, r: int, x: Tensor) -> None:
+    wanted = (r, x.element_size(), x.device)
+    given = (order.num_entries, order.element_size, order.packed.device)
+    if given != wanted:
+        described = ["{} entries of {}-byte elements on {}".format(*t) for t in (wanted, given)]
+        raise ValueError(f"{op}: order must be for {described[0]}, got one for {described[1]}")
+
+
+def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    B, T, I, O, r, s = 2, 37, 41, 19, 67, 3
+    x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
+    o_idx, i_idx = new.indices(O, r), new.indices(I + 1, r)
+    yield (x, dy, o_idx, i_idx, None, True, 0.5, ()), (new.out(B, r),)
+    o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
+    sign = new.indices(3, r, s, dtype=torch.int8) - 1
+    yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
+    # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more (of
+    # float32) and most (of the others); passes, a bias and rows that are not aligned; signs.
+    for B, T, I, O, r, bias, limits in (
+        (1, 150, 96, 64, 150, False, {}),
+        (1, 20, 8, 80, 640, False, {}),  # of 4 or 8 banks, so that most lanes repeat another
+        (2, 90, 41, 64, 150, True, {"max_slots": 256}),
+    ):
+        x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
+        at = new.indices(O * (I + bias), r).sort().values
+        o_idx, i_idx = at // (I + bias), at % (I + bias)
+        order = _staged(x, dy, o_idx, i_idx, bias=bias, **limits)
+        yield (x, dy, o_idx, i_idx, None, bias, 0.5, order), (new.out(B, r),)
+    o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
+    sign = new.indices(3, r, s, dtype=torch.int8) - 1
+    x, dy = x[:, :40], dy[:, :40]
+    order = _staged(x, dy, o_idx, i_idx)
+    yield (x, dy, o_idx, i_idx, sign, False, 0.5, order), (new.out(B, r),)
+
+
+def _staged(
+    x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any
+) -> Sequence[Tensor]:
+    """The order that backend cuda takes and others ignore; none where it cannot be made."""
+    if not bank_schedule.AVAILABLE or x.dtype == torch.float64:
+        return ()
+    I, O = x.shape[2], dy.shape[2]
+    order = bank_schedule.staged_order(o_idx, i_idx, I, O, x.element_size(), **options)
+    assert order is not None
+    return order[:3]
+
+
+def factored_outer(
+    x: Tensor,
+    dy: Tensor,
+    o_idx: Tensor | None,
+    i_idx: Tensor | None,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A grid of entries of each example's weight gradient, as one product of gathered columns.
+
+    out[b, p * b' + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
+
+    Equal to (einsum("bto,bti->boi", dy, x) * scale)[:, o_idx][:, :, i_idx].flatten(1), without the
+    [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
+
+    Args:
+        x: [B, T, I] layer input, float32, bfloat16, float16 or float64.
+        dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
+        o_idx: [a] int64 columns of dy; None for all, which are then not copied (unless they are of
+            half precision).
+        i_idx: [b'] int64 columns of x, or None likewise.
+        scale: factor of every entry.
+        out: [B, a * b'] floating point to write into; any strides.
+        backend: `reference`, or None.
+
+    Returns:
+        [B, a * b'] float32 (float64 for float64 inputs): `out`, if it was given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
+        IndexError: an index is out of range.
+        BackendError: the named backend cannot take this call.
+    """
+    op = "factored_outer"
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
+    B, T = x.shape[:2]
+    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    check_floating(op, "x", x)
+    check_same(op, "dy", dy, x.dtype, x.device)
+    sides = []
+    for name, index, columns in (("o_idx", o_idx, dy), ("i_idx", i_idx, x)):
+        if index is None:
+            sides.append(columns.shape[2])
+            continue
+        check_same(op, name, index, torch.int64, x.device)
+        if index.dim() != 1:
+            raise ValueError(f"{op}: {name} must have one dimension, got {tuple(index.shape)}")
+        sides.append(len(index))
+    out = output_of(op, out, (B, sides[0] * sides[1]), x.dtype, x.device)
+    call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
+    call(x, dy, o_idx, i_idx, scale, out)
+    return out
+
+
+def _factored_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    new = Inputs(dtype, device)
+    x, dy = new.numbers(2, 37, 41), new.numbers(2, 37, 19)
+    o_idx, i_idx = (new.indices(n, 7, dtype=torch.int64) for n in (19, 41))
+    yield (x, dy, o_idx, i_idx, 0.5), (new.out(2, 49),)
+    yield (x, dy, None, i_idx, 0.5), (new.out(2, 19 * 7),)
+
+
+add_op("sampled_outer", ["cuda", "triton", "cpu"], _outer_cases)
+# A matrix product, for which torch's is best.
+add_op("factored_outer", [], _factored_cases)

@@ -92,11 +92,8 @@ class ActivationsTap(Tap):
     def entered(self, args: Any, kwargs: Any) -> None:
         """The model was called: the shape of its first argument is the batch's."""
         if self._backward is None:  # no checkpoint, which runs it again
-            shapes = (a.shape for a in tree_iter((args, kwargs)) if isinstance(a, Tensor))
-            self._batch = next((s for s in shapes if len(s)), None)
-            if self._batch is not None:
-                dim = self._batch_dim if len(self._batch) > 1 else 0
-                self._closing.examples = self._batch[dim]
+            tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
+            self._batch = self._closing.entered(tensors)
 
     def rows(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from dropinf.capturing.graph import FormSite, Site, of_one
 from dropinf.capturing.owners import Array
 from dropinf.capturing.rowmap import TokensDiffer
 from dropinf.capturing.rules import opened
-from dropinf.capturing.sources import Derived, Expanded, Lookup
+from dropinf.capturing.sources import Derived, Lookup
 from dropinf.capturing.walk import Found, walk
 from dropinf.compression import ParamPlan
 
@@ -111,8 +110,6 @@ class Backward:
                 self.shared.add((site.name, *(slot.name for slot in site.slots)))
             return
         for source, _ in site.targets:
-            while isinstance(source, Expanded):
-                source = source.source
             pulled = isinstance(source, Derived) and not isinstance(source, Lookup)
             for slot in source.slots:
                 if self.paths.get(slot.name) != "pulled back":

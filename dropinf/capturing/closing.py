@@ -9,7 +9,6 @@ rows are exact follows from the walk over the graph, whatever is chosen.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,21 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import CheckpointFunction
 
 from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
-from dropinf.capturing.graph import HOOKED, LIKE, FormSite, Operand, Output, SpreadSite, Tap, edge_of
+from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
 from dropinf.capturing.marks import Marks
-from dropinf.capturing.owner_rules import JOINED, WRITTEN
+from dropinf.capturing.notes import NOTES
 from dropinf.capturing.rules import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
-from dropinf.capturing.sources import Expanded, Lookup, Source, View, lookup_of, source_of
+from dropinf.capturing.sources import Lookup, Source, View, lookup_of, source_of
 from dropinf.compression import ParamPlan
 
 _JOIN = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 _SET = Tensor.__setitem__
 # The second argument only says of what dtype, device or shape the result is to be.
 _LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+_REPEATS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -55,6 +53,7 @@ class Closing(TorchFunctionMode):
         self._tap, self._per = tap, per
         self._sources: Marks[tuple[Source, int | None]] = Marks()
         self._constants = {t.untyped_storage().data_ptr() for t in constants}
+        self._inputs: set[int] = set()
         self._probe = tap.probe
 
     def track(self, parameter: Tensor, slot: ParamPlan) -> None:
@@ -79,9 +78,9 @@ class Closing(TorchFunctionMode):
             y = self._meet(func, args, kwargs, tensors, sources)
         else:
             y = func(*args, **kwargs)
-        if func in _NOTES:
+        if func in NOTES:
             with torch._C.DisableTorchFunction():
-                _NOTES[func](args, kwargs, y)
+                NOTES[func](args, kwargs, y)
         return y
 
     def _source(self, t: Tensor) -> Source | None:
@@ -96,11 +95,15 @@ class Closing(TorchFunctionMode):
     ) -> Any:
         if func in COMPOSITES:
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                y = COMPOSITES[func](*args, **kwargs)
+            if y is not NotImplemented:
+                return y
         if name_of(func) in _LIKE and id(args[0]) not in sources:
             return func(*args, **kwargs)
         activations = [t for t in tensors if t.requires_grad and id(t) not in sources]
         y = self._in_closed_form(func, args, kwargs, sources, activations)
+        if y is None:
+            y = self._expanded(func, args, kwargs, sources)
         if y is not None:
             return y
         spread = self._spread(func, args, kwargs, tensors, sources, activations)
@@ -116,11 +119,6 @@ class Closing(TorchFunctionMode):
             self._mark(func, args, kwargs, sources, y)
         return y
 
-    def _holds_batch(self, t: Tensor) -> bool:
-        dim = self.batch_dim if t.dim() > 1 else 0
-        batch = t.dim() > 0 and t.shape[dim] == self.examples != 1
-        return batch and not t.requires_grad and self._plausible(t)
-
     def _mark(self, func: Callable, args: tuple, kwargs: dict, sources: dict, y: Any) -> None:
         """Note that the results are made of sources."""
         for t in tensors_of((args[0],) if func is _SET else (y,), {}):
@@ -134,6 +132,35 @@ class Closing(TorchFunctionMode):
                 source = source_of(func, args, t, sources)
             self._sources.set(t, (source, t._version))
 
+    # What data may be. Wrong answers cost time, not rows.
+
+    def _holds_batch(self, t: Tensor) -> bool:
+        """Whether data without a gradient look like the batch, by their first dimension."""
+        if self.examples in (None, 1) or not t.dim() or t.requires_grad:
+            return False
+        dim = self.batch_dim if t.dim() > 1 else 0
+        return t.shape[dim] == self.examples and self._plausible(t)
+
+    def _plausible(self, x: Tensor, flat: bool = True) -> bool:
+        """Whether data without a gradient may hold the batch; `flat` if flattened as well."""
+        memory = x.untyped_storage().data_ptr()
+        if not x.dim() or memory in self._constants:
+            return False
+        if self.examples in (None, 1):
+            return flat or x.dim() > 1 or self.examples == 1
+        size = x.shape[self.batch_dim if x.dim() > 1 else 0]
+        if size == self.examples or (memory in self._inputs and size != 1):
+            return True
+        return flat and (size != 1 or len(x) != 1)
+
+    def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
+        """The model was called; returns the shape of the first of what it was given."""
+        self._inputs = {t.untyped_storage().data_ptr() for t in inputs}
+        batch = next((t.shape for t in inputs if t.dim()), None)
+        if batch is not None:
+            self.examples = batch[self.batch_dim if len(batch) > 1 else 0]
+        return batch
+
     # Functions with a closed form.
 
     def _in_closed_form(
@@ -145,9 +172,6 @@ class Closing(TorchFunctionMode):
         if form is None:
             return None
         x = form.x
-        if id(x) in sources:  # expanded over the batch: a row for each example from here on
-            (x,) = self._operands([x], sources, x.shape, func)
-            args, kwargs = swap(args, {id(form.x): x}), swap(kwargs, {id(form.x): x})
         targets = [(sources[id(r.tensor)], r) for r in form.roles if id(r.tensor) in sources]
         plain = {id(r.tensor): r.tensor.detach() for r in form.roles}
         y = func(*swap(args, plain), **swap(kwargs, plain))
@@ -171,7 +195,8 @@ class Closing(TorchFunctionMode):
                     continue  # a scale of its own for every token
                 roles = {id(role.tensor) for role in form.roles}
                 x = form.x
-                if id(x) in roles or not roles & set(sources) or _complex(args, kwargs):
+                mine = [sources[i] for i in roles if i in sources]
+                if id(x) in roles or not mine or _complex(args, kwargs):
                     continue
                 if not {id(t) for t in (*activations, *_of(sources, args, kwargs))} <= roles | {
                     id(x)
@@ -179,11 +204,7 @@ class Closing(TorchFunctionMode):
                     continue
                 if self._key(func, form, sources) in self.shared:
                     continue
-                source = sources.get(id(x))
-                if source is None:
-                    if x.requires_grad or self._plausible(x, form.flat):
-                        return form
-                elif isinstance(source, Expanded):
+                if id(x) not in sources and (x.requires_grad or self._plausible(x, form.flat)):
                     return form
         except RefusedError:
             pass
@@ -196,15 +217,6 @@ class Closing(TorchFunctionMode):
     def _slots(self, t: Tensor, sources: dict) -> Sequence[ParamPlan]:
         source = sources.get(id(t))
         return () if source is None else source.slots
-
-    def _plausible(self, x: Tensor, flat: bool = True) -> bool:
-        """Whether data without a gradient may hold the batch: wrong answers cost time, not rows."""
-        if not x.dim() or x.untyped_storage().data_ptr() in self._constants:
-            return False
-        if self.examples in (None, 1):
-            return flat or x.dim() > 1 or self.examples == 1
-        dim = self.batch_dim if x.dim() > 1 else 0
-        return x.shape[dim] == self.examples if not flat else len(x) > 1 or x.shape[dim] > 1
 
     # Parameters that are expanded over what they meet.
 
@@ -222,30 +234,17 @@ class Closing(TorchFunctionMode):
             return None
         chosen = [t for t in tensors if id(t) in sources]
         others = [t for t in tensors if id(t) not in sources]
+        shape = None
         if func in ELEMENTWISE:
             shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-            if not activations:
-                grown = [t for t in chosen if t.shape != shape]
-                direct = all(isinstance(sources[id(t)], (View, Lookup, Expanded)) for t in chosen)
-                meets = any(self._plausible(t) and t.dim() == len(shape) for t in others)
-                if not (grown and direct and meets):
-                    return None
+            if not activations and not self._grow(chosen, others, sources, shape):
+                return None
         elif func is _SET:
             shape = _shape_at(args[0], args[1])
-            if shape is None:
-                return None
-        else:
-            shape = None
-            batched = [t for t in chosen if isinstance(sources[id(t)], Expanded)]
-            if func is F.scaled_dot_product_attention and activations:
-                batched = chosen
-            elif func in _JOIN and activations:
-                batched = chosen
-            elif not (activations or (func in _JOIN and any(map(self._plausible, others)))):
-                return None
-            if not batched:
-                return None
-            chosen = batched
+        elif not (func in _JOIN or func is F.scaled_dot_product_attention) or not (
+            activations or any(map(self._holds_batch, others))
+        ):
+            return None
         swapped: dict[int, Tensor] = {}
         for t in chosen:
             target = t.shape if shape is None else shape
@@ -253,6 +252,32 @@ class Closing(TorchFunctionMode):
                 target = _attention_shape(t, args, kwargs)
             (swapped[id(t)],) = self._operands([t], sources, target, func)
         return swap(args, swapped), swap(kwargs, swapped)
+
+    def _grow(
+        self, chosen: list[Tensor], others: list[Tensor], sources: dict, shape: torch.Size
+    ) -> bool:
+        """Whether a product of sources and data without a gradient is one of the batch."""
+        if all(t.shape == shape for t in chosen):
+            return False
+        if any(map(self._holds_batch, others)):
+            return True
+        direct = all(isinstance(sources[id(t)], (View, Lookup)) for t in chosen)
+        return direct and any(self._plausible(t) and t.dim() == len(shape) for t in others)
+
+    def _expanded(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Tensor | None:
+        """A source that is expanded over the batch, as learned queries are."""
+        if name_of(func) not in _REPEATS or len(sources) != 1 or id(args[0]) not in sources:
+            return None
+        t = args[0]
+        with torch.no_grad():
+            shape = func(t.detach(), *args[1:], **kwargs).shape
+        own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
+        grown = {b for a, b in zip(own, shape, strict=True) if a != b}
+        whole = all(a in (1, b) for a, b in zip(own, shape, strict=True))
+        if not whole or self.examples in (None, 1) or self.examples not in grown:
+            return None
+        (y,) = self._operands([t], sources, shape, func)
+        return y.clone() if name_of(func) in ("repeat", "tile") else y
 
     def _operands(
         self, some: Sequence[Tensor], sources: dict, shape: torch.Size, func: Callable
@@ -293,46 +318,3 @@ def _attention_shape(t: Tensor, args: tuple, kwargs: dict) -> torch.Size:
         return torch.Size((*lead, q.shape[-2], k.shape[-2]))
     B = max(len(a) for a in args[:3])
     return torch.Size((B, *t.shape[1:])) if len(t) in (1, B) else t.shape
-
-
-def _note_hook(args: tuple, kwargs: dict, y: Any) -> None:
-    """What a hook does to a gradient is not known; torch's own for shards do nothing to it."""
-    t, hook = args[0], args[1] if len(args) > 1 else None
-    if not getattr(hook, "__module__", "").startswith("torch.distributed") and t.grad_fn is not None:
-        t.grad_fn.metadata[HOOKED] = True
-
-
-def _note_write(args: tuple, kwargs: dict, y: Any) -> None:
-    """Where a value was written, which the node of a write into a part does not say."""
-    x, index = args[:2]
-    if x.requires_grad and not x._is_view() and type(x.grad_fn).__name__ == "CopySlices":
-        x.grad_fn.metadata[WRITTEN] = tree_map(
-            lambda i: i.detach().cpu().numpy() if isinstance(i, Tensor) else i, index
-        )
-
-
-def _note_lengths(args: tuple, kwargs: dict, y: Tensor) -> None:
-    """How long the parts of a cat are, which its node does not say of those without a gradient."""
-    parts = argument(args, kwargs, 0, "tensors", ())
-    if y.requires_grad and y.grad_fn is not None and not all(t.requires_grad for t in parts):
-        d = argument(args, kwargs, 1, "dim", 0)
-        y.grad_fn.metadata[JOINED] = [t.shape[d] if t.dim() == y.dim() else 0 for t in parts]
-
-
-def _note_padded(args: tuple, kwargs: dict, y: Tensor) -> None:
-    """Padding by what is there is written in parts that nobody sees, each example's in itself."""
-    x = args[0] if args else kwargs["input"]
-    edge = edge_of(x)
-    if edge is not None and y.grad_fn is not None and y.grad_fn is not edge[0]:
-        y.grad_fn.metadata[LIKE] = edge
-
-
-_NOTES = {
-    Tensor.register_hook: _note_hook,
-    Tensor.grad_fn.__get__: _note_hook,
-    Tensor.__setitem__: _note_write,
-    torch.cat: _note_lengths,
-    torch.concat: _note_lengths,
-    torch.concatenate: _note_lengths,
-    F.pad: _note_padded,
-}

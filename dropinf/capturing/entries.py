@@ -13,7 +13,7 @@ from dropinf.capturing.owners import Array, varying
 from dropinf.capturing.rowmap import RowMap, Rows, groups
 from dropinf.capturing.rules import Form, Role
 from dropinf.capturing.runs import Run, alone, columns, in_one, runs, sample, values
-from dropinf.capturing.sources import Expanded, Lookup, Source, View, chunk_items
+from dropinf.capturing.sources import Lookup, Source, View, chunk_items
 from dropinf.compression import DenseProjection, ParamPlan
 
 
@@ -51,6 +51,8 @@ class Entries:
         owners: Array,
     ) -> None:
         """Write what a call in closed form contributes; `owners` are of dy."""
+        if form.experts:
+            x, dy, owners = x.movedim(-3, -2), dy.movedim(-3, -2), np.moveaxis(owners, -3, -2)
         if form.features is not None:
             parts = self.map.split(x, dy, form.features, owners)
         else:
@@ -112,9 +114,6 @@ class Entries:
             grads: gradient of the expanded operand.
             owners: of `grads`.
         """
-        while isinstance(source, Expanded):
-            shape = torch.Size((1,) * (len(shape) - len(source.shape)) + source.shape)
-            source = source.source
         if isinstance(source, Lookup) and self._pull_lookup(source, shape, grads, owners):
             return
         rows = self.map.of(owners, grads.shape)

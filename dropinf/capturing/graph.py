@@ -87,12 +87,15 @@ class FormSite(Site):
         return () if self.edge is None else (self.edge,)
 
     def taken(self, owners: Array, T: int | None) -> Owners:
-        return mixed(owners, range(self._num_lead(owners), owners.ndim), T, self.name)
+        dims = list(range(self._num_lead(owners), owners.ndim))
+        if self.form.experts:
+            dims[0] -= 1
+        return mixed(owners, dims, T, self.name)
 
     def given(self, owners: Owners) -> Sequence[Owners]:
         if self.edge is None:
             return ()
-        if isinstance(owners, str):
+        if isinstance(owners, str) or self.form.experts:
             return (owners,)
         lead = owners.shape[: self._num_lead(owners)]
         return (owners.reshape(lead + (1,) * (self.rank - len(lead))),)

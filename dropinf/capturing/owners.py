@@ -46,7 +46,9 @@ def coarse(owners: Array, T: int) -> Array:
 def collapsed(owners: Array, dims: Sequence[int]) -> Array | None:
     """One owner for all along some dimensions, past what reaches no loss; None if they differ."""
     for d in dims:
-        if owners.shape[d] > 1:
+        if not owners.shape[d]:
+            owners = np.full([1 if k == d else n for k, n in enumerate(owners.shape)], NONE)
+        elif owners.shape[d] > 1:
             none = owners == NONE
             most = np.where(none, np.iinfo(owners.dtype).min, owners).max(d, keepdims=True)
             if not ((owners == most) | none).all():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dropinf import ops
@@ -150,40 +149,10 @@ class Lookup(Derived):
         return self.table, entries
 
 
-@dataclass(frozen=True)
-class Expanded:
-    """A source whose tensor was expanded or repeated along dimensions of size one.
-
-    Attributes:
-        source: what was expanded.
-        shape: its shape, filled up with ones in front.
-    """
-
-    source: View | Derived
-    shape: torch.Size
-
-    @property
-    def slots(self) -> Sequence[ParamPlan]:
-        """The parameters behind it."""
-        return self.source.slots
-
-    @property
-    def leaves(self) -> Sequence[Tensor]:
-        """The parameters in its graph."""
-        return self.source.leaves
-
-    def pull(self, grads: Tensor) -> Iterator[tuple[View, Tensor]]:
-        """(parameter's view, entries [n, k]) of n gradients [n, *shape] of this tensor."""
-        repeated = [d + 1 for d, size in enumerate(self.shape) if size == 1]
-        sums = grads.sum(repeated, keepdim=True) if repeated else grads
-        yield from self.source.pull(sums)
-
-
-Source = View | Derived | Expanded
+Source = View | Derived
 
 # Casts and copies: an element of the result is an element of the argument.
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
-_REPEATS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 
 
 def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]) -> Source:
@@ -191,18 +160,14 @@ def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]
     if len(sources) == 1 and args and id(args[0]) in sources:
         leaf, source = args[0], sources[id(args[0])]
         if name_of(func) in _CASTS and t.shape == leaf.shape:
+            if isinstance(source, View):
+                return source
             if isinstance(source, Lookup):
                 return replace(source, output=t)
-            if not isinstance(source, Derived):
-                return source
         if isinstance(source, View) and t.dtype == leaf.dtype and _same_memory(t, leaf):
             viewed = source.viewed(leaf, t)
             if viewed is not None:
                 return viewed
-        if name_of(func) in _REPEATS:
-            own = torch.Size((1,) * (t.dim() - leaf.dim()) + leaf.shape)
-            if all(a in (1, b) for a, b in zip(own, t.shape, strict=True)):
-                return Expanded(source, own)
     pairs = {
         id(leaf): (leaf, slot)
         for source in sources.values()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dropinf.capturing.rules.recurrent import RECURRENT
+
 
 def opened(func: Any) -> Callable:
     """A Python function of torch, with its question for overrides answered no.
@@ -83,8 +85,10 @@ def _grouped_mm(
     return torch.cat([*parts, rest]).to(out_dtype or input.dtype)
 
 
+# A function that does not take a call returns NotImplemented.
 COMPOSITES: dict[Callable, Callable] = {
     F.multi_head_attention_forward: opened(F.multi_head_attention_forward),
     F.embedding_bag: _embedding_bag,
     torch._grouped_mm: _grouped_mm,
+    **RECURRENT,
 }

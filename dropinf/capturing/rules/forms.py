@@ -47,7 +47,19 @@ class Scale:
         return at, at
 
 
-Coordinates = Weight | Bias | Scale
+@dataclass(frozen=True)
+class ExpertWeight:
+    """(o, i) of positions in a flattened weight [E, I, O], each expert's o and i after the last's."""
+
+    I: int
+    O: int
+
+    def __call__(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        e = at // (self.I * self.O)
+        return e * self.O + at % self.O, e * self.I + at // self.O % self.I
+
+
+Coordinates = Weight | Bias | Scale | ExpertWeight
 
 
 class RefusedError(Exception):
@@ -80,6 +92,8 @@ class Form:
             [b, T, features]. None: the op takes x and dy as they are, the example first.
         prepare: makes of x and dy what the op takes.
         flat: x may come as [B * T, features], the positions of example 0 first.
+        experts: the third dimension from the end, of experts, is one of features, for each of which
+            x and dy have features of their own.
     """
 
     x: Tensor
@@ -87,6 +101,7 @@ class Form:
     features: tuple[int, int] | None = (1, 1)
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, dy: (x, dy)
     flat: bool = True
+    experts: bool = False
 
     @property
     def num_lead(self) -> int:

@@ -1,0 +1,62 @@
+"""Notes on nodes of autograd's graph: what a torch function did that its node does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from dropinf.capturing.call_args import argument
+from dropinf.capturing.graph import HOOKED, LIKE, edge_of
+from dropinf.capturing.owner_rules import JOINED, WRITTEN
+
+
+def _hook(args: tuple, kwargs: dict, y: Any) -> None:
+    """What a hook does to a gradient is not known; torch's own for shards do nothing to it."""
+    t, hook = args[0], args[1] if len(args) > 1 else None
+    if (
+        not getattr(hook, "__module__", "").startswith("torch.distributed")
+        and t.grad_fn is not None
+    ):
+        t.grad_fn.metadata[HOOKED] = True
+
+
+def _write(args: tuple, kwargs: dict, y: Any) -> None:
+    """Where a value was written, which the node of a write into a part does not say."""
+    x, index = args[:2]
+    if x.requires_grad and not x._is_view() and type(x.grad_fn).__name__ == "CopySlices":
+        x.grad_fn.metadata[WRITTEN] = tree_map(
+            lambda i: i.detach().cpu().numpy() if isinstance(i, Tensor) else i, index
+        )
+
+
+def _lengths(args: tuple, kwargs: dict, y: Tensor) -> None:
+    """How long the parts of a cat are, which its node does not say of those without a gradient."""
+    parts = argument(args, kwargs, 0, "tensors", ())
+    if y.requires_grad and y.grad_fn is not None and not all(t.requires_grad for t in parts):
+        d = argument(args, kwargs, 1, "dim", 0)
+        y.grad_fn.metadata[JOINED] = [t.shape[d] if t.dim() == y.dim() else 0 for t in parts]
+
+
+def _padded(args: tuple, kwargs: dict, y: Tensor) -> None:
+    """Padding by what is there is written in parts that nobody sees, each example's in itself."""
+    x = args[0] if args else kwargs["input"]
+    edge = edge_of(x)
+    if edge is not None and y.grad_fn is not None and y.grad_fn is not edge[0]:
+        y.grad_fn.metadata[LIKE] = edge
+
+
+# Function -> the note that is made of a call of it: (args, kwargs, result).
+NOTES: dict[Callable, Callable[[tuple, dict, Any], None]] = {
+    Tensor.register_hook: _hook,
+    Tensor.grad_fn.__get__: _hook,
+    Tensor.__setitem__: _write,
+    torch.cat: _lengths,
+    torch.concat: _lengths,
+    torch.concatenate: _lengths,
+    F.pad: _padded,
+}

@@ -147,16 +147,17 @@ class ActivationsTap(Tap):
             raise _unconnected()
         self.met |= entries.touched
         self.passes = run.passes
-        self._note_paths(run, len(losses))
+        self._note_paths(run, entries, len(losses))
         for slot in self.plan.slots:
             # Did not meet this batch.
             if slot.entry_map is None and slot.name not in entries.touched:
                 rows[:, slot.entries].zero_()
         return rows
 
-    def _note_paths(self, run: Backward, B: int) -> None:
+    def _note_paths(self, run: Backward, entries: Entries, B: int) -> None:
         """Keep how each parameter was captured, and say once what costs a pass for each loss."""
         self.plan.paths.update(run.paths)
+        self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
         self._closing.shared |= run.shared
         if run.passes and not self._warned and B > 1:
             self._warned = True

@@ -21,7 +21,7 @@ from dropinf.capturing.backward import Backward
 from dropinf.capturing.call_args import argument
 from dropinf.capturing.closing import Closing
 from dropinf.capturing.entries import Entries
-from dropinf.capturing.passes import Used, taken
+from dropinf.capturing.passes import Used
 from dropinf.capturing.rowmap import RowMap
 from dropinf.capturing.segments import segments, tokens
 from dropinf.capturing.tap import Entered, NotClosedError, Tap, sharded_modules
@@ -133,14 +133,16 @@ class ActivationsTap(Tap):
         if self.plan.has_entry_maps:
             rows.zero_()  # parameters add to entries that they share
         entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
-        leaves = [p for p in self._used.everything() if id(p) in self._slot_of]
-        run = Backward(
-            losses, entries, self._slot_of, leaves, self.probe, bool(sharded_modules(self.model))
+        run = self._backward = Backward(
+            losses,
+            entries,
+            self._slot_of,
+            self.probe,
+            self._used.everything(),
+            bool(sharded_modules(self.model)),
         )
-        self._backward = run
         try:
-            with taken(self._used.everything(), run.take):
-                run.run(retain_graph)
+            run.run(retain_graph)
         finally:
             self._backward = None
         if not entries.touched and not run.reached:

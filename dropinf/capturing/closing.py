@@ -8,8 +8,8 @@ that rows are exact follows from the walk over the graph, whatever is chosen.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,16 +68,14 @@ class Closing(TorchFunctionMode):
             return self._tap.gradients(func, args, kwargs)
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
-        tensors = list(tensors_of(args, kwargs))
+        tensors = tensors_of(args, kwargs)
         sources = {}
         for t in tensors:
             source = self._source(t)
             if source is not None:
                 sources[id(t)] = source
-        if sources:
-            y = self._meet(func, args, kwargs, tensors, sources)
-        else:
-            y = func(*args, **kwargs)
+        mine = sources and (args, kwargs, tensors, sources)
+        y = self._meet(func, *mine) if mine else func(*args, **kwargs)
         if func in NOTES:
             with torch._C.DisableTorchFunction():
                 NOTES[func](args, kwargs, y)
@@ -101,7 +99,7 @@ class Closing(TorchFunctionMode):
         if name_of(func) in _LIKE and id(args[0]) not in sources:
             return func(*args, **kwargs)
         activations = [t for t in tensors if t.requires_grad and id(t) not in sources]
-        y = self._in_closed_form(func, args, kwargs, sources, activations)
+        y = self._in_closed_form(func, args, kwargs, tensors, sources, activations)
         if y is None:
             y = self._expanded(func, args, kwargs, sources)
         if y is not None:
@@ -146,12 +144,14 @@ class Closing(TorchFunctionMode):
         memory = _memory(x)
         if not x.dim() or memory in self._constants:
             return False
+        if not flat and x.dim() == 1 and self._per != "example":
+            return False  # as the positions of a text are
         if self.examples in (None, 1):
             return flat or x.dim() > 1 or self.examples == 1
         size = x.shape[self.batch_dim if x.dim() > 1 else 0]
         if size == self.examples or (memory in self._inputs and size != 1):
             return True
-        return flat and (size != 1 or len(x) != 1)
+        return flat and (size != 1 or x.shape[0] != 1)
 
     def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
@@ -164,11 +164,17 @@ class Closing(TorchFunctionMode):
     # Functions with a closed form.
 
     def _in_closed_form(
-        self, func: Callable, args: tuple, kwargs: dict, sources: dict, activations: list[Tensor]
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        tensors: list[Tensor],
+        sources: dict,
+        activations: list[Tensor],
     ) -> Tensor | None:
-        if func not in FORMS:
+        if func not in FORMS or any(t.is_complex() for t in tensors):
             return None
-        form = self._form(func, args, kwargs, sources, activations)
+        form = self._form(func, args, kwargs, tensors, sources, activations)
         if form is None:
             return None
         x = form.x
@@ -182,12 +188,18 @@ class Closing(TorchFunctionMode):
             there = {id(_INPUT): x}
             return func(*swap(bare[0], there), **swap(bare[1], there))
 
-        form = dataclasses.replace(form, x=None)
+        form.x = None
         site = FormSite(_named(func), targets, form, edge_of(x), x.dim(), again)
         return Output.apply(self._tap, site, self._probe, x, y)
 
     def _form(
-        self, func: Callable, args: tuple, kwargs: dict, sources: dict, activations: list[Tensor]
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        tensors: list[Tensor],
+        sources: dict,
+        activations: list[Tensor],
     ) -> Form | None:
         try:
             for form in FORMS[func](*args, **kwargs):
@@ -195,14 +207,12 @@ class Closing(TorchFunctionMode):
                     continue  # a scale of its own for every token
                 roles = {id(role.tensor) for role in form.roles}
                 x = form.x
-                mine = [sources[i] for i in roles if i in sources]
-                if id(x) in roles or not mine or _complex(args, kwargs):
+                if id(x) in roles or not roles & sources.keys():
                     continue
-                if not {id(t) for t in (*activations, *_of(sources, args, kwargs))} <= roles | {
-                    id(x)
-                }:
+                rest = (*activations, *(t for t in tensors if id(t) in sources))
+                if any(id(t) not in roles and t is not x for t in rest):
                     continue
-                if self._key(func, form, sources) in self.shared:
+                if self.shared and self._key(func, form, sources) in self.shared:
                     continue
                 if id(x) not in sources and (x.requires_grad or self._plausible(x, form.flat)):
                     return form
@@ -300,14 +310,7 @@ def _memory(t: Tensor) -> int | None:
         return None
 
 
-def _complex(args: tuple, kwargs: dict) -> bool:
-    return any(t.is_complex() for t in tensors_of(args, kwargs))
-
-
-def _of(sources: dict, args: tuple, kwargs: dict) -> list[Tensor]:
-    return [t for t in tensors_of(args, kwargs) if id(t) in sources]
-
-
+@lru_cache(maxsize=1024)
 def _named(func: Callable) -> str:
     return resolve_name(func) or getattr(func, "__name__", repr(func))
 

@@ -81,10 +81,13 @@ class Backward:
         closed = not self._all and any(
             not isinstance(owners, str) for owners in self._found.owners.values()
         )
-        if self.passes or self._all:
+        if self.passes or self._all or self._found.opaque:
             with taken(self._leaves(), self._take):
                 for b in range(B):
                     self._one_loss(b, retain_graph or closed or b + 1 < B)
+        if self._all and not one:
+            why = next(iter(self.passes.values()))
+            self.paths = dict.fromkeys(self._entries.touched, f"a pass for each loss: {why}")
         if closed:
             self._all_losses(retain_graph)
 
@@ -93,12 +96,12 @@ class Backward:
 
         The backward of a reentrant checkpoint, and that of sharded parameters, must not be.
         """
-        return not self._sharded and not self._found.checkpoints
+        return not (self._sharded or self._found.checkpoints or self._found.opaque)
 
     def _leaves(self) -> list[Tensor]:
         """The parameters that a pass may give a gradient to."""
         if not self._told():
-            return list(self._everything)
+            return [*self._everything, *(leaf for leaf, _ in self._found.leaves.values())]
         return [leaf for leaf, _ in self._found.leaves.values() if id(leaf) in self._slot_of]
 
     def _read(self, one: bool = False) -> None:
@@ -163,12 +166,12 @@ class Backward:
     def _take(self, p: Tensor) -> None:
         """A leaf has got its gradient."""
         slot = self._slot_of.get(id(p))
-        if slot is not None and self._b is not None and self.is_running():
+        if slot is not None and self._b is not None:
             self.reached = True
             self._entries.add_gradient(slot, p.grad, self._b)
             self.paths.setdefault(slot.name, "a pass for each loss")
 
-    def write(self, site: Site, saved: tuple[Tensor, ...], dy: Tensor) -> None:
+    def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None:
         """A site has its gradient."""
         owners = self._found.owners.get(site)
         if self._b is None:
@@ -182,7 +185,7 @@ class Backward:
             return
         try:
             if isinstance(site, FormSite):
-                self._entries.sample(site.form, site.targets, saved[0], dy, owners)
+                self._entries.sample(site.form, site.targets, x, dy, owners)
             else:
                 ((source, _),) = site.targets
                 self._entries.pull(source, site.shape, dy, owners)
@@ -201,13 +204,14 @@ class Backward:
             return
         if self._b is None:
             self._walk_inside(frame)
-        first = argument(args, kwargs, 0, "tensors", ())[0]
+        tensors = argument(args, kwargs, 0, "tensors", ())
         with torch._C.DisableTorchFunction():
-            handle = first.register_hook(self._started)
+            handles = [t.register_hook(self._started) for t in tensors]
         try:
             _BACKWARD(*args, **kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _walk_inside(self, frame: FrameType) -> None:
         """Find the owners inside of a checkpoint, and whether those of its arguments were right."""
@@ -238,12 +242,29 @@ def _same(one: Array | str, other: Array | str) -> bool:
 
 
 def _checkpoint_frame() -> FrameType | None:
+    """The frame of a reentrant checkpoint that calls from this backward pass."""
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(12):
-        if frame is None or frame.f_code is CheckpointFunction.backward.__code__:
+    while frame is not None and frame.f_code is not Backward._pass.__code__:
+        if frame.f_code is CheckpointFunction.backward.__code__:
             return frame
         frame = frame.f_back
     return None
+
+
+def runs_again() -> bool:
+    """Whether torch's checkpoint runs a forward pass again, from this backward pass.
+
+    A Function of one's own may do so too, which then sees the parameters themselves.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not Backward._pass.__code__:
+        code = frame.f_code
+        if code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        if code.co_name == "backward" and code.co_varnames[:1] == ("ctx",):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _seeds(losses: Tensor, T: int | None) -> Array:

@@ -166,6 +166,8 @@ class Entries:
         """Add the unscaled values [n, k] of a view to rows, which may repeat."""
         slot = view.slot
         self._begin(slot)
+        if not values.shape[1]:
+            return
         values = values * (slot.scale / self._factor)
         if slot.entry_map is not None:
             if isinstance(slot.entry_map, DenseProjection):

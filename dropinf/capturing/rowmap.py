@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.capturing.owners import NONE, Array, varying
+from dropinf.capturing.owners import NONE, Array, collapsed, varying
 
 # Elements of the padded copies that items of one row are gathered into.
 _MAX_ELEMENTS = 1 << 24
@@ -123,7 +123,14 @@ class RowMap:
             return np.where(fine, flat[np.where(fine, owners, 0)], NONE)
         # Positions of examples: as many as there are tokens, in order.
         full = np.broadcast_to(owners, lead)
-        example = np.where(full < NONE, -2 - full, NONE).reshape(-1)
+        example = np.where(full < NONE, -2 - full, NONE)
+        for d in range(full.ndim):
+            # Where one dimension alone is the examples, so is what reaches no loss.
+            one = collapsed(example, [k for k in range(full.ndim) if k != d])
+            if one is not None and full.ndim > 1 and (one >= 0).all():
+                example = np.broadcast_to(one, full.shape)
+                break
+        example = example.reshape(-1)
         order = np.argsort(example, kind="stable")
         order = order[example[order] >= 0]
         counts = np.bincount(example[order], minlength=len(self._of_token))

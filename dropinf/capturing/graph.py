@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dropinf.capturing.owners import Array, Owners, mixed
-from dropinf.capturing.rules import Form, Role
-from dropinf.capturing.rules.forms import Bias
+from dropinf.capturing.rules import Bias, Form, Role
 from dropinf.capturing.sources import Source
 from dropinf.compression import ParamPlan
 

@@ -1,4 +1,4 @@
-"""Whose the arguments of a function are, given whose its results are: what `alignment` is made of."""
+"""Whose the arguments of a function are, given whose its results are: rules for `alignment`."""
 
 from __future__ import annotations
 

@@ -99,11 +99,10 @@ class RowMap:
         if self.T is not None or owners is self._last:
             return self.T is None
         size = self.num_rows
-        if owners.ndim and owners.size == size == owners.shape[0]:
-            if np.array_equal(owners.reshape(-1), np.arange(size)):
-                self._last = owners
-                return True
-        return False
+        first = owners.ndim and owners.size == size == owners.shape[0]
+        if first and np.array_equal(owners.reshape(-1), np.arange(size)):
+            self._last = owners
+        return owners is self._last
 
     def of_items(self, n: int, owners: Array) -> Rows:
         """Rows of n items along dimension 0, the only one along which owners differ."""

@@ -30,8 +30,8 @@ class Found:
     Attributes:
         owners: of each site's output; a string says where they were lost.
         leaves: id of each leaf that is reached past the sites -> (the leaf, its owners).
-        opaque: whether there is a Function that nobody declared: its backward may run a forward pass
-            again, so that parameters get gradients that the graph does not show.
+        opaque: whether there is a Function that nobody declared: its backward may run a forward
+            pass again, so that parameters get gradients that the graph does not show.
         checkpoints: reentrant checkpoints -> the owners of their results and, as long as nobody has
             seen inside, of their arguments.
     """

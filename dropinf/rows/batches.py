@@ -10,8 +10,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from dropinf.capturing import ActivationsTap, GradsTap, NotClosedError, capture
-from dropinf.capturing.checking import example_at, size_at
+from dropinf.capturing import (
+    ActivationsTap,
+    GradsTap,
+    NotClosedError,
+    capture,
+    example_at,
+    size_at,
+)
 from dropinf.compression import Plan
 from dropinf.user_warning import warn_user
 

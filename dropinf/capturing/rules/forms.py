@@ -49,7 +49,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """(o, i) of positions in a flattened weight [E, I, O], each expert's o and i after the last's."""
+    """(o, i) of positions in a flattened weight [E, I, O], the o and i of each expert in turn."""
 
     I: int
     O: int

@@ -224,12 +224,12 @@ class ActivationsTap(Tap):
         Raises:
             RuntimeError: that pass fills .grad, of which the site would withhold a part.
         """
-        if not self.outside:
+        if self._open and not self.outside:
             return
         raise RuntimeError(
-            "capture: a backward pass outside of tap.rows(losses) would miss gradients of tracked "
-            "parameters; call tap.rows(losses, retain_graph=True) inside the `with`, and run it "
-            "after the `with`, or use capture(..., closed=False)"
+            "capture: a backward pass of what was computed inside of a capture would miss gradients "
+            "of its parameters; call tap.rows(losses) inside, and run the model again outside for "
+            "other gradients, or use capture(..., closed=False)"
         )
 
     def _row_map(self, losses: Tensor, segment_ids: Tensor | None) -> RowMap:

@@ -38,7 +38,10 @@ _TABLE: list[tuple[Rule, str]] = [
     ),
     (
         rules.over,
-        "Cummax Cummin Cumprod Cumsum Glu LinalgCross LogSoftmax Logcumsumexp SafeSoftmax Softmax Sort",
+        """
+        Cummax Cummin Cumprod Cumsum Glu LinalgCross LogSoftmax Logcumsumexp SafeSoftmax Softmax
+        Sort
+        """,
     ),
     (
         rules.last(2),

@@ -130,7 +130,7 @@ class Tap:
 
 
 def eager(undo: contextlib.ExitStack) -> None:
-    """Have compiled functions run as written until `undo`, in whatever order captures are closed."""
+    """Have compiled functions run as written until `undo`, in whatever order captures close."""
     with _LOCK:
         _EAGER.append(_EAGER[0] if _EAGER else torch.compiler.set_stance("force_eager"))
 

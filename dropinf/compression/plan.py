@@ -182,8 +182,8 @@ class Plan:
         for name in names:
             if name in kept and model.get_parameter(name).is_complex():
                 raise ValueError(
-                    f"Plan.make: {name!r} is complex, and rows are real; keep it as a real parameter "
-                    "and use torch.view_as_complex of it, or leave it out with exclude="
+                    f"Plan.make: {name!r} is complex, and rows are real; keep it as a real "
+                    "parameter and use torch.view_as_complex of it, or leave it out with exclude="
                 )
         layers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for layer, name, shape in owned:

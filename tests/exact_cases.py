@@ -89,9 +89,9 @@ ALONG = {
     "kthvalue": lambda y: y + y.kthvalue(2, 0)[0],
     "median": lambda y: y - y.median(0, keepdim=True)[0],
     "maximum over the batch": lambda y: y - y.amax(0),
-    "masked_select": lambda y: y.masked_select(torch.tensor([1, 0, 1, 1]).bool()[:, None])
-    .view(3, 4)
-    .repeat(2, 1)[:4],
+    "masked_select": lambda y: (
+        y.masked_select(torch.tensor([1, 0, 1, 1]).bool()[:, None]).view(3, 4).repeat(2, 1)[:4]
+    ),
     "a boolean mask": lambda y: torch.cat([y[torch.tensor([1, 0, 1, 0]).bool()], y[1::2]]),
     "a mask of bytes": lambda y: torch.cat(
         [y[torch.tensor([0, 0, 1, 0], dtype=torch.uint8)], y[:3]]
@@ -155,8 +155,9 @@ ALONG = {
     "constant_pad_nd": lambda y: torch.constant_pad_nd(y, (0, 0, -1, 1)),
     "interpolated over the batch": lambda y: F.interpolate(y.T[None], 6)[0].T[1:5],
     "pooled over the batch": lambda y: F.avg_pool1d(y.T[None], 3, 1, 1)[0].T,
-    "convolved over the batch": lambda y: F.conv1d(y.T[None], torch.ones(4, 1, 3).to(y), padding=1,
-                                                   groups=4)[0].T,  # fmt: skip
+    "convolved over the batch": lambda y: (
+        F.conv1d(y.T[None], torch.ones(4, 1, 3).to(y), padding=1, groups=4)[0].T
+    ),
     "batch norm": lambda y: F.batch_norm(y, None, None, training=True),
     "pairwise distances": lambda y: torch.cdist(y, y),
     "kron": lambda y: torch.kron(y[:2], y[2:])[:, :4],
@@ -174,11 +175,13 @@ ALONG = {
     )[0, 0],
     "attention over the batch": lambda y: F.scaled_dot_product_attention(y, y, y),
     "logsumexp": lambda y: y - y.logsumexp(0),
-    "pack_padded_sequence": lambda y: nn.utils.rnn.pack_padded_sequence(
-        y.view(4, 2, 2), torch.tensor([2, 2, 1, 1]), batch_first=True
-    )
-    .data[:4]
-    .repeat(1, 2),
+    "pack_padded_sequence": lambda y: (
+        nn.utils.rnn.pack_padded_sequence(
+            y.view(4, 2, 2), torch.tensor([2, 2, 1, 1]), batch_first=True
+        )
+        .data[:4]
+        .repeat(1, 2)
+    ),
     "block views of a product": lambda y: (y[:2] @ y.view(2, 4, 2)).reshape(4, 2).repeat(1, 2),
 }
 for name, middle in ALONG.items():
@@ -214,8 +217,9 @@ WRITES = {
     "index_add_": lambda y: y.index_add_(0, ORDER, y.clone()),
     "put_": lambda y: y.put_(torch.tensor([0, 5]), y.clone()[3, :2]),
     "fill_diagonal_": lambda y: y.fill_diagonal_(0.5),
-    "as_strided_scatter": lambda y: y.copy_(y.clone().as_strided_scatter(y.clone()[2:], (2, 4),
-                                                                         (4, 1))),  # fmt: skip
+    "as_strided_scatter": lambda y: y.copy_(
+        y.clone().as_strided_scatter(y.clone()[2:], (2, 4), (4, 1))
+    ),
     "squeeze_, then a row": lambda y: y.unsqueeze_(0).squeeze_(0)[1].zero_(),
     "t_ twice": lambda y: y.t_().mul_(2).t_(),
 }
@@ -331,17 +335,13 @@ case(
     "a full backward hook",
     lambda s, x: s.k(s.h(s.l(x)).tanh()),
     **LAYERS,
-    h=hooked_module(
-        lambda m: m.register_full_backward_hook(lambda m, gi, go: (gi[0].flip(0),))
-    ),
+    h=hooked_module(lambda m: m.register_full_backward_hook(lambda m, gi, go: (gi[0].flip(0),))),
 )
 case(
     "a full backward prehook",
     lambda s, x: s.k(s.h(s.l(x)).tanh()),
     **LAYERS,
-    h=hooked_module(
-        lambda m: m.register_full_backward_pre_hook(lambda m, go: (go[0].flip(0),))
-    ),
+    h=hooked_module(lambda m: m.register_full_backward_pre_hook(lambda m, go: (go[0].flip(0),))),
 )
 case(
     "a forward hook that turns the batch",

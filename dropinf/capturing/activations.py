@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,11 @@ from dropinf.user_warning import warn_user
 
 
 class ActivationsTap(Tap):
-    """Rows from each layer's input and output gradient."""
+    """Rows from each layer's input and output gradient.
+
+    Attributes:
+        passes: parameters for which the last rows took a pass for each loss -> why.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class ActivationsTap(Tap):
         self.probe = torch.zeros((), requires_grad=True)
         self._backward: Backward | None = None
         self._warned = False
+        self.passes: dict[str, str] = {}
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         slots = {id(p): s for s, p in zip(self.plan.slots, self.parameters, strict=True)}
@@ -141,16 +146,18 @@ class ActivationsTap(Tap):
         if not entries.touched and not run.reached:
             raise _unconnected()
         self.met |= entries.touched
-        self._note_paths(run, len(losses))
+        self.passes = run.passes
+        self._note_paths(run, entries, len(losses))
         for slot in self.plan.slots:
             # Did not meet this batch.
             if slot.entry_map is None and slot.name not in entries.touched:
                 rows[:, slot.entries].zero_()
         return rows
 
-    def _note_paths(self, run: Backward, B: int) -> None:
+    def _note_paths(self, run: Backward, entries: Entries, B: int) -> None:
         """Keep how each parameter was captured, and say once what costs a pass for each loss."""
         self.plan.paths.update(run.paths)
+        self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
         self._closing.shared |= run.shared
         if run.passes and not self._warned and B > 1:
             self._warned = True
@@ -161,6 +168,15 @@ class ActivationsTap(Tap):
                 "exact, and slow; see plan.describe(), and dropinf.keeps_examples for kernels of "
                 "your own"
             )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, functions run as if there were no capture."""
+        self._closing.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._closing.__enter__()
 
     # What the sites and the mode ask.
 

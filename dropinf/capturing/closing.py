@@ -1,9 +1,9 @@
 """Closing: the calls in which parameters meet data in closed form.
 
-A parameter stays what it is, a leaf of autograd's graph, in every call that is not understood. Where
-it meets data in a function that has a rule, the function gets a detached copy, and a site in the
-graph writes its entries in the backward pass. What is chosen here decides what a capture costs; that
-rows are exact follows from the walk over the graph, whatever is chosen.
+A parameter stays what it is, a leaf of autograd's graph, in every call that is not understood.
+Where it meets data in a function that has a rule, the function gets a detached copy, and a site in
+the graph writes its entries in the backward pass. What is chosen here decides what a capture costs;
+that rows are exact follows from the walk over the graph, whatever is chosen.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Closing(TorchFunctionMode):
         self.shared: set[tuple] = set()
         self._tap, self._per = tap, per
         self._sources: Marks[tuple[Source, int | None]] = Marks()
-        self._constants = {t.untyped_storage().data_ptr() for t in constants}
-        self._inputs: set[int] = set()
+        self._constants: set[int | None] = {_memory(t) for t in constants}
+        self._inputs: set[int | None] = set()
         self._probe = tap.probe
 
     def track(self, parameter: Tensor, slot: ParamPlan) -> None:
@@ -143,7 +143,7 @@ class Closing(TorchFunctionMode):
 
     def _plausible(self, x: Tensor, flat: bool = True) -> bool:
         """Whether data without a gradient may hold the batch; `flat` if flattened as well."""
-        memory = x.untyped_storage().data_ptr()
+        memory = _memory(x)
         if not x.dim() or memory in self._constants:
             return False
         if self.examples in (None, 1):
@@ -155,7 +155,7 @@ class Closing(TorchFunctionMode):
 
     def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
-        self._inputs = {t.untyped_storage().data_ptr() for t in inputs}
+        self._inputs = {_memory(t) for t in inputs}
         batch = next((t.shape for t in inputs if t.dim()), None)
         if batch is not None:
             self.examples = batch[self.batch_dim if len(batch) > 1 else 0]
@@ -290,6 +290,14 @@ class Closing(TorchFunctionMode):
                 Operand.apply(self._tap, site, self._probe, t.detach().reshape(own), shape)
             )
         return found
+
+
+def _memory(t: Tensor) -> int | None:
+    """What tells a tensor's memory from others; None of one that has none of its own."""
+    try:
+        return t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _complex(args: tuple, kwargs: dict) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,11 @@ class GradsTap(Tap):
             for current in range(len(losses)):  # `take` reads it
                 losses[current].backward(retain_graph=retain_graph or current + 1 < len(losses))
         return rows
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """As of mode="activations"; there is nothing to pause."""
+        yield
 
     def row(self, *, loss_scale: float = 1.0) -> Tensor:
         """[R] row of the gradients that are in .grad now, in one launch.

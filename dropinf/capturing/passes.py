@@ -21,8 +21,9 @@ def taken(everything: Sequence[Tensor], take: Callable[[Tensor], None]) -> Itera
     """
 
     def free(p: Tensor) -> None:
-        take(p)
-        p.grad = None
+        if p.grad is not None:  # as it is where it is zero for sure
+            take(p)
+            p.grad = None
 
     with torch._C.DisableTorchFunction():
         leaves = list({id(p): p for p in everything if p.requires_grad}.values())

@@ -66,10 +66,7 @@ class Tap:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
         with contextlib.ExitStack() as undo:
             self._claim(undo)
-            for module in self.given.modules():
-                if isinstance(module, DistributedDataParallel):
-                    # It would average an example's gradient with those of the other ranks.
-                    undo.enter_context(module.no_sync())
+            unsynchronised(self.given, undo)
             reshard(self.model)
             undo.callback(reshard, self.model)
             self._attach(undo)
@@ -126,6 +123,13 @@ class Tap:
         """[num_rows, R] for these losses: float32, or float64 for float64 losses."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return torch.empty(num_rows, self.plan.width, dtype=dtype, device=losses.device)
+
+
+def unsynchronised(model: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Have no gradient of an example averaged with those of other ranks, until `undo`."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            undo.enter_context(module.no_sync())
 
 
 class Entered:

@@ -34,17 +34,76 @@ def call(name, function, *shapes, loses=(), label="", positive=False, complex=Fa
 
 
 # Elementwise, of one argument.
-for name in """
-    abs asin asinh atan atanh ceil clone cos cosh deg2rad digamma erf erfc erfinv exp exp2
-    expm1 floor frac i0 lgamma log log10 log1p log2 logit nan_to_num neg rad2deg reciprocal relu
-    round rsqrt sgn sigmoid sign sin sinc sinh sqrt tan tanh trunc acos tril triu
-""".split():
+for name in [
+    "abs",
+    "asin",
+    "asinh",
+    "atan",
+    "atanh",
+    "ceil",
+    "clone",
+    "cos",
+    "cosh",
+    "deg2rad",
+    "digamma",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "frac",
+    "i0",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "logit",
+    "nan_to_num",
+    "neg",
+    "rad2deg",
+    "reciprocal",
+    "relu",
+    "round",
+    "rsqrt",
+    "sgn",
+    "sigmoid",
+    "sign",
+    "sin",
+    "sinc",
+    "sinh",
+    "sqrt",
+    "tan",
+    "tanh",
+    "trunc",
+    "acos",
+    "tril",
+    "triu",
+]:
     node = "".join(part.capitalize() for part in name.split("_"))
-    call(node.replace("1p", "1P").replace("2r", "2R").replace("2d", "2D"), getattr(torch, name), (2, 3, 4), positive=True)
+    call(
+        node.replace("1p", "1P").replace("2r", "2R").replace("2d", "2D"),
+        getattr(torch, name),
+        (2, 3, 4),
+        positive=True,
+    )
 call("Acosh", lambda x: torch.acosh(x + 2), positive=True)
-for name in """
-    celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu mish silu softplus softshrink
-""".split():
+for name in [
+    "celu",
+    "elu",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "mish",
+    "silu",
+    "softplus",
+    "softshrink",
+]:
     node = "".join(part.capitalize() for part in name.split("_"))
     call(node, getattr(F, name), positive=True)
 call("Celu", F.celu)
@@ -65,10 +124,27 @@ call("Angle", torch.angle, complex=True)
 call("Abs", torch.abs, complex=True, label="complex")
 
 # Elementwise, of several that broadcast.
-for name in """
-    add sub mul div maximum minimum fmax fmin atan2 copysign hypot logaddexp logaddexp2 xlogy pow
-    remainder fmod complex rsub
-""".split():
+for name in [
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "atan2",
+    "copysign",
+    "hypot",
+    "logaddexp",
+    "logaddexp2",
+    "xlogy",
+    "pow",
+    "remainder",
+    "fmod",
+    "complex",
+    "rsub",
+]:
     node, function = name.capitalize(), getattr(torch, name)
     for shapes in (((3, 4), (3, 4)), ((2, 3, 4), (3, 1)), ((3, 1), (4,)), ((), (3, 4))):
         if name in ("remainder", "fmod") and shapes[0] == ():
@@ -111,7 +187,7 @@ call("ViewAsReal", torch.view_as_real, complex=True, loses=[2])
 call("ViewAsComplex", torch.view_as_complex, (3, 4, 2))
 
 # Reductions.
-for name in "amax amin logsumexp mean sum std var nansum prod".split():
+for name in ["amax", "amin", "logsumexp", "mean", "sum", "std", "var", "nansum", "prod"]:
     node, function = name.capitalize(), getattr(torch, name)
     for keepdim in (False, True):
         for dim in (0, -1, (0, 2), (-1, -2), (0, 1, 2)):
@@ -123,7 +199,7 @@ for name in "amax amin logsumexp mean sum std var nansum prod".split():
                 (2, 3, 4),
                 label=f"{dim} {keepdim}",
             )
-for name in "max min median mode nanmedian".split():
+for name in ["max", "min", "median", "mode", "nanmedian"]:
     for keepdim in (False, True):
         for dim in (0, 1, -1):
             call(
@@ -132,7 +208,20 @@ for name in "max min median mode nanmedian".split():
                 (2, 3, 4),
                 label=f"{dim} {keepdim}",
             )
-for name in "max min median nanmedian sum mean prod std var amax nansum logsumexp".split():
+for name in [
+    "max",
+    "min",
+    "median",
+    "nanmedian",
+    "sum",
+    "mean",
+    "prod",
+    "std",
+    "var",
+    "amax",
+    "nansum",
+    "logsumexp",
+]:
     function = getattr(torch, name)
     if name == "logsumexp":
         call("Logsumexp", lambda x: x.logsumexp(0), (4,), label="of one dimension")
@@ -232,7 +321,9 @@ call("Gather", lambda x: x.gather(-1, torch.tensor([[3, 0], [1, 1]])), (3, 4), l
 call("Gather", lambda x: x.gather(1, torch.tensor([[3], [1], [0]])), (3, 4), label="one each")
 call("IndexAdd", lambda x, s: x.index_add(0, I[:2], s), (3, 4), (2, 4))
 call("IndexAdd", lambda x, s: x.index_add(-1, torch.tensor([1, 1]), s), (3, 4), (3, 2), label="1")
-call("IndexAdd", lambda s: torch.zeros(4, 3).double().index_add(0, J, s), (3, 3), label="into zeros")
+call(
+    "IndexAdd", lambda s: torch.zeros(4, 3).double().index_add(0, J, s), (3, 3), label="into zeros"
+)
 call("IndexCopy", lambda x, s: x.index_copy(0, I[:2], s), (3, 4), (2, 4))
 call("IndexCopy", lambda x, s: x.index_copy(1, J[1], s), (3, 4), (3, 1), label="a number")
 SPREAD = torch.tensor([[2, 0, 1, 1], [0, 1, 2, 0]])
@@ -399,11 +490,24 @@ for reduction in ("none", "sum", "mean"):
 call("NllLoss", lambda x: F.nll_loss(x, torch.tensor(1)), (4,), label="one")
 
 # What runs on other devices alone, and names that no function leaves in the graph of this torch.
-NOT_HERE = set(
-    """
-    ConvolutionOverrideable CudnnBatchNorm CudnnConvolution FusedRmsNorm MkldnnAdaptiveAvgPool2D
-    MkldnnConvolution ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
-    ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable
-    Imag KlDiv L1Loss NativeChannelShuffle Real Selu Square TypeAs Xlog1Py
-    """.split()
-)
+NOT_HERE = {
+    "ConvolutionOverrideable",
+    "CudnnBatchNorm",
+    "CudnnConvolution",
+    "FusedRmsNorm",
+    "MkldnnAdaptiveAvgPool2D",
+    "MkldnnConvolution",
+    "ScaledDotProductCudnnAttention",
+    "ScaledDotProductEfficientAttention",
+    "ScaledDotProductFlashAttention",
+    "ScaledDotProductFusedAttentionOverrideable",
+    "Imag",
+    "KlDiv",
+    "L1Loss",
+    "NativeChannelShuffle",
+    "Real",
+    "Selu",
+    "Square",
+    "TypeAs",
+    "Xlog1Py",
+}

@@ -44,7 +44,11 @@ def reaches(xs, ys):
     """For each result and argument [elements, *shape]: whether an element's gradient gets there."""
     found = []
     for y in ys:
-        parts = torch.view_as_real(y.resolve_conj()).flatten(0, -2) if y.is_complex() else y.reshape(-1, 1)
+        parts = (
+            torch.view_as_real(y.resolve_conj()).flatten(0, -2)
+            if y.is_complex()
+            else y.reshape(-1, 1)
+        )
         mine = [np.zeros((y.numel(), *x.shape), bool) for x in xs]
         for i, element in enumerate(parts):
             for part in element:

@@ -208,9 +208,7 @@ def test_read(shape, d, index, data):
     seen = {}
     for at in itertools.product(*map(range, taken)):
         seen.setdefault((*at[:d], int(index[at[d]]), *at[d + 1 :]), []).append(full[at])
-    truth = {
-        at: only(seen.get(at, [])) for at in itertools.product(*map(range, shape))
-    }
+    truth = {at: only(seen.get(at, [])) for at in itertools.product(*map(range, shape))}
     found = read(lambda x: x.take(index, d), owners, shape, (d,), "f")
     if isinstance(found, str):
         # Owners along a dimension that the positions do not show may be lost as well.

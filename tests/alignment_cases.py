@@ -1,4 +1,4 @@
-"""For each function of the table of alignment, calls of it: with what it takes and what it may lose."""
+"""Calls of each function in the table of alignment, and which owners it may lose."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class Call(NamedTuple):
     complex: bool
 
 
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 CALLS: list[Call] = []
 _ALL = frozenset([-1])
 
@@ -34,54 +38,11 @@ def call(name, function, *shapes, loses=(), label="", positive=False, complex=Fa
 
 
 # Elementwise, of one argument.
-for name in [
-    "abs",
-    "asin",
-    "asinh",
-    "atan",
-    "atanh",
-    "ceil",
-    "clone",
-    "cos",
-    "cosh",
-    "deg2rad",
-    "digamma",
-    "erf",
-    "erfc",
-    "erfinv",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "frac",
-    "i0",
-    "lgamma",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "logit",
-    "nan_to_num",
-    "neg",
-    "rad2deg",
-    "reciprocal",
-    "relu",
-    "round",
-    "rsqrt",
-    "sgn",
-    "sigmoid",
-    "sign",
-    "sin",
-    "sinc",
-    "sinh",
-    "sqrt",
-    "tan",
-    "tanh",
-    "trunc",
-    "acos",
-    "tril",
-    "triu",
-]:
+for name in words("""
+    abs asin asinh atan atanh ceil clone cos cosh deg2rad digamma erf erfc erfinv exp exp2
+    expm1 floor frac i0 lgamma log log10 log1p log2 logit nan_to_num neg rad2deg reciprocal relu
+    round rsqrt sgn sigmoid sign sin sinc sinh sqrt tan tanh trunc acos tril triu
+"""):
     node = "".join(part.capitalize() for part in name.split("_"))
     call(
         node.replace("1p", "1P").replace("2r", "2R").replace("2d", "2D"),
@@ -90,20 +51,9 @@ for name in [
         positive=True,
     )
 call("Acosh", lambda x: torch.acosh(x + 2), positive=True)
-for name in [
-    "celu",
-    "elu",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "mish",
-    "silu",
-    "softplus",
-    "softshrink",
-]:
+for name in words("""
+    celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu mish silu softplus softshrink
+"""):
     node = "".join(part.capitalize() for part in name.split("_"))
     call(node, getattr(F, name), positive=True)
 call("Celu", F.celu)
@@ -124,27 +74,10 @@ call("Angle", torch.angle, complex=True)
 call("Abs", torch.abs, complex=True, label="complex")
 
 # Elementwise, of several that broadcast.
-for name in [
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "atan2",
-    "copysign",
-    "hypot",
-    "logaddexp",
-    "logaddexp2",
-    "xlogy",
-    "pow",
-    "remainder",
-    "fmod",
-    "complex",
-    "rsub",
-]:
+for name in words("""
+    add sub mul div maximum minimum fmax fmin atan2 copysign hypot logaddexp logaddexp2 xlogy pow
+    remainder fmod complex rsub
+"""):
     node, function = name.capitalize(), getattr(torch, name)
     for shapes in (((3, 4), (3, 4)), ((2, 3, 4), (3, 1)), ((3, 1), (4,)), ((), (3, 4))):
         if name in ("remainder", "fmod") and shapes[0] == ():
@@ -187,7 +120,7 @@ call("ViewAsReal", torch.view_as_real, complex=True, loses=[2])
 call("ViewAsComplex", torch.view_as_complex, (3, 4, 2))
 
 # Reductions.
-for name in ["amax", "amin", "logsumexp", "mean", "sum", "std", "var", "nansum", "prod"]:
+for name in words("amax amin logsumexp mean sum std var nansum prod"):
     node, function = name.capitalize(), getattr(torch, name)
     for keepdim in (False, True):
         for dim in (0, -1, (0, 2), (-1, -2), (0, 1, 2)):
@@ -199,7 +132,7 @@ for name in ["amax", "amin", "logsumexp", "mean", "sum", "std", "var", "nansum",
                 (2, 3, 4),
                 label=f"{dim} {keepdim}",
             )
-for name in ["max", "min", "median", "mode", "nanmedian"]:
+for name in words("max min median mode nanmedian"):
     for keepdim in (False, True):
         for dim in (0, 1, -1):
             call(
@@ -208,20 +141,7 @@ for name in ["max", "min", "median", "mode", "nanmedian"]:
                 (2, 3, 4),
                 label=f"{dim} {keepdim}",
             )
-for name in [
-    "max",
-    "min",
-    "median",
-    "nanmedian",
-    "sum",
-    "mean",
-    "prod",
-    "std",
-    "var",
-    "amax",
-    "nansum",
-    "logsumexp",
-]:
+for name in words("max min median nanmedian sum mean prod std var amax nansum logsumexp"):
     function = getattr(torch, name)
     if name == "logsumexp":
         call("Logsumexp", lambda x: x.logsumexp(0), (4,), label="of one dimension")
@@ -431,7 +351,7 @@ for d in (2, 3):
     call(f"AdaptiveMaxPool{d}D", lambda x, d=d: getattr(F, f"adaptive_max_pool{d}d")(x, 2), size,
          **every)  # fmt: skip
 for d in (1, 2, 3):
-    size, modes = (2, 2) + (3,) * d, {"nearest": "Nearest", "nearest-exact": "NearestExact"}
+    size, modes = (2, 2) + (5 - d,) * d, {"nearest": "Nearest", "nearest-exact": "NearestExact"}
     modes |= {1: {"linear": "Linear"}, 2: {"bilinear": "Bilinear", "bicubic": "Bicubic"},
               3: {"trilinear": "Trilinear"}}[d]  # fmt: skip
     for mode, part in modes.items():
@@ -473,8 +393,8 @@ for reduction in ("none", "sum", "mean"):
                            "SmoothL1Loss": F.smooth_l1_loss}.items():  # fmt: skip
         call(node, lambda x, y, f=function, r=reduction: f(x, y, reduction=r), (3, 4), (3, 4),
              **how, positive=True)  # fmt: skip
-    call("SoftMarginLoss", lambda x, r=reduction: F.soft_margin_loss(x, torch.ones(3, 4).double(),
-                                                                    reduction=r), **how)  # fmt: skip
+    call("SoftMarginLoss", lambda x, r=reduction: F.soft_margin_loss(
+        x, torch.ones(3, 4).double(), reduction=r), **how)  # fmt: skip
     call("BinaryCrossEntropy", lambda x, y, r=reduction: F.binary_cross_entropy(x, y, reduction=r),
          (3, 4), (3, 4), **how, positive=True)  # fmt: skip
     call("BinaryCrossEntropyWithLogits", lambda x, y, r=reduction:
@@ -490,24 +410,11 @@ for reduction in ("none", "sum", "mean"):
 call("NllLoss", lambda x: F.nll_loss(x, torch.tensor(1)), (4,), label="one")
 
 # What runs on other devices alone, and names that no function leaves in the graph of this torch.
-NOT_HERE = {
-    "ConvolutionOverrideable",
-    "CudnnBatchNorm",
-    "CudnnConvolution",
-    "FusedRmsNorm",
-    "MkldnnAdaptiveAvgPool2D",
-    "MkldnnConvolution",
-    "ScaledDotProductCudnnAttention",
-    "ScaledDotProductEfficientAttention",
-    "ScaledDotProductFlashAttention",
-    "ScaledDotProductFusedAttentionOverrideable",
-    "Imag",
-    "KlDiv",
-    "L1Loss",
-    "NativeChannelShuffle",
-    "Real",
-    "Selu",
-    "Square",
-    "TypeAs",
-    "Xlog1Py",
-}
+NOT_HERE = set(
+    words("""
+    ConvolutionOverrideable CudnnBatchNorm CudnnConvolution FusedRmsNorm MkldnnAdaptiveAvgPool2D
+    MkldnnConvolution ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
+    ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable
+    Imag KlDiv L1Loss NativeChannelShuffle Real Selu Square TypeAs Xlog1Py
+    """)
+)

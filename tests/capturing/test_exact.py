@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from exact_cases import CASES
+from torch import nn
 
-from dropinf import Full, Plan, capture, collect
+from dropinf import Dropout, Full, Plan, capture, collect
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
@@ -16,9 +17,8 @@ pytestmark = [
 
 def made(case):
     torch.manual_seed(0)
-    model = case.model().double().eval()
     batch = tuple(t.double() if t.is_floating_point() else t for t in case.batch())
-    return model, batch, Plan.make(model, Full())
+    return case.model().double().eval(), batch
 
 
 def true_rows(case, model, batch, plan):
@@ -42,8 +42,8 @@ def true_rows(case, model, batch, plan):
 
 
 def assert_rows(rows, truth):
-    assert truth.abs().sum() > 0
-    torch.testing.assert_close(rows, truth.to(rows), rtol=0, atol=1e-12 * truth.abs().max().item())
+    assert truth.abs().sum() > 0 and rows.dtype == truth.dtype
+    torch.testing.assert_close(rows, truth, rtol=0, atol=1e-12 * truth.abs().max().item())
 
 
 def captured(case, model, batch, plan):
@@ -55,9 +55,24 @@ def collected(case, model, batch, plan):
     return collect(model, [batch], case.loss_fn, plan, check=False, progress=False).rows
 
 
-@pytest.mark.parametrize("way", [captured, collected], ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "way, compression",
+    [(captured, Full()), (collected, Dropout(r=7))],
+    ids=["captured", "collected"],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_rows_are_the_gradients_of_the_losses(case, way):
-    model, batch, plan = made(case)
+def test_rows_are_the_gradients_of_the_losses(case, way, compression):
+    model, batch = made(case)
+    plan = Plan.make(model, compression)
     truth = true_rows(case, model, batch, plan)
     assert_rows(way(case, model, batch, plan), truth)
+
+
+@pytest.mark.parametrize("mode", ["activations", "grads"])
+def test_complex_parameters_are_refused(mode):
+    """A row holds real numbers, and would have half of the gradient."""
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="complex"):
+        plan = Plan.make(model, Full())
+        with capture(model, plan, mode) as tap:
+            tap.rows(model(torch.randn(4, 3, dtype=torch.complex64)).abs().sum(1))

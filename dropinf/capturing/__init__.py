@@ -1,7 +1,7 @@
 """One backward pass -> rows [B, R]."""
 
 from dropinf.capturing.activations import ActivationsTap
-from dropinf.capturing.checking import check_examples, one_example
+from dropinf.capturing.checking import check_examples, example_at, places_of, size_at
 from dropinf.capturing.gradients import GradsTap
 from dropinf.capturing.keeping import keeps_examples
 from dropinf.capturing.modes import capture
@@ -19,7 +19,9 @@ __all__ = [
     "alone_in_its_row",
     "capture",
     "check_examples",
+    "example_at",
     "keeps_examples",
-    "one_example",
+    "places_of",
+    "size_at",
     "verify",
 ]

@@ -17,16 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from dropinf.capturing.backward import Backward
+from dropinf.capturing.backward import Backward, runs_again
 from dropinf.capturing.call_args import argument
 from dropinf.capturing.closing import Closing
 from dropinf.capturing.entries import Entries
-from dropinf.capturing.passes import Used, taken
+from dropinf.capturing.passes import Used
 from dropinf.capturing.rowmap import RowMap
+from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
 from dropinf.capturing.tap import Entered, NotClosedError, Tap, sharded_modules
 from dropinf.compression import ParamPlan, Plan
 from dropinf.user_warning import warn_user
+
+# Passes that fill .grad, with the mode on inside of them.
+_OUTSIDE = {f: opened(f) for f in (torch.autograd.backward, Tensor.backward)}
 
 
 class ActivationsTap(Tap):
@@ -50,6 +54,7 @@ class ActivationsTap(Tap):
         self.probe = torch.zeros((), requires_grad=True)
         self._backward: Backward | None = None
         self._warned = False
+        self.outside = False  # in a backward pass that fills .grad, and is not one of `rows`
         self.passes: dict[str, str] = {}
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
@@ -133,14 +138,16 @@ class ActivationsTap(Tap):
         if self.plan.has_entry_maps:
             rows.zero_()  # parameters add to entries that they share
         entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
-        leaves = [p for p in self._used.everything() if id(p) in self._slot_of]
-        run = Backward(
-            losses, entries, self._slot_of, leaves, self.probe, bool(sharded_modules(self.model))
+        run = self._backward = Backward(
+            losses,
+            entries,
+            self._slot_of,
+            self.probe,
+            self._used.everything(),
+            bool(sharded_modules(self.model)),
         )
-        self._backward = run
         try:
-            with taken(self._used.everything(), run.take):
-                run.run(retain_graph)
+            run.run(retain_graph)
         finally:
             self._backward = None
         if not entries.touched and not run.reached:
@@ -194,11 +201,31 @@ class ActivationsTap(Tap):
             return func(*args, **kwargs)
         if func is torch.autograd.grad:
             inputs = argument(args, kwargs, 1, "inputs", ())
-            inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-            for p in inputs:
-                if id(p) in self._slot_of:
-                    raise NotClosedError(self._slot_of[id(p)].name)
+            for t in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
+                leaf = t if isinstance(t, Tensor) else getattr(t.node, "variable", None)
+                name = None if leaf is None else self._closing.asked(leaf)
+                if name is not None:
+                    raise NotClosedError(name)
             return func(*args, **kwargs)
+        before, self.outside = self.outside, True
+        try:
+            with self._closing:
+                return _OUTSIDE[func](*args, **kwargs)
+        finally:
+            self.outside = before
+
+    def may_close(self) -> bool:
+        """Whether what runs now is a forward pass, or one that torch's checkpoint runs again."""
+        return self._backward is None or runs_again()
+
+    def refuse_outside(self) -> None:
+        """A site is met by a backward pass that is not one of `rows`.
+
+        Raises:
+            RuntimeError: that pass fills .grad, of which the site would withhold a part.
+        """
+        if not self.outside:
+            return
         raise RuntimeError(
             "capture: a backward pass outside of tap.rows(losses) would miss gradients of tracked "
             "parameters; call tap.rows(losses, retain_graph=True) inside the `with`, and run it "

@@ -33,7 +33,7 @@ _TABLE: list[tuple[Rule, str]] = [
     (
         rules.reduce,
         """
-        Amax Amin LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Nanmedian
+        Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Nanmedian
         Norm Prod Std Sum Var
         """,
     ),
@@ -80,7 +80,7 @@ _TABLE: list[tuple[Rule, str]] = [
     (of_first(rules.index), "Index UnsafeIndex"),
     (of_first(rules.index_select), "IndexSelect"),
     (of_first(rules.gather), "Gather"),
-    (of_first(rules.topk), "Kthvalue Topk"),
+    (of_first(rules.topk), "Topk"),
     (of_first(rules.flip), "Flip"),
     (of_first(rules.roll), "Roll"),
     (of_first(rules.repeat), "Repeat"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -15,6 +16,7 @@ from dropinf.capturing.call_args import argument
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.graph import FormSite, Site, of_one
 from dropinf.capturing.owners import Array
+from dropinf.capturing.passes import taken
 from dropinf.capturing.rowmap import TokensDiffer
 from dropinf.capturing.rules import opened
 from dropinf.capturing.sources import Derived, Lookup
@@ -40,12 +42,13 @@ class Backward:
         losses: Tensor,
         entries: Entries,
         slot_of: Mapping[int, ParamPlan],
-        leaves: Sequence[Tensor],
         probe: Tensor,
+        everything: Sequence[Tensor],
         sharded: bool,
     ) -> None:
+        """`everything` is all parameters of the model, which `sharded` gathers for each forward."""
         self._losses, self._entries, self._slot_of = losses, entries, slot_of
-        self._leaves, self._probe, self._sharded = leaves, probe, sharded
+        self._probe, self._everything, self._sharded = probe, everything, sharded
         self.paths: dict[str, str] = {}
         self.passes: dict[str, str] = {}
         self.shared: set[tuple] = set()
@@ -58,16 +61,13 @@ class Backward:
     def run(self, retain_graph: bool) -> None:
         """All passes; the graph is kept if asked for."""
         losses, T = self._losses, self._entries.map.T
-        if len(losses) == 1 and T is None:
-            self._all = True
-            self._one_loss(0, retain_graph, [*self._leaves, self._probe])
-            return
+        B = losses.shape[0]
         with torch._C.DisableTorchFunction():
             self._found = walk([(losses, _seeds(losses, T))], T)
-        self._read()
-        every = None if self._sharded or self._found.checkpoints else [self._probe]
-        if self._found.checkpoints and not self.passes:
-            self._all_losses(True, None)  # checkpoints show their inside in this pass
+        one = B == 1 and T is None  # whose is everything
+        self._read(one)
+        if self._found.checkpoints and not self.passes and not one:
+            self._all_losses(True)  # checkpoints show their inside in this pass
             if not self.passes:
                 return
             self._entries.restart()
@@ -77,25 +77,43 @@ class Backward:
                 f"rows: {name!r} has no rows of its own for tokens ({why}); leave the layer out "
                 "with exclude=, or take rows per example"
             )
-        self._all = bool(self._found.checkpoints)
+        self._all = one or bool(self._found.checkpoints)
         closed = not self._all and any(
             not isinstance(owners, str) for owners in self._found.owners.values()
         )
-        if self.passes:
-            inputs = None if every is None else self._reached_leaves() + self._lost_probe()
-            for b in range(len(losses)):
-                last = b + 1 == len(losses) and not closed
-                self._one_loss(b, retain_graph or not last, inputs)
+        if self.passes or self._all or self._found.opaque:
+            with taken(self._leaves(), self._take):
+                for b in range(B):
+                    self._one_loss(b, retain_graph or closed or b + 1 < B)
+        if self._all and not one:
+            why = next(iter(self.passes.values()))
+            self.paths = dict.fromkeys(self._entries.touched, f"a pass for each loss: {why}")
         if closed:
-            self._all_losses(retain_graph, every)
+            self._all_losses(retain_graph)
 
-    def _read(self) -> None:
-        """What the walk says of each parameter."""
+    def _told(self) -> bool:
+        """Whether a pass is told what it is for, so that it forms nothing else.
+
+        The backward of a reentrant checkpoint, and that of sharded parameters, must not be.
+        """
+        return not (self._sharded or self._found.checkpoints or self._found.opaque)
+
+    def _leaves(self) -> list[Tensor]:
+        """The parameters that a pass may give a gradient to."""
+        if not self._told():
+            return [*self._everything, *(leaf for leaf, _ in self._found.leaves.values())]
+        return [leaf for leaf, _ in self._found.leaves.values() if id(leaf) in self._slot_of]
+
+    def _read(self, one: bool = False) -> None:
+        """What the walk says of each parameter, or for one example, that it is met."""
         for site, owners in self._found.owners.items():
-            self._note(site, owners)
+            self._note(site, of_one(0, 1) if one else owners)
         for leaf, owners in self._found.leaves.values():
             slot = self._slot_of.get(id(leaf))
-            if slot is not None:
+            if slot is not None and one:
+                self.reached = True
+                self.paths[slot.name] = "a pass for each loss"
+            elif slot is not None:
                 self.reached = True
                 why = owners if isinstance(owners, str) else "no rule for where it meets data"
                 self.passes.setdefault(slot.name, why)
@@ -115,22 +133,18 @@ class Backward:
                 if self.paths.get(slot.name) != "pulled back":
                     self.paths[slot.name] = "pulled back" if pulled else "closed form"
 
-    def _reached_leaves(self) -> list[Tensor]:
-        return [p for p in self._leaves if id(p) in self._found.leaves]
-
-    def _lost_probe(self) -> list[Tensor]:
-        lost = any(isinstance(owners, str) for owners in self._found.owners.values())
-        return [self._probe] if lost else []
-
     # Passes.
 
-    def _all_losses(self, retain_graph: bool, inputs: list[Tensor] | None) -> None:
+    def _all_losses(self, retain_graph: bool) -> None:
         self._b = None
-        self._pass(self._losses, retain_graph, inputs)
+        with contextlib.nullcontext() if self._told() else taken(self._leaves(), self._take):
+            self._pass(self._losses, retain_graph, [self._probe] if self._told() else None)
 
-    def _one_loss(self, b: int, retain_graph: bool, inputs: list[Tensor] | None) -> None:
+    def _one_loss(self, b: int, retain_graph: bool) -> None:
         self._b = b
-        self._pass(self._losses[b], retain_graph, inputs)
+        lost = any(isinstance(owners, str) for owners in self._found.owners.values())
+        inputs = [*self._leaves(), *([self._probe] if lost or self._all else [])]
+        self._pass(self._losses[b], retain_graph, inputs if self._told() else None)
 
     def _pass(self, losses: Tensor, retain_graph: bool, inputs: list[Tensor] | None) -> None:
         self._tasks.clear()
@@ -149,15 +163,15 @@ class Backward:
         """Whether the backward pass that asks is one of these, and not one inside of a hook."""
         return torch._C._current_graph_task_id() in self._tasks
 
-    def take(self, p: Tensor) -> None:
+    def _take(self, p: Tensor) -> None:
         """A leaf has got its gradient."""
         slot = self._slot_of.get(id(p))
-        if slot is not None and self._b is not None and self.is_running():
+        if slot is not None and self._b is not None:
             self.reached = True
             self._entries.add_gradient(slot, p.grad, self._b)
             self.paths.setdefault(slot.name, "a pass for each loss")
 
-    def write(self, site: Site, saved: tuple[Tensor, ...], dy: Tensor) -> None:
+    def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None:
         """A site has its gradient."""
         owners = self._found.owners.get(site)
         if self._b is None:
@@ -171,7 +185,7 @@ class Backward:
             return
         try:
             if isinstance(site, FormSite):
-                self._entries.sample(site.form, site.targets, saved[0], dy, owners)
+                self._entries.sample(site.form, site.targets, x, dy, owners)
             else:
                 ((source, _),) = site.targets
                 self._entries.pull(source, site.shape, dy, owners)
@@ -190,13 +204,14 @@ class Backward:
             return
         if self._b is None:
             self._walk_inside(frame)
-        first = argument(args, kwargs, 0, "tensors", ())[0]
+        tensors = argument(args, kwargs, 0, "tensors", ())
         with torch._C.DisableTorchFunction():
-            handle = first.register_hook(self._started)
+            handles = [t.register_hook(self._started) for t in tensors]
         try:
             _BACKWARD(*args, **kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _walk_inside(self, frame: FrameType) -> None:
         """Find the owners inside of a checkpoint, and whether those of its arguments were right."""
@@ -227,12 +242,29 @@ def _same(one: Array | str, other: Array | str) -> bool:
 
 
 def _checkpoint_frame() -> FrameType | None:
+    """The frame of a reentrant checkpoint that calls from this backward pass."""
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(12):
-        if frame is None or frame.f_code is CheckpointFunction.backward.__code__:
+    while frame is not None and frame.f_code is not Backward._pass.__code__:
+        if frame.f_code is CheckpointFunction.backward.__code__:
             return frame
         frame = frame.f_back
     return None
+
+
+def runs_again() -> bool:
+    """Whether torch's checkpoint runs a forward pass again, from this backward pass.
+
+    A Function of one's own may do so too, which then sees the parameters themselves.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not Backward._pass.__code__:
+        code = frame.f_code
+        if code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        if code.co_name == "backward" and code.co_varnames[:1] == ("ctx",):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _seeds(losses: Tensor, T: int | None) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,8 @@ def swap(values: Any, by_id: dict[int, Tensor]) -> Any:
     if isinstance(values, Tensor):
         return by_id.get(id(values), values)
     if type(values) in (tuple, list):
-        return type(values)(swap(v, by_id) for v in values)
-    if type(values) is dict:
+        return type(values)([swap(v, by_id) for v in values])
+    if type(values) is dict and values:
         return {key: swap(v, by_id) for key, v in values.items()}
     return values
 
@@ -39,10 +39,12 @@ def in_place(func: Callable) -> bool:
     return name == "__setitem__" or operator or (name.endswith("_") and name[-2:] != "__")
 
 
-def tensors_of(args: Any, kwargs: dict) -> Iterator[Tensor]:
+def tensors_of(args: Any, kwargs: dict) -> list[Tensor]:
     """The tensors among arguments, or in a tuple of results."""
-    for value in (*args, *kwargs.values()):
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from (v for v in tree_iter(value) if isinstance(v, Tensor))
+            found += [v for v in tree_iter(value) if isinstance(v, Tensor)]
+    return found

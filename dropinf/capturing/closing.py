@@ -8,27 +8,37 @@ that rows are exact follows from the walk over the graph, whatever is chosen.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.autograd import forward_ad
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode,
+    _push_mode,
+    resolve_name,
+)
 
 from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
 from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
 from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
+from dropinf.capturing.notes import hook as HOOK
 from dropinf.capturing.rules import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
 from dropinf.capturing.sources import Lookup, Source, View, lookup_of, source_of
+from dropinf.capturing.tap import NotClosedError
 from dropinf.compression import ParamPlan
 
 _JOIN = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 _SET = Tensor.__setitem__
 # The second argument only says of what dtype, device or shape the result is to be.
 _LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+_GRAD_FN = Tensor.grad_fn.__get__
 _REPEATS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -54,6 +64,7 @@ class Closing(TorchFunctionMode):
         self._sources: Marks[tuple[Source, int | None]] = Marks()
         self._constants: set[int | None] = {_memory(t) for t in constants}
         self._inputs: set[int | None] = set()
+        self._closed: Marks[Source] = Marks()  # what sites hold detached copies of
         self._probe = tap.probe
 
     def track(self, parameter: Tensor, slot: ParamPlan) -> None:
@@ -66,22 +77,47 @@ class Closing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _GRADIENTS:
             return self._tap.gradients(func, args, kwargs)
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.is_grad_enabled() or _transformed():
             return func(*args, **kwargs)
-        tensors = list(tensors_of(args, kwargs))
+        tensors = tensors_of(args, kwargs)
         sources = {}
         for t in tensors:
             source = self._source(t)
             if source is not None:
                 sources[id(t)] = source
-        if sources:
-            y = self._meet(func, args, kwargs, tensors, sources)
-        else:
-            y = func(*args, **kwargs)
+        mine = sources and (args, kwargs, tensors, sources)
+        y = self._meet(func, *mine) if mine else func(*args, **kwargs)
         if func in NOTES:
             with torch._C.DisableTorchFunction():
                 NOTES[func](args, kwargs, y)
+                if NOTES[func] is HOOK and (func is not _GRAD_FN or y is not None):
+                    self.hooked(args[0])
         return y
+
+    def __exit__(self, *_: Any) -> None:
+        """Leave the stack of modes, wherever it is there: captures may be closed in any order."""
+        above = []
+        while _get_current_function_mode() is not self:
+            above.append(_pop_mode())
+        _pop_mode()
+        for mode in reversed(above):
+            _push_mode(mode)
+
+    def asked(self, t: Tensor) -> str | None:
+        """The parameter behind a tensor whose gradient is asked for, or hooked."""
+        source = self._source(t)
+        return source.slots[0].name if source is not None else None
+
+    def hooked(self, t: Tensor) -> None:
+        """A hook may change the gradient of a source: it is autograd's from here on.
+
+        Raises:
+            NotClosedError: a site has a detached copy of it already.
+        """
+        closed = self._closed.get(t)
+        if closed is not None and self._source(t) is not None:
+            raise NotClosedError(closed.slots[0].name)
+        self._sources.discard(t)
 
     def _source(self, t: Tensor) -> Source | None:
         if not t.requires_grad:
@@ -93,15 +129,17 @@ class Closing(TorchFunctionMode):
     def _meet(
         self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
     ) -> Any:
+        if not self._tap.may_close():
+            return func(*args, **kwargs)
         if func in COMPOSITES:
             with self:
                 y = COMPOSITES[func](*args, **kwargs)
             if y is not NotImplemented:
                 return y
-        if name_of(func) in _LIKE and id(args[0]) not in sources:
+        if name_of(func) in _LIKE and (not args or id(args[0]) not in sources):
             return func(*args, **kwargs)
         activations = [t for t in tensors if t.requires_grad and id(t) not in sources]
-        y = self._in_closed_form(func, args, kwargs, sources, activations)
+        y = self._in_closed_form(func, args, kwargs, tensors, sources, activations)
         if y is None:
             y = self._expanded(func, args, kwargs, sources)
         if y is not None:
@@ -115,7 +153,8 @@ class Closing(TorchFunctionMode):
         # batch's, and is pulled back once for each example.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             y = func(*args, **kwargs)
-        if func in ELEMENTWISE or not any(map(self._holds_batch, tensors)):
+        made = func in ELEMENTWISE or func is F.embedding
+        if made or not any(map(self._holds_batch, tensors)):
             self._mark(func, args, kwargs, sources, y)
         return y
 
@@ -125,7 +164,10 @@ class Closing(TorchFunctionMode):
             if not t.requires_grad or t.is_leaf or self._source(t) is not None:
                 continue
             table = sources.get(id(args[1])) if func is F.embedding and len(args) > 1 else None
-            if isinstance(table, View):
+            plain = argument(args, kwargs, 3, "max_norm", None) is None and not argument(
+                args, kwargs, 5, "scale_grad_by_freq", False
+            )
+            if isinstance(table, View) and plain:
                 padding = argument(args, kwargs, 2, "padding_idx", None)
                 source: Source = lookup_of(args[0], table, padding, t, len(args[1]))
             else:
@@ -146,12 +188,14 @@ class Closing(TorchFunctionMode):
         memory = _memory(x)
         if not x.dim() or memory in self._constants:
             return False
+        if not flat and x.dim() == 1 and self._per != "example":
+            return False  # as the positions of a text are
         if self.examples in (None, 1):
             return flat or x.dim() > 1 or self.examples == 1
         size = x.shape[self.batch_dim if x.dim() > 1 else 0]
         if size == self.examples or (memory in self._inputs and size != 1):
             return True
-        return flat and (size != 1 or len(x) != 1)
+        return flat and (size != 1 or x.shape[0] != 1)
 
     def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
@@ -164,15 +208,23 @@ class Closing(TorchFunctionMode):
     # Functions with a closed form.
 
     def _in_closed_form(
-        self, func: Callable, args: tuple, kwargs: dict, sources: dict, activations: list[Tensor]
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        tensors: list[Tensor],
+        sources: dict,
+        activations: list[Tensor],
     ) -> Tensor | None:
-        if func not in FORMS:
+        if func not in FORMS or any(t.is_complex() for t in tensors):
             return None
-        form = self._form(func, args, kwargs, sources, activations)
+        form = self._form(func, args, kwargs, tensors, sources, activations)
         if form is None:
             return None
         x = form.x
         targets = [(sources[id(r.tensor)], r) for r in form.roles if id(r.tensor) in sources]
+        for source, role in targets:
+            self._closed.set(role.tensor, source)
         plain = {id(r.tensor): r.tensor.detach() for r in form.roles}
         y = func(*swap(args, plain), **swap(kwargs, plain))
         here = id(x)
@@ -182,12 +234,18 @@ class Closing(TorchFunctionMode):
             there = {id(_INPUT): x}
             return func(*swap(bare[0], there), **swap(bare[1], there))
 
-        form = dataclasses.replace(form, x=None)
+        form.x = None
         site = FormSite(_named(func), targets, form, edge_of(x), x.dim(), again)
         return Output.apply(self._tap, site, self._probe, x, y)
 
     def _form(
-        self, func: Callable, args: tuple, kwargs: dict, sources: dict, activations: list[Tensor]
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        tensors: list[Tensor],
+        sources: dict,
+        activations: list[Tensor],
     ) -> Form | None:
         try:
             for form in FORMS[func](*args, **kwargs):
@@ -195,18 +253,17 @@ class Closing(TorchFunctionMode):
                     continue  # a scale of its own for every token
                 roles = {id(role.tensor) for role in form.roles}
                 x = form.x
-                mine = [sources[i] for i in roles if i in sources]
-                if id(x) in roles or not mine or _complex(args, kwargs):
+                if id(x) in roles or not roles & sources.keys():
                     continue
-                if not {id(t) for t in (*activations, *_of(sources, args, kwargs))} <= roles | {
-                    id(x)
-                }:
+                if any(t is not x for t in activations):
+                    continue  # a bias that is computed from data
+                if any(id(t) in sources and id(t) not in roles for t in tensors):
                     continue
-                if self._key(func, form, sources) in self.shared:
+                if self.shared and self._key(func, form, sources) in self.shared:
                     continue
                 if id(x) not in sources and (x.requires_grad or self._plausible(x, form.flat)):
                     return form
-        except RefusedError:
+        except (RefusedError, TypeError):  # the latter for arguments that the rule does not know
             pass
         return None
 
@@ -229,12 +286,14 @@ class Closing(TorchFunctionMode):
         sources: dict,
         activations: list[Tensor],
     ) -> tuple[tuple, dict] | None:
-        """The arguments with operands in place of sources, if that lets autograd keep them apart."""
+        """The arguments with operands in place of sources, if that keeps examples apart."""
         if in_place(func) and args and id(args[0]) in sources:
             return None
         chosen = [t for t in tensors if id(t) in sources]
         others = [t for t in tensors if id(t) not in sources]
         shape = None
+        if name_of(func).startswith("masked_fill"):
+            return None  # which takes a number
         if func in ELEMENTWISE:
             shape = torch.broadcast_shapes(*(t.shape for t in tensors))
             if not activations and not self._grow(chosen, others, sources, shape):
@@ -266,7 +325,8 @@ class Closing(TorchFunctionMode):
 
     def _expanded(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Tensor | None:
         """A source that is expanded over the batch, as learned queries are."""
-        if name_of(func) not in _REPEATS or len(sources) != 1 or id(args[0]) not in sources:
+        known = name_of(func) in _REPEATS and len(sources) == 1
+        if not known or not args or id(args[0]) not in sources:
             return None
         t = args[0]
         with torch.no_grad():
@@ -284,12 +344,21 @@ class Closing(TorchFunctionMode):
     ) -> list[Tensor]:
         found = []
         for t in some:
+            self._closed.set(t, sources[id(t)])
             own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
+            own = own[len(own) - len(shape) :]  # a write drops ones in front
             site = SpreadSite(_named(func), [(sources[id(t)], None)], own)
-            found.append(
-                Operand.apply(self._tap, site, self._probe, t.detach().reshape(own), shape)
-            )
+            value = t.detach().reshape(own)
+            value = value.clone() if in_place(func) else value  # which may be of what is written to
+            found.append(Operand.apply(self._tap, site, self._probe, value, shape))
         return found
+
+
+def _transformed() -> bool:
+    """Whether functions are being transformed: vmap, grad, jvp, forward-mode derivatives."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
 
 
 def _memory(t: Tensor) -> int | None:
@@ -300,14 +369,7 @@ def _memory(t: Tensor) -> int | None:
         return None
 
 
-def _complex(args: tuple, kwargs: dict) -> bool:
-    return any(t.is_complex() for t in tensors_of(args, kwargs))
-
-
-def _of(sources: dict, args: tuple, kwargs: dict) -> list[Tensor]:
-    return [t for t in tensors_of(args, kwargs) if id(t) in sources]
-
-
+@lru_cache(maxsize=1024)
 def _named(func: Callable) -> str:
     return resolve_name(func) or getattr(func, "__name__", repr(func))
 
@@ -320,9 +382,9 @@ def _shape_at(x: Tensor, index: Any) -> torch.Size | None:
 
 def _attention_shape(t: Tensor, args: tuple, kwargs: dict) -> torch.Size:
     """A mask as large as the products of queries and keys; the rest as it is."""
-    q, k = args[0], args[1]
+    q, k, v = (argument(args, kwargs, i, n, None) for i, n in enumerate(("query", "key", "value")))
     if t is argument(args, kwargs, 3, "attn_mask", None):
         lead = torch.broadcast_shapes(q.shape[:-2], t.shape[:-2])
         return torch.Size((*lead, q.shape[-2], k.shape[-2]))
-    B = max(len(a) for a in args[:3])
-    return torch.Size((B, *t.shape[1:])) if len(t) in (1, B) else t.shape
+    B = max(a.shape[0] for a in (q, k, v))
+    return torch.Size((B, *t.shape[1:])) if t.shape[0] in (1, B) else t.shape

@@ -116,7 +116,11 @@ class Entries:
         """
         if isinstance(source, Lookup) and self._pull_lookup(source, shape, grads, owners):
             return
-        rows = self.map.of(owners, grads.shape)
+        rows = owners
+        if self.map.T is not None:  # whose positions are the first two dimensions
+            lead = max(2, 1 + max(varying(owners), default=0))
+            rows = self.map.of(owners.reshape(owners.shape[:lead]), grads.shape[:lead])
+            rows = rows.reshape(rows.shape + (1,) * (grads.dim() - lead))
         dims = varying(rows)
         repeated = [d for d, size in enumerate(shape) if size == 1 and d not in dims]
         if repeated:
@@ -162,6 +166,8 @@ class Entries:
         """Add the unscaled values [n, k] of a view to rows, which may repeat."""
         slot = view.slot
         self._begin(slot)
+        if not values.shape[1]:
+            return
         values = values * (slot.scale / self._factor)
         if slot.entry_map is not None:
             if isinstance(slot.entry_map, DenseProjection):

@@ -1,4 +1,4 @@
-"""Sites: what a call in closed form leaves in autograd's graph, so that its backward writes rows."""
+"""Sites: what a call in closed form leaves in autograd's graph, whose backward writes rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dropinf.capturing.owners import Array, Owners, mixed
-from dropinf.capturing.rules import Form, Role
+from dropinf.capturing.rules import Bias, Form, Role
 from dropinf.capturing.sources import Source
 from dropinf.compression import ParamPlan
 
@@ -20,14 +20,15 @@ Edge = tuple[Any, int]  # a node of the graph, and which of its results
 
 # In the metadata of a node: that a hook may change the gradient there.
 HOOKED = "dropinf: hooked"
-# In that of a result: the edge of the argument whose examples stand where the result's do.
+# In that of a result: the edge of the argument whose examples stand where the result's do, and the
+# number of dimensions in front for which that holds.
 LIKE = "dropinf: like"
 
 
 class Writer(Protocol):
     """What a backward pass of `rows` does with what the sites see."""
 
-    def write(self, site: Site, saved: tuple[Tensor, ...], dy: Tensor) -> None: ...
+    def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None: ...
 
 
 class Tap(Protocol):
@@ -40,6 +41,12 @@ class Tap(Protocol):
 
     def gradients(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """A call of torch.autograd while the capture is open."""
+
+    def refuse_outside(self) -> None:
+        """Raise if the backward pass that is running fills .grad, and is not one of `rows`."""
+
+    def may_close(self) -> bool:
+        """Whether what runs now is a forward pass, or one that torch's checkpoint runs again."""
 
 
 @dataclass(eq=False)
@@ -82,6 +89,11 @@ class FormSite(Site):
     rank: int  # dimensions of its input
     again: Callable[[Tensor], Tensor]  # the function, of its input and the parameters themselves
 
+    def __post_init__(self) -> None:
+        # The gradient of a bias alone does not read the input, so that it need not be kept.
+        coordinates = [role.coordinates for _, role in self.targets]
+        self.reads = not all(isinstance(c, Bias) and c.i > 0 for c in coordinates)
+
     @property
     def edges(self) -> Sequence[Edge]:
         return () if self.edge is None else (self.edge,)
@@ -123,18 +135,21 @@ class Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tap: Tap, site: FormSite, probe: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.tap, ctx.site = tap, site
+        ctx.save_for_backward(*([x] if site.reads else []))
+        ctx.tap, ctx.site, ctx.shape = tap, site, x.shape
         return y.data  # not a view of y: a later in-place activation would be refused on one
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         writer = ctx.tap.writer_now()
+        if writer is None:
+            ctx.tap.refuse_outside()
         if writer is not None:
             saved = ctx.saved_tensors  # which a checkpoint may make anew, watched
             with torch._C.DisableTorchFunction():
-                writer.write(ctx.site, saved, dy)
-        elif torch.is_grad_enabled() and ctx.needs_input_grad[3]:
+                x = saved[0] if saved else dy.new_zeros(()).expand(ctx.shape)
+                writer.write(ctx.site, x, dy)
+        elif torch.is_grad_enabled() and ctx.needs_input_grad[3] and ctx.site.reads:
             # A gradient that is itself to be derived, so by the parameters as well.
             (x,) = ctx.saved_tensors
             with torch._C.DisableTorchFunction():
@@ -156,9 +171,11 @@ class Operand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         writer = ctx.tap.writer_now()
-        if writer is not None:
+        if writer is None:
+            ctx.tap.refuse_outside()
+        else:
             with torch._C.DisableTorchFunction():
-                writer.write(ctx.site, (), dy)
+                writer.write(ctx.site, None, dy)
         return None, None, None, None, None
 
 

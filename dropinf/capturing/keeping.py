@@ -54,15 +54,19 @@ def keeps_examples(function: Declared) -> Declared:
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         _KNOWN.add(_qualified(function))
         return function
-    name = getattr(function, "_qualname", None) or getattr(function, "_qualified_op_name", None)
-    if name is None and hasattr(function, "_schema"):
-        name = function._schema.name
-    if name is None:
+    if isinstance(function, torch._library.custom_ops.CustomOpDef):
+        overloads = [function._opoverload]
+    elif isinstance(function, torch._ops.OpOverloadPacket):
+        overloads = [getattr(function, name) for name in function.overloads()]
+    elif isinstance(function, torch._ops.OpOverload):
+        overloads = [function]
+    else:
         raise TypeError(
             f"keeps_examples: {function!r} is neither a torch.autograd.Function nor an op of "
             "torch.library; declare the Function that it calls"
         )
-    _KNOWN_OPS.add(name.replace("::", "_"))
+    names = (overload.name().replace("::", "_").replace(".", "_") for overload in overloads)
+    _KNOWN_OPS.update(names)
     return function
 
 
@@ -74,8 +78,8 @@ def keeps(node: Any) -> bool:
     function = getattr(type(node), "_forward_cls", None)
     if function is not None and _qualified(function) in _KNOWN:
         return True
-    op = type(node).__name__.removeprefix("GeneratedBackwardFor_")
-    return any(op.startswith(f"{known}_") for known in _KNOWN_OPS)
+    op = type(node).__name__.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
+    return op in _KNOWN_OPS or op.removesuffix("_default") in _KNOWN_OPS
 
 
 def _qualified(function: type) -> str:

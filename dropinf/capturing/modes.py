@@ -18,7 +18,7 @@ def capture(
     mode: Literal["activations"] = "activations",
     *,
     per: str = "example",
-    batch_dim: int | None = None,
+    batch_dim: int | dict[str, int] | None = None,
     closed: bool = True,
     backend: str | None = None,
 ) -> ActivationsTap: ...
@@ -33,7 +33,7 @@ def capture(
     mode: str,
     *,
     per: str = "example",
-    batch_dim: int | None = None,
+    batch_dim: int | dict[str, int] | None = None,
     closed: bool = True,
     backend: str | None = None,
 ) -> ActivationsTap | GradsTap: ...
@@ -43,7 +43,7 @@ def capture(
     mode: str = "activations",
     *,
     per: str = "example",
-    batch_dim: int | None = None,
+    batch_dim: int | dict[str, int] | None = None,
     closed: bool = True,
     backend: str | None = None,
 ) -> ActivationsTap | GradsTap:
@@ -65,7 +65,7 @@ def capture(
             positions apart.
         batch_dim: the dimension of the model's first input that is the example, 0 or 1; only
             per="token" and choices that cost time depend on it, as whose a position is follows
-            from the losses.
+            from the losses. A dictionary, of patterns of modules' names, is taken for 0.
         closed: take layers in closed form where there is a rule. False leaves all to autograd, by
             a pass for each loss: for gradients of gradients (a PINN, forces, a gradient penalty).
         backend: a name from `dropinf.backends()` for the ops; None takes the first available.
@@ -80,10 +80,12 @@ def capture(
         raise ValueError(f"capture: mode must be 'activations' or 'grads', got {mode!r}")
     if per not in ("example", "token", "segment"):
         raise ValueError(f"capture: per must be 'example', 'token' or 'segment', got {per!r}")
-    if batch_dim not in (None, 0, 1):
+    dims = batch_dim.values() if isinstance(batch_dim, dict) else [batch_dim]
+    if any(dim not in (None, 0, 1) for dim in dims):
         raise ValueError(f"capture: batch_dim must be 0 or 1, got {batch_dim!r}")
     if mode == "activations" and closed:
-        return ActivationsTap(model, plan, backend, per, batch_dim)
+        dim = batch_dim if isinstance(batch_dim, int) else 0
+        return ActivationsTap(model, plan, backend, per, dim)
     if per != "example":
         raise ValueError(
             f"capture: per={per!r} needs mode='activations' and closed=True, not 'grads'"

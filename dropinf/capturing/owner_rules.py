@@ -1,4 +1,4 @@
-"""Whose the arguments of a function are, given whose its results are: what `alignment` is made of."""
+"""Whose the arguments of a function are, given whose its results are: rules for `alignment`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dropinf.capturing.owners import Array, Owners, broadcast, merged, mixed, parts, read, reshaped
 
 # In the metadata of a write into a part of a tensor: the index.
 WRITTEN = "dropinf: written"
-# In that of a cat: the lengths of its parts, of which some may have no gradient.
+# In that of a cat: the shapes of its parts, of which some may have no gradient.
 JOINED = "dropinf: joined"
 
 
@@ -51,6 +52,11 @@ class Call:
             return tuple(range(rank))
         kept = kept if isinstance(kept, tuple) else (kept,)
         return tuple(dim_of(d, rank) for d in kept)
+
+
+def as_index(t: Tensor) -> Array:
+    """A tensor of indices or a mask as numpy takes it, to which bytes are no mask."""
+    return (t.bool() if t.dtype == torch.uint8 else t).cpu().numpy()
 
 
 def dim_of(d: int, rank: int) -> int:
@@ -183,13 +189,13 @@ def cat(call: Call, out: Array) -> list[Owners]:
     d = dim_of(call.saved("dim"), out.ndim)
     if out.shape[d] == 1:
         return [out for _ in call.shapes]
-    sizes = call.node.metadata.get(JOINED)
-    if sizes is None:
-        sizes = [None if s is None else s[d] if len(s) == out.ndim else 0 for s in call.shapes]
-        if sizes.count(None) > 1:
-            return [f"{call.name} of parts whose length is not known" for _ in call.shapes]
-        rest = call.shape[d] - sum(size or 0 for size in sizes)
+    shapes = call.node.metadata.get(JOINED, call.shapes)
+    sizes = [None if s is None else s[d] if len(s) == out.ndim else 0 for s in shapes]
+    rest = call.shape[d] - sum(size or 0 for size in sizes)
+    if sizes.count(None) == 1:
         sizes = [rest if size is None else size for size in sizes]
+    elif rest:
+        return [f"{call.name} of parts whose length is not known" for _ in call.shapes]
     return [np.take(out, range(p.start, p.stop), d) for p in parts(sizes)]
 
 
@@ -226,7 +232,7 @@ def index(call: Call, out: Array) -> Owners:
             at.append(slice(None))
             d += 1
             continue
-        at.append(index.cpu().numpy())
+        at.append(as_index(index))
         n = index.dim() if index.dtype in (torch.bool, torch.uint8) else 1
         dims += range(d, d + n)
         d += n
@@ -237,7 +243,7 @@ def index_select(call: Call, out: Array) -> Owners:
     d = dim_of(call.saved("dim"), out.ndim)
     if out.shape[d] == 1 and out.size > 1:
         return out
-    index = call.saved("index").cpu().numpy().reshape(-1)
+    index = as_index(call.saved("index")).reshape(-1)
     return read(lambda x: x.take(index, d), out, call.shapes[0], (d,), call.name)
 
 
@@ -245,7 +251,7 @@ def gather(call: Call, out: Array) -> Owners:
     d = dim_of(call.saved("dim"), out.ndim)
     if out.shape[d] == 1 and out.size > 1 and whole_but(call.shape, call.shapes[0], d):
         return out
-    index = call.saved("index").cpu().numpy()
+    index = as_index(call.saved("index"))
     shape = call.shapes[0]
     lead = tuple(slice(None) if k == d else slice(n) for k, n in enumerate(index.shape))
     return read(
@@ -297,7 +303,7 @@ def written(call: Call, out: Array) -> list[Owners]:
     d = dim_of(call.saved("dim"), out.ndim)
     if len(call.shapes) < 2 or call.shapes[1] is None or out.shape[d] == 1:
         return [out for _ in call.shapes]
-    index = call.saved("index").cpu().numpy()
+    index = as_index(call.saved("index"))
     if call.name.startswith("Scatter"):
         lead = tuple(slice(None) if k == d else slice(n) for k, n in enumerate(index.shape))
         return [out, np.take_along_axis(out[lead], index, d)]
@@ -308,7 +314,7 @@ def index_put(call: Call, out: Array) -> list[Owners]:
     indices = call.saved("indices")
     if indices is None:
         return [call.name for _ in call.shapes]
-    at: list[Any] = [slice(None) if i is None else i.cpu().numpy() for i in indices]
+    at: list[Any] = [slice(None) if i is None else as_index(i) for i in indices]
     needed, d = list(out.shape), 0
     for index in indices:
         n = 1 if index is None or index.dtype not in (torch.bool, torch.uint8) else index.dim()
@@ -326,7 +332,7 @@ def masked_scatter(call: Call, out: Array) -> list[Owners]:
     mask = call.saved("mask")
     if mask is None or call.shapes[1] is None:
         return [out, call.name]
-    mask = mask.cpu().numpy()
+    mask = as_index(mask)
     full = np.broadcast_to(out, call.shape)[np.broadcast_to(mask, call.shape)]
     source = np.full(int(np.prod(call.shapes[1])), -1)
     source[: full.size] = full[: source.size]

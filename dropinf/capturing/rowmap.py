@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.capturing.owners import NONE, Array, varying
+from dropinf.capturing.owners import NONE, Array, collapsed, varying
 
 # Elements of the padded copies that items of one row are gathered into.
 _MAX_ELEMENTS = 1 << 24
@@ -31,6 +31,7 @@ class RowMap:
     def __init__(self, B: int, of_token: Tensor | None = None) -> None:
         """`of_token` [B, T] int64 has the row of each token, -1 for none."""
         self.num_rows, self.T = B, None
+        self._last: Array | None = None  # owners that are in order, to be known by identity
         if of_token is not None:
             self._of_token = of_token.cpu().numpy()
             self.T = of_token.shape[1]
@@ -46,6 +47,14 @@ class RowMap:
             owners: of dy.
         """
         num_lead = dy.dim() - features[1]
+        if self._in_order(owners):
+            if dy.numel():
+                B = self.num_rows
+                yield (
+                    slice(None),
+                    *(t.reshape(B, -1, t.shape[num_lead:].numel()) for t in (x, dy)),
+                )
+            return
         lead = dy.shape[:num_lead]
         rows = self.of(owners.reshape(owners.shape[:num_lead]), lead)
         dims = varying(rows)
@@ -85,6 +94,16 @@ class RowMap:
         for here, at, real in groups(of_position, self.num_rows, x.shape[1] + dy.shape[1]):
             yield here, x[at], dy[at].where(real[..., None], 0)
 
+    def _in_order(self, owners: Array) -> bool:
+        """Whether dimension 0 is the examples, each once and in order: almost always."""
+        if self.T is not None or owners is self._last:
+            return self.T is None
+        size = self.num_rows
+        first = owners.ndim and owners.size == size == owners.shape[0]
+        if first and np.array_equal(owners.reshape(-1), np.arange(size)):
+            self._last = owners
+        return owners is self._last
+
     def of_items(self, n: int, owners: Array) -> Rows:
         """Rows of n items along dimension 0, the only one along which owners differ."""
         rows = self.of(owners.reshape(len(owners)), (n,))
@@ -103,7 +122,14 @@ class RowMap:
             return np.where(fine, flat[np.where(fine, owners, 0)], NONE)
         # Positions of examples: as many as there are tokens, in order.
         full = np.broadcast_to(owners, lead)
-        example = np.where(full < NONE, -2 - full, NONE).reshape(-1)
+        example = np.where(full < NONE, -2 - full, NONE)
+        for d in range(full.ndim):
+            # Where one dimension alone is the examples, so is what reaches no loss.
+            one = collapsed(example, [k for k in range(full.ndim) if k != d])
+            if one is not None and full.ndim > 1 and (one >= 0).all():
+                example = np.broadcast_to(one, full.shape)
+                break
+        example = example.reshape(-1)
         order = np.argsort(example, kind="stable")
         order = order[example[order] >= 0]
         counts = np.bincount(example[order], minlength=len(self._of_token))

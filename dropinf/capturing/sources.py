@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.capturing.call_args import name_of
+from dropinf.capturing.call_args import in_place, name_of
 from dropinf.compression import ParamPlan
 
 # Elements of the per-example gradients that are formed at a time where there is no other way.
@@ -157,14 +157,15 @@ _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "conti
 
 def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]) -> Source:
     """The source of a tensor that a function made of sources and of no other gradient."""
-    if len(sources) == 1 and args and id(args[0]) in sources:
+    if len(sources) == 1 and args and id(args[0]) in sources and not in_place(func):
         leaf, source = args[0], sources[id(args[0])]
         if name_of(func) in _CASTS and t.shape == leaf.shape:
             if isinstance(source, View):
                 return source
             if isinstance(source, Lookup):
                 return replace(source, output=t)
-        if isinstance(source, View) and t.dtype == leaf.dtype and _same_memory(t, leaf):
+        same = t.dtype == leaf.dtype and t.is_neg() == leaf.is_neg()
+        if isinstance(source, View) and same and _same_memory(t, leaf):
             viewed = source.viewed(leaf, t)
             if viewed is not None:
                 return viewed

@@ -27,8 +27,9 @@ class NotClosedError(RuntimeError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"capture: the forward pass or the loss asks for the gradient of {name!r} itself, which "
-            "layers in closed form do not give; use capture(..., closed=False), as collect does"
+            f"capture: the forward pass or the loss asks for the gradient of {name!r} itself, or "
+            "hooks it, which layers in closed form do not show; use capture(..., closed=False), as "
+            "collect does"
         )
 
 
@@ -89,8 +90,8 @@ class Tap:
         with _LOCK:
             if mine & _OPEN:
                 raise RuntimeError(
-                    "capture: this model, or a part of it, is in a capture that is open; close that "
-                    "one first, or capture a copy of the model made outside of it"
+                    "capture: this model, or a part of it, is in a capture that is open; close "
+                    "that one first, or capture a copy of the model made outside of it"
                 )
             _OPEN.update(mine)
         undo.callback(_OPEN.difference_update, mine)

@@ -30,12 +30,15 @@ class Found:
     Attributes:
         owners: of each site's output; a string says where they were lost.
         leaves: id of each leaf that is reached past the sites -> (the leaf, its owners).
+        opaque: whether there is a Function that nobody declared: its backward may run a forward
+            pass again, so that parameters get gradients that the graph does not show.
         checkpoints: reentrant checkpoints -> the owners of their results and, as long as nobody has
             seen inside, of their arguments.
     """
 
     owners: dict[Site, Owners] = field(default_factory=dict)
     leaves: dict[int, tuple[Tensor, Owners]] = field(default_factory=dict)
+    opaque: bool = False
     checkpoints: dict[Any, tuple[list[Owners | None], list[Owners]]] = field(default_factory=dict)
 
 
@@ -53,6 +56,8 @@ def walk(starts: Sequence[tuple[Tensor, Owners]], T: int | None = None) -> Found
         if t.grad_fn is not None:
             _give(known, (t.grad_fn, t.output_nr), owners, T)
             roots.append(t.grad_fn)
+        else:
+            found.leaves[id(t)] = t, owners
     for node in _ordered(roots):
         outs = known.pop(node, [])
         variable = getattr(node, "variable", None)
@@ -71,7 +76,7 @@ def _edges(node: Any) -> Sequence[Edge]:
     if site is not None:
         return site.edges
     like = node.metadata.get(LIKE)
-    return node.next_functions if like is None else (like,)
+    return node.next_functions if like is None else (like[0],)
 
 
 def _ordered(roots: Sequence[Any]) -> list[Any]:
@@ -119,15 +124,22 @@ def _arguments(
     out_shapes = [m.shape for m in node._input_metadata]
     outs = outs + [None] * (len(out_shapes) - len(outs))
     name = _name(node)
-    rule = None if LIKE in node.metadata else RULES.get(name)
+    function = getattr(type(node), "_forward_cls", None)  # of a Function written in Python
+    rule = None if LIKE in node.metadata or function is not None else RULES.get(name)
     if rule is None:
-        function = getattr(type(node), "_forward_cls", None)
         if function is CheckpointFunction:
-            claims = [_claimed(outs, out_shapes, s) for s in shapes]
+            claims = [_claimed(outs, out_shapes, s, T) for s in shapes]
             found.checkpoints[node] = outs, claims
             return edges, claims
-        if keeps(node) or LIKE in node.metadata:
-            return edges, [_claimed(outs, out_shapes, s) for s in shapes]
+        if keeps(node):
+            return edges, [_claimed(outs, out_shapes, s, T) for s in shapes]
+        if LIKE in node.metadata:
+            kept = node.metadata[LIKE][1]
+            claim = _claimed(outs, out_shapes, shapes[0], T)
+            moved = isinstance(claim, str) or any(d >= kept for d in varying(claim))
+            return edges, [f"{name}, which may move examples" if moved else claim]
+        if function is not None:
+            found.opaque = True
         return edges, [f"{name}, which is not known"] * len(edges)
     call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes)
     try:
@@ -153,14 +165,20 @@ def _fitting(owners: Owners, shape: Sequence[int] | None, name: str) -> Owners:
 
 
 def _claimed(
-    outs: Sequence[Owners | None], out_shapes: Sequence[Sequence[int]], shape: Sequence[int] | None
+    outs: Sequence[Owners | None],
+    out_shapes: Sequence[Sequence[int]],
+    shape: Sequence[int] | None,
+    T: int | None,
 ) -> Owners:
-    """Of an argument of a function that keeps examples apart: they are where the result has them."""
-    owners = _first(outs)
-    if shape is None or isinstance(owners, str):
-        return "" if shape is None else owners
-    nr = next(i for i, o in enumerate(outs) if o is not None)
-    return along(owners, out_shapes[nr], shape)
+    """Of an argument of a function that keeps examples where they are."""
+    if shape is None:
+        return ""
+    found: Owners | None = None
+    for owners, out_shape in zip(outs, out_shapes, strict=True):
+        if owners is not None:
+            claim = owners if isinstance(owners, str) else along(owners, out_shape, shape)
+            found = claim if found is None else merged(found, claim, T)
+    return "nothing" if found is None else found
 
 
 def along(owners: Array, old: Sequence[int], new: Sequence[int]) -> Owners:

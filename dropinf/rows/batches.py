@@ -10,8 +10,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from dropinf.capturing import ActivationsTap, GradsTap, NotClosedError, capture
-from dropinf.capturing.checking import example_at, size_at
+from dropinf.capturing import (
+    ActivationsTap,
+    GradsTap,
+    NotClosedError,
+    capture,
+    example_at,
+    size_at,
+)
 from dropinf.compression import Plan
 from dropinf.user_warning import warn_user
 
@@ -22,7 +28,7 @@ class CaptureOptions(TypedDict, total=False):
     """What `collect` hands to `capture`, which says what they mean."""
 
     per: str
-    batch_dim: int | None
+    batch_dim: int | dict[str, int] | None
     closed: bool
     backend: str | None
 
@@ -62,6 +68,7 @@ class Batches:
         )
         self.seen = self.num_examples = 0
         self.losses: Tensor | None = None
+        self._origin: Tensor | None = None
         self.met: set[str] = set()
         self.places: list[int] = []
         self.keep_graph = False
@@ -73,7 +80,8 @@ class Batches:
     @property
     def batch_dim(self) -> int:
         """Where the examples of a batch are."""
-        return self._options.get("batch_dim") or 0
+        dim = self._options.get("batch_dim")
+        return dim if isinstance(dim, int) else 0
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Rows, and which are valid [n] bool; those that are not are zeros."""
@@ -93,6 +101,7 @@ class Batches:
             seconds = (time.perf_counter() - start) / self.num_examples
             self._seconds.setdefault(singly is not None, seconds)
         self.met |= self.tap.met
+        self._origin = self.tap.origin
         finite = losses.isfinite()
         valid = rows.isfinite().all(1)
         if self.per == "example":
@@ -104,15 +113,16 @@ class Batches:
 
     def origin(self) -> Tensor | None:
         """The example and the token or segment of each of the last rows; None of examples."""
-        return None if self.per == "example" else self.tap.origin + torch.tensor([self.seen, 0])
+        return None if self._origin is None else self._origin + torch.tensor([self.seen, 0])
 
     def row_of(self, batch: Any, b: int) -> Tensor:
         """[R] of example b of a batch."""
-        return self.of_example(self.backward(batch, self.loss_fn(self.model, batch)), b)
+        rows = self.backward(batch, self.loss_fn(self.model, batch))
+        return _of_example(rows, b, self.tap.origin)
 
     def of_example(self, rows: Tensor, b: int) -> Tensor:
         """[R] of example b, of the rows of the last batch: a sum over its tokens or segments."""
-        return rows[b] if self.per == "example" else rows[self.tap.origin[:, 0] == b].sum(0)
+        return _of_example(rows, b, self._origin)
 
     def backward(self, batch: Any, losses: Tensor, retain_graph: bool = False) -> Tensor:
         """Rows of losses of a batch."""
@@ -179,6 +189,10 @@ class Batches:
             at = int((~valid).nonzero()[0])
             at = at if self.per == "example" else int(self.tap.origin[at, 0])
             raise ValueError(_nonfinite("gradient", self.seen + at, "not finite"))
+
+
+def _of_example(rows: Tensor, b: int, origin: Tensor | None) -> Tensor:
+    return rows[b] if origin is None else rows[origin[:, 0] == b].sum(0)
 
 
 def _nonfinite(what: str, position: int, value: object) -> str:

@@ -1,4 +1,4 @@
-"""What `collect` checks as it goes: rows beside plain autograd, examples beside themselves alone."""
+"""What `collect` checks as it goes: rows beside plain autograd, an example beside itself alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.capturing import ActivationsTap, Proof, Prover, Snapshot, check_examples
-from dropinf.capturing.checking import places_of
-from dropinf.capturing.proof import alone_in_its_row
+from dropinf.capturing import (
+    ActivationsTap,
+    Proof,
+    Prover,
+    Snapshot,
+    alone_in_its_row,
+    check_examples,
+    places_of,
+)
 from dropinf.rows.batches import Batches
 
 # Of the time of a collection, for comparisons beyond the first ones, of layers that no example so

@@ -52,8 +52,8 @@ def collect(
         check: compare rows with plain autograd of the same batch, on the first batch and then ever
             more seldom (`RowStore.proof` says on how many examples), and an example of the first
             batch that has two with its row when it goes through the model alone.
-        options: per=, batch_dim=, closed= and backend= of `capture`. Of a row of tokens or segments,
-            `RowStore.origin` says the example and the token or segment.
+        options: per=, batch_dim=, closed= and backend= of `capture`. Of a row of tokens or
+            segments, `RowStore.origin` says the example and the token or segment.
 
     Returns:
         A store of n rows. Nothing is left at `path` if an error stops the collection.

@@ -42,6 +42,8 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Bags as rows of ids [B, n], looked up one by one and then reduced."""
+    if max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
     real = torch.ones_like(input, dtype=torch.bool)
     if input.dim() == 1:
         ends = offsets[1:] if include_last_offset else F.pad(offsets[1:], (0, 1), value=len(input))
@@ -54,9 +56,7 @@ def _embedding_bag(
             per_sample_weights = per_sample_weights[at]
     if padding_idx is not None:
         real = real & (input != padding_idx % len(weight))
-    entries = F.embedding(
-        input, weight, max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq
-    )  # [B, n, width]
+    entries = F.embedding(input, weight)  # [B, n, width]
     real = real[..., None]
     if mode == "max":
         largest = entries.masked_fill(~real, -torch.inf).max(1).values

@@ -49,7 +49,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """(o, i) of positions in a flattened weight [E, I, O], each expert's o and i after the last's."""
+    """(o, i) of positions in a flattened weight [E, I, O], the o and i of each expert in turn."""
 
     I: int
     O: int
@@ -81,12 +81,12 @@ class Role:
     op: Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Form:
     """One call of a torch function, as a linear form in its parameters.
 
     Attributes:
-        x: the input to save for the backward pass.
+        x: the input to save for the backward pass; None once autograd alone holds it.
         roles: its parameters.
         features: how many trailing dimensions of x, and of dy, are not positions; the op then takes
             [b, T, features]. None: the op takes x and dy as they are, the example first.
@@ -96,7 +96,7 @@ class Form:
             x and dy have features of their own.
     """
 
-    x: Tensor
+    x: Tensor | None
     roles: Sequence[Role]
     features: tuple[int, int] | None = (1, 1)
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, dy: (x, dy)

@@ -639,7 +639,7 @@ case("losses that are a parameter's", two(torch.sin), loss_fn=lambda m, b: m.l.b
      **LAYERS)  # fmt: skip
 
 
-case("losses that are a parameter", two(torch.sin), loss_fn=lambda m, b: m.l.bias, **LAYERS)  # fmt: skip
+case("losses that are one", two(torch.sin), loss_fn=lambda m, b: m.l.bias, **LAYERS)
 
 
 # Parameters met in ways of their own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -71,12 +72,16 @@ class Backward:
             if not self.passes:
                 return
             self._entries.restart()
+        if T is not None and self._found.opaque:
+            self.passes.setdefault("(all parameters)", f"{self._found.opaque}, which is not known")
         if T is not None and self.passes:
             name, why = next(iter(self.passes.items()))
             raise ValueError(
                 f"rows: {name!r} has no rows of its own for tokens ({why}); leave the layer out "
                 "with exclude=, or take rows per example"
             )
+        # What parameters were made into is pulled back from the same graph.
+        retain_graph = retain_graph or (bool(self.passes) and self._pulls())
         self._all = one or bool(self._found.checkpoints)
         closed = not self._all and any(
             not isinstance(owners, str) for owners in self._found.owners.values()
@@ -90,6 +95,13 @@ class Backward:
             self.paths = dict.fromkeys(self._entries.touched, f"a pass for each loss: {why}")
         if closed:
             self._all_losses(retain_graph)
+
+    def _pulls(self) -> bool:
+        return any(
+            isinstance(source, Derived) and not isinstance(source, Lookup)
+            for site in self._found.owners
+            for source, _ in site.targets
+        )
 
     def _told(self) -> bool:
         """Whether a pass is told what it is for, so that it forms nothing else.
@@ -254,17 +266,25 @@ def _checkpoint_frame() -> FrameType | None:
 def runs_again() -> bool:
     """Whether torch's checkpoint runs a forward pass again, from this backward pass.
 
-    A Function of one's own may do so too, which then sees the parameters themselves.
+    A Function of one's own may do so too, whose backward then sees the parameters themselves.
     """
     frame: FrameType | None = sys._getframe(1)
+    again = unpacks = False
     while frame is not None and frame.f_code is not Backward._pass.__code__:
         code = frame.f_code
         if code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        if code.co_name == "backward" and code.co_varnames[:1] == ("ctx",):
+            unpacks = code.co_name == "unpack_hook"
+            again |= unpacks or code is CheckpointFunction.backward.__code__
+        elif code.co_name == "backward" and not unpacks and not _is_torchs(code.co_filename):
             return False
+        elif code.co_name == "backward":
+            unpacks = False  # of the Function that asked for what it had saved
         frame = frame.f_back
-    return False
+    return again
+
+
+def _is_torchs(file: str) -> bool:
+    return file.startswith(os.path.dirname(torch.__file__))
 
 
 def _seeds(losses: Tensor, T: int | None) -> Array:

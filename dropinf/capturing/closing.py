@@ -64,7 +64,8 @@ class Closing(TorchFunctionMode):
         self._sources: Marks[tuple[Source, int | None]] = Marks()
         self._constants: set[int | None] = {_memory(t) for t in constants}
         self._inputs: set[int | None] = set()
-        self._closed: Marks[Source] = Marks()  # what sites hold detached copies of
+        self._closed: set[int] = set()  # leaves that sites of this forward have detached copies of
+        self._hooked: set[int] = set()
         self._probe = tap.probe
 
     def track(self, parameter: Tensor, slot: ParamPlan) -> None:
@@ -109,22 +110,29 @@ class Closing(TorchFunctionMode):
         return source.slots[0].name if source is not None else None
 
     def hooked(self, t: Tensor) -> None:
-        """A hook may change the gradient of a source: it is autograd's from here on.
+        """A hook may change the gradient of a parameter, which is autograd's from here on.
 
         Raises:
             NotClosedError: a site has a detached copy of it already.
         """
-        closed = self._closed.get(t)
-        if closed is not None and self._source(t) is not None:
-            raise NotClosedError(closed.slots[0].name)
-        self._sources.discard(t)
+        source = self._source(t)
+        if source is None:
+            return
+        for leaf, slot in zip(source.leaves, source.slots, strict=True):
+            if id(leaf) in self._closed:
+                raise NotClosedError(slot.name)
+            self._hooked.add(id(leaf))
 
     def _source(self, t: Tensor) -> Source | None:
         if not t.requires_grad:
             return None
         known = self._sources.get(t)
         # Since a write into it, a tensor is what autograd's graph says.
-        return known[0] if known is not None and known[1] in (None, t._version) else None
+        if known is None or known[1] not in (None, t._version):
+            return None
+        if self._hooked and any(id(leaf) in self._hooked for leaf in known[0].leaves):
+            return None
+        return known[0]
 
     def _meet(
         self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
@@ -199,6 +207,7 @@ class Closing(TorchFunctionMode):
 
     def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
+        self._closed.clear()
         self._inputs = {_memory(t) for t in inputs}
         batch = next((t.shape for t in inputs if t.dim()), None)
         if batch is not None:
@@ -223,8 +232,8 @@ class Closing(TorchFunctionMode):
             return None
         x = form.x
         targets = [(sources[id(r.tensor)], r) for r in form.roles if id(r.tensor) in sources]
-        for source, role in targets:
-            self._closed.set(role.tensor, source)
+        for source, _ in targets:
+            self._closed.update(map(id, source.leaves))
         plain = {id(r.tensor): r.tensor.detach() for r in form.roles}
         y = func(*swap(args, plain), **swap(kwargs, plain))
         here = id(x)
@@ -344,7 +353,7 @@ class Closing(TorchFunctionMode):
     ) -> list[Tensor]:
         found = []
         for t in some:
-            self._closed.set(t, sources[id(t)])
+            self._closed.update(map(id, sources[id(t)].leaves))
             own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
             own = own[len(own) - len(shape) :]  # a write drops ones in front
             site = SpreadSite(_named(func), [(sources[id(t)], None)], own)

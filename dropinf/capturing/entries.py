@@ -137,7 +137,7 @@ class Entries:
         if isinstance(source, View):
             self.add(source, _view_entries(source, shape, by_item, dims, own, rest), at)
             return
-        base = torch.Size(source.output.shape)
+        base = source.shape
         n = rows.size
         for some in chunk_items(n, base.numel()):
             whole = [

@@ -218,7 +218,10 @@ def _adjoin(one: tuple[View, Role], other: tuple[View, Role]) -> bool:
     if a.slot.entry_map is None and b.slot.entry_map is None:
         return overlap == 0 and a.slot.grid is None and b.slot.grid is None
     both = isinstance(a.slot.entry_map, SignedSums) and isinstance(b.slot.entry_map, SignedSums)
-    return both and overlap in (0, 1) and one[1].op in _PRODUCTS
+    if not both or overlap not in (0, 1) or one[1].op not in _PRODUCTS:
+        return False
+    # Not where another parameter's coordinates stand between them.
+    return a.slot.entry_map.first + len(a.at) == b.slot.entry_map.first
 
 
 def _whole(view: View) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dropinf import ops
 from dropinf.capturing.call_args import in_place, name_of
@@ -104,12 +105,15 @@ class Derived:
     """A tensor made of parameters alone, by any functions: autograd's graph of it is what is known.
 
     Attributes:
-        output: the tensor.
+        output: its edge in the graph, of the time when it was made: a later write is another.
+        shape, dtype: its.
         leaves: the parameters in its graph.
         slots: theirs.
     """
 
-    output: Tensor
+    output: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
     leaves: Sequence[Tensor]
     slots: Sequence[ParamPlan]
 
@@ -119,7 +123,7 @@ class Derived:
             torch.autograd.grad(
                 self.output,
                 self.leaves,
-                grad.to(self.output.dtype),
+                grad.to(self.dtype),
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -163,7 +167,7 @@ def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]
             if isinstance(source, View):
                 return source
             if isinstance(source, Lookup):
-                return replace(source, output=t)
+                return replace(source, output=get_gradient_edge(t), dtype=t.dtype)
         same = t.dtype == leaf.dtype and t.is_neg() == leaf.is_neg()
         if isinstance(source, View) and same and _same_memory(t, leaf):
             viewed = source.viewed(leaf, t)
@@ -174,13 +178,24 @@ def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]
         for source in sources.values()
         for leaf, slot in zip(source.leaves, source.slots, strict=True)
     }
-    return Derived(t, *(tuple(part) for part in zip(*pairs.values(), strict=True)))
+    leaves, slots = zip(*pairs.values(), strict=True)
+    return Derived(get_gradient_edge(t), t.shape, t.dtype, leaves, slots)
 
 
 def lookup_of(ids: Tensor, table: View, padding: int | None, y: Tensor, rows: int) -> Lookup:
     """The source of y, rows of a table of so many that were looked up."""
     padding = None if padding is None else padding % rows
-    return Lookup(y, table.leaves, table.slots, table, y.shape[-1], ids, padding)
+    return Lookup(
+        get_gradient_edge(y),
+        y.shape,
+        y.dtype,
+        table.leaves,
+        table.slots,
+        table,
+        y.shape[-1],
+        ids,
+        padding,
+    )
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -30,15 +30,15 @@ class Found:
     Attributes:
         owners: of each site's output; a string says where they were lost.
         leaves: id of each leaf that is reached past the sites -> (the leaf, its owners).
-        opaque: whether there is a Function that nobody declared: its backward may run a forward
-            pass again, so that parameters get gradients that the graph does not show.
+        opaque: name of a Function that nobody declared: its backward may run a forward pass again,
+            so that parameters get gradients that the graph does not show.
         checkpoints: reentrant checkpoints -> the owners of their results and, as long as nobody has
             seen inside, of their arguments.
     """
 
     owners: dict[Site, Owners] = field(default_factory=dict)
     leaves: dict[int, tuple[Tensor, Owners]] = field(default_factory=dict)
-    opaque: bool = False
+    opaque: str = ""
     checkpoints: dict[Any, tuple[list[Owners | None], list[Owners]]] = field(default_factory=dict)
 
 
@@ -139,7 +139,7 @@ def _arguments(
             moved = isinstance(claim, str) or any(d >= kept for d in varying(claim))
             return edges, [f"{name}, which may move examples" if moved else claim]
         if function is not None:
-            found.opaque = True
+            found.opaque = name
         return edges, [f"{name}, which is not known"] * len(edges)
     call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes)
     try:

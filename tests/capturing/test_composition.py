@@ -280,7 +280,7 @@ def test_sequence_first(shape):
         assert_exact(tap.rows(sequence_losses(model, batch)), truth)
 
 
-@pytest.mark.parametrize("batch_dim", [None, 0, 1])
+@pytest.mark.parametrize("batch_dim", [None, 0, 1, {"encoder": 1}], ids=str)
 def test_one_sequence_first_part(batch_dim):
     """A batch-first model with a part that is not; also where T = B or divides by it."""
 
@@ -308,7 +308,7 @@ def test_one_sequence_first_part(batch_dim):
 
 def test_bad_batch_dims():
     model = nn.Linear(3, 2)
-    for bad in (2, {"encoder": 1}):
+    for bad in (2, {"encoder": 2}):
         with pytest.raises(ValueError, match="batch_dim must be 0 or 1, got"):
             capture(model, Plan.make(model, Full()), batch_dim=bad)
 

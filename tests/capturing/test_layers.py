@@ -85,7 +85,7 @@ def by_passes(model, x, why):
     "model, shape, why",
     [
         (nn.BatchNorm1d(5), (4, 5), "NativeBatchNorm, as what all examples share"),
-        (nn.EmbeddingBag(9, 5, max_norm=1.0), None, "Embedding, which is not known"),
+        (nn.EmbeddingBag(9, 5, max_norm=1.0), None, "EmbeddingBag, which is not known"),
         (nn.Embedding(9, 5, max_norm=1.0), None, "Embedding, which is not known"),
         (nn.Embedding(9, 5, scale_grad_by_freq=True), None, "Embedding, which is not known"),
         (PackedLSTM(), (4, 6, 5), "CopySlices"),

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -156,7 +157,9 @@ def test_captures_that_are_closed_out_of_order():
         left = torch.overrides._get_current_function_mode_stack()
         for _ in left:
             torch.overrides._pop_mode()
-    assert not left
+        stance = torch._dynamo.eval_frame._stance.stance
+        torch.compiler.set_stance("default")
+    assert not left and stance == "default"  # what is compiled is compiled again
 
 
 # Copies.

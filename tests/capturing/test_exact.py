@@ -1,14 +1,17 @@
-"""Rows are the gradients of the losses, whatever a model does with its batch; see exact_cases."""
+"""Rows are the gradients of the losses, whatever a model does with its batch; see exact_models."""
 
 import copy
 
+import exact_autograd
+import exact_batches
+import exact_parameters
 import pytest
 import torch
-from exact_cases import CASES
 from torch import nn
 
 from dropinf import Dropout, Full, Plan, capture, collect
 
+CASES = [*exact_batches.CASES, *exact_autograd.CASES, *exact_parameters.CASES]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:rows. a backward pass for each:UserWarning"),

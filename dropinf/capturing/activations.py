@@ -25,7 +25,7 @@ from dropinf.capturing.passes import Used
 from dropinf.capturing.rowmap import RowMap
 from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
-from dropinf.capturing.tap import Entered, NotClosedError, Tap, sharded_modules
+from dropinf.capturing.tap import Entered, NotClosedError, Tap, eager, sharded_modules
 from dropinf.compression import ParamPlan, Plan
 from dropinf.user_warning import warn_user
 
@@ -83,7 +83,7 @@ class ActivationsTap(Tap):
         handle = self.model.register_forward_pre_hook(Entered(self), prepend=True, with_kwargs=True)
         undo.callback(handle.remove)
         if "torch._dynamo" in sys.modules:  # compiled code would bypass the mode
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
+            eager(undo)
         undo.enter_context(self._closing)  # last in and first out: it must not see the rest
 
     def _track(self, some: Sequence[tuple[Tensor, ParamPlan]]) -> None:
@@ -224,12 +224,12 @@ class ActivationsTap(Tap):
         Raises:
             RuntimeError: that pass fills .grad, of which the site would withhold a part.
         """
-        if not self.outside:
+        if self._open and not self.outside:
             return
         raise RuntimeError(
-            "capture: a backward pass outside of tap.rows(losses) would miss gradients of tracked "
-            "parameters; call tap.rows(losses, retain_graph=True) inside the `with`, and run it "
-            "after the `with`, or use capture(..., closed=False)"
+            "capture: a backward pass of what was computed inside of a capture would miss gradients "
+            "of its parameters; call tap.rows(losses) inside, and run the model again outside for "
+            "other gradients, or use capture(..., closed=False)"
         )
 
     def _row_map(self, losses: Tensor, segment_ids: Tensor | None) -> RowMap:

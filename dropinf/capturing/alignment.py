@@ -38,7 +38,10 @@ _TABLE: list[tuple[Rule, str]] = [
     ),
     (
         rules.over,
-        "Cummax Cummin Cumprod Cumsum LogSoftmax Logcumsumexp SafeSoftmax Softmax Sort",
+        """
+        Cummax Cummin Cumprod Cumsum Glu LinalgCross LogSoftmax Logcumsumexp SafeSoftmax Softmax
+        Sort
+        """,
     ),
     (
         rules.last(2),
@@ -54,7 +57,7 @@ _TABLE: list[tuple[Rule, str]] = [
         of_first(rules.first_dim),
         """
         AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D
-        AvgPool3D Col2Im Convolution ConvolutionOverrideable CudnnConvolution Im2Col
+        AvgPool3D ChannelShuffle Col2Im Convolution ConvolutionOverrideable CudnnConvolution Im2Col
         MaxPool2DWithIndices MaxPool3DWithIndices MkldnnAdaptiveAvgPool2D MkldnnConvolution
         NativeGroupNorm PixelShuffle PixelUnshuffle ReflectionPad1D ReflectionPad2D
         ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleBicubic2D
@@ -68,6 +71,7 @@ _TABLE: list[tuple[Rule, str]] = [
     (rules.product(0), "Bmm Mm"),
     (rules.product(1), "Addmm Baddbmm"),
     (rules.mv, "Mv"),
+    (rules.dot, "Dot"),
     (rules.addmv, "Addmv"),
     (rules.cat, "Cat"),
     (rules.stack, "Stack"),

@@ -197,7 +197,7 @@ class Closing(TorchFunctionMode):
         if not x.dim() or memory in self._constants:
             return False
         if not flat and x.dim() == 1 and self._per != "example":
-            return False  # as the positions of a text are
+            return memory in self._inputs  # and not the positions of a text
         if self.examples in (None, 1):
             return flat or x.dim() > 1 or self.examples == 1
         size = x.shape[self.batch_dim if x.dim() > 1 else 0]

@@ -72,7 +72,8 @@ def of_first(rule: Callable[[Call, Array], Owners]) -> Rule:
 
     def of_first(call: Call, out: Array) -> list[Owners]:
         shared = f"{call.name}, as what all examples share"
-        return [rule(call, out), *(shared for _ in call.shapes[1:])]
+        first = "" if call.shapes[0] is None else rule(call, out)
+        return [first, *(shared for _ in call.shapes[1:])]
 
     return of_first
 
@@ -181,6 +182,11 @@ def mv(call: Call, out: Array) -> list[Owners]:
     return [out[:, None], mixed(out, (0,), call.T, call.name)]
 
 
+def dot(call: Call, out: Array) -> list[Owners]:
+    """[I] @ [I]."""
+    return [out.reshape(1) for _ in call.shapes]
+
+
 def addmv(call: Call, out: Array) -> list[Owners]:
     return [broadcast(out, call.shapes[0] or (1,), call.name), *mv(call, out)]
 
@@ -268,6 +274,8 @@ def topk(call: Call, out: Array) -> Owners:
 
 
 def flip(call: Call, out: Array) -> Owners:
+    if not call.saved("dims"):
+        return out
     return np.flip(out, [d for d in call.dims("dims", out.ndim) if out.shape[d] > 1])
 
 

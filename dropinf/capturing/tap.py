@@ -22,6 +22,9 @@ _OPEN: set[int] = set()
 _LOCK = threading.Lock()
 
 
+_EAGER: list[Any] = []  # what puts the compiler's stance back, once for each open capture
+
+
 class NotClosedError(RuntimeError):
     """The forward pass or the loss asks for the gradient of a parameter."""
 
@@ -124,6 +127,20 @@ class Tap:
         """[num_rows, R] for these losses: float32, or float64 for float64 losses."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return torch.empty(num_rows, self.plan.width, dtype=dtype, device=losses.device)
+
+
+def eager(undo: contextlib.ExitStack) -> None:
+    """Have compiled functions run as written until `undo`, in whatever order captures close."""
+    with _LOCK:
+        _EAGER.append(_EAGER[0] if _EAGER else torch.compiler.set_stance("force_eager"))
+
+    def put_back() -> None:
+        with _LOCK:
+            stance = _EAGER.pop()
+            if not _EAGER:
+                stance.__exit__(None, None, None)
+
+    undo.callback(put_back)
 
 
 def unsynchronised(model: nn.Module, undo: contextlib.ExitStack) -> None:

@@ -163,7 +163,7 @@ class Plan:
             exclude: names to leave out of those.
 
         Raises:
-            ValueError: a name matches nothing, or nothing is left to track.
+            ValueError: a name matches nothing, nothing is left to track, or a parameter is complex.
         """
         if not isinstance(compression, tuple(_COMPRESSIONS.values())):
             known = ", ".join(_COMPRESSIONS)
@@ -179,6 +179,12 @@ class Plan:
         kept = set(names if include is None else _matching("include", include, names))
         if exclude is not None:
             kept -= set(_matching("exclude", exclude, names))
+        for name in names:
+            if name in kept and model.get_parameter(name).is_complex():
+                raise ValueError(
+                    f"Plan.make: {name!r} is complex, and rows are real; keep it as a real "
+                    "parameter and use torch.view_as_complex of it, or leave it out with exclude="
+                )
         layers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for layer, name, shape in owned:
             if name in kept and math.prod(shape):

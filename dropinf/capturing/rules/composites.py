@@ -21,9 +21,10 @@ def opened(func: Any) -> Callable:
 
     Called under a TorchFunctionMode, the mode then sees the functions inside of it.
     """
+    questions = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     return types.FunctionType(
         func.__code__,
-        {**func.__globals__, "has_torch_function": lambda tensors: False},
+        {**func.__globals__, **dict.fromkeys(questions, lambda *tensors: False)},
         argdefs=func.__defaults__,
     )
 

@@ -119,7 +119,9 @@ def test_token_rows_are_refused_where_there_are_none():
         capture(model, plan, per="word")
     model = nn.LSTM(3, 4, batch_first=True)
     with (
-        pytest.raises(RuntimeError, match="no closed form, so that rows per token are not known"),
+        pytest.raises(
+            ValueError, match=r"_l0' met 1 positions an example, where 5 tokens have rows"
+        ),
         capture(model, Plan.make(model, Full()), per="token") as tap,
     ):
         tap.rows(model(x)[0].sum((1, 2)))
@@ -278,8 +280,9 @@ def test_sequence_first(shape):
         assert_exact(tap.rows(sequence_losses(model, batch)), truth)
 
 
-def test_one_sequence_first_part():
-    """A batch-first model with a part that is not: batch_dim by name."""
+@pytest.mark.parametrize("batch_dim", [None, 0, 1, {"encoder": 1}], ids=str)
+def test_one_sequence_first_part(batch_dim):
+    """A batch-first model with a part that is not; also where T = B or divides by it."""
 
     class Mixed(nn.Module):
         def __init__(self):
@@ -298,12 +301,16 @@ def test_one_sequence_first_part():
     for shape in ((4, 4, 3), (4, 8, 3), (4, 5, 3)):
         batch = (torch.randn(shape, dtype=torch.float64),)
         truth = true_rows(case, model, batch, plan)
-        with capture(model, plan, batch_dim={"encoder": 1}) as tap:
+        with capture(model, plan, batch_dim=batch_dim) as tap:
             assert_exact(tap.rows(squares(model, batch)), truth)
-    with pytest.raises(ValueError, match=r"'encoder.*batch_dim="), capture(model, plan) as tap:
-        tap.rows(squares(model, batch))
-    with pytest.raises(ValueError, match="batch_dim must be 0 or 1, got 2"):
-        capture(model, plan, batch_dim=2)
+        assert set(plan.paths.values()) == {"closed form"}
+
+
+def test_bad_batch_dims():
+    model = nn.Linear(3, 2)
+    for bad in (2, {"encoder": 2}):
+        with pytest.raises(ValueError, match="batch_dim must be 0 or 1, got"):
+            capture(model, Plan.make(model, Full()), batch_dim=bad)
 
 
 # Losses.

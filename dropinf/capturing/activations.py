@@ -105,6 +105,11 @@ class ActivationsTap(Tap):
             tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
             self._batch = self._closing.entered(tensors)
 
+    @property
+    def examples(self) -> int | None:
+        """How many examples the model was last given, by its first argument; None: not known."""
+        return self._closing.examples
+
     def rows(
         self,
         losses: Tensor,

@@ -75,7 +75,7 @@ class Batches:
         self.kept: Tensor | None = None
         self._seconds: dict[bool, float] = {}  # of an example, singly or in its batch
         self._passes: dict[str, str] = {}
-        self._said = False
+        self._said = self._doubted = False
 
     @property
     def batch_dim(self) -> int:
@@ -147,6 +147,7 @@ class Batches:
             )
             losses = self.loss_fn(self.model, batch)
         self.tap.check(losses)
+        self._doubt_one(losses)
         finite = losses.detach().isfinite()
         if self._on_nonfinite == "raise" and not finite.all():
             at = int((~finite).nonzero()[0, 0])
@@ -154,6 +155,16 @@ class Batches:
         rows = self.backward(batch, losses, self.keep_graph)
         self.kept = losses if self.keep_graph else None
         return rows, losses.detach()
+
+    def _doubt_one(self, losses: Tensor) -> None:
+        """Warn of a mean that has the shape of one example's loss."""
+        given = getattr(self.tap, "examples", None)
+        if losses.shape[0] == 1 and given not in (None, 1) and not self._doubted:
+            self._doubted = True
+            warn_user(
+                f"collect: one loss for a batch whose first input holds {given} examples; if it is "
+                "their mean or sum, use reduction='none', as its row is one of all of them"
+            )
 
     def _singly(self, batch: Any) -> list[Any] | None:
         """The examples of a batch one by one, where a pass for each loss would cost more.

@@ -45,8 +45,9 @@ def choose_damping(
         metric: scores [m, n] -> a number, larger is better; the best mean over the parts wins.
 
     Returns:
-        The damping, with a warning if it is the smallest or largest given; values [k] and their standard errors [k] (over queries; with a metric over
-        parts, NaN for one part). Holds k x m x n scores of every part at once.
+        The damping, with a warning if it is the smallest or largest given; values [k] and their
+        standard errors [k] (over queries; with a metric over parts, NaN for one part). Holds
+        k x m x n scores of every part at once.
 
     Raises:
         ValueError: no damping, fewer than two masks without a metric, or parts that differ.

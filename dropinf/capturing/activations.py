@@ -149,7 +149,7 @@ class ActivationsTap(Tap):
             self._slot_of,
             self.probe,
             self._used.everything(),
-            bool(sharded_modules(self.model)),
+            self.sharded,
         )
         try:
             run.run(retain_graph)

@@ -42,6 +42,7 @@ class Tap:
     Attributes:
         met: names of the parameters that had a gradient in some batch so far.
         num_examples: of the last rows.
+        sharded: whether the model gathers its parameters for each forward pass.
         origin: [n, 2] the example in its batch, and the token or segment, of each of the last rows;
             None if they are the examples.
     """
@@ -49,6 +50,7 @@ class Tap:
     def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
         self.given, self.model = model, unwrap("capture", model)
         self.plan, self.backend = plan, backend
+        self.sharded = bool(sharded_modules(self.model))
         reshard(self.model)
         found = dict(self.model.named_parameters(remove_duplicate=False))
         for slot in plan.slots:

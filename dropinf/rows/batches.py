@@ -172,7 +172,10 @@ class Batches:
         The second batch of such a model is run singly, and timed against the first.
         """
         alone, together = (self._seconds.get(singly) for singly in (True, False))
-        if not self.places or together is None or self.per != "example":
+        # Not where this batch is to be compared, or where all ranks must run the same passes.
+        if self.keep_graph or self.tap.sharded or self.per != "example":
+            return None
+        if not self.places or together is None:
             return None
         if alone is not None and not self._said:
             self._said = True

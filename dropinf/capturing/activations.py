@@ -27,6 +27,7 @@ from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
 from dropinf.capturing.tap import Entered, NotClosedError, Tap, eager, sharded_modules
 from dropinf.compression import ParamPlan, Plan
+from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
 
 # Passes that fill .grad, with the mode on inside of them.
@@ -173,7 +174,8 @@ class ActivationsTap(Tap):
         self._closing.shared |= run.shared
         if run.passes and not self._warned and B > 1:
             self._warned = True
-            listed = "; ".join(f"{name} ({why})" for name, why in list(run.passes.items())[:3])
+            some = list(run.passes.items())[:3]
+            listed = "; ".join(f"{printable(name)} ({printable(why)})" for name, why in some)
             more = f" and {len(run.passes) - 3} more" if len(run.passes) > 3 else ""
             warn_user(
                 f"rows: a backward pass for each of the {B} losses, for {listed}{more}. Rows are "

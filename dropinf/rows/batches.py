@@ -19,6 +19,7 @@ from dropinf.capturing import (
     size_at,
 )
 from dropinf.compression import Plan
+from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
@@ -179,7 +180,8 @@ class Batches:
             return None
         if alone is not None and not self._said:
             self._said = True
-            why = "; ".join(f"{n} ({w})" for n, w in list(self._passes.items())[:3])
+            some = list(self._passes.items())[:3]
+            why = "; ".join(f"{printable(name)} ({printable(lost)})" for name, lost in some)
             warn_user(
                 f"collect: {why} take a pass for each loss, {together / alone:.1f} times the time "
                 f"of examples run singly; they run {'singly' if alone < together else 'so'}"

@@ -227,9 +227,9 @@ class ActivationsTap(Tap):
         if self._open and not self.outside:
             return
         raise RuntimeError(
-            "capture: a backward pass of what was computed inside of a capture would miss gradients "
-            "of its parameters; call tap.rows(losses) inside, and run the model again outside for "
-            "other gradients, or use capture(..., closed=False)"
+            "capture: a backward pass of what was computed inside of a capture would miss "
+            "gradients of its parameters; call tap.rows(losses) inside, and run the model again "
+            "outside for other gradients, or use capture(..., closed=False)"
         )
 
     def _row_map(self, losses: Tensor, segment_ids: Tensor | None) -> RowMap:

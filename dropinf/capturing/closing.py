@@ -161,7 +161,7 @@ class Closing(TorchFunctionMode):
         # batch's, and is pulled back once for each example.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             y = func(*args, **kwargs)
-        made = func in ELEMENTWISE or func is F.embedding
+        made = func in ELEMENTWISE or (func is F.embedding and tensors[0].dim() == 1)
         if made or not any(map(self._holds_batch, tensors)):
             self._mark(func, args, kwargs, sources, y)
         return y

@@ -433,6 +433,6 @@ def test_a_backward_pass_of_ones_own():
         losses = losses_of(model, x)
         for run in (lambda: losses.sum().backward(retain_graph=True),
                     lambda: torch.autograd.backward(losses.sum())):  # fmt: skip
-            with pytest.raises(RuntimeError, match=r"outside of tap.rows.*closed=False"):
+            with pytest.raises(RuntimeError, match=r"computed inside of a capture.*closed=False"):
                 run()
         torch.testing.assert_close(tap.rows(losses), truth)

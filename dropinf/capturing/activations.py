@@ -65,6 +65,7 @@ class ActivationsTap(Tap):
         self._closing.batch_dim = self._batch_dim
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
+            self._closing.froze |= p.requires_grad and id(p) not in slots
             p.requires_grad_(id(p) in slots)
         self._used = Used(self.model, undo)
         self._slot_of: dict[int, ParamPlan] = {}

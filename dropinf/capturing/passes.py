@@ -22,6 +22,7 @@ def taken(everything: Sequence[Tensor], take: Callable[[Tensor], None]) -> Itera
 
     def free(p: Tensor) -> None:
         if p.grad is not None:  # as it is where it is zero for sure
+            p.grad = p.grad.to_dense()
             take(p)
             p.grad = None
 

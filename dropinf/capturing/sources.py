@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dropinf import ops
-from dropinf.capturing.call_args import in_place, name_of
+from dropinf.capturing.call_args import name_of
 from dropinf.compression import ParamPlan
 
 # Elements of the per-example gradients that are formed at a time where there is no other way.
@@ -131,7 +131,7 @@ class Derived:
         ]
         for slot, parts in zip(self.slots, zip(*each, strict=True), strict=True):
             if parts[0] is not None:
-                yield from View.of(slot).pull(torch.stack(parts))
+                yield from View.of(slot).pull(torch.stack([part.to_dense() for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "conti
 
 def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]) -> Source:
     """The source of a tensor that a function made of sources and of no other gradient."""
-    if len(sources) == 1 and args and id(args[0]) in sources and not in_place(func):
+    if len(sources) == 1 and args and id(args[0]) in sources and t is not args[0]:
         leaf, source = args[0], sources[id(args[0])]
         if name_of(func) in _CASTS and t.shape == leaf.shape:
             if isinstance(source, View):
@@ -199,6 +199,8 @@ def lookup_of(ids: Tensor, table: View, padding: int | None, y: Tensor, rows: in
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.layout != torch.strided:
+        return False
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 

@@ -118,28 +118,26 @@ def _arguments(
         owners = _first(outs) if lost is None else lost
         owners = found.owners[site] = owners if isinstance(owners, str) else site.taken(owners, T)
         return edges, site.given(owners)
+    function = getattr(type(node), "_forward_cls", None)  # of a Function written in Python
     if lost is not None:
+        _note_function(node, function, outs, [lost] * len(edges), found)
         return edges, [lost] * len(edges)
     shapes = [None if below is None else below._input_metadata[nr].shape for below, nr in edges]
     out_shapes = [m.shape for m in node._input_metadata]
     outs = outs + [None] * (len(out_shapes) - len(outs))
     name = _name(node)
-    function = getattr(type(node), "_forward_cls", None)  # of a Function written in Python
     rule = None if LIKE in node.metadata or function is not None else RULES.get(name)
     if rule is None:
-        if function is CheckpointFunction:
+        if function is CheckpointFunction or keeps(node):
             claims = [_claimed(outs, out_shapes, s, T) for s in shapes]
-            found.checkpoints[node] = outs, claims
+            _note_function(node, function, outs, claims, found)
             return edges, claims
-        if keeps(node):
-            return edges, [_claimed(outs, out_shapes, s, T) for s in shapes]
         if LIKE in node.metadata:
             kept = node.metadata[LIKE][1]
             claim = _claimed(outs, out_shapes, shapes[0], T)
             moved = isinstance(claim, str) or any(d >= kept for d in varying(claim))
             return edges, [f"{name}, which may move examples" if moved else claim]
-        if function is not None:
-            found.opaque = name
+        _note_function(node, function, outs, [], found)
         return edges, [f"{name}, which is not known"] * len(edges)
     call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes)
     try:
@@ -147,6 +145,20 @@ def _arguments(
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         return edges, [f"{name} ({error})"] * len(edges)
     return edges, [_fitting(o, s, name) for o, s in zip(given, shapes, strict=True)]
+
+
+def _note_function(
+    node: Any,
+    function: type | None,
+    outs: list[Owners | None],
+    claims: list[Owners],
+    found: Found,
+) -> None:
+    """Keep a Function written in Python whose backward may run a forward pass again."""
+    if function is CheckpointFunction:
+        found.checkpoints[node] = outs, claims
+    elif function is not None and not keeps(node):
+        found.opaque = _name(node)
 
 
 def _name(node: Any) -> str:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from dropinf.capturing.call_args import argument
 from dropinf.capturing.graph import HOOKED, LIKE, edge_of
-from dropinf.capturing.owner_rules import JOINED, WRITTEN, as_index
+from dropinf.capturing.index_rules import JOINED, WRITTEN, as_index
 
 
 def hook(args: tuple, kwargs: dict, y: Any) -> None:

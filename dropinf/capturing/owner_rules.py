@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dropinf.capturing.owners import Array, Owners, broadcast, merged, mixed, parts, read, reshaped
-
-# In the metadata of a write into a part of a tensor: the index.
-WRITTEN = "dropinf: written"
-# In that of a cat: the shapes of its parts, of which some may have no gradient.
-JOINED = "dropinf: joined"
+from dropinf.capturing.owners import Array, Owners, broadcast, mixed, reshaped
 
 
 @dataclass
@@ -24,7 +17,7 @@ class Call:
 
     Attributes:
         node: autograd's node of it.
-        name: its name in the graph.
+        function: its name in the graph.
         shapes: of its arguments, None for those without a gradient.
         shape: of its first result.
         T: tokens that have rows, None where rows are the examples'.
@@ -34,7 +27,7 @@ class Call:
     """
 
     node: Any
-    name: str
+    function: str
     shapes: Sequence[Sequence[int] | None]
     shape: Sequence[int]
     T: int | None
@@ -54,11 +47,6 @@ class Call:
         return tuple(dim_of(d, rank) for d in kept)
 
 
-def as_index(t: Tensor) -> Array:
-    """A tensor of indices or a mask as numpy takes it, to which bytes are no mask."""
-    return (t.bool() if t.dtype == torch.uint8 else t).cpu().numpy()
-
-
 def dim_of(d: int, rank: int) -> int:
     """A dimension counted from the front; negative ones are kept as unsigned numbers."""
     return (d - (1 << 64) if d >= 1 << 63 else d) % max(rank, 1)
@@ -71,7 +59,7 @@ def of_first(rule: Callable[[Call, Array], Owners]) -> Rule:
     """A rule of the first argument; others (weights, tables) would be shared."""
 
     def of_first(call: Call, out: Array) -> list[Owners]:
-        shared = f"{call.name}, as what all examples share"
+        shared = f"{call.function}, as what all examples share"
         first = "" if call.shapes[0] is None else rule(call, out)
         return [first, *(shared for _ in call.shapes[1:])]
 
@@ -80,7 +68,7 @@ def of_first(rule: Callable[[Call, Array], Owners]) -> Rule:
 
 def elementwise(call: Call, out: Array) -> list[Owners]:
     """Arguments that broadcast against each other."""
-    return ["" if s is None else broadcast(out, s, call.name) for s in call.shapes]
+    return ["" if s is None else broadcast(out, s, call.function) for s in call.shapes]
 
 
 def reshape(call: Call, out: Array) -> list[Owners]:
@@ -111,7 +99,7 @@ def reduce(call: Call, out: Array) -> list[Owners]:
 
 def over(call: Call, out: Array) -> list[Owners]:
     """Softmax, cumulative sums, sorting, along one dimension."""
-    return [mixed(out, call.dims("dim", out.ndim), call.T, call.name) for _ in call.shapes]
+    return [mixed(out, call.dims("dim", out.ndim), call.T, call.function) for _ in call.shapes]
 
 
 def last(n: int) -> Rule:
@@ -119,11 +107,11 @@ def last(n: int) -> Rule:
 
     def of_last(call: Call, out: Array) -> list[Owners]:
         rank = out.ndim
-        out = mixed(out, range(rank - n, rank), call.T, call.name)
+        out = mixed(out, range(rank - n, rank), call.T, call.function)
         return [
             out
             if isinstance(out, str) or s is None
-            else broadcast(out, (*s[: len(s) - n], *(1,) * n), call.name)
+            else broadcast(out, (*s[: len(s) - n], *(1,) * n), call.function)
             for s in call.shapes
         ]
 
@@ -132,14 +120,14 @@ def last(n: int) -> Rule:
 
 def layer_norm(call: Call, out: Array) -> Owners:
     n = len(call.saved("normalized_shape"))
-    return mixed(out, range(out.ndim - n, out.ndim), call.T, call.name)
+    return mixed(out, range(out.ndim - n, out.ndim), call.T, call.function)
 
 
 def first_dim(call: Call, out: Array) -> Owners:
     """Convolutions, pooling: whole examples along dimension 0, all else mixed."""
-    out = mixed(out, range(1, out.ndim), call.T, call.name)
+    out = mixed(out, range(1, out.ndim), call.T, call.function)
     if isinstance(out, str) or len(out) not in (1, call.shapes[0][0]):
-        return out if isinstance(out, str) else call.name
+        return out if isinstance(out, str) else call.function
     return out.reshape(-1, *(1,) * (len(call.shapes[0]) - 1))
 
 
@@ -154,14 +142,14 @@ def all_first_dim(call: Call, out: Array) -> list[Owners]:
         if isinstance(first, str)
         else first.reshape(-1, *(1,) * (len(s) - 1))
         if fit
-        else call.name
+        else call.function
         for s, fit in zip(call.shapes, fits, strict=True)
     ]
 
 
 def batch_norm(call: Call, out: Array) -> Owners:
     training = call.saved("training", call.saved("train"))
-    return f"{call.name} in train mode" if training else out
+    return f"{call.function} in train mode" if training else out
 
 
 def product(added: int) -> Rule:
@@ -169,7 +157,7 @@ def product(added: int) -> Rule:
 
     def of_product(call: Call, out: Array) -> list[Owners]:
         rank = out.ndim
-        found = [mixed(out, (d,), call.T, call.name) for d in (rank - 1, rank - 2)]
+        found = [mixed(out, (d,), call.T, call.function) for d in (rank - 1, rank - 2)]
         if added:
             found.insert(0, elementwise(call, out)[0])
         return found
@@ -179,7 +167,7 @@ def product(added: int) -> Rule:
 
 def mv(call: Call, out: Array) -> list[Owners]:
     """[n, I] @ [I]."""
-    return [out[:, None], mixed(out, (0,), call.T, call.name)]
+    return [out[:, None], mixed(out, (0,), call.T, call.function)]
 
 
 def dot(call: Call, out: Array) -> list[Owners]:
@@ -188,175 +176,19 @@ def dot(call: Call, out: Array) -> list[Owners]:
 
 
 def addmv(call: Call, out: Array) -> list[Owners]:
-    return [broadcast(out, call.shapes[0] or (1,), call.name), *mv(call, out)]
-
-
-def cat(call: Call, out: Array) -> list[Owners]:
-    d = dim_of(call.saved("dim"), out.ndim)
-    if out.shape[d] == 1:
-        return [out for _ in call.shapes]
-    shapes = call.node.metadata.get(JOINED, call.shapes)
-    sizes = [None if s is None else s[d] if len(s) == out.ndim else 0 for s in shapes]
-    rest = call.shape[d] - sum(size or 0 for size in sizes)
-    if sizes.count(None) == 1:
-        sizes = [rest if size is None else size for size in sizes]
-    elif rest:
-        return [f"{call.name} of parts whose length is not known" for _ in call.shapes]
-    return [np.take(out, range(p.start, p.stop), d) for p in parts(sizes)]
-
-
-def stack(call: Call, out: Array) -> list[Owners]:
-    d = dim_of(call.saved("dim"), out.ndim)
-    whole = out.shape[d] == 1
-    return [np.take(out, 0 if whole else i, d) for i in range(len(call.shapes))]
-
-
-def slice_of(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dim"), out.ndim)
-    if out.shape[d] == 1 and out.size > 1:
-        return out
-    start, end, step = (call.saved(n) for n in ("start", "end", "step"))
-    at = tuple(slice(None) for _ in range(d))
-    # An index from the end is kept as an unsigned number.
-    start, end = (None if i is None else i - (1 << 64) if i >= 1 << 63 else i for i in (start, end))
-    return read(lambda x: x[(*at, slice(start, end, step))], out, call.shapes[0], (d,), call.name)
-
-
-def select(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dim"), len(call.shapes[0]))
-    return _one_of(call, out, dim_of(call.saved("index"), call.shapes[0][d]), d)
-
-
-def index(call: Call, out: Array) -> Owners:
-    """x[i, j, ...] with tensors among the indices."""
-    indices = call.saved("indices")
-    if indices is None:
-        return call.name
-    at, dims, d = [], [], 0
-    for index in indices:
-        if index is None:
-            at.append(slice(None))
-            d += 1
-            continue
-        at.append(as_index(index))
-        n = index.dim() if index.dtype in (torch.bool, torch.uint8) else 1
-        dims += range(d, d + n)
-        d += n
-    return read(lambda x: x[tuple(at)], out, call.shapes[0], dims, call.name)
-
-
-def index_select(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dim"), out.ndim)
-    if out.shape[d] == 1 and out.size > 1:
-        return out
-    index = as_index(call.saved("index")).reshape(-1)
-    return read(lambda x: x.take(index, d), out, call.shapes[0], (d,), call.name)
-
-
-def gather(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dim"), out.ndim)
-    if out.shape[d] == 1 and out.size > 1 and whole_but(call.shape, call.shapes[0], d):
-        return out
-    index = as_index(call.saved("index"))
-    shape = call.shapes[0]
-    lead = tuple(slice(None) if k == d else slice(n) for k, n in enumerate(index.shape))
-    return read(
-        lambda x: np.take_along_axis(x[lead], index, d), out, shape, range(len(shape)), call.name
-    )
-
-
-def whole_but(one: Sequence[int], other: Sequence[int], d: int) -> bool:
-    return all(a == b or k == d for k, (a, b) in enumerate(zip(one, other, strict=True)))
-
-
-def topk(call: Call, out: Array) -> Owners:
-    return mixed(out, call.dims("dim", out.ndim), call.T, call.name)
-
-
-def flip(call: Call, out: Array) -> Owners:
-    if not call.saved("dims"):
-        return out
-    return np.flip(out, [d for d in call.dims("dims", out.ndim) if out.shape[d] > 1])
-
-
-def roll(call: Call, out: Array) -> Owners:
-    dims = call.saved("dims")
-    if not dims:
-        return mixed(out, range(out.ndim), call.T, call.name)
-    back = [-(s - (1 << 64) if s >= 1 << 63 else s) for s in call.saved("shifts")]
-    return np.roll(out, back, [dim_of(d, out.ndim) for d in dims])
-
-
-def repeat(call: Call, out: Array) -> Owners:
-    repeats = call.saved("repeats")
-    shape = (1,) * (len(repeats) - len(call.shapes[0])) + tuple(call.shapes[0])
-    found = read(lambda x: np.tile(x, repeats), out, shape, range(len(shape)), call.name)
-    return found if isinstance(found, str) else found.reshape(found.shape[-len(call.shapes[0]) :])
-
-
-def pad(call: Call, out: Array) -> Owners:
-    pad = [p - (1 << 64) if p >= 1 << 63 else p for p in call.saved("pad")]
-    for k in range(len(pad) // 2):
-        d = out.ndim - 1 - k
-        if out.shape[d] > 1:
-            before, after = pad[2 * k : 2 * k + 2]
-            if before < 0 or after < 0:
-                return call.name
-            out = np.take(out, range(before, out.shape[d] - after), d)
-    return out
-
-
-def written(call: Call, out: Array) -> list[Owners]:
-    """index_add, scatter: of what is written into, and of what is written."""
-    d = dim_of(call.saved("dim"), out.ndim)
-    if len(call.shapes) < 2 or call.shapes[1] is None or out.shape[d] == 1:
-        return [out for _ in call.shapes]
-    index = as_index(call.saved("index"))
-    if call.name.startswith("Scatter"):
-        lead = tuple(slice(None) if k == d else slice(n) for k, n in enumerate(index.shape))
-        return [out, np.take_along_axis(out[lead], index, d)]
-    return [out, out.take(index.reshape(-1), d)]
-
-
-def index_put(call: Call, out: Array) -> list[Owners]:
-    indices = call.saved("indices")
-    if indices is None:
-        return [call.name for _ in call.shapes]
-    at: list[Any] = [slice(None) if i is None else as_index(i) for i in indices]
-    needed, d = list(out.shape), 0
-    for index in indices:
-        n = 1 if index is None or index.dtype not in (torch.bool, torch.uint8) else index.dim()
-        if index is not None:
-            needed[d : d + n] = call.shape[d : d + n]
-        d += n
-    source: Owners = np.broadcast_to(out, needed)[tuple(at)]
-    if call.shapes[1] is not None:
-        source = broadcast(source, call.shapes[1], call.name)
-    return [out, source]
-
-
-def masked_scatter(call: Call, out: Array) -> list[Owners]:
-    """The source's elements go to the mask's places in turn."""
-    mask = call.saved("mask")
-    if mask is None or call.shapes[1] is None:
-        return [out, call.name]
-    mask = as_index(mask)
-    full = np.broadcast_to(out, call.shape)[np.broadcast_to(mask, call.shape)]
-    source = np.full(int(np.prod(call.shapes[1])), -1)
-    source[: full.size] = full[: source.size]
-    return [out, source.reshape(call.shapes[1])]
+    return [broadcast(out, call.shapes[0] or (1,), call.function), *mv(call, out)]
 
 
 def pairs(call: Call, out: Array) -> list[Owners]:
     """Real and complex views of each other: a last dimension of two."""
     if len(call.shapes[0]) > out.ndim:
         return [out[..., None]]
-    return [out[..., 0] if out.shape[-1] == 1 else call.name]
+    return [out[..., 0] if out.shape[-1] == 1 else call.function]
 
 
 def over_dims(call: Call, out: Array) -> list[Owners]:
     """Fourier transforms."""
-    return [mixed(out, call.dims("dim", out.ndim), call.T, call.name)]
+    return [mixed(out, call.dims("dim", out.ndim), call.T, call.function)]
 
 
 def nll(call: Call, out: Array) -> list[Owners]:
@@ -373,73 +205,5 @@ def loss(call: Call, out: Array) -> list[Owners]:
     return elementwise(call, out)
 
 
-def diagonal(call: Call, out: Array) -> Owners:
-    shape = call.shapes[0]
-    d0, d1 = (dim_of(call.saved(n), len(shape)) for n in ("dim1", "dim2"))
-    offset = call.saved("offset")
-    offset = offset - (1 << 64) if offset >= 1 << 63 else offset
-    return read(lambda x: np.diagonal(x, offset, d0, d1), out, shape, (d0, d1), call.name)
-
-
-def unfold(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dimension"), len(call.shapes[0]))
-    size, step = call.saved("size"), call.saved("step")
-
-    def windows(x: Array) -> Array:
-        at = (slice(None),) * d + (slice(None, None, step),)
-        return np.lib.stride_tricks.sliding_window_view(x, size, d)[at]
-
-    return read(windows, out, call.shapes[0], (d,), call.name)
-
-
-def copied(call: Call, out: Array) -> list[Owners]:
-    """A write into a part of a tensor; the mode notes which."""
-    index = call.node.metadata.get(WRITTEN)
-    if index is None:
-        return [call.name for _ in call.shapes]
-    found: list[Owners] = [out]
-    part = np.broadcast_to(out, call.shape)[index]
-    slim = part[tuple(slice(1) if s == 0 else slice(None) for s in part.strides)]
-    found += ["" if s is None else broadcast(slim, s, call.name) for s in call.shapes[1:]]
-    return found
-
-
 def ctc(call: Call, out: Array) -> Owners:
     return out.reshape(1, -1, 1) if out.ndim else out.reshape(1, 1, 1)
-
-
-def split(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dim"), len(call.shapes[0]))
-
-    def taken(part: slice) -> Callable[[Array], Array]:
-        return lambda x: x[(slice(None),) * d + (part,)]
-
-    found: Owners | None = None
-    for part, out in zip(parts([s[d] for s in call.out_shapes]), call.outs, strict=True):
-        if out is None:
-            continue
-        if not isinstance(out, str) and (out.size == 1 or out.shape[d] > 1):
-            out = read(taken(part), out, call.shapes[0], (d,), call.name)
-        found = out if found is None else merged(found, out, call.T)
-    return call.name if found is None else found
-
-
-def unbind(call: Call, out: Array) -> Owners:
-    d = dim_of(call.saved("dim"), len(call.shapes[0]))
-    found: Owners | None = None
-    for i, out in enumerate(call.outs):
-        if out is None:
-            continue
-        if not isinstance(out, str):
-            out = _one_of(call, out, i, d)
-        found = out if found is None else merged(found, out, call.T)
-    return call.name if found is None else found
-
-
-def _one_of(call: Call, out: Array, i: int, d: int) -> Owners:
-    """Of a tensor of which index i along d was taken."""
-    if out.size > 1 and call.T is None:
-        return np.expand_dims(out, d)  # says more than is known, of what reaches no loss this way
-    return read(
-        lambda x: x.take([i], d)[(slice(None),) * d + (0,)], out, call.shapes[0], (d,), call.name
-    )

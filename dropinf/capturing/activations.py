@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from dropinf.capturing.backward import Backward, runs_again
+from dropinf.capturing.backward import Backward
 from dropinf.capturing.call_args import argument
+from dropinf.capturing.checkpoints import Region
 from dropinf.capturing.closing import Closing
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.passes import Used
@@ -61,8 +63,7 @@ class ActivationsTap(Tap):
     def _attach(self, undo: contextlib.ExitStack) -> None:
         slots = {id(p): s for s, p in zip(self.plan.slots, self.parameters, strict=True)}
         own = [*self.model.parameters(), *self.model.buffers()]
-        self._closing = Closing(self, own, self._per)
-        self._closing.batch_dim = self._batch_dim
+        self._closing = Closing(self, own, self._per, self._batch_dim)
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
             self._closing.froze |= p.requires_grad and id(p) not in slots
@@ -110,7 +111,7 @@ class ActivationsTap(Tap):
     @property
     def examples(self) -> int | None:
         """How many examples the model was last given, by its first argument; None: not known."""
-        return self._closing.examples
+        return self._closing.hints.examples
 
     def rows(
         self,
@@ -172,7 +173,8 @@ class ActivationsTap(Tap):
         """Keep how each parameter was captured, and say once what costs a pass for each loss."""
         self.plan.paths.update(run.paths)
         self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
-        self._closing.shared |= run.shared
+        hints = self._closing.hints
+        self._closing.hints = replace(hints, shared=hints.shared | run.shared)
         if run.passes and not self._warned and B > 1:
             self._warned = True
             some = list(run.passes.items())[:3]
@@ -222,9 +224,10 @@ class ActivationsTap(Tap):
         finally:
             self.outside = before
 
-    def may_close(self) -> bool:
-        """Whether what runs now is a forward pass, or one that torch's checkpoint runs again."""
-        return self._backward is None or runs_again()
+    def runs_again(self) -> tuple[bool, Region | None] | None:
+        """None in a forward pass. In a backward pass of `rows`, whether it is torch's checkpoint
+        that runs one again, and which."""
+        return None if self._backward is None else Backward.runs_again()
 
     def refuse_outside(self) -> None:
         """A site is met by a backward pass that is not one of `rows`.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from dropinf.capturing.call_args import argument
+from dropinf.capturing.checkpoints import Region, reentrant, runs_again
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.graph import FormSite, Site, of_one
 from dropinf.capturing.owners import Array
@@ -175,6 +173,11 @@ class Backward:
         """Whether the backward pass that asks is one of these, and not one inside of a hook."""
         return torch._C._current_graph_task_id() in self._tasks
 
+    @classmethod
+    def runs_again(cls) -> tuple[bool, Region | None]:
+        """Whether torch's checkpoint runs a forward pass again inside of these, and which."""
+        return runs_again(cls._pass.__code__)
+
     def _take(self, p: Tensor) -> None:
         """A leaf has got its gradient."""
         slot = self._slot_of.get(id(p))
@@ -210,7 +213,7 @@ class Backward:
 
     def inside(self, args: tuple, kwargs: dict) -> None:
         """A backward pass that was started inside of one of these."""
-        frame = _checkpoint_frame()
+        frame = reentrant(Backward._pass.__code__)
         if frame is None or not self.is_running():
             _BACKWARD(*args, **kwargs)
             return
@@ -251,51 +254,6 @@ def _same(one: Array | str, other: Array | str) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return False
     return np.array_equal(*np.broadcast_arrays(one, other))
-
-
-def _checkpoint_frame() -> FrameType | None:
-    """The frame of a reentrant checkpoint that calls from this backward pass."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not Backward._pass.__code__:
-        if frame.f_code is CheckpointFunction.backward.__code__:
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def cut_off() -> bool:
-    """Whether a reentrant checkpoint runs its forward pass, given nothing that has a gradient."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            given = frame.f_locals["args"]
-            return not any(t.requires_grad for t in given if isinstance(t, Tensor))
-        frame = frame.f_back
-    return False
-
-
-def runs_again() -> bool:
-    """Whether torch's checkpoint runs a forward pass again, from this backward pass.
-
-    A Function of one's own may do so too, whose backward then sees the parameters themselves.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    again = unpacks = False
-    while frame is not None and frame.f_code is not Backward._pass.__code__:
-        code = frame.f_code
-        if code.co_filename == torch.utils.checkpoint.__file__:
-            unpacks = code.co_name == "unpack_hook"
-            again |= unpacks or code is CheckpointFunction.backward.__code__
-        elif code.co_name == "backward" and not unpacks and not _is_torchs(code.co_filename):
-            return False
-        elif code.co_name == "backward":
-            unpacks = False  # of the Function that asked for what it had saved
-        frame = frame.f_back
-    return again
-
-
-def _is_torchs(file: str) -> bool:
-    return file.startswith(os.path.dirname(torch.__file__))
 
 
 def _seeds(losses: Tensor, T: int | None) -> Array:

@@ -8,6 +8,7 @@ that rows are exact follows from the walk over the graph, whatever is chosen.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -24,9 +25,10 @@ from torch.overrides import (
     resolve_name,
 )
 
-from dropinf.capturing.backward import cut_off
 from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
+from dropinf.capturing.checkpoints import Region, cut_off, region
 from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
+from dropinf.capturing.hints import Hints, memory
 from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
 from dropinf.capturing.notes import hook as HOOK
@@ -51,22 +53,22 @@ class Closing(TorchFunctionMode):
     """Watches the functions of one capture.
 
     Attributes:
-        examples: how many the model was given, as far as its first argument shows; None: not known.
+        hints: what its choices go by.
         froze: whether the capture froze parameters that are not in the plan.
-        shared: functions and parameters whose results turned out to be shared by examples, so that
-            they are left to autograd from then on.
     """
 
-    def __init__(self, tap: Tap, constants: Sequence[Tensor], per: str) -> None:
+    def __init__(self, tap: Tap, constants: Sequence[Tensor], per: str, batch_dim: int) -> None:
         super().__init__()
-        self.examples: int | None = None
-        self.batch_dim = 0
-        self.shared: set[tuple] = set()
+        self.hints = Hints(
+            batch_dim=batch_dim,
+            per_token=per != "example",
+            constants=frozenset(map(memory, constants)),
+        )
         self.froze = False
         self._tap, self._per = tap, per
         self._sources: Marks[tuple[Source, int | None]] = Marks()
-        self._constants: set[int | None] = {_memory(t) for t in constants}
-        self._inputs: set[int | None] = set()
+        # Those of each region of a checkpoint, which runs again after others have come.
+        self._hints: weakref.WeakKeyDictionary[Region, Hints] = weakref.WeakKeyDictionary()
         self._closed: set[int] = set()  # leaves that sites of this forward have detached copies of
         self._hooked: set[int] = set()
         self._probe = tap.probe
@@ -157,8 +159,24 @@ class Closing(TorchFunctionMode):
     def _meet(
         self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
     ) -> Any:
-        if not self._tap.may_close():
+        again = self._tap.runs_again()
+        if again is None:
+            here = region()
+            if here is not None:
+                self._hints.setdefault(here, self.hints)
+        elif not again[0]:
             return func(*args, **kwargs)
+        elif again[1] in self._hints:  # which are to decide as they did
+            now, self.hints = self.hints, self._hints[again[1]]
+            try:
+                return self._close(func, args, kwargs, tensors, sources)
+            finally:
+                self.hints = now
+        return self._close(func, args, kwargs, tensors, sources)
+
+    def _close(
+        self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
+    ) -> Any:
         if func in COMPOSITES:
             with self:
                 y = COMPOSITES[func](*args, **kwargs)
@@ -182,7 +200,7 @@ class Closing(TorchFunctionMode):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             y = func(*args, **kwargs)
         made = func in ELEMENTWISE or (func is F.embedding and tensors[0].dim() == 1)
-        if made or not any(map(self._holds_batch, tensors)):
+        if made or not any(map(self.hints.holds_batch, tensors)):
             self._mark(func, args, kwargs, sources, y)
         return y
 
@@ -202,36 +220,10 @@ class Closing(TorchFunctionMode):
                 source = source_of(func, args, t, sources)
             self._sources.set(t, (source, t._version))
 
-    # What data may be. Wrong answers cost time, not rows.
-
-    def _holds_batch(self, t: Tensor) -> bool:
-        """Whether data without a gradient look like the batch, by their first dimension."""
-        if self.examples in (None, 1) or not t.dim() or t.requires_grad:
-            return False
-        dim = self.batch_dim if t.dim() > 1 else 0
-        return t.shape[dim] == self.examples and self._plausible(t)
-
-    def _plausible(self, x: Tensor, flat: bool = True) -> bool:
-        """Whether data without a gradient may hold the batch; `flat` if flattened as well."""
-        memory = _memory(x)
-        if not x.dim() or memory in self._constants:
-            return False
-        if not flat and x.dim() == 1 and self._per != "example":
-            return memory in self._inputs  # and not the positions of a text
-        if self.examples in (None, 1):
-            return flat or x.dim() > 1 or self.examples == 1
-        size = x.shape[self.batch_dim if x.dim() > 1 else 0]
-        if size == self.examples or (memory in self._inputs and size != 1):
-            return True
-        return flat and (size != 1 or x.shape[0] != 1)
-
-    def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
+    def entered(self, inputs: list[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
         self._closed.clear()
-        self._inputs = {_memory(t) for t in inputs}
-        batch = next((t.shape for t in inputs if t.dim()), None)
-        if batch is not None:
-            self.examples = batch[self.batch_dim if len(batch) > 1 else 0]
+        self.hints, batch = self.hints.given(inputs)
         return batch
 
     # Functions with a closed form.
@@ -288,9 +280,9 @@ class Closing(TorchFunctionMode):
                     continue  # a bias that is computed from data
                 if any(id(t) in sources and id(t) not in roles for t in tensors):
                     continue
-                if self.shared and self._key(func, form, sources) in self.shared:
+                if self.hints.shared and self._key(func, form, sources) in self.hints.shared:
                     continue
-                if id(x) not in sources and (x.requires_grad or self._plausible(x, form.flat)):
+                if id(x) not in sources and (x.requires_grad or self.hints.plausible(x, form.flat)):
                     return form
         except (RefusedError, TypeError):  # the latter for arguments that the rule does not know
             pass
@@ -330,7 +322,7 @@ class Closing(TorchFunctionMode):
         elif func is _SET:
             shape = _shape_at(args[0], args[1])
         elif not (func in _JOIN or func is F.scaled_dot_product_attention) or not (
-            activations or any(map(self._holds_batch, others))
+            activations or any(map(self.hints.holds_batch, others))
         ):
             return None
         swapped: dict[int, Tensor] = {}
@@ -347,10 +339,10 @@ class Closing(TorchFunctionMode):
         """Whether a product of sources and data without a gradient is one of the batch."""
         if all(t.shape == shape for t in chosen):
             return False
-        if any(map(self._holds_batch, others)):
+        if any(map(self.hints.holds_batch, others)):
             return True
         direct = all(isinstance(sources[id(t)], (View, Lookup)) for t in chosen)
-        return direct and any(self._plausible(t) and t.dim() == len(shape) for t in others)
+        return direct and any(self.hints.plausible(t) and t.dim() == len(shape) for t in others)
 
     def _expanded(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Tensor | None:
         """A source that is expanded over the batch, as learned queries are."""
@@ -363,7 +355,7 @@ class Closing(TorchFunctionMode):
         own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
         grown = {b for a, b in zip(own, shape, strict=True) if a != b}
         whole = all(a in (1, b) for a, b in zip(own, shape, strict=True))
-        if not whole or self.examples in (None, 1) or self.examples not in grown:
+        if not whole or self.hints.examples in (None, 1) or self.hints.examples not in grown:
             return None
         (y,) = self._operands([t], sources, shape, func)
         return y.clone() if name_of(func) in ("repeat", "tile") else y
@@ -388,14 +380,6 @@ def _transformed() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
-
-
-def _memory(t: Tensor) -> int | None:
-    """What tells a tensor's memory from others; None of one that has none of its own."""
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return None
 
 
 @lru_cache(maxsize=1024)

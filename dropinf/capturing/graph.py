@@ -45,8 +45,8 @@ class Tap(Protocol):
     def refuse_outside(self) -> None:
         """Raise if the backward pass that is running fills .grad, and is not one of `rows`."""
 
-    def may_close(self) -> bool:
-        """Whether what runs now is a forward pass, or one that torch's checkpoint runs again."""
+    def runs_again(self) -> tuple[bool, Any] | None:
+        """None in a forward pass; else whether it is torch's checkpoint that runs one again."""
 
 
 @dataclass(eq=False)

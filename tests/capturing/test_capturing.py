@@ -536,3 +536,31 @@ def test_a_reentrant_checkpoint_that_is_cut_off():
     model[0].requires_grad_(False)  # as the user has it, and plain autograd then too
     with capture(model, Plan.make(model, Full())) as tap:
         loss_fn(model, (x,))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_batches_of_two_sizes_before_their_rows(reentrant):
+    """What runs again decides as it did, though another batch has come since."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.token = nn.Parameter(torch.rand(3) + 1), nn.Parameter(torch.randn(1, 3))
+
+        def forward(self, x):
+            h = torch.atan2(x, self.scale * 2) + self.token.expand(len(x), -1)
+            return h * self.scale
+
+    torch.manual_seed(0)
+    model = Body().double()
+    plan, case = Plan.make(model, Full()), case_of["Conv1D"]
+    batches = [(torch.randn(n, 3).double().requires_grad_(),) for n in (4, 3, 1)]
+
+    def loss_fn(model, batch):
+        return checkpoint(model, batch[0], use_reentrant=reentrant).square().sum(1)
+
+    plain = case._replace(loss_fn=lambda m, b: m(b[0]).square().sum(1))
+    with capture(model, plan) as tap:
+        losses = [loss_fn(model, batch) for batch in batches]
+        for some, batch in zip(losses, batches, strict=True):
+            torch.testing.assert_close(tap.rows(some), true_rows(plain, model, batch, plan))

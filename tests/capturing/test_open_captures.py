@@ -432,7 +432,7 @@ def test_a_backward_pass_of_ones_own():
     with opened(model) as tap:
         losses = losses_of(model, x)
         for run in (lambda: losses.sum().backward(retain_graph=True),
-                    lambda: torch.autograd.backward(losses.sum())):  # fmt: skip
+                    lambda: torch.autograd.backward(losses.sum(), retain_graph=True)):  # fmt: skip
             with pytest.raises(RuntimeError, match=r"computed inside of a capture.*closed=False"):
                 run()
         torch.testing.assert_close(tap.rows(losses), truth)

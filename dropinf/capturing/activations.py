@@ -27,6 +27,7 @@ from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
 from dropinf.capturing.tap import Entered, NotClosedError, Tap, eager, sharded_modules
 from dropinf.compression import ParamPlan, Plan
+from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
 
 # Passes that fill .grad, with the mode on inside of them.
@@ -64,6 +65,7 @@ class ActivationsTap(Tap):
         self._closing.batch_dim = self._batch_dim
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
+            self._closing.froze |= p.requires_grad and id(p) not in slots
             p.requires_grad_(id(p) in slots)
         self._used = Used(self.model, undo)
         self._slot_of: dict[int, ParamPlan] = {}
@@ -105,6 +107,11 @@ class ActivationsTap(Tap):
             tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
             self._batch = self._closing.entered(tensors)
 
+    @property
+    def examples(self) -> int | None:
+        """How many examples the model was last given, by its first argument; None: not known."""
+        return self._closing.examples
+
     def rows(
         self,
         losses: Tensor,
@@ -144,7 +151,7 @@ class ActivationsTap(Tap):
             self._slot_of,
             self.probe,
             self._used.everything(),
-            bool(sharded_modules(self.model)),
+            self.sharded,
         )
         try:
             run.run(retain_graph)
@@ -168,7 +175,8 @@ class ActivationsTap(Tap):
         self._closing.shared |= run.shared
         if run.passes and not self._warned and B > 1:
             self._warned = True
-            listed = "; ".join(f"{name} ({why})" for name, why in list(run.passes.items())[:3])
+            some = list(run.passes.items())[:3]
+            listed = "; ".join(f"{printable(name)} ({printable(why)})" for name, why in some)
             more = f" and {len(run.passes) - 3} more" if len(run.passes) > 3 else ""
             warn_user(
                 f"rows: a backward pass for each of the {B} losses, for {listed}{more}. Rows are "

@@ -263,6 +263,17 @@ def _checkpoint_frame() -> FrameType | None:
     return None
 
 
+def cut_off() -> bool:
+    """Whether a reentrant checkpoint runs its forward pass, given nothing that has a gradient."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            given = frame.f_locals["args"]
+            return not any(t.requires_grad for t in given if isinstance(t, Tensor))
+        frame = frame.f_back
+    return False
+
+
 def runs_again() -> bool:
     """Whether torch's checkpoint runs a forward pass again, from this backward pass.
 

@@ -34,6 +34,9 @@ _DROPOUT = {
 _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 
 
+_ITS_LOSS = "no layer's output differs, but its loss does"
+
+
 class _NoDropout(TorchFunctionMode):
     """Runs dropout as in eval mode; notes whether there was any, and the coarsest dtype."""
 
@@ -124,12 +127,12 @@ def check_examples(
             "rows are of the pass that was sampled. check=False says you know",
         )
         return False
+    mend = "Give one loss per example" if layer == _ITS_LOSS else "Call .eval() on a BatchNorm"
     warn_user(
         f"collect: example {b} alone has another row than in its batch of {B}: "
         f"{layer or f'the entries of layer {block!r} differ'}; something mixes examples, so that "
-        "rows depend on which are in a batch together. Call .eval() on a BatchNorm, give one loss "
-        "per example, say where the examples are with batch_dim=, or use batches of one example; "
-        "check=False says you know"
+        f"rows depend on which are in a batch together. {mend}, or say with batch_dim= where the "
+        "examples of the data are; check=False says you know"
     )
     return False
 
@@ -295,5 +298,5 @@ def _first_difference(
     if found:
         return f"layer {found[0]!r} ({types[found[0]]}) is the first whose output differs"
     if not torch.allclose(loss[0].double(), losses[b].double(), rtol=eps**0.5, atol=0):
-        return "no layer's output differs, but its loss does"
+        return _ITS_LOSS
     return None

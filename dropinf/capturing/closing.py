@@ -24,6 +24,7 @@ from torch.overrides import (
     resolve_name,
 )
 
+from dropinf.capturing.backward import cut_off
 from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
 from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
 from dropinf.capturing.marks import Marks
@@ -51,6 +52,7 @@ class Closing(TorchFunctionMode):
 
     Attributes:
         examples: how many the model was given, as far as its first argument shows; None: not known.
+        froze: whether the capture froze parameters that are not in the plan.
         shared: functions and parameters whose results turned out to be shared by examples, so that
             they are left to autograd from then on.
     """
@@ -60,6 +62,7 @@ class Closing(TorchFunctionMode):
         self.examples: int | None = None
         self.batch_dim = 0
         self.shared: set[tuple] = set()
+        self.froze = False
         self._tap, self._per = tap, per
         self._sources: Marks[tuple[Source, int | None]] = Marks()
         self._constants: set[int | None] = {_memory(t) for t in constants}
@@ -78,6 +81,8 @@ class Closing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _GRADIENTS:
             return self._tap.gradients(func, args, kwargs)
+        if not torch.is_grad_enabled() and self.froze:
+            self._refuse_cut_off(tensors_of(args, kwargs))
         if not torch.is_grad_enabled() or _transformed():
             return func(*args, **kwargs)
         tensors = tensors_of(args, kwargs)
@@ -122,6 +127,21 @@ class Closing(TorchFunctionMode):
             if id(leaf) in self._closed:
                 raise NotClosedError(slot.name)
             self._hooked.add(id(leaf))
+
+    def _refuse_cut_off(self, tensors: list[Tensor]) -> None:
+        """A reentrant checkpoint gives no gradients where nothing that it is given has one.
+
+        Raises:
+            RuntimeError: a parameter is used in such a one, and might have had a gradient if what
+                is not in the plan had not been frozen.
+        """
+        found = next((known[0] for t in tensors if (known := self._sources.get(t))), None)
+        if found is not None and cut_off():
+            raise RuntimeError(
+                f"capture: {found.slots[0].name!r} is used in a reentrant checkpoint whose inputs "
+                "carry no gradient, as parameters that are not in the plan are frozen; checkpoint "
+                "with use_reentrant=False, or leave nothing out of the plan"
+            )
 
     def _source(self, t: Tensor) -> Source | None:
         if not t.requires_grad:

@@ -42,6 +42,7 @@ class Tap:
     Attributes:
         met: names of the parameters that had a gradient in some batch so far.
         num_examples: of the last rows.
+        sharded: whether the model gathers its parameters for each forward pass.
         origin: [n, 2] the example in its batch, and the token or segment, of each of the last rows;
             None if they are the examples.
     """
@@ -49,6 +50,7 @@ class Tap:
     def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
         self.given, self.model = model, unwrap("capture", model)
         self.plan, self.backend = plan, backend
+        self.sharded = bool(sharded_modules(self.model))
         reshard(self.model)
         found = dict(self.model.named_parameters(remove_duplicate=False))
         for slot in plan.slots:
@@ -57,6 +59,11 @@ class Tap:
                 raise ValueError(
                     f"capture: the plan has a parameter {slot.name!r} of shape {slot.shape}, "
                     f"the model {shape}; make a plan for this model with Plan.make"
+                )
+            if found[slot.name].device.type == "meta":
+                raise ValueError(
+                    f"capture: {slot.name!r} is on the meta device, as the weights of a model are "
+                    "that accelerate offloads; load the model onto a device whole"
                 )
         self.parameters = [found[slot.name] for slot in plan.slots]
         self.met: set[str] = set()
@@ -117,8 +124,7 @@ class Tap:
         if not isinstance(losses, Tensor) or losses.dim() not in self._loss_dims:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"rows: need one loss per example, [B], got {got or 'a scalar'}; a mean or sum "
-                "would mix examples, so use reduction='none' and sum over positions only"
+                f"rows: need one loss per example, [B], got {got or 'a scalar'}; {_way_out(losses)}"
             )
         if not len(losses):
             raise ValueError("rows: the batch holds no example")
@@ -127,6 +133,20 @@ class Tap:
         """[num_rows, R] for these losses: float32, or float64 for float64 losses."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return torch.empty(num_rows, self.plan.width, dtype=dtype, device=losses.device)
+
+
+def _way_out(losses: Any) -> str:
+    """How losses of another shape become one for each example."""
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else ()
+    if len(shape) == 2 and shape[1] == 1:
+        return "take losses[:, 0]"
+    if shape:
+        return "sum over all dimensions but the example's"
+    return (
+        "a mean or sum is of all examples together, so use reduction='none' and sum over positions "
+        "only; for a model of transformers, whose .loss is a mean, see loss_fn_for in "
+        "dropinf.integrations.transformers_losses"
+    )
 
 
 def eager(undo: contextlib.ExitStack) -> None:

@@ -303,8 +303,14 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel and torch.compile.
 
     Raises:
+        TypeError: it is no module.
         ValueError: a part of it is a DataParallel.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{op}: the model must be a torch.nn.Module, got {type(model).__name__}; give the "
+            "module whose parameters are meant, and call what wraps it in loss_fn"
+        )
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(
             f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "

@@ -19,6 +19,7 @@ from dropinf.capturing import (
     size_at,
 )
 from dropinf.compression import Plan
+from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
@@ -75,7 +76,7 @@ class Batches:
         self.kept: Tensor | None = None
         self._seconds: dict[bool, float] = {}  # of an example, singly or in its batch
         self._passes: dict[str, str] = {}
-        self._said = False
+        self._said = self._doubted = False
 
     @property
     def batch_dim(self) -> int:
@@ -147,6 +148,7 @@ class Batches:
             )
             losses = self.loss_fn(self.model, batch)
         self.tap.check(losses)
+        self._doubt_one(losses)
         finite = losses.detach().isfinite()
         if self._on_nonfinite == "raise" and not finite.all():
             at = int((~finite).nonzero()[0, 0])
@@ -155,17 +157,31 @@ class Batches:
         self.kept = losses if self.keep_graph else None
         return rows, losses.detach()
 
+    def _doubt_one(self, losses: Tensor) -> None:
+        """Warn of a mean that has the shape of one example's loss."""
+        given = getattr(self.tap, "examples", None)
+        if losses.shape[0] == 1 and given not in (None, 1) and not self._doubted:
+            self._doubted = True
+            warn_user(
+                f"collect: one loss for a batch whose first input holds {given} examples; if it is "
+                "their mean or sum, use reduction='none', as its row is one of all of them"
+            )
+
     def _singly(self, batch: Any) -> list[Any] | None:
         """The examples of a batch one by one, where a pass for each loss would cost more.
 
         The second batch of such a model is run singly, and timed against the first.
         """
         alone, together = (self._seconds.get(singly) for singly in (True, False))
-        if not self.places or together is None or self.per != "example":
+        # Not where this batch is to be compared, or where all ranks must run the same passes.
+        if self.keep_graph or self.tap.sharded or self.per != "example":
+            return None
+        if not self.places or together is None:
             return None
         if alone is not None and not self._said:
             self._said = True
-            why = "; ".join(f"{n} ({w})" for n, w in list(self._passes.items())[:3])
+            some = list(self._passes.items())[:3]
+            why = "; ".join(f"{printable(name)} ({printable(lost)})" for name, lost in some)
             warn_user(
                 f"collect: {why} take a pass for each loss, {together / alone:.1f} times the time "
                 f"of examples run singly; they run {'singly' if alone < together else 'so'}"

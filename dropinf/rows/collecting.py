@@ -59,11 +59,23 @@ def collect(
         A store of n rows. Nothing is left at `path` if an error stops the collection.
 
     Raises:
+        TypeError: a Dataset was given for a loader.
         ValueError: the loader is empty, the losses are not one per example, or not finite.
+        RuntimeError: gradients are disabled.
         ProofError: rows are not what plain autograd gives.
         FileExistsError: there is something at `path`.
     """
     per = options.get("per", "example")
+    if isinstance(loader, torch.utils.data.Dataset) and hasattr(loader, "__getitem__"):
+        raise TypeError(
+            "collect: a Dataset gives examples, not batches; give "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "collect: gradients are disabled; call it outside of torch.no_grad() and "
+            "torch.inference_mode()"
+        )
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f"collect: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
     if (per == "segment") != (segment_ids is not None):

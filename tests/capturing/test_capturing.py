@@ -513,3 +513,26 @@ def test_functional_call_of_an_untracked_weight():
     with capture(model, plan) as tap:
         rows = tap.rows(squares(model, (x,)))
     torch.testing.assert_close(rows, 2 * F.linear(x, model.weight, model.bias))
+
+
+def test_a_reentrant_checkpoint_that_is_cut_off():
+    """What is excluded is frozen, so that the checkpoint's input has no gradient: not zeros."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3).double()
+
+    def loss_fn(model, batch, reentrant=True):
+        h = checkpoint(model[1], model[0](batch[0]), use_reentrant=reentrant)
+        return model[2](h).square().sum(1)
+
+    plan = Plan.make(model, Full(), exclude="0")
+    with capture(model, plan) as tap:
+        with pytest.raises(RuntimeError, match=r"'1.weight' .* use_reentrant=False"):
+            loss_fn(model, (x,))
+        rows = tap.rows(loss_fn(model, (x,), reentrant=False))
+    case = case_of["Conv1D"]._replace(loss_fn=lambda m, b: loss_fn(m, b, reentrant=False))
+    torch.testing.assert_close(rows, true_rows(case, model, (x,), plan))
+    with capture(model, Plan.make(model, Full())) as tap:
+        assert tap.rows(loss_fn(model, (x,))).any()
+    model[0].requires_grad_(False)  # as the user has it, and plain autograd then too
+    with capture(model, Plan.make(model, Full())) as tap:
+        loss_fn(model, (x,))

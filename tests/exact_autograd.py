@@ -179,6 +179,8 @@ def equilibrium(s, x):
 
 
 case("a hook with a gradient of its own", equilibrium, **LAYERS, h=linear(4, 4))
+case("one example, and a hook with a gradient of its own", equilibrium, (1, 3), **LAYERS,
+     h=linear(4, 4))  # fmt: skip
 case("a hook after the view was made", hooked(view_before, lambda g: 2 * g), l=linear(3, 4))
 case("a hook that is not linear", hooked(used_twice, lambda g: g.clamp(-0.1, 0.1)), l=linear(3, 4))
 case("a prehook of a copy of a parameter", prehook_of_a_copy, l=linear(3, 4))

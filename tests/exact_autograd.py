@@ -168,6 +168,19 @@ def prehook_of_a_copy(s, x):
     return F.linear(x, w)
 
 
+def equilibrium(s, x):
+    """The hook runs a backward pass of its own, through layers that are captured as well."""
+    z = torch.tanh(0.3 * s.h(s.l(x)))
+    start = z.detach().requires_grad_()
+    again = torch.tanh(0.3 * s.h(start))
+    if z.requires_grad:
+        z.register_hook(lambda g: g + torch.autograd.grad(again, start, g, retain_graph=True)[0])
+    return s.k(z)
+
+
+case("a hook with a gradient of its own", equilibrium, **LAYERS, h=linear(4, 4))
+case("one example, and a hook with a gradient of its own", equilibrium, (1, 3), **LAYERS,
+     h=linear(4, 4))  # fmt: skip
 case("a hook after the view was made", hooked(view_before, lambda g: 2 * g), l=linear(3, 4))
 case("a hook that is not linear", hooked(used_twice, lambda g: g.clamp(-0.1, 0.1)), l=linear(3, 4))
 case("a prehook of a copy of a parameter", prehook_of_a_copy, l=linear(3, 4))

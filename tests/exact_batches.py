@@ -222,7 +222,14 @@ def nested(s, x):
     return torch.stack([s.k(s.l(x[b : b + 1]).tanh())[0] for b in (2, 0, 3, 1)])
 
 
+def ragged_parameters(s, x):
+    parts = (s.c(x[:, None])[:, 0] * s.p + s.q).split(LENGTHS)
+    return torch.stack([part.tanh().sum(0) for part in parts])
+
+
 case("parts of different lengths", ragged, (12, 3), **LAYERS)
+case("parts of different lengths that meet parameters", ragged_parameters, (12, 3), p=param(3),
+     q=param(3), c=lambda: nn.Conv1d(1, 1, 1))  # fmt: skip
 case("graphs with messages between them", pooled_graph, (12, 3), **LAYERS, m=linear(4, 4))
 case("pad_sequence", padded, (12, 3), **LAYERS)
 case("a packed GRU", packed, (4, 5, 3), g=lambda: nn.GRU(3, 4, batch_first=True))

@@ -545,7 +545,10 @@ def test_checkpointed_batches_of_two_sizes_before_their_rows(reentrant):
     class Body(nn.Module):
         def __init__(self):
             super().__init__()
-            self.scale, self.token = nn.Parameter(torch.rand(3) + 1), nn.Parameter(torch.randn(1, 3))
+            self.scale, self.token = (
+                nn.Parameter(torch.rand(3) + 1),
+                nn.Parameter(torch.randn(1, 3)),
+            )
 
         def forward(self, x):
             h = torch.atan2(x, self.scale * 2) + self.token.expand(len(x), -1)
@@ -560,7 +563,8 @@ def test_checkpointed_batches_of_two_sizes_before_their_rows(reentrant):
         return checkpoint(model, batch[0], use_reentrant=reentrant).square().sum(1)
 
     plain = case._replace(loss_fn=lambda m, b: m(b[0]).square().sum(1))
+    truths = [true_rows(plain, model, batch, plan) for batch in batches]
     with capture(model, plan) as tap:
         losses = [loss_fn(model, batch) for batch in batches]
-        for some, batch in zip(losses, batches, strict=True):
-            torch.testing.assert_close(tap.rows(some), true_rows(plain, model, batch, plan))
+        for some, truth in zip(losses, truths, strict=True):
+            torch.testing.assert_close(tap.rows(some), truth)

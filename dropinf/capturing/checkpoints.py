@@ -27,7 +27,7 @@ def region() -> Region | None:
 
 
 def reentrant(stop: CodeType) -> FrameType | None:
-    """The frame of a reentrant checkpoint's backward that calls; `stop` is where to stop looking."""
+    """The frame of a reentrant checkpoint's backward that calls, if one does before `stop`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not stop:
         if frame.f_code is CheckpointFunction.backward.__code__:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,10 +21,9 @@ from torch.overrides import (
     _get_current_function_mode,
     _pop_mode,
     _push_mode,
-    resolve_name,
 )
 
-from dropinf.capturing.call_args import argument, in_place, name_of, swap, tensors_of
+from dropinf.capturing.call_args import Meeting, in_place, name_of, named, swap, tensors_of
 from dropinf.capturing.checkpoints import Region, cut_off, region
 from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
 from dropinf.capturing.hints import Hints, memory
@@ -33,16 +31,14 @@ from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
 from dropinf.capturing.notes import hook as HOOK
 from dropinf.capturing.rules import COMPOSITES, ELEMENTWISE, FORMS, Form, RefusedError
-from dropinf.capturing.sources import Lookup, Source, View, lookup_of, source_of
+from dropinf.capturing.sources import Source, View, lookup_of, source_of
+from dropinf.capturing.spreading import expanded_shape, spread_shapes
 from dropinf.capturing.tap import NotClosedError
 from dropinf.compression import ParamPlan
 
-_JOIN = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-_SET = Tensor.__setitem__
 # The second argument only says of what dtype, device or shape the result is to be.
 _LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 _GRAD_FN = Tensor.grad_fn.__get__
-_REPEATS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -93,8 +89,8 @@ class Closing(TorchFunctionMode):
             source = self._source(t)
             if source is not None:
                 sources[id(t)] = source
-        mine = sources and (args, kwargs, tensors, sources)
-        y = self._meet(func, *mine) if mine else func(*args, **kwargs)
+        met = Meeting(func, args, kwargs, tensors, sources) if sources else None
+        y = func(*args, **kwargs) if met is None else self._meet(met)
         if func in NOTES:
             with torch._C.DisableTorchFunction():
                 NOTES[func](args, kwargs, y)
@@ -156,69 +152,58 @@ class Closing(TorchFunctionMode):
             return None
         return known[0]
 
-    def _meet(
-        self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
-    ) -> Any:
+    def _meet(self, met: Meeting) -> Any:
         again = self._tap.runs_again()
         if again is None:
             here = region()
             if here is not None:
                 self._hints.setdefault(here, self.hints)
         elif not again[0]:
-            return func(*args, **kwargs)
+            return met.run()
         elif again[1] in self._hints:  # which are to decide as they did
             now, self.hints = self.hints, self._hints[again[1]]
             try:
-                return self._close(func, args, kwargs, tensors, sources)
+                return self._close(met)
             finally:
                 self.hints = now
-        return self._close(func, args, kwargs, tensors, sources)
+        return self._close(met)
 
-    def _close(
-        self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], sources: dict
-    ) -> Any:
+    def _close(self, met: Meeting) -> Any:
+        func = met.func
         if func in COMPOSITES:
             with self:
-                y = COMPOSITES[func](*args, **kwargs)
+                y = COMPOSITES[func](*met.args, **met.kwargs)
             if y is not NotImplemented:
                 return y
-        if name_of(func) in _LIKE and (not args or id(args[0]) not in sources):
-            return func(*args, **kwargs)
-        activations = [t for t in tensors if t.requires_grad and id(t) not in sources]
-        y = self._in_closed_form(func, args, kwargs, tensors, sources, activations)
+        if name_of(func) in _LIKE and not met.first_is_source():
+            return met.run()
+        y = self._in_closed_form(met)
         if y is None:
-            y = self._expanded(func, args, kwargs, sources)
+            y = self._expanded(met)
         if y is not None:
             return y
-        spread = self._spread(func, args, kwargs, tensors, sources, activations)
-        if spread is not None:
-            return func(*spread[0], **spread[1])
-        if activations:
-            return func(*args, **kwargs)
+        shapes = spread_shapes(met, self.hints)
+        if shapes:
+            return met.run({id(t): self._operand(met, t, shapes[id(t)]) for t in met.chosen})
+        if met.activations:
+            return met.run()
         # Not to be made anew by a checkpoint around it: it is of the parameters' size, not the
         # batch's, and is pulled back once for each example.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            y = func(*args, **kwargs)
-        made = func in ELEMENTWISE or (func is F.embedding and tensors[0].dim() == 1)
-        if made or not any(map(self.hints.holds_batch, tensors)):
-            self._mark(func, args, kwargs, sources, y)
+            y = met.run()
+        made = func in ELEMENTWISE or (func is F.embedding and met.tensors[0].dim() == 1)
+        if made or not any(map(self.hints.holds_batch, met.tensors)):
+            self._mark(met, y)
         return y
 
-    def _mark(self, func: Callable, args: tuple, kwargs: dict, sources: dict, y: Any) -> None:
+    def _mark(self, met: Meeting, y: Any) -> None:
         """Note that the results are made of sources."""
-        for t in tensors_of((args[0],) if func is _SET else (y,), {}):
-            if not t.requires_grad or t.is_leaf or self._source(t) is not None:
-                continue
-            table = sources.get(id(args[1])) if func is F.embedding and len(args) > 1 else None
-            plain = argument(args, kwargs, 3, "max_norm", None) is None and not argument(
-                args, kwargs, 5, "scale_grad_by_freq", False
-            )
-            if isinstance(table, View) and plain:
-                padding = argument(args, kwargs, 2, "padding_idx", None)
-                source: Source = lookup_of(args[0], table, padding, t, len(args[1]))
-            else:
-                source = source_of(func, args, t, sources)
-            self._sources.set(t, (source, t._version))
+        for t in tensors_of((met.args[0] if met.func is Tensor.__setitem__ else y,), {}):
+            if t.requires_grad and not t.is_leaf and self._source(t) is None:
+                lookup = met.func is F.embedding and len(met.args) > 1
+                source = lookup_of(met, t) if lookup else None
+                source = source or source_of(met.func, met.args, t, met.sources)
+                self._sources.set(t, (source, t._version))
 
     def entered(self, inputs: list[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
@@ -228,151 +213,74 @@ class Closing(TorchFunctionMode):
 
     # Functions with a closed form.
 
-    def _in_closed_form(
-        self,
-        func: Callable,
-        args: tuple,
-        kwargs: dict,
-        tensors: list[Tensor],
-        sources: dict,
-        activations: list[Tensor],
-    ) -> Tensor | None:
-        if func not in FORMS or any(t.is_complex() for t in tensors):
+    def _in_closed_form(self, met: Meeting) -> Tensor | None:
+        if met.func not in FORMS or any(t.is_complex() for t in met.tensors):
             return None
-        form = self._form(func, args, kwargs, tensors, sources, activations)
+        form = self._form(met)
         if form is None:
             return None
-        x = form.x
+        x, sources = form.x, met.sources
         targets = [(sources[id(r.tensor)], r) for r in form.roles if id(r.tensor) in sources]
         for source, _ in targets:
             self._closed.update(map(id, source.leaves))
-        plain = {id(r.tensor): r.tensor.detach() for r in form.roles}
-        y = func(*swap(args, plain), **swap(kwargs, plain))
-        here = id(x)
-        bare = swap(args, {here: _INPUT}), swap(kwargs, {here: _INPUT})  # x is autograd's to hold
-
-        def again(x: Tensor) -> Tensor:
-            there = {id(_INPUT): x}
-            return func(*swap(bare[0], there), **swap(bare[1], there))
-
+        y = met.run({id(r.tensor): r.tensor.detach() for r in form.roles})
+        here = {id(x): _INPUT}  # x is autograd's to hold
+        bare = Meeting(met.func, swap(met.args, here), swap(met.kwargs, here), [], {})
         form.x = None
-        site = FormSite(_named(func), targets, form, edge_of(x), x.dim(), again)
+        site = FormSite(
+            named(met.func),
+            targets,
+            form,
+            edge_of(x),
+            x.dim(),
+            lambda x: bare.run({id(_INPUT): x}),
+        )
         return Output.apply(self._tap, site, self._probe, x, y)
 
-    def _form(
-        self,
-        func: Callable,
-        args: tuple,
-        kwargs: dict,
-        tensors: list[Tensor],
-        sources: dict,
-        activations: list[Tensor],
-    ) -> Form | None:
+    def _form(self, met: Meeting) -> Form | None:
         try:
-            for form in FORMS[func](*args, **kwargs):
-                if self._per != "example" and func in ELEMENTWISE and form.num_lead < 2:
-                    continue  # a scale of its own for every token
+            for form in FORMS[met.func](*met.args, **met.kwargs):
                 roles = {id(role.tensor) for role in form.roles}
                 x = form.x
-                if id(x) in roles or not roles & sources.keys():
+                if id(x) in met.sources or not roles & met.sources.keys():
                     continue
-                if any(t is not x for t in activations):
-                    continue  # a bias that is computed from data
-                if any(id(t) in sources and id(t) not in roles for t in tensors):
+                # What carries a gradient is the input, and parameters: no bias computed from data.
+                rest = (*met.activations, *met.chosen)
+                if any(t is not x and not (id(t) in roles and id(t) in met.sources) for t in rest):
                     continue
-                if self.hints.shared and self._key(func, form, sources) in self.hints.shared:
+                if self._per != "example" and met.func in ELEMENTWISE and form.num_lead < 2:
+                    continue  # a scale of its own for every token
+                if self.hints.shared and self._key(met, form) in self.hints.shared:
                     continue
-                if id(x) not in sources and (x.requires_grad or self.hints.plausible(x, form.flat)):
+                if x.requires_grad or self.hints.plausible(x, form.flat):
                     return form
         except (RefusedError, TypeError):  # the latter for arguments that the rule does not know
             pass
         return None
 
-    def _key(self, func: Callable, form: Form, sources: dict) -> tuple:
-        names = [s.name for r in form.roles for s in self._slots(r.tensor, sources)]
-        return (_named(func), *names)
-
-    def _slots(self, t: Tensor, sources: dict) -> Sequence[ParamPlan]:
-        source = sources.get(id(t))
-        return () if source is None else source.slots
+    def _key(self, met: Meeting, form: Form) -> tuple:
+        mine = (met.sources.get(id(role.tensor)) for role in form.roles)
+        return (named(met.func), *(slot.name for source in mine if source for slot in source.slots))
 
     # Parameters that are expanded over what they meet.
 
-    def _spread(
-        self,
-        func: Callable,
-        args: tuple,
-        kwargs: dict,
-        tensors: list[Tensor],
-        sources: dict,
-        activations: list[Tensor],
-    ) -> tuple[tuple, dict] | None:
-        """The arguments with operands in place of sources, if that keeps examples apart."""
-        if in_place(func) and args and id(args[0]) in sources:
-            return None
-        chosen = [t for t in tensors if id(t) in sources]
-        others = [t for t in tensors if id(t) not in sources]
-        shape = None
-        if name_of(func).startswith("masked_fill"):
-            return None  # which takes a number
-        if func in ELEMENTWISE:
-            shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-            if not activations and not self._grow(chosen, others, sources, shape):
-                return None
-        elif func is _SET:
-            shape = _shape_at(args[0], args[1])
-        elif not (func in _JOIN or func is F.scaled_dot_product_attention) or not (
-            activations or any(map(self.hints.holds_batch, others))
-        ):
-            return None
-        swapped: dict[int, Tensor] = {}
-        for t in chosen:
-            target = t.shape if shape is None else shape
-            if func is F.scaled_dot_product_attention:
-                target = _attention_shape(t, args, kwargs)
-            (swapped[id(t)],) = self._operands([t], sources, target, func)
-        return swap(args, swapped), swap(kwargs, swapped)
-
-    def _grow(
-        self, chosen: list[Tensor], others: list[Tensor], sources: dict, shape: torch.Size
-    ) -> bool:
-        """Whether a product of sources and data without a gradient is one of the batch."""
-        if all(t.shape == shape for t in chosen):
-            return False
-        if any(map(self.hints.holds_batch, others)):
-            return True
-        direct = all(isinstance(sources[id(t)], (View, Lookup)) for t in chosen)
-        return direct and any(self.hints.plausible(t) and t.dim() == len(shape) for t in others)
-
-    def _expanded(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Tensor | None:
+    def _expanded(self, met: Meeting) -> Tensor | None:
         """A source that is expanded over the batch, as learned queries are."""
-        known = name_of(func) in _REPEATS and len(sources) == 1
-        if not known or not args or id(args[0]) not in sources:
+        shape = expanded_shape(met, self.hints)
+        if shape is None:
             return None
-        t = args[0]
-        with torch.no_grad():
-            shape = func(t.detach(), *args[1:], **kwargs).shape
-        own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
-        grown = {b for a, b in zip(own, shape, strict=True) if a != b}
-        whole = all(a in (1, b) for a, b in zip(own, shape, strict=True))
-        if not whole or self.hints.examples in (None, 1) or self.hints.examples not in grown:
-            return None
-        (y,) = self._operands([t], sources, shape, func)
-        return y.clone() if name_of(func) in ("repeat", "tile") else y
+        y = self._operand(met, met.args[0], shape)
+        return y.clone() if name_of(met.func) in ("repeat", "tile") else y
 
-    def _operands(
-        self, some: Sequence[Tensor], sources: dict, shape: torch.Size, func: Callable
-    ) -> list[Tensor]:
-        found = []
-        for t in some:
-            self._closed.update(map(id, sources[id(t)].leaves))
-            own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
-            own = own[len(own) - len(shape) :]  # a write drops ones in front
-            site = SpreadSite(_named(func), [(sources[id(t)], None)], own)
-            value = t.detach().reshape(own)
-            value = value.clone() if in_place(func) else value  # which may be of what is written to
-            found.append(Operand.apply(self._tap, site, self._probe, value, shape))
-        return found
+    def _operand(self, met: Meeting, t: Tensor, shape: torch.Size) -> Tensor:
+        source = met.sources[id(t)]
+        self._closed.update(map(id, source.leaves))
+        own = torch.Size((1,) * (len(shape) - t.dim()) + t.shape)
+        own = own[len(own) - len(shape) :]  # a write drops ones in front
+        value = t.detach().reshape(own)
+        value = value.clone() if in_place(met.func) else value  # may be of what is written to
+        site = SpreadSite(named(met.func), [(source, None)], own)
+        return Operand.apply(self._tap, site, self._probe, value, shape)
 
 
 def _transformed() -> bool:
@@ -380,24 +288,3 @@ def _transformed() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
-
-
-@lru_cache(maxsize=1024)
-def _named(func: Callable) -> str:
-    return resolve_name(func) or getattr(func, "__name__", repr(func))
-
-
-def _shape_at(x: Tensor, index: Any) -> torch.Size | None:
-    with torch.no_grad():
-        shape = x.detach()[index].shape
-    return shape
-
-
-def _attention_shape(t: Tensor, args: tuple, kwargs: dict) -> torch.Size:
-    """A mask as large as the products of queries and keys; the rest as it is."""
-    q, k, v = (argument(args, kwargs, i, n, None) for i, n in enumerate(("query", "key", "value")))
-    if t is argument(args, kwargs, 3, "attn_mask", None):
-        lead = torch.broadcast_shapes(q.shape[:-2], t.shape[:-2])
-        return torch.Size((*lead, q.shape[-2], k.shape[-2]))
-    B = max(a.shape[0] for a in (q, k, v))
-    return torch.Size((B, *t.shape[1:])) if t.shape[0] in (1, B) else t.shape

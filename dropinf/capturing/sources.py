@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dropinf import ops
-from dropinf.capturing.call_args import name_of
+from dropinf.capturing.call_args import Meeting, name_of
 from dropinf.compression import ParamPlan
 
 # Elements of the per-example gradients that are formed at a time where there is no other way.
@@ -182,20 +182,16 @@ def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]
     return Derived(get_gradient_edge(t), t.shape, t.dtype, leaves, slots)
 
 
-def lookup_of(ids: Tensor, table: View, padding: int | None, y: Tensor, rows: int) -> Lookup:
-    """The source of y, rows of a table of so many that were looked up."""
-    padding = None if padding is None else padding % rows
-    return Lookup(
-        get_gradient_edge(y),
-        y.shape,
-        y.dtype,
-        table.leaves,
-        table.slots,
-        table,
-        y.shape[-1],
-        ids,
-        padding,
-    )
+def lookup_of(met: Meeting, y: Tensor) -> Lookup | None:
+    """The source of what F.embedding made, if nothing but ids and their padding says what it is."""
+    table = met.sources.get(id(met.args[1]))
+    renormed = met.argument(3, "max_norm") is not None
+    if not isinstance(table, View) or renormed or met.argument(5, "scale_grad_by_freq", False):
+        return None
+    padding = met.argument(2, "padding_idx")
+    padding = None if padding is None else padding % len(met.args[1])
+    at = get_gradient_edge(y), y.shape, y.dtype
+    return Lookup(*at, table.leaves, table.slots, table, y.shape[-1], met.args[0], padding)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

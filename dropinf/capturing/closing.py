@@ -227,7 +227,6 @@ class Closing(TorchFunctionMode):
 
     def entered(self, inputs: Sequence[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
-        self._closed.clear()
         self._inputs = {_memory(t) for t in inputs}
         batch = next((t.shape for t in inputs if t.dim()), None)
         if batch is not None:

@@ -39,8 +39,8 @@ _TABLE: list[tuple[Rule, str]] = [
     (
         rules.over,
         """
-        Cummax Cummin Cumprod Cumsum Glu LinalgCross LogSoftmax Logcumsumexp SafeSoftmax Softmax
-        Sort
+        Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Glu LinalgCross LogSoftmax
+        Logcumsumexp SafeSoftmax Softmax Sort Topk
         """,
     ),
     (
@@ -82,7 +82,6 @@ _TABLE: list[tuple[Rule, str]] = [
     (of_first(rules.index), "Index UnsafeIndex"),
     (of_first(rules.index_select), "IndexSelect"),
     (of_first(rules.gather), "Gather"),
-    (of_first(rules.topk), "Topk"),
     (of_first(rules.flip), "Flip"),
     (of_first(rules.roll), "Roll"),
     (of_first(rules.repeat), "Repeat"),
@@ -94,7 +93,6 @@ _TABLE: list[tuple[Rule, str]] = [
     (rules.masked_scatter, "MaskedScatter"),
     (rules.copied, "CopySlices"),
     (rules.pairs, "ViewAsComplex ViewAsReal"),
-    (rules.over_dims, "FftC2C FftC2R FftR2C"),
     (rules.nll, "NllLoss NllLoss2D"),
     (
         rules.loss,

@@ -59,9 +59,14 @@ def as_index(t: Tensor) -> Array:
     return (t.bool() if t.dtype == torch.uint8 else t).cpu().numpy()
 
 
+def signed(i: int) -> int:
+    """A number that a node keeps, which has negative ones as unsigned."""
+    return i - (1 << 64) if i >= 1 << 63 else i
+
+
 def dim_of(d: int, rank: int) -> int:
-    """A dimension counted from the front; negative ones are kept as unsigned numbers."""
-    return (d - (1 << 64) if d >= 1 << 63 else d) % max(rank, 1)
+    """A dimension counted from the front."""
+    return signed(d) % max(rank, 1)
 
 
 Rule = Callable[[Call, Array], Sequence[Owners]]
@@ -101,7 +106,7 @@ def transpose(call: Call, out: Array) -> list[Owners]:
 def reduce(call: Call, out: Array) -> list[Owners]:
     """A sum, a mean, a norm, a maximum over dimensions."""
     shape = call.shapes[0]
-    if not call.shape and not call.saved("dim"):
+    if not call.shape:
         return [out.reshape((1,) * len(shape))]
     dims = call.dims("dim", len(shape))
     if len(call.shape) == len(shape):
@@ -110,7 +115,7 @@ def reduce(call: Call, out: Array) -> list[Owners]:
 
 
 def over(call: Call, out: Array) -> list[Owners]:
-    """Softmax, cumulative sums, sorting, along one dimension."""
+    """Softmax, cumulative sums, sorting, Fourier transforms, along some dimensions."""
     return [mixed(out, call.dims("dim", out.ndim), call.T, call.name) for _ in call.shapes]
 
 
@@ -217,8 +222,7 @@ def slice_of(call: Call, out: Array) -> Owners:
         return out
     start, end, step = (call.saved(n) for n in ("start", "end", "step"))
     at = tuple(slice(None) for _ in range(d))
-    # An index from the end is kept as an unsigned number.
-    start, end = (None if i is None else i - (1 << 64) if i >= 1 << 63 else i for i in (start, end))
+    start, end = (None if i is None else signed(i) for i in (start, end))
     return read(lambda x: x[(*at, slice(start, end, step))], out, call.shapes[0], (d,), call.name)
 
 
@@ -269,10 +273,6 @@ def whole_but(one: Sequence[int], other: Sequence[int], d: int) -> bool:
     return all(a == b or k == d for k, (a, b) in enumerate(zip(one, other, strict=True)))
 
 
-def topk(call: Call, out: Array) -> Owners:
-    return mixed(out, call.dims("dim", out.ndim), call.T, call.name)
-
-
 def flip(call: Call, out: Array) -> Owners:
     if not call.saved("dims"):
         return out
@@ -283,7 +283,7 @@ def roll(call: Call, out: Array) -> Owners:
     dims = call.saved("dims")
     if not dims:
         return mixed(out, range(out.ndim), call.T, call.name)
-    back = [-(s - (1 << 64) if s >= 1 << 63 else s) for s in call.saved("shifts")]
+    back = [-signed(s) for s in call.saved("shifts")]
     return np.roll(out, back, [dim_of(d, out.ndim) for d in dims])
 
 
@@ -295,7 +295,7 @@ def repeat(call: Call, out: Array) -> Owners:
 
 
 def pad(call: Call, out: Array) -> Owners:
-    pad = [p - (1 << 64) if p >= 1 << 63 else p for p in call.saved("pad")]
+    pad = [signed(p) for p in call.saved("pad")]
     for k in range(len(pad) // 2):
         d = out.ndim - 1 - k
         if out.shape[d] > 1:
@@ -354,11 +354,6 @@ def pairs(call: Call, out: Array) -> list[Owners]:
     return [out[..., 0] if out.shape[-1] == 1 else call.name]
 
 
-def over_dims(call: Call, out: Array) -> list[Owners]:
-    """Fourier transforms."""
-    return [mixed(out, call.dims("dim", out.ndim), call.T, call.name)]
-
-
 def nll(call: Call, out: Array) -> list[Owners]:
     """[B, C, ...] -> [B, ...], or all of it summed."""
     shape = call.shapes[0]
@@ -376,8 +371,7 @@ def loss(call: Call, out: Array) -> list[Owners]:
 def diagonal(call: Call, out: Array) -> Owners:
     shape = call.shapes[0]
     d0, d1 = (dim_of(call.saved(n), len(shape)) for n in ("dim1", "dim2"))
-    offset = call.saved("offset")
-    offset = offset - (1 << 64) if offset >= 1 << 63 else offset
+    offset = signed(call.saved("offset"))
     return read(lambda x: np.diagonal(x, offset, d0, d1), out, shape, (d0, d1), call.name)
 
 

@@ -8,6 +8,8 @@ from exact_models import LAYERS, collection, every_output, linear, param, two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import dropinf
+
 CASES, case = collection()
 
 
@@ -283,6 +285,24 @@ class InPlace(torch.autograd.Function):
         return 2 * dy.flip(0)
 
 
+@dropinf.keeps_examples
+class Both(torch.autograd.Function):
+    """Two results, each of which has the examples where x has them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx, da, db):
+        return 2 * da + 3 * db
+
+
+def one_turned(s, x):
+    a, b = Both.apply(s.l(x))
+    return s.k(a.tanh() + b.flip(0))
+
+
 @torch.jit.script
 def scripted(x: Tensor, w: Tensor) -> Tensor:
     return (x * w).flip(0).tanh()
@@ -311,6 +331,7 @@ case("a Function with two results", lambda s, x: torch.cat(Pair.apply(s.l(x), s.
      l=linear(3, 4), m=linear(3, 4))  # fmt: skip
 case("a Function of which one result is used", lambda s, x: Pair.apply(s.l(x), s.m(x))[1],
      l=linear(3, 4), m=linear(3, 4))  # fmt: skip
+case("a declared Function of whose results one is turned", one_turned, **LAYERS)
 case("a Function whose backward moves examples", two(lambda y: Detour.apply(y)), **LAYERS)
 case("a checkpoint of one's own", lambda s, x: s.k(Rerun.apply(
     lambda y: s.h(y).tanh(), s.l(x))), **LAYERS, h=linear(4, 4))  # fmt: skip

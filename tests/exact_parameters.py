@@ -44,6 +44,10 @@ case("a parameter looked up by example", read_by_the_batch, l=linear(3, 4))
 case("a weight written together", written_together, a=param(4, 2), b=param(4, 1))
 case("weights mixed by example", own_weights, l=linear(3, 2), p=param(2, 3, 4))
 case("weights made of the data", hyper, l=linear(3, 6), p=param(2))
+case("a bias of another module", lambda s, x: F.linear(x, s.l.weight, s.m.weight[:, 0]),
+     l=linear(3, 4, bias=False), m=linear(1, 4, bias=False))  # fmt: skip
+case("an LSTM of projections without biases", lambda s, x: s.r(x)[0], (4, 5, 3),
+     r=lambda: nn.LSTM(3, 4, proj_size=2, bias=False, batch_first=True))  # fmt: skip
 case("a parameter through numpy-like steps", lambda s, x: x @ torch.stack([*s.p.unbind()][::-1]),
      p=param(3, 4))  # fmt: skip
 case("stacked layers weighed", lambda s, x: (s.w.view(2, 1, 1) * torch.stack(
@@ -130,6 +134,10 @@ case("a batch of one that is added to", added_to_one, (1, 2, 6), w=param(6, 6))
 # Tables.
 case("frequencies of ids that are shared", lambda s, x: x + s.e(torch.tensor([0, 0, 1])), (4, 3, 3),
      e=lambda: nn.Embedding(4, 3, scale_grad_by_freq=True))  # fmt: skip
+case("padding of ids that are shared", lambda s, x: x + s.e(torch.tensor([0, 2, 1])), (4, 3, 3),
+     e=lambda: nn.Embedding(4, 3, padding_idx=-2))  # fmt: skip
+case("a table whose columns are the examples'", lambda s, x: (x + s.e(torch.arange(3))).T, (3, 4),
+     e=lambda: nn.Embedding(5, 4))  # fmt: skip
 case("frequencies of ids", lambda s, i: s.e(i), (4, 3), ids=4,
      e=lambda: nn.Embedding(4, 3, scale_grad_by_freq=True))  # fmt: skip
 case("bags with frequencies", lambda s, i: s.e(i, torch.tensor([0, 2, 3, 7])), (9,), ids=4,
@@ -151,6 +159,9 @@ case("mm by names", lambda s, x: torch.mm(x, mat2=s.w) + torch.mv(x, vec=s.v)[:,
      w=param(3, 4), v=param(3))  # fmt: skip
 case("bmm with out=None", lambda s, x: torch.bmm(x, s.w, out=None).transpose(0, 1), (2, 4, 3),
      w=param(2, 3, 4))  # fmt: skip
+for shape in ((4,), (1, 1, 4), (2, 1, 4), (1, 4, 1), (2, 4, 4)):
+    case(f"baddbmm of {shape}", lambda s, x: torch.baddbmm(s.b, x, s.w).transpose(0, 1), (2, 4, 3),
+         b=param(*shape), w=param(2, 3, 4))  # fmt: skip
 case("numpy's names", lambda s, x: torch.matmul(x, other=s.w).sum(axis=1, keepdims=True), (4, 3),
      w=param(3, 4))  # fmt: skip
 case("index_select with out=None", lambda s, x: torch.index_select(s.w, 0, ORDER, out=None) * x,

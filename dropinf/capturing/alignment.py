@@ -40,8 +40,8 @@ _TABLE: list[tuple[Rule, str]] = [
     (
         rules.over,
         """
-        Cummax Cummin Cumprod Cumsum Glu LinalgCross LogSoftmax Logcumsumexp SafeSoftmax Softmax
-        Sort
+        Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Glu LinalgCross LogSoftmax
+        Logcumsumexp SafeSoftmax Softmax Sort Topk
         """,
     ),
     (
@@ -83,7 +83,6 @@ _TABLE: list[tuple[Rule, str]] = [
     (of_first(index_rules.index), "Index UnsafeIndex"),
     (of_first(index_rules.index_select), "IndexSelect"),
     (of_first(index_rules.gather), "Gather"),
-    (of_first(index_rules.topk), "Topk"),
     (of_first(index_rules.flip), "Flip"),
     (of_first(index_rules.roll), "Roll"),
     (of_first(index_rules.repeat), "Repeat"),
@@ -95,7 +94,6 @@ _TABLE: list[tuple[Rule, str]] = [
     (index_rules.masked_scatter, "MaskedScatter"),
     (index_rules.copied, "CopySlices"),
     (rules.pairs, "ViewAsComplex ViewAsReal"),
-    (rules.over_dims, "FftC2C FftC2R FftR2C"),
     (rules.nll, "NllLoss NllLoss2D"),
     (
         rules.loss,

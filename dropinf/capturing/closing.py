@@ -207,7 +207,6 @@ class Closing(TorchFunctionMode):
 
     def entered(self, inputs: list[Tensor]) -> torch.Size | None:
         """The model was called; returns the shape of the first of what it was given."""
-        self._closed.clear()
         self.hints, batch = self.hints.given(inputs)
         return batch
 

@@ -73,7 +73,7 @@ class Entries:
                         x_part[some], dy_part[some], o_idx, i_idx, backend=self._backend, scale=1.0
                     )
                     for view, entries in source.pull(grads.unflatten(1, shape)):
-                        self.add(view, entries, _part(rows, some, len(x_part)))
+                        self.add(view, entries, _part(rows, some))
 
     def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: Rows) -> None:
         slot = run[0][0].slot
@@ -103,7 +103,7 @@ class Entries:
         self._begin(view.slot)
         for some in chunk_items(len(x), len(view.at)):
             found = values(view, role, x[some], dy[some], self._backend, self._cache)
-            self.add(view, found, _part(rows, some, len(x)))
+            self.add(view, found, _part(rows, some))
 
     def pull(self, source: Source, shape: torch.Size, grads: Tensor, owners: Array) -> None:
         """Write the gradients of an operand that was expanded over what it met.
@@ -145,7 +145,7 @@ class Entries:
                 for i in range(some.start, some.stop)
             ]
             for view, entries in source.pull(torch.stack(whole).reshape(-1, *base)):
-                self.add(view, entries, _part(at, some, n))
+                self.add(view, entries, _part(at, some))
 
     def _rows_at(self, rows: Array) -> Rows:
         if np.array_equal(rows, np.arange(self.map.num_rows)):
@@ -246,8 +246,8 @@ def _item_gradient(
     return whole
 
 
-def _part(rows: Rows, some: slice, n: int) -> Rows:
-    """The rows of some of n items that follow each other."""
+def _part(rows: Rows, some: slice) -> Rows:
+    """The rows of some items that follow each other."""
     if not isinstance(rows, slice):
         return rows[some]
     start = rows.start or 0

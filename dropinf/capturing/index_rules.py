@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.capturing.owner_rules import Call, dim_of
+from dropinf.capturing.owner_rules import Call, dim_of, signed
 from dropinf.capturing.owners import Array, Owners, broadcast, merged, mixed, parts, read
 
 # In the metadata of a write into a part of a tensor: the index.
@@ -49,8 +49,7 @@ def slice_of(call: Call, out: Array) -> Owners:
         return out
     start, end, step = (call.saved(n) for n in ("start", "end", "step"))
     at = tuple(slice(None) for _ in range(d))
-    # An index from the end is kept as an unsigned number.
-    start, end = (None if i is None else i - (1 << 64) if i >= 1 << 63 else i for i in (start, end))
+    start, end = (None if i is None else signed(i) for i in (start, end))
     return read(
         lambda x: x[(*at, slice(start, end, step))], out, call.shapes[0], (d,), call.function
     )
@@ -107,10 +106,6 @@ def whole_but(one: Sequence[int], other: Sequence[int], d: int) -> bool:
     return all(a == b or k == d for k, (a, b) in enumerate(zip(one, other, strict=True)))
 
 
-def topk(call: Call, out: Array) -> Owners:
-    return mixed(out, call.dims("dim", out.ndim), call.T, call.function)
-
-
 def flip(call: Call, out: Array) -> Owners:
     if not call.saved("dims"):
         return out
@@ -121,7 +116,7 @@ def roll(call: Call, out: Array) -> Owners:
     dims = call.saved("dims")
     if not dims:
         return mixed(out, range(out.ndim), call.T, call.function)
-    back = [-(s - (1 << 64) if s >= 1 << 63 else s) for s in call.saved("shifts")]
+    back = [-signed(s) for s in call.saved("shifts")]
     return np.roll(out, back, [dim_of(d, out.ndim) for d in dims])
 
 
@@ -133,7 +128,7 @@ def repeat(call: Call, out: Array) -> Owners:
 
 
 def pad(call: Call, out: Array) -> Owners:
-    pad = [p - (1 << 64) if p >= 1 << 63 else p for p in call.saved("pad")]
+    pad = [signed(p) for p in call.saved("pad")]
     for k in range(len(pad) // 2):
         d = out.ndim - 1 - k
         if out.shape[d] > 1:
@@ -188,8 +183,7 @@ def masked_scatter(call: Call, out: Array) -> list[Owners]:
 def diagonal(call: Call, out: Array) -> Owners:
     shape = call.shapes[0]
     d0, d1 = (dim_of(call.saved(n), len(shape)) for n in ("dim1", "dim2"))
-    offset = call.saved("offset")
-    offset = offset - (1 << 64) if offset >= 1 << 63 else offset
+    offset = signed(call.saved("offset"))
     return read(lambda x: np.diagonal(x, offset, d0, d1), out, shape, (d0, d1), call.function)
 
 

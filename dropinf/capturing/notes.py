@@ -28,7 +28,7 @@ def hook(args: tuple, kwargs: dict, y: Any) -> None:
 def write(args: tuple, kwargs: dict, y: Any) -> None:
     """Where a value was written, which the node of a write into a part does not say."""
     x, index = args[:2]
-    if x.requires_grad and not x._is_view() and type(x.grad_fn).__name__ == "CopySlices":
+    if x.requires_grad and type(x.grad_fn).__name__ == "CopySlices":
         x.grad_fn.metadata[WRITTEN] = tree_map(
             lambda i: as_index(i.detach().clone()) if isinstance(i, Tensor) else i, index
         )

@@ -47,9 +47,14 @@ class Call:
         return tuple(dim_of(d, rank) for d in kept)
 
 
+def signed(i: int) -> int:
+    """A number that a node keeps, which has negative ones as unsigned."""
+    return i - (1 << 64) if i >= 1 << 63 else i
+
+
 def dim_of(d: int, rank: int) -> int:
-    """A dimension counted from the front; negative ones are kept as unsigned numbers."""
-    return (d - (1 << 64) if d >= 1 << 63 else d) % max(rank, 1)
+    """A dimension counted from the front."""
+    return signed(d) % max(rank, 1)
 
 
 Rule = Callable[[Call, Array], Sequence[Owners]]
@@ -89,7 +94,7 @@ def transpose(call: Call, out: Array) -> list[Owners]:
 def reduce(call: Call, out: Array) -> list[Owners]:
     """A sum, a mean, a norm, a maximum over dimensions."""
     shape = call.shapes[0]
-    if not call.shape and not call.saved("dim"):
+    if not call.shape:
         return [out.reshape((1,) * len(shape))]
     dims = call.dims("dim", len(shape))
     if len(call.shape) == len(shape):
@@ -98,7 +103,7 @@ def reduce(call: Call, out: Array) -> list[Owners]:
 
 
 def over(call: Call, out: Array) -> list[Owners]:
-    """Softmax, cumulative sums, sorting, along one dimension."""
+    """Softmax, cumulative sums, sorting, Fourier transforms, along some dimensions."""
     return [mixed(out, call.dims("dim", out.ndim), call.T, call.function) for _ in call.shapes]
 
 
@@ -184,11 +189,6 @@ def pairs(call: Call, out: Array) -> list[Owners]:
     if len(call.shapes[0]) > out.ndim:
         return [out[..., None]]
     return [out[..., 0] if out.shape[-1] == 1 else call.function]
-
-
-def over_dims(call: Call, out: Array) -> list[Owners]:
-    """Fourier transforms."""
-    return [mixed(out, call.dims("dim", out.ndim), call.T, call.function)]
 
 
 def nll(call: Call, out: Array) -> list[Owners]:

@@ -123,12 +123,12 @@ class RowMap:
         # Positions of examples: as many as there are tokens, in order.
         full = np.broadcast_to(owners, lead)
         example = np.where(full < NONE, -2 - full, NONE)
-        for d in range(full.ndim):
-            # Where one dimension alone is the examples, so is what reaches no loss.
-            one = collapsed(example, [k for k in range(full.ndim) if k != d])
-            if one is not None and full.ndim > 1 and (one >= 0).all():
-                example = np.broadcast_to(one, full.shape)
-                break
+        if full.ndim > 1:
+            # Where one dimension alone can be the examples, so is what reaches no loss.
+            dims = range(full.ndim)
+            ones = (collapsed(example, [k for k in dims if k != d]) for d in dims)
+            ones = [one for one in ones if one is not None and (one >= 0).all()]
+            example = np.broadcast_to(ones[0], full.shape) if len(ones) == 1 else example
         example = example.reshape(-1)
         order = np.argsort(example, kind="stable")
         order = order[example[order] >= 0]

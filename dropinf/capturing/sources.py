@@ -8,7 +8,7 @@ which sampled coordinates a tensor holds (`View`), or how to pull a gradient of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -163,13 +163,10 @@ def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]
     """The source of a tensor that a function made of sources and of no other gradient."""
     if len(sources) == 1 and args and id(args[0]) in sources and t is not args[0]:
         leaf, source = args[0], sources[id(args[0])]
-        if name_of(func) in _CASTS and t.shape == leaf.shape:
-            if isinstance(source, View):
-                return source
-            if isinstance(source, Lookup):
-                return replace(source, output=get_gradient_edge(t), dtype=t.dtype)
-        same = t.dtype == leaf.dtype and t.is_neg() == leaf.is_neg()
-        if isinstance(source, View) and same and _same_memory(t, leaf):
+        cast = name_of(func) in _CASTS and t.shape == leaf.shape
+        if cast and isinstance(source, (View, Lookup)):
+            return source
+        if isinstance(source, View) and t.dtype == leaf.dtype and _same_memory(t, leaf):
             viewed = source.viewed(leaf, t)
             if viewed is not None:
                 return viewed

@@ -133,6 +133,12 @@ def test_owners_are_those_of_the_gradients(call):
                 check(call, xs, ys, reach, "any", [given[0], *[None] * (len(ys) - 1)], T)
 
 
+def test_what_was_not_taken_is_nobodys():
+    source = torch.randn(3, requires_grad=True)
+    y = torch.zeros(2, 2).masked_scatter(torch.eye(2, dtype=torch.bool), source)
+    assert walk([(y, np.array([[0], [1]]))]).leaves[id(source)][1].tolist() == [0, 1, NONE]
+
+
 # Their gradient is zero everywhere.
 FLAT = {"Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc"}
 

@@ -69,6 +69,22 @@ def test_token_rows(shape):
         assert tap.origin.tolist() == [[b, t] for b in range(B) for t in range(T)]
 
 
+def test_token_rows_of_a_sequence_first_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    plan = Plan.make(model, Dropout(r=20))
+    x = torch.randn(4, 2, 3, dtype=torch.float64)  # [T, B, I]
+    truth = torch.cat(
+        [
+            truth_of(lambda m, one: m(*one).pow(2).sum(1), model, (x[t, b : b + 1],), plan)
+            for b in range(2)
+            for t in range(4)
+        ]
+    )
+    with capture(model, plan, per="token", batch_dim=1) as tap:
+        assert_exact(tap.rows(model(x).pow(2).sum(-1).T), truth)
+
+
 def test_token_rows_add_up_to_the_examples():
     model, batch = build(transformer, torch.float64)
     plan = Plan.make(model, Dropout(r=30))

@@ -426,6 +426,28 @@ def test_gradients_of_the_parameters_themselves(loss_fn):
     assert model.weight.requires_grad and model.weight.grad is None
 
 
+def test_a_hook_set_by_a_later_forward_pass():
+    """It changes the gradients of the earlier one too, which has closed the parameter already."""
+
+    class Hooking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.late = nn.Linear(3, 2), False
+
+        def forward(self, x):
+            if self.late:
+                self.layer.weight.register_hook(lambda g: 3 * g)
+            return self.layer(x)
+
+    model, x = Hooking().double(), data()
+    with capture(model, Plan.make(model, Full())) as tap:
+        first = model(x).square().sum(1)
+        model.late = True
+        with pytest.raises(RuntimeError, match="hooks it"):
+            model(x)
+        tap.rows(first)
+
+
 def test_a_backward_pass_of_ones_own():
     model, x = mlp(), data()
     truth = true_rows(model, losses_of(model, x))

@@ -148,6 +148,10 @@ def test_positions_that_are_merged_are_tokens():
     assert reshaped(owners, (2, 4), (8,), 3).tolist() == [-2] * 4 + [-3] * 4
 
 
+def test_reshapes_of_nothing():
+    assert reshaped(np.array([[0], [1]]), (2, 0), (0,), None) == "a reshape"
+
+
 def pair_of(shape, **bounds):
     return st.tuples(st.just(shape), owners_of(shape, **bounds), owners_of(shape, **bounds))
 

@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 
 import dropinf
 from dropinf import Dropout, Full, Plan, ProofError, RowStore, collect, verify
-from dropinf.capturing import alignment, owner_rules, proof
+from dropinf.capturing import alignment, keeping, owner_rules, proof
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.rowmap import RowMap
+from dropinf.rows.batches import Batches
 from dropinf.rows.checks import Checks
 
 case_of = {case.name: case for case in CASES}
@@ -82,8 +84,6 @@ class Kernel(nn.Module):
 def declared():
     dropinf.keeps_examples(Flipping)
     yield
-    from dropinf.capturing import keeping
-
     keeping._KNOWN.discard(f"{Flipping.__module__}.{Flipping.__qualname__}")
 
 
@@ -95,6 +95,33 @@ def test_a_declaration_that_is_not_true(declared):
         verify(model, batch, cross_entropy, plan)
     with pytest.raises(ProofError, match="'first'"):
         collect(model, [batch] * 3, cross_entropy, plan, progress=False)
+
+
+@torch.library.custom_op("dropinf_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+doubled.register_autograd(lambda ctx, dy: 2 * dy)
+
+
+@pytest.mark.parametrize(
+    "declare",
+    [
+        lambda: dropinf.keeps_examples(doubled),
+        lambda: dropinf.keeps_examples(torch.ops.dropinf_tests.doubled),
+        lambda: dropinf.keeps_examples(torch.ops.dropinf_tests.doubled.default),
+    ],
+    ids=["as defined", "by name", "an overload"],
+)
+def test_a_declared_op(declare, monkeypatch):
+    monkeypatch.setattr(keeping, "_KNOWN_OPS", set())
+    declare()
+    model = nn.Linear(5, 4)
+    plan = Plan.make(model, Full())
+    with dropinf.capture(model, plan) as tap:
+        tap.rows(doubled(model(torch.randn(6, 5))).square().sum(1))
+    assert set(plan.paths.values()) == {"closed form"}
 
 
 def test_an_undeclared_kernel_is_taken_by_passes():
@@ -178,6 +205,16 @@ def test_the_plain_pass_shares_no_code_with_the_rows(monkeypatch):
     named = dict(zip((n for n, _ in model.named_parameters()), grads, strict=True))
     right = torch.cat([named[s.name].flatten()[s.index] * s.scale for s in plan.slots])
     assert torch.equal(row, right) and torch.equal(losses, loss_fn(model, batch).detach())
+
+
+def test_a_fault_in_a_small_layer():
+    """Of a thousandth of the gradient: what is off is measured by the layer, not by all of it."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    plan = Plan.make(model, Full())
+    plain = torch.tensor([1e3] * 3 + [1.0] * 2)
+    row = plain * torch.tensor([1.0] * 3 + [1.005] * 2)
+    with pytest.raises(ProofError, match="layer '1' are not"):
+        proof.compare(plan, row, plain, 1e-6, proof.Proof(), {})
 
 
 # When collect compares.
@@ -273,6 +310,22 @@ def test_random_states_are_put_back(draw):
     assert torch.equal(after[0][0], after[1][0]) and after[0][1] == after[1][1]
 
 
+def test_what_a_second_pass_draws_is_put_back():
+    """Also where it draws more than the first, and moves buffers further."""
+    model = nn.BatchNorm1d(1)
+    before = proof.Snapshot(model)
+    model.running_mean += 1
+    with before.again():
+        assert model.running_mean == 0
+        first = draws()
+        model.running_mean -= 1
+    assert model.running_mean == 1 and draws() == first
+
+
+def draws():
+    return random.random(), np.random.rand(), float(torch.rand(()))
+
+
 def test_batch_norm_keeps_its_statistics():
     """In train mode a second forward pass would move them."""
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
@@ -342,6 +395,21 @@ def test_examples_run_singly_where_that_is_cheaper(mixing):
     assert ("times the time of examples run singly" in told) == (not mixing)
     singly = sizes.count(1)
     assert singly < 6 if mixing else singly >= 12  # of the check alone, or of batches too
+
+
+@pytest.mark.parametrize("alone", [1.0, 2.0])
+def test_examples_run_singly_if_that_took_less(alone):
+    batches = SimpleNamespace(
+        places=[0],
+        batch_dim=0,
+        per="example",
+        keep_graph=False,
+        tap=SimpleNamespace(sharded=False),
+        _said=True,
+        _seconds={True: alone, False: 1.5},
+    )
+    singly = Batches._singly(batches, (torch.randn(3, 2),))
+    assert singly is None if alone > 1.5 else [len(one[0]) for one in singly] == [1, 1, 1]
 
 
 def test_gradients_of_parameters_in_the_loss():

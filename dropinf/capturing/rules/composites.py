@@ -71,11 +71,13 @@ def _embedding_bag(
 def _grouped_mm(
     input: Tensor,
     weight: Tensor,
-    offs: Tensor,
+    offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """input [n, I], rows sorted by expert, and weight [E, I, O]: a product for each expert."""
+    if offs is None or bias is not None or (input.dim(), weight.dim()) != (2, 3):
+        return NotImplemented
     ends = offs.tolist()
     starts = [0, *ends[:-1]]
     parts = [

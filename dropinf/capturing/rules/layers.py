@@ -1,14 +1,14 @@
 """What a torch function does with its parameters.
 
-Activations mode catches a parameter where it meets data. Two tables say what is understood here:
+Two tables say what is understood where a parameter meets data:
 
 FORMS       closed forms. A reader of the function's arguments gives the `Form` of that call: which
             input to save for the backward pass, and where the coordinates of its parameters are.
 ELEMENTWISE functions whose arguments broadcast against each other: a parameter is expanded over the
             batch, and its gradient comes back example by example.
 
-`composites` has functions that hide others inside; what is in none of them goes through
-`per_example`. To add a kind of layer, add an entry here and a model to tests/layer_cases.py.
+`composites` has functions that hide others inside; what is in none of them is left to autograd. To
+add a kind of layer, add an entry here and a model to tests/layer_cases.py.
 """
 
 from __future__ import annotations
@@ -43,11 +43,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
     I = weight.shape[1]
     yield Form(
         input,
-        roles_of(
-            outer,
-            (weight, Weight(I)),
-            (bias, Bias(I)),
-        ),
+        roles_of(outer, (weight, Weight(I)), (bias, Bias(I))),
         prepare=affine,
     )
 
@@ -61,11 +57,7 @@ def _addmm(
         return
     yield Form(
         mat1,
-        roles_of(
-            outer,
-            (mat2, Weight(O, i_first=True)),
-            (input, Bias(I)),
-        ),
+        roles_of(outer, (mat2, Weight(O, i_first=True)), (input, Bias(I))),
         prepare=affine,
     )
 
@@ -189,11 +181,7 @@ def _conv(
     )
     yield Form(
         input,
-        roles_of(
-            op,
-            (weight, Weight(I)),
-            (bias, Bias(I)),
-        ),
+        roles_of(op, (weight, Weight(I)), (bias, Bias(I))),
         features=None,
         prepare=affine,
     )
@@ -296,7 +284,6 @@ ELEMENTWISE = _functions(
     "divide",
     "true_divide",
     "truediv",
-    "div",
     "pow",
     "where",
     "maximum",

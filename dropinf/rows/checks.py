@@ -20,8 +20,8 @@ from dropinf.capturing import (
 from dropinf.rows.batches import Batches
 
 # Of the time of a collection, for comparisons beyond the first ones, of layers that no example so
-# far had a gradient for; a comparison costs about 1.5 batches.
-_SHARE, _COST = 0.01, 1.5
+# far had a gradient for; a comparison costs about two batches.
+_SHARE, _COST = 0.01, 2.0
 
 
 class Checks:
@@ -78,7 +78,7 @@ class Checks:
                 batches.places = places_of(batch, batches.num_examples, batches.batch_dim)
 
     def _is_due(self, number: int) -> bool:
-        if number & (number - 1) == 0 and number != 1:  # the first, and powers of two
+        if number & (number - 1) == 0 and number not in (1, 2):  # the first, and powers of two
             return True
         missing = len(self.proof.layers) < len(self._batches.plan.blocks)
         return missing and _COST * (self.proof.examples + 1) <= _SHARE * number

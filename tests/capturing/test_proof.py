@@ -221,16 +221,16 @@ def test_a_fault_in_a_small_layer():
 
 
 def test_batches_that_are_compared(monkeypatch):
-    """The first and powers of two: 6 to 12 % of 100 batches, far below 1 % of 10,000."""
+    """The first and powers of two: 6 of 100 batches, at some 1.9 batches each, 13 of 10,000."""
     seen = [n for n in range(100) if Checks._is_due(fake(all_layers=True), n)]
-    assert seen == [0, 2, 4, 8, 16, 32, 64]
-    assert sum(Checks._is_due(fake(all_layers=True), n) for n in range(10_000)) == 14
+    assert seen == [0, 4, 8, 16, 32, 64]
+    assert sum(Checks._is_due(fake(all_layers=True), n) for n in range(10_000)) == 13
     checks, due = fake(all_layers=False), 0
     for n in range(10_000):
         if Checks._is_due(checks, n):
             due += 1
             checks.proof.examples += 1
-    assert 14 < due <= 0.01 * 10_000 / 1.5 + 1
+    assert 13 < due <= 0.01 * 10_000 / 1.5 + 1
 
 
 class fake:
@@ -244,10 +244,10 @@ def test_the_store_says_what_was_compared(tmp_path):
     plan = Plan.make(model, Dropout(r=20))
     store = collect(model, batches * 5, loss_fn, plan, path=tmp_path / "rows", progress=False)
     for found in (store, RowStore.load(tmp_path / "rows")):
-        assert found.proof.examples == 3  # batches 0, 2 and 4
+        assert found.proof.examples == 2  # batches 0 and 4
         assert found.proof.layers == {block.name for block in plan.blocks}
         assert 0 < found.proof.largest < 1e-12
-        assert "compared with autograd on 3 examples, " in repr(found)
+        assert "compared with autograd on 2 examples, " in repr(found)
     plain = collect(model, batches, loss_fn, plan, progress=False, check=False)
     assert plain.proof.examples == 0 and "not compared with autograd" in repr(plain)
     assert torch.equal(plain.rows, store.rows[:5])
@@ -272,7 +272,7 @@ def test_tokens():
     """The sum of an example's rows is its gradient."""
     model, batches, loss_fn = transformer()
     plan = Plan.make(model, Dropout(r=20))
-    store = collect(model, batches * 3, loss_fn, plan, per="token", progress=False)
+    store = collect(model, batches * 5, loss_fn, plan, per="token", progress=False)
     assert store.proof.examples == 2 and store.proof.largest < 1e-12
 
 

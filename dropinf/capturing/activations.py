@@ -23,7 +23,7 @@ from dropinf.capturing.call_args import argument
 from dropinf.capturing.checkpoints import Region
 from dropinf.capturing.closing import Closing
 from dropinf.capturing.entries import Entries
-from dropinf.capturing.passes import Used
+from dropinf.capturing.passes import Used, only_these_require_grad
 from dropinf.capturing.rowmap import RowMap
 from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
@@ -62,24 +62,25 @@ class ActivationsTap(Tap):
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         slots = {id(p): s for s, p in zip(self.plan.slots, self.parameters, strict=True)}
-        own = [*self.model.parameters(), *self.model.buffers()]
-        self._closing = Closing(self, own, self._per, self._batch_dim)
-        for p in self.model.parameters():
-            undo.callback(p.requires_grad_, p.requires_grad)
-            self._closing.froze |= p.requires_grad and id(p) not in slots
-            p.requires_grad_(id(p) in slots)
+        everything = list(self.model.parameters())
+        self._closing = Closing(
+            self, [*everything, *self.model.buffers()], self._per, self._batch_dim
+        )
+        others = [p for p in everything if p.requires_grad and id(p) not in slots]
+        self._closing.froze = bool(others)
+        only_these_require_grad(self.parameters, everything, undo)
         self._used = Used(self.model, undo)
         self._slot_of: dict[int, ParamPlan] = {}
         self._track(list(zip(self.parameters, self.plan.slots, strict=True)))
         sharded = sharded_modules(self.model)
-        for module in self.model.modules():
+        for module in self.model.modules() if sharded else ():
             swapped = [
                 (owner, name, slots[id(p)])
                 for owner in (module.modules() if module in sharded else [module])
                 for name, p in owner._parameters.items()
                 if id(p) in slots
             ]
-            if sharded and swapped:  # at each call, after its own hook, which gathers them
+            if swapped:  # at each call, after its own hook, which gathers them
                 handle = module.register_forward_pre_hook(self._look_up(swapped))
                 undo.callback(handle.remove)
         self._batch: torch.Size | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dropinf import ops
-from dropinf.capturing.passes import Used, taken
+from dropinf.capturing.passes import Used, only_these_require_grad, taken
 from dropinf.capturing.tap import Tap, sharded_modules
 from dropinf.compression import DenseProjection, Plan, SignedSums
 
@@ -24,10 +24,8 @@ class GradsTap(Tap):
         self._unfreeze = unfreeze
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
-        tracked = set(map(id, self.parameters))
-        for p in self.model.parameters() if self._unfreeze else ():
-            undo.callback(p.requires_grad_, p.requires_grad)
-            p.requires_grad_(id(p) in tracked)
+        if self._unfreeze:
+            only_these_require_grad(self.parameters, list(self.model.parameters()), undo)
         self._indices, self._signs = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
             index, sign = slot.index, None

@@ -57,6 +57,24 @@ def _give_way(p: Tensor, free: Callable[[Tensor], None]) -> Callable[[], None]:
     return put_back
 
 
+def only_these_require_grad(
+    these: Sequence[Tensor], everything: Sequence[Tensor], undo: contextlib.ExitStack
+) -> None:
+    """Set requires_grad of a model's parameters, until `undo`."""
+    mine = set(map(id, these))
+    before = [(p, p.requires_grad) for p in everything]
+
+    def put_back() -> None:
+        for p, required in before:
+            if p.requires_grad != required:
+                p.requires_grad_(required)
+
+    undo.callback(put_back)
+    for p, required in before:
+        if required != (id(p) in mine):
+            p.requires_grad_(not required)
+
+
 class Used:
     """What the forward pass has in place of each parameter: a sharded module swaps them."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dropinf.capturing.activations import ActivationsTap
-from dropinf.capturing.passes import Used, taken
+from dropinf.capturing.passes import Used, only_these_require_grad, taken
 from dropinf.capturing.tap import unsynchronised
 from dropinf.compression import ParamPlan, Plan, unwrap
 from dropinf.user_warning import warn_user
@@ -116,12 +116,9 @@ def plain_rows(
     model = unwrap("verify", given)
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [named[slot.name] for slot in plan.slots]
-    tracked = set(map(id, parameters))
     with contextlib.ExitStack() as undo:
         unsynchronised(given, undo)
-        for p in model.parameters():
-            undo.callback(p.requires_grad_, p.requires_grad)
-            p.requires_grad_(id(p) in tracked)
+        only_these_require_grad(parameters, list(model.parameters()), undo)
         used = Used(model, undo)
         losses = losses_of()
         slot_of = dict(zip(map(id, used.of(parameters)), plan.slots, strict=True))

@@ -138,6 +138,10 @@ case("padding of ids that are shared", lambda s, x: x + s.e(torch.tensor([0, 2, 
      e=lambda: nn.Embedding(4, 3, padding_idx=-2))  # fmt: skip
 case("a table whose columns are the examples'", lambda s, x: (x + s.e(torch.arange(3))).T, (3, 4),
      e=lambda: nn.Embedding(5, 4))  # fmt: skip
+for mode in ("mean", "max"):
+    case(f"bags of which one is empty, {mode}", lambda s, i, m=mode: F.embedding_bag(
+        i, s.w, torch.tensor([0, 2, 2, 7]), mode=m, padding_idx=-1), (9,), ids=4,
+         w=param(4, 3))  # fmt: skip
 case("frequencies of ids", lambda s, i: s.e(i), (4, 3), ids=4,
      e=lambda: nn.Embedding(4, 3, scale_grad_by_freq=True))  # fmt: skip
 case("bags with frequencies", lambda s, i: s.e(i, torch.tensor([0, 2, 3, 7])), (9,), ids=4,
@@ -166,5 +170,7 @@ case("numpy's names", lambda s, x: torch.matmul(x, other=s.w).sum(axis=1, keepdi
      w=param(3, 4))  # fmt: skip
 case("index_select with out=None", lambda s, x: torch.index_select(s.w, 0, ORDER, out=None) * x,
      w=param(4, 3))  # fmt: skip
+case("a wide kernel over as many", lambda s, x: s.c(x), (4, 2, 9), c=lambda: nn.Conv1d(
+    2, 3, 3, padding="same", dilation=2))  # fmt: skip
 case("a kernel over one example at a time", lambda s, x: torch.stack([s.c(e) for e in x]),
      (4, 2, 6), c=lambda: nn.Conv1d(2, 3, 3))  # fmt: skip

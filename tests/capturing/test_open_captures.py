@@ -381,6 +381,18 @@ def test_gradients_of_gradients(loss_fn, net, how):
     torch.testing.assert_close(rows, truth)
 
 
+def test_gradients_of_gradients_by_biases_alone():
+    """Whose sites have kept no input."""
+    model, batch = mlp(), (data(),)
+    model[1] = nn.Sigmoid()
+    plan = Plan.make(model, Full(), include=["*.bias"])
+    truth = true_rows(model, penalty(model, batch))
+    names = [n for n, p in model.named_parameters() for _ in range(p.numel())]
+    with capture(model, plan) as tap:
+        rows = tap.rows(penalty(model, batch))
+    torch.testing.assert_close(rows, truth[:, [n.endswith("bias") for n in names]])
+
+
 def inner_step(model, batch):
     """MAML: the loss after a step on the same example."""
     (x,) = batch
@@ -426,6 +438,14 @@ def test_gradients_of_the_parameters_themselves(loss_fn):
     assert model.weight.requires_grad and model.weight.grad is None
 
 
+def test_a_hook_that_was_there_before():
+    model, x = mlp(), data()
+    model[0].weight.register_hook(lambda g: 3 * g)
+    truth = true_rows(model, losses_of(model, x))
+    with opened(model) as tap:
+        torch.testing.assert_close(tap.rows(losses_of(model, x)), truth)
+
+
 def test_a_hook_set_by_a_later_forward_pass():
     """It changes the gradients of the earlier one too, which has closed the parameter already."""
 
@@ -449,7 +469,7 @@ def test_a_hook_set_by_a_later_forward_pass():
 
 
 def test_a_backward_pass_of_ones_own():
-    model, x = mlp(), data()
+    model, x = mlp(), data().requires_grad_()
     truth = true_rows(model, losses_of(model, x))
     with opened(model) as tap:
         losses = losses_of(model, x)
@@ -457,4 +477,5 @@ def test_a_backward_pass_of_ones_own():
                     lambda: torch.autograd.backward(losses.sum(), retain_graph=True)):  # fmt: skip
             with pytest.raises(RuntimeError, match=r"computed inside of a capture.*closed=False"):
                 run()
+            torch.autograd.grad(losses.sum(), x, retain_graph=True)  # is no such pass
         torch.testing.assert_close(tap.rows(losses), truth)

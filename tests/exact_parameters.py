@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from exact_models import ORDER, collection, linear, param
+from exact_models import ORDER, Own, collection, linear, param
 from torch import nn
 
 CASES, case = collection()
@@ -44,8 +44,8 @@ case("a parameter looked up by example", read_by_the_batch, l=linear(3, 4))
 case("a weight written together", written_together, a=param(4, 2), b=param(4, 1))
 case("weights mixed by example", own_weights, l=linear(3, 2), p=param(2, 3, 4))
 case("weights made of the data", hyper, l=linear(3, 6), p=param(2))
-case("a bias of another module", lambda s, x: F.linear(x, s.l.weight, s.m.weight[:, 0]),
-     l=linear(3, 4, bias=False), m=linear(1, 4, bias=False))  # fmt: skip
+case("a bias of another module", lambda s, x: F.linear(x, s.l.weight, s.m.b),
+     l=linear(3, 4, bias=False), m=lambda: Own(None, b=torch.randn(4)))  # fmt: skip
 case("an LSTM of projections without biases", lambda s, x: s.r(x)[0], (4, 5, 3),
      r=lambda: nn.LSTM(3, 4, proj_size=2, bias=False, batch_first=True))  # fmt: skip
 case("a parameter through numpy-like steps", lambda s, x: x @ torch.stack([*s.p.unbind()][::-1]),
@@ -136,8 +136,8 @@ case("frequencies of ids that are shared", lambda s, x: x + s.e(torch.tensor([0,
      e=lambda: nn.Embedding(4, 3, scale_grad_by_freq=True))  # fmt: skip
 case("padding of ids that are shared", lambda s, x: x + s.e(torch.tensor([0, 2, 1])), (4, 3, 3),
      e=lambda: nn.Embedding(4, 3, padding_idx=-2))  # fmt: skip
-case("a table whose columns are the examples'", lambda s, x: (x + s.e(torch.arange(3))).T, (3, 4),
-     e=lambda: nn.Embedding(5, 4))  # fmt: skip
+case("a table whose columns are the examples'", lambda s, x: (x + s.e(
+    torch.arange(3))).permute(2, 0, 1), (2, 3, 4), e=lambda: nn.Embedding(5, 4))  # fmt: skip
 for mode in ("mean", "max"):
     case(f"bags of which one is empty, {mode}", lambda s, i, m=mode: F.embedding_bag(
         i, s.w, torch.tensor([0, 2, 2, 7]), mode=m, padding_idx=-1), (9,), ids=4,

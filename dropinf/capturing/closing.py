@@ -285,8 +285,6 @@ class Closing(TorchFunctionMode):
                     continue
                 if any(t is not x for t in activations):
                     continue  # a bias that is computed from data
-                if any(id(t) in sources and id(t) not in roles for t in tensors):
-                    continue
                 if self.shared and self._key(func, form, sources) in self.shared:
                     continue
                 if id(x) not in sources and (x.requires_grad or self._plausible(x, form.flat)):
@@ -415,4 +413,4 @@ def _attention_shape(t: Tensor, args: tuple, kwargs: dict) -> torch.Size:
         lead = torch.broadcast_shapes(q.shape[:-2], t.shape[:-2])
         return torch.Size((*lead, q.shape[-2], k.shape[-2]))
     B = max(a.shape[0] for a in (q, k, v))
-    return torch.Size((B, *t.shape[1:])) if t.shape[0] in (1, B) else t.shape
+    return torch.Size((B, *t.shape[1:])) if t.shape[0] == 1 else t.shape

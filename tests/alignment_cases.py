@@ -266,7 +266,7 @@ call("IndexPut", lambda x, v: x.index_put((torch.tensor([1, 0, 1]).bool(),), v),
      label="a mask")  # fmt: skip
 call("IndexPut", lambda x, v: x.index_put((torch.tensor([0, 0, 1]).byte(),), v), (3, 4), (1, 4),
      label="bytes", loses=[0])  # fmt: skip
-call("IndexPut", lambda x, v: x.index_put((CHECKERED, J[:1]), v), (3, 4, 2), (5,),
+call("IndexPut", lambda x, v: x.index_put((CHECKERED, J[2:]), v), (3, 4, 2), (5,),
      label="behind a mask")  # fmt: skip
 call("IndexPutImpl", lambda x, v: aten._index_put_impl_(x.clone(), [I[:2]], v), (3, 4), (2, 4))
 call("UnsafeIndexPut", lambda x, v: aten._unsafe_index_put(x, [I[:2]], v), (3, 4), (2, 4))

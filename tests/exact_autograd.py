@@ -298,6 +298,21 @@ class Both(torch.autograd.Function):
         return 2 * da + 3 * db
 
 
+@dropinf.keeps_examples
+class Weighed(torch.autograd.Function):
+    """[B, I] by the sum of what is not of the examples, [n, I]."""
+
+    @staticmethod
+    def forward(ctx, x, shared):
+        ctx.save_for_backward(x, shared)
+        return x * shared.sum(0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, shared = ctx.saved_tensors
+        return dy * shared.sum(0), (dy * x).sum(0).expand_as(shared)
+
+
 def one_turned(s, x):
     a, b = Both.apply(s.l(x))
     return s.k(a.tanh() + b.flip(0))
@@ -331,6 +346,8 @@ case("a Function with two results", lambda s, x: torch.cat(Pair.apply(s.l(x), s.
      l=linear(3, 4), m=linear(3, 4))  # fmt: skip
 case("a Function of which one result is used", lambda s, x: Pair.apply(s.l(x), s.m(x))[1],
      l=linear(3, 4), m=linear(3, 4))  # fmt: skip
+case("a declared Function of something shared", lambda s, x: Weighed.apply(s.l(x), s.h(
+    torch.ones(6, 4).to(x).cumsum(0))), **LAYERS, h=linear(4, 4))  # fmt: skip
 case("a declared Function of whose results one is turned", one_turned, **LAYERS)
 case("a Function whose backward moves examples", two(lambda y: Detour.apply(y)), **LAYERS)
 case("a checkpoint of one's own", lambda s, x: s.k(Rerun.apply(
@@ -378,6 +395,7 @@ INSIDE = {
     "a sort": lambda s, y: s.h(y).sort(0)[0],
     "a Function": lambda s, y: Scale.apply(s.h(y), s.p.exp()),
     "what mixes": lambda s, y: s.h(y) - y.mean(0),
+    "parameters without a rule": lambda s, y: torch.addmm(s.p, y, s.h.weight, beta=2),
     "a checkpoint": lambda s, y: checkpoint(lambda y: s.h(y).roll(1, 0), y, use_reentrant=False),
 }
 for name, inside in INSIDE.items():

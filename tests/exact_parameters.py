@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from exact_models import ORDER, collection, linear, param
+from exact_models import ORDER, Own, collection, linear, param
 from torch import nn
 
 CASES, case = collection()
@@ -44,8 +44,13 @@ case("a parameter looked up by example", read_by_the_batch, l=linear(3, 4))
 case("a weight written together", written_together, a=param(4, 2), b=param(4, 1))
 case("weights mixed by example", own_weights, l=linear(3, 2), p=param(2, 3, 4))
 case("weights made of the data", hyper, l=linear(3, 6), p=param(2))
-case("a bias of another module", lambda s, x: F.linear(x, s.l.weight, s.m.weight[:, 0]),
-     l=linear(3, 4, bias=False), m=linear(1, 4, bias=False))  # fmt: skip
+case("a bias of another module", lambda s, x: F.linear(x, s.l.weight, s.m.b),
+     l=linear(3, 4, bias=False), m=lambda: Own(None, b=torch.randn(4)))  # fmt: skip
+case("a scale with ones in front", lambda s, x: (s.l(x) * s.p)[0, 0], l=linear(3, 4),
+     p=param(1, 1, 1, 4))  # fmt: skip
+case("states of both directions", lambda s, x: s.r(x, s.l(x[:, 0]).view(-1, 4, 5).transpose(
+    0, 1).contiguous())[0], (3, 2, 3), l=linear(3, 20), r=lambda: nn.GRU(
+        3, 5, 2, bidirectional=True, batch_first=True))  # fmt: skip
 case("an LSTM of projections without biases", lambda s, x: s.r(x)[0], (4, 5, 3),
      r=lambda: nn.LSTM(3, 4, proj_size=2, bias=False, batch_first=True))  # fmt: skip
 case("a parameter through numpy-like steps", lambda s, x: x @ torch.stack([*s.p.unbind()][::-1]),
@@ -134,10 +139,16 @@ case("a batch of one that is added to", added_to_one, (1, 2, 6), w=param(6, 6))
 # Tables.
 case("frequencies of ids that are shared", lambda s, x: x + s.e(torch.tensor([0, 0, 1])), (4, 3, 3),
      e=lambda: nn.Embedding(4, 3, scale_grad_by_freq=True))  # fmt: skip
-case("padding of ids that are shared", lambda s, x: x + s.e(torch.tensor([0, 2, 1])), (4, 3, 3),
-     e=lambda: nn.Embedding(4, 3, padding_idx=-2))  # fmt: skip
-case("a table whose columns are the examples'", lambda s, x: (x + s.e(torch.arange(3))).T, (3, 4),
-     e=lambda: nn.Embedding(5, 4))  # fmt: skip
+case("padding of ids that are shared", lambda s, x: x + F.embedding(
+    torch.tensor([0, 2, 1]), s.w, padding_idx=-2), (4, 3, 3), w=param(4, 3))  # fmt: skip
+case("a table whose columns are the examples'", lambda s, x: (x + s.e(
+    torch.arange(3))).permute(2, 0, 1), (2, 3, 4), e=lambda: nn.Embedding(5, 4))  # fmt: skip
+for mode in ("mean", "max"):
+    case(f"bags of which one is empty, {mode}", lambda s, i, m=mode: F.embedding_bag(
+        i, s.w, torch.tensor([0, 2, 2, 7]), mode=m, padding_idx=-1), (9,), ids=4,
+         w=param(4, 3))  # fmt: skip
+case("padding from the end", lambda s, i: F.embedding(i, s.w, padding_idx=-1), (4, 3), ids=4,
+     w=param(4, 3))  # fmt: skip
 case("frequencies of ids", lambda s, i: s.e(i), (4, 3), ids=4,
      e=lambda: nn.Embedding(4, 3, scale_grad_by_freq=True))  # fmt: skip
 case("bags with frequencies", lambda s, i: s.e(i, torch.tensor([0, 2, 3, 7])), (9,), ids=4,
@@ -159,6 +170,8 @@ case("mm by names", lambda s, x: torch.mm(x, mat2=s.w) + torch.mv(x, vec=s.v)[:,
      w=param(3, 4), v=param(3))  # fmt: skip
 case("bmm with out=None", lambda s, x: torch.bmm(x, s.w, out=None).transpose(0, 1), (2, 4, 3),
      w=param(2, 3, 4))  # fmt: skip
+case("bmm of layers", lambda s, x: torch.bmm(s.l(x), s.w).transpose(0, 1), (2, 4, 3),
+     l=linear(3, 5), w=param(2, 5, 4))  # fmt: skip
 for shape in ((4,), (1, 1, 4), (2, 1, 4), (1, 4, 1), (2, 4, 4)):
     case(f"baddbmm of {shape}", lambda s, x: torch.baddbmm(s.b, x, s.w).transpose(0, 1), (2, 4, 3),
          b=param(*shape), w=param(2, 3, 4))  # fmt: skip
@@ -166,5 +179,10 @@ case("numpy's names", lambda s, x: torch.matmul(x, other=s.w).sum(axis=1, keepdi
      w=param(3, 4))  # fmt: skip
 case("index_select with out=None", lambda s, x: torch.index_select(s.w, 0, ORDER, out=None) * x,
      w=param(4, 3))  # fmt: skip
+case("a wide kernel over as many", lambda s, x: s.c(x), (4, 2, 9), c=lambda: nn.Conv1d(
+    2, 3, 3, padding="same", dilation=2))  # fmt: skip
+case("a kernel over parts, of one example two", lambda s, x: torch.zeros(4, 3, 4).to(x).index_add(
+    0, torch.tensor([0, 0, 1, 2, 3]), s.c(x[[0, 0, 1, 2, 3]])), (4, 2, 6),
+     c=lambda: nn.Conv1d(2, 3, 3))  # fmt: skip
 case("a kernel over one example at a time", lambda s, x: torch.stack([s.c(e) for e in x]),
      (4, 2, 6), c=lambda: nn.Conv1d(2, 3, 3))  # fmt: skip

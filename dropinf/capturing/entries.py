@@ -155,7 +155,7 @@ class Entries:
     def _pull_lookup(self, source: Lookup, shape: torch.Size, grads: Tensor, owners: Array) -> bool:
         """Whether the looked-up rows are the last dimension of the data, and could be written."""
         last = grads.dim() - 1
-        if owners.shape[last] > 1 or shape[last] != source.width:
+        if owners.shape[last] > 1:
             return False
         ids = source.ids.reshape(shape[:-1]).expand(grads.shape[:-1])
         for rows, some_ids, dy in self.map.split(ids, grads, (0, 1), owners):

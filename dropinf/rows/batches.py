@@ -174,7 +174,7 @@ class Batches:
         """
         alone, together = (self._seconds.get(singly) for singly in (True, False))
         # Not where this batch is to be compared, or where all ranks must run the same passes.
-        if self.keep_graph or self.tap.sharded or self.per != "example":
+        if self.keep_graph or self.tap.sharded:
             return None
         if not self.places or together is None:
             return None

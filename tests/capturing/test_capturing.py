@@ -495,6 +495,27 @@ def test_train_mode_dropout_rows_are_of_the_pass():
     torch.testing.assert_close(*rows)
 
 
+def test_a_scale_of_the_losses_is_taken_out_everywhere():
+    """Of closed forms, of what is expanded over the batch, and of what takes a pass each."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.mix = nn.Linear(3, 4), nn.Bilinear(4, 4, 2)
+            self.shift = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            y = self.layer(x) + self.shift
+            return self.mix(y, y)
+
+    model, x = Model().double(), torch.randn(5, 3).double()
+    rows = []
+    for scale in (1.0, 8.0):
+        with capture(model, Plan.make(model, Full())) as tap:
+            rows.append(tap.rows(model(x).sum(1) * scale, loss_scale=scale))
+    torch.testing.assert_close(*rows)
+
+
 def test_named_backend():
     model = nn.Linear(3, 2)
     with (

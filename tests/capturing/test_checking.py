@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from transformers import BatchEncoding
 
 from dropinf import Dropout, Full, Plan, collect
-from dropinf.capturing.checking import example_at, one_example, places_of, size_at
+from dropinf.capturing.checking import _differing, example_at, one_example, places_of, size_at
 
 MODES = ["activations", "grads"]
 x, label = torch.randn(6, 5), torch.randint(3, (6,))
@@ -33,6 +33,24 @@ def warned(model, batch=(x, label), loss_fn=cross_entropy, **options):
 
 def frozen(module):
     return module.requires_grad_(False)
+
+
+def test_rounding_of_what_cancels_is_no_difference():
+    """A bias before a softmax: its gradient is zero but for rounding."""
+    plan = Plan.make(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), Full())
+    one = torch.tensor([1e3] * 3 + [1e-6, -1e-6])
+    other = torch.tensor([1e3] * 3 + [2e-6, 1e-6])
+    assert _differing(one, other, plan, 2.0**-23) is None
+    assert _differing(one, one * torch.tensor([1.0, 1.1, 1, 1, 1]), plan, 2.0**-23) == "0"
+
+
+def test_the_layer_that_mixes_behind_positions():
+    """[B * T, I]: example b has T rows of each output."""
+    model = nn.Sequential(
+        nn.Flatten(0, 1), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Unflatten(0, (-1, 3))
+    )
+    with pytest.warns(UserWarning, match=r"layer '2' \(BatchNorm1d\) is the first"):
+        warned(model, (torch.randn(6, 3, 5),), squares)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,6 +15,7 @@ from cases import (
     tokens_cross_entropy,
     true_rows,
 )
+from exact_autograd import Rerun
 from layer_cases import LAYERS, Experts
 from torch import nn
 
@@ -63,10 +64,31 @@ def test_token_rows(shape):
             for t in range(T)
         ]
     )
-    for reduce in (lambda losses: losses, lambda losses: losses.sum(1)):
+    one_by_one = lambda losses: torch.stack([losses[:, t] for t in range(T)], 1)  # noqa: E731
+    for reduce in (lambda losses: losses, lambda losses: losses.sum(1), one_by_one):
         with capture(model, plan, per="token") as tap:
             assert_exact(tap.rows(reduce(token_losses(model, ids))), truth)
         assert tap.origin.tolist() == [[b, t] for b in range(B) for t in range(T)]
+
+
+def test_token_rows_behind_heads():
+    """[B, heads, T, D]: the tokens are the third dimension."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(2, 1, 3))
+
+        def forward(self, x):
+            return (x.unflatten(2, (2, 3)).transpose(1, 2) * self.scale).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model, x = Heads().double(), torch.randn(2, 4, 6, dtype=torch.float64)
+    plan = Plan.make(model, Full())
+    with capture(model, plan, per="token") as tap:
+        rows = tap.rows(model(x).pow(2).sum(-1))
+    truth = 2 * model.scale.flatten() * x.flatten(0, 1).square()
+    assert_exact(rows, truth)
 
 
 def test_token_rows_of_a_sequence_first_model():
@@ -111,6 +133,23 @@ def test_token_rows_of_routed_tokens(style):
         ]
     )
     assert_exact(rows, truth)
+
+
+def test_token_rows_are_refused_where_a_function_may_hide_parameters():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(Rerun.apply(self.inside, x))
+
+    model, x = Hidden(), torch.randn(4, 5, 3, requires_grad=True)
+    with (
+        pytest.raises(ValueError, match=r"no rows of its own for tokens.*Rerun, which is not"),
+        capture(model, Plan.make(model, Full()), per="token") as tap,
+    ):
+        tap.rows(model(x).sum(-1))
 
 
 def test_token_rows_are_refused_where_there_are_none():
@@ -209,6 +248,21 @@ def test_segment_rows(tmp_path):
     (path / "origin.npy").unlink()
     with pytest.raises(ValueError, match=r"origin\.npy is missing"):
         RowStore.load(path)
+
+
+def test_segments_are_not_compared():
+    """Positions of no segment may have a loss, which is in no row."""
+    model, batch = nn.Linear(3, 2), (torch.randn(2, 3, 3),)
+    store = collect(
+        model,
+        [batch],
+        lambda model, batch: model(*batch).square().sum(-1),
+        Plan.make(model, Full()),
+        per="segment",
+        segment_ids=lambda batch: torch.tensor([[0, 0, -1], [0, -1, -1]]),
+        progress=False,
+    )
+    assert len(store) == 2 and store.proof.examples == 0
 
 
 def test_bad_segments():

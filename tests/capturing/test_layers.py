@@ -194,6 +194,14 @@ def test_what_happens_before_parameters_does_not_matter(model):
     assert_exact(*rows)
 
 
+def test_batches_in_parts_stay_closed():
+    model, x = nn.Linear(5, 5).double(), torch.randn(4, 5, dtype=torch.float64)
+    plan = Plan.make(model, Full())
+    with capture(model, plan) as tap:
+        tap.rows(torch.cat(model(x).split([1, 2, 1])).square().sum(1))
+    assert set(plan.paths.values()) == {"closed form"}
+
+
 class Table(nn.Module):
     def __init__(self):
         super().__init__()

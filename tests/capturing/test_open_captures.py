@@ -142,10 +142,13 @@ def test_nested_captures_of_two_models():
 def test_captures_that_are_closed_out_of_order():
     one, other, x = mlp(0), mlp(1), data()
     truths = [true_rows(m, losses_of(m, x)) for m in (one, other)]
+    import torch._dynamo
+
     first, second = opened(one), opened(other)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
     try:
         losses_of(one, x).sum().backward()  # as outside of any capture
         grads = torch.cat([p.grad.flatten() for p in one.parameters()])
@@ -160,6 +163,18 @@ def test_captures_that_are_closed_out_of_order():
         stance = torch._dynamo.eval_frame._stance.stance
         torch.compiler.set_stance("default")
     assert not left and stance == "default"  # what is compiled is compiled again
+
+
+def test_a_capture_below_others_is_closed():
+    """Those above stay in their order."""
+    first, *above = [opened(mlp(seed)) for seed in range(3)]
+    first.__enter__()
+    for tap in above:
+        tap.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.overrides._get_current_function_mode_stack() == [t._closing for t in above]
+    for tap in reversed(above):
+        tap.__exit__(None, None, None)
 
 
 # Copies.
@@ -381,6 +396,18 @@ def test_gradients_of_gradients(loss_fn, net, how):
     torch.testing.assert_close(rows, truth)
 
 
+def test_gradients_of_gradients_by_biases_alone():
+    """Whose sites have kept no input."""
+    model, batch = mlp(), (data(),)
+    model[1] = nn.Sigmoid()
+    plan = Plan.make(model, Full(), include=["*.bias"])
+    truth = true_rows(model, penalty(model, batch))
+    names = [n for n, p in model.named_parameters() for _ in range(p.numel())]
+    with capture(model, plan) as tap:
+        rows = tap.rows(penalty(model, batch))
+    torch.testing.assert_close(rows, truth[:, [n.endswith("bias") for n in names]])
+
+
 def inner_step(model, batch):
     """MAML: the loss after a step on the same example."""
     (x,) = batch
@@ -426,18 +453,38 @@ def test_gradients_of_the_parameters_themselves(loss_fn):
     assert model.weight.requires_grad and model.weight.grad is None
 
 
-def test_a_hook_set_by_a_later_forward_pass():
+def test_a_graph_of_a_capture_that_is_closed():
+    model, x = mlp(), data().requires_grad_()
+    with opened(model):
+        losses = losses_of(model, x)
+    for run in (lambda: losses.sum().backward(retain_graph=True),
+                lambda: torch.autograd.grad(losses.sum(), x)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="computed inside of a capture"):
+            run()
+
+
+def test_a_hook_that_was_there_before():
+    model, x = mlp(), data()
+    model[0].weight.register_hook(lambda g: 3 * g)
+    truth = true_rows(model, losses_of(model, x))
+    with opened(model) as tap:
+        torch.testing.assert_close(tap.rows(losses_of(model, x)), truth)
+
+
+@pytest.mark.parametrize("which", ["layer.weight", "shift"])
+def test_a_hook_set_by_a_later_forward_pass(which):
     """It changes the gradients of the earlier one too, which has closed the parameter already."""
 
     class Hooking(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer, self.late = nn.Linear(3, 2), False
+            self.shift = nn.Parameter(torch.zeros(2))
 
         def forward(self, x):
             if self.late:
-                self.layer.weight.register_hook(lambda g: 3 * g)
-            return self.layer(x)
+                self.get_parameter(which).register_hook(lambda g: 3 * g)
+            return self.layer(x) + self.shift
 
     model, x = Hooking().double(), data()
     with capture(model, Plan.make(model, Full())) as tap:
@@ -449,7 +496,7 @@ def test_a_hook_set_by_a_later_forward_pass():
 
 
 def test_a_backward_pass_of_ones_own():
-    model, x = mlp(), data()
+    model, x = mlp(), data().requires_grad_()
     truth = true_rows(model, losses_of(model, x))
     with opened(model) as tap:
         losses = losses_of(model, x)
@@ -457,4 +504,5 @@ def test_a_backward_pass_of_ones_own():
                     lambda: torch.autograd.backward(losses.sum(), retain_graph=True)):  # fmt: skip
             with pytest.raises(RuntimeError, match=r"computed inside of a capture.*closed=False"):
                 run()
+            torch.autograd.grad(losses.sum(), x, retain_graph=True)  # is no such pass
         torch.testing.assert_close(tap.rows(losses), truth)

@@ -146,6 +146,8 @@ def test_positions_that_are_merged_are_tokens():
     owners = np.array([[-2], [-3]])
     assert reshaped(owners, (2, 3), (6,), 3).tolist() == [0, 1, 2, 3, 4, 5]
     assert reshaped(owners, (2, 4), (8,), 3).tolist() == [-2] * 4 + [-3] * 4
+    some = np.array([[-2], [NONE]])
+    assert reshaped(some, (2, 3), (6,), 3).tolist() == [-2] * 3 + [NONE] * 3
 
 
 def test_reshapes_of_nothing():

@@ -91,8 +91,9 @@ def declared():
 def test_a_declaration_that_is_not_true(declared):
     model, batch = Kernel().double(), (torch.randn(6, 5).double(), torch.randint(3, (6,)))
     plan = Plan.make(model, Full())
-    with pytest.raises(ProofError, match=r"loss of example \d alone .*'first'.*mode='grads'"):
-        verify(model, batch, cross_entropy, plan)
+    for example in (0, 5):  # whose loss reaches a later row, and an earlier one
+        with pytest.raises(ProofError, match=r"loss of example \d alone .*'first'.*mode='grads'"):
+            verify(model, batch, cross_entropy, plan, example=example)
     with pytest.raises(ProofError, match="'first'"):
         collect(model, [batch] * 3, cross_entropy, plan, progress=False)
 
@@ -347,7 +348,9 @@ def test_a_loss_that_is_not_finite_is_not_compared():
     options = {"progress": False, "on_nonfinite": "skip"}
     for good in ([False, True, False, True], [False] * 4):
         # Plain autograd itself multiplies the other examples' NaN by zero.
-        store = collect(model, [batch], cross_entropy, plan, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            store = collect(model, [batch], cross_entropy, plan, **options)
         assert store.valid.tolist() == good and store.proof.examples == 0
         batch[0][:] = torch.nan
 

@@ -10,9 +10,9 @@ from dropinf.capturing.segments import tokens
 A, B = -2, -3  # of examples 0 and 1, of tokens that are not known
 
 
-def rows_of(owners):
+def rows_of(owners, examples=2):
     owners = np.array(owners)
-    return RowMap(2, tokens(2, 2)[0]).of(owners, owners.shape).tolist()
+    return RowMap(examples, tokens(examples, 2)[0]).of(owners, owners.shape).tolist()
 
 
 def test_positions_are_tokens_in_their_order():
@@ -23,14 +23,15 @@ def test_positions_are_tokens_in_their_order():
 
 
 @pytest.mark.parametrize(
-    "owners",
+    "owners, examples",
     [
-        [[NONE, NONE], [A, NONE]],  # too few
-        [[NONE, B], [A, NONE]],  # either dimension may be the examples
-        [0, A, A],  # a token and an example
+        ([[NONE, NONE], [A, NONE]], 2),  # too few
+        ([[A, B, NONE], [NONE, NONE, NONE]], 3),
+        ([[NONE, B], [A, NONE]], 2),  # either dimension may be the examples
+        ([0, A, A], 2),  # a token and an example
     ],
     ids=str,
 )
-def test_positions_that_may_be_other_tokens(owners):
+def test_positions_that_may_be_other_tokens(owners, examples):
     with pytest.raises(TokensDiffer):
-        rows_of(owners)
+        rows_of(owners, examples)

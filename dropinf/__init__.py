@@ -1,7 +1,7 @@
 """dropinf: dropout gradient compression for influence functions (arXiv 2509.15651)."""
 
 from dropinf import ops, solvers
-from dropinf.capturing import capture
+from dropinf.capturing import ProofError, capture, keeps_examples, verify
 from dropinf.compression import (
     FJLT,
     SJLT,
@@ -33,6 +33,7 @@ __all__ = [
     "Gaussian",
     "LoGra",
     "Plan",
+    "ProofError",
     "Rademacher",
     "RowStore",
     "Sketch",
@@ -42,9 +43,11 @@ __all__ = [
     "collect",
     "ensemble",
     "influence",
+    "keeps_examples",
     "ops",
     "scores",
     "self_influence",
     "solvers",
     "topk",
+    "verify",
 ]

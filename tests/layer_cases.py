@@ -12,20 +12,23 @@ from torch import nn
 
 class Layer(NamedTuple):
     case: Case
-    path: str  # that some parameter takes: "closed form" for all, or "general"
+    paths: set[str]  # that its parameters take
 
     @property
     def name(self):
         return self.case.name
 
 
-def layer(name, model, *shapes, path="closed form", ids=0):
-    """A layer whose batch is random tensors of these shapes, or ids below `ids`."""
+def layer(name, model, *shapes, paths="closed form", ids=0):
+    """A layer whose batch is random tensors of these shapes, or ids below `ids`.
+
+    `paths` are those that its parameters take, of "closed form", "pulled back" and "passes".
+    """
 
     def batch():
         return tuple(torch.randint(ids, s) if ids else torch.randn(s) for s in shapes)
 
-    return Layer(Case(name, model, batch, loss_fn), path)
+    return Layer(Case(name, model, batch, loss_fn), set(paths.split(", ")))
 
 
 def loss_fn(model, batch):
@@ -313,7 +316,6 @@ LAYERS = [
         "attention with weights, bias_kv, zeros",
         lambda: SelfAttention(True, batch_first=True, add_bias_kv=True, add_zero_attn=True),
         x,
-        path="general",
     ),
     layer("cross attention, packed", lambda: CrossAttention(True), x, (4, 7, 8), (4, 7, 8)),
     layer("cross attention", lambda: CrossAttention(False), x, (4, 7, 5), (4, 7, 6)),
@@ -324,14 +326,20 @@ LAYERS = [
         ).eval(),
         x,
     ),
-    layer("bare tokens", Tokens, x, path="general"),
+    layer("bare tokens", Tokens, x, paths="closed form, pulled back"),
     layer("mask token", Masked, x),
     layer("written into a fresh tensor", Written, x),
     layer("products by hand", ByHand, x),
     layer("views", Views, (4, 6), ids=9),
-    layer("arithmetic", Arithmetic, (4, 3, 5), path="general"),
-    layer("positions", Positions, (4, 6), ids=9, path="general"),
-    layer("as many positions as examples", Positions, (6, 6), ids=9, path="general"),
+    layer("arithmetic", Arithmetic, (4, 3, 5), paths="pulled back"),
+    layer("positions", Positions, (4, 6), ids=9, paths="closed form, pulled back"),
+    layer(
+        "as many positions as examples",
+        Positions,
+        (6, 6),
+        ids=9,
+        paths="closed form, passes, pulled back",
+    ),
     layer("experts, index_add", lambda: Experts("index_add"), x),
     layer("experts, masks", lambda: Experts("mask"), x),
     layer("experts, sorted", lambda: Experts("sorted"), x),
@@ -343,29 +351,27 @@ LAYERS = [
         "LSTM",
         lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
         x,
-        path="general",
     ),
     layer(
         "LSTM with projection",
         lambda: nn.LSTM(8, 6, proj_size=3, batch_first=True),
         x,
-        path="general",
     ),
-    layer("GRU", lambda: Recurrent(nn.GRU), x, path="general"),
-    layer("RNN", lambda: Recurrent(nn.RNN, nonlinearity="relu"), x, path="general"),
-    layer("a cell of its own", OwnCell, x, path="general"),
-    layer("Bilinear", lambda: nn.Bilinear(8, 5, 3), (4, 8), (4, 5), path="general"),
+    layer("GRU", lambda: Recurrent(nn.GRU), x),
+    layer("RNN", lambda: Recurrent(nn.RNN, nonlinearity="relu"), x),
+    layer("a cell of its own", OwnCell, x),
+    layer("Bilinear", lambda: nn.Bilinear(8, 5, 3), (4, 8), (4, 5), paths="passes"),
     layer(
         "weight_norm",
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 5)),
         x,
-        path="general",
+        paths="closed form, pulled back",
     ),
     layer(
         "spectral_norm",
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5)).eval(),
         x,
-        path="general",
+        paths="closed form, pulled back",
     ),
     layer("PReLU", lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 6)), x),
     layer("PReLU of channels", lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU(6)), x),

@@ -1,8 +1,27 @@
 """One backward pass -> rows [B, R]."""
 
 from dropinf.capturing.activations import ActivationsTap
-from dropinf.capturing.checking import check_examples
+from dropinf.capturing.checking import check_examples, example_at, places_of, size_at
 from dropinf.capturing.gradients import GradsTap
+from dropinf.capturing.keeping import keeps_examples
 from dropinf.capturing.modes import capture
+from dropinf.capturing.proof import Proof, ProofError, Prover, Snapshot, alone_in_its_row, verify
+from dropinf.capturing.tap import NotClosedError
 
-__all__ = ["ActivationsTap", "GradsTap", "capture", "check_examples"]
+__all__ = [
+    "ActivationsTap",
+    "GradsTap",
+    "NotClosedError",
+    "Proof",
+    "ProofError",
+    "Prover",
+    "Snapshot",
+    "alone_in_its_row",
+    "capture",
+    "check_examples",
+    "example_at",
+    "keeps_examples",
+    "places_of",
+    "size_at",
+    "verify",
+]

@@ -1,6 +1,6 @@
 """The probe: whether the rows of a batch are those of its examples.
 
-Example 0 goes through the model alone, and its row is compared with its row in the batch. They
+One example goes through the model alone, and its row is compared with its row in the batch. They
 differ if something mixes examples: BatchNorm in train mode, a loss over pairs of examples, a batch
 dimension that was taken for another. Dropout is switched off in both, so that it is no difference.
 """
@@ -8,7 +8,7 @@ dimension that was taken for another. Dropout is switched off in both, so that i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,9 @@ _DROPOUT = {
 }
 # And the place of their dropout_p.
 _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
+
+
+_ITS_LOSS = "no layer's output differs, but its loss does"
 
 
 class _NoDropout(TorchFunctionMode):
@@ -68,65 +71,70 @@ def check_examples(
     model: nn.Module,
     batch: Any,
     B: int,
+    b: int,
     row: Tensor,
-    row_of: Callable[[Any], Tensor],
+    row_of: Callable[[Any, int], Tensor],
     losses_of: Callable[[Any], Tensor],
     plan: Plan,
     batch_dim: int,
-) -> None:
-    """Compare example 0 alone with its row in the batch.
+) -> bool:
+    """Compare example b alone with its row in the batch; warn if they differ.
+
+    Rows are exact then, but depend on which examples are in a batch.
 
     Args:
         model, batch: what made the row, of B examples.
-        row: [R] of example 0 in the batch.
-        row_of: batch -> row [R] of its example 0.
+        b: the example.
+        row: [R] of it in the batch.
+        row_of: (batch, i) -> row [R] of its example i.
         losses_of: batch -> its losses.
         plan: of the row.
         batch_dim: dimension of the examples in the batch's tensors of two dimensions and more.
 
-    Raises:
-        ValueError: they differ; names the first layer whose output does.
+    Returns:
+        Whether the examples were found to be independent.
     """
-    if B < 2:
-        return
-    one = first_example(batch, B, batch_dim)
+    one = one_example(batch, b, B, batch_dim)
     if one is None:
         warn_user(
-            f"collect: could not cut example 0 out of a batch of type {type(batch).__name__}, so "
+            f"collect: could not cut example {b} out of a batch of type {type(batch).__name__}, so "
             "that it was not checked whether the model mixes examples; check=False says you know",
         )
-        return
+        return False
     with _undisturbed(model, row.device):
         with _NoDropout() as mode:
             try:
-                alone = row_of(one)
+                alone = row_of(one, 0)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                raise ValueError(
-                    "collect: the batch goes through the model, example 0 alone does not "
-                    f"({_last_layer(model, lambda: losses_of(one))}: {error}). Call .eval() on a "
-                    "BatchNorm, or use batches of one example; check=False skips this check of "
-                    "whether examples are mixed"
-                ) from error
+                warn_user(
+                    f"collect: the batch goes through the model, example {b} alone does not "
+                    f"({_last_layer(model, lambda: losses_of(one))}: {error}), so that it was not "
+                    "checked whether the model mixes examples. Call .eval() on a BatchNorm; "
+                    "check=False says you know"
+                )
+                return False
             if mode.met:  # the batch once more, without its dropout
-                row = row_of(batch)
+                row = row_of(batch, b)
         block = _differing(alone, row, plan, mode.eps)
         if block is None:
-            return
+            return True
         with _NoDropout():
-            random = _differing(alone, row_of(one), plan, mode.eps) is not None
-            layer = _first_difference(model, one, batch, B, batch_dim, losses_of, mode.eps)
+            random = _differing(alone, row_of(one, 0), plan, mode.eps) is not None
+            layer = _first_difference(model, one, batch, b, B, batch_dim, losses_of, mode.eps)
     if random:
         warn_user(
             "collect: the model is random, so that it was not checked whether it mixes examples; "
             "rows are of the pass that was sampled. check=False says you know",
         )
-        return
-    raise ValueError(
-        f"collect: example 0 alone has another row than in its batch of {B}: "
-        f"{layer or f'the entries of layer {block!r} differ'}; something mixes examples. Call "
-        ".eval() on a BatchNorm, give one loss per example, say where the examples are with "
-        "batch_dim=, or use batches of one example; check=False skips this check"
+        return False
+    mend = "Give one loss per example" if layer == _ITS_LOSS else "Call .eval() on a BatchNorm"
+    warn_user(
+        f"collect: example {b} alone has another row than in its batch of {B}: "
+        f"{layer or f'the entries of layer {block!r} differ'}; something mixes examples, so that "
+        f"rows depend on which are in a batch together. {mend}, or say with batch_dim= where the "
+        "examples of the data are; check=False says you know"
     )
+    return False
 
 
 @contextmanager
@@ -161,37 +169,69 @@ def _last_layer(model: nn.Module, run: Callable[[], object]) -> str:
     return f"layer {entered[-1]!r} ({type(module).__name__})"
 
 
-def first_example(batch: Any, B: int, batch_dim: int) -> Any:
-    """Example 0 of a batch, as a batch; None where there is nothing to cut."""
-    cuts = 0
+def one_example(batch: Any, b: int, B: int, batch_dim: int) -> Any:
+    """Example b of a batch, as a batch; None where there is nothing to cut."""
+    places = places_of(batch, B, batch_dim)
+    return example_at(batch, b, places, batch_dim) if places else None
 
-    def cut(value: Any) -> Any:
-        nonlocal cuts
-        if isinstance(value, Tensor):
-            dim = batch_dim if value.dim() > batch_dim else 0
-            if value.dim() and value.shape[dim] == B:
-                cuts += 1
-                return value.narrow(dim, 0, 1)
-            return value
-        if isinstance(value, Mapping):
-            parts = {key: cut(v) for key, v in value.items()}
-            return parts if type(value) is dict else type(value)(parts)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(cut, value))
-        if isinstance(value, (list, tuple)):
-            if len(value) == B and not any(
-                isinstance(v, (Tensor, Mapping, tuple, list)) for v in value
-            ):
-                cuts += 1
-                return value[:1]
-            return type(value)(map(cut, value))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: cut(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return dataclasses.replace(value, **fields)
-        return value
 
-    one = cut(batch)
-    return one if cuts else None
+def places_of(batch: Any, B: int, batch_dim: int) -> list[int]:
+    """Which leaves of a batch, in their order, hold B examples."""
+    return [i for i, size in enumerate(_sizes(batch, batch_dim)) if size == B]
+
+
+def size_at(batch: Any, places: Sequence[int], batch_dim: int) -> int | None:
+    """How many examples these leaves hold, if they agree."""
+    sizes = _sizes(batch, batch_dim)
+    found = {sizes[i] if i < len(sizes) else None for i in places}
+    return found.pop() if len(found) == 1 else None
+
+
+def example_at(batch: Any, b: int, places: Sequence[int], batch_dim: int) -> Any:
+    """Example b of these leaves of a batch, all else as it is."""
+    number = iter(range(1 << 62))
+
+    def cut(leaf: Any) -> Any:
+        if next(number) not in places:
+            return leaf
+        if isinstance(leaf, Tensor):
+            return leaf.narrow(batch_dim if leaf.dim() > batch_dim else 0, b, 1)
+        return leaf[b : b + 1]
+
+    return _mapped(batch, cut)
+
+
+def _sizes(batch: Any, batch_dim: int) -> list[int | None]:
+    sizes: list[int | None] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            dim = batch_dim if leaf.dim() > batch_dim else 0
+            sizes.append(leaf.shape[dim] if leaf.dim() else None)
+        else:
+            sizes.append(len(leaf) if isinstance(leaf, (list, tuple)) else None)
+        return leaf
+
+    _mapped(batch, note)
+    return sizes
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same structure with its leaves changed: tensors, lists of what is neither, all else."""
+    if isinstance(value, Mapping):
+        parts = {key: _mapped(v, change) for key, v in value.items()}
+        return parts if type(value) is dict else type(value)(parts)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(v, change) for v in value))
+    if isinstance(value, (list, tuple)) and any(
+        isinstance(v, (Tensor, Mapping, tuple, list)) for v in value
+    ):
+        return type(value)(_mapped(v, change) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        changed = {f.name: _mapped(getattr(value, f.name), change) for f in fields}
+        return dataclasses.replace(value, **changed)
+    return change(value)
 
 
 def _differing(one: Tensor, other: Tensor, plan: Plan, eps: float) -> str | None:
@@ -225,6 +265,7 @@ def _first_difference(
     model: nn.Module,
     one: Any,
     batch: Any,
+    b: int,
     B: int,
     batch_dim: int,
     losses_of: Callable[[Any], Tensor],
@@ -246,7 +287,7 @@ def _first_difference(
             position += 1
             for dim in dict.fromkeys((batch_dim, 0, 1)):
                 if y.dim() > dim and y.shape[dim] == B * mine.shape[dim]:
-                    part = y.narrow(dim, 0, mine.shape[dim])
+                    part = y.narrow(dim, b * mine.shape[dim], mine.shape[dim])
                     limit = eps**0.5 * mine.double().norm()
                     if not (part.double() - mine.double()).norm() <= limit:
                         found.append(name)
@@ -256,6 +297,6 @@ def _first_difference(
             losses = losses_of(batch)
     if found:
         return f"layer {found[0]!r} ({types[found[0]]}) is the first whose output differs"
-    if not torch.allclose(loss[0].double(), losses[0].double(), rtol=eps**0.5, atol=0):
-        return "no layer's output differs, but its loss does"
+    if not torch.allclose(loss[0].double(), losses[b].double(), rtol=eps**0.5, atol=0):
+        return _ITS_LOSS
     return None

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.capturing.rowmap import Route, RowMap, groups
+from dropinf.capturing.owners import Array, varying
+from dropinf.capturing.rowmap import RowMap, Rows, groups
 from dropinf.capturing.rules import Form, Role
 from dropinf.capturing.runs import Run, alone, columns, in_one, runs, sample, values
 from dropinf.capturing.sources import Lookup, Source, View, chunk_items
 from dropinf.compression import DenseProjection, ParamPlan
-
-
-@dataclass(frozen=True)
-class Where:
-    """How the data of a call hold the examples.
-
-    Attributes:
-        batch_dim: their dimension; None is 0, refused where it is in doubt.
-        route: where the rows came from, if they were picked by an index.
-    """
-
-    batch_dim: int | None
-    route: Route | None
 
 
 class Entries:
@@ -49,20 +37,26 @@ class Entries:
         self.rows, self.map, self.touched, self.formed = rows, map, set(), set()
         self._factor, self._backend, self._cache = factor, backend, cache
 
+    def restart(self) -> None:
+        """Forget all that was written."""
+        self.touched.clear()
+        self.rows.zero_()
+
     def sample(
         self,
         form: Form,
         targets: Sequence[tuple[Source, Role]],
         x: Tensor,
         dy: Tensor,
-        where: Where,
+        owners: Array,
     ) -> None:
-        """Write what a call in closed form contributes."""
+        """Write what a call in closed form contributes; `owners` are of dy."""
+        if form.experts:
+            x, dy, owners = x.movedim(-3, -2), dy.movedim(-3, -2), np.moveaxis(owners, -3, -2)
         if form.features is not None:
-            parts = self.map.split(x, dy, form.features, where.batch_dim, where.route)
+            parts = self.map.split(x, dy, form.features, owners)
         else:
-            rows = self.map.of_items(len(x), where.batch_dim, where.route)
-            parts = iter([(slice(None) if rows is None else rows, x, dy)])
+            parts = iter([(self.map.of_items(len(dy), owners), x, dy)])
         for rows, x_part, dy_part in parts:
             x_part, dy_part = form.prepare(x_part, dy_part)
             for run in runs(targets):
@@ -79,9 +73,9 @@ class Entries:
                         x_part[some], dy_part[some], o_idx, i_idx, backend=self._backend, scale=1.0
                     )
                     for view, entries in source.pull(grads.unflatten(1, shape)):
-                        self.add(view, entries, _part(rows, some, len(x_part)))
+                        self.add(view, entries, _part(rows, some))
 
-    def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: slice | Tensor) -> None:
+    def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: Rows) -> None:
         slot = run[0][0].slot
         if not in_one(run, self._cache):
             for view, role in run:
@@ -93,7 +87,8 @@ class Entries:
         names = {view.slot.name for view, _ in run}
         at, scale = columns(run), slot.scale / self._factor
         options = (scale, self._backend, self._cache)
-        all_new = isinstance(rows, slice) and not self.touched & names and alone(run)
+        every = isinstance(rows, slice) and rows == slice(None)
+        all_new = every and not self.touched & names and alone(run)
         if all_new and isinstance(at, slice) and dy.device == self.rows.device:
             self.touched |= names
             sample(run, x, dy, *options, out=self.rows[:, at])
@@ -103,64 +98,76 @@ class Entries:
             self._begin(view.slot)
         self._add(at, found, rows)
 
-    def _fold_views(
-        self, view: View, role: Role, x: Tensor, dy: Tensor, rows: slice | Tensor
-    ) -> None:
+    def _fold_views(self, view: View, role: Role, x: Tensor, dy: Tensor, rows: Rows) -> None:
         """The values at all coordinates of a view, a few examples at a time, then folded."""
         self._begin(view.slot)
         for some in chunk_items(len(x), len(view.at)):
             found = values(view, role, x[some], dy[some], self._backend, self._cache)
-            self.add(view, found, _part(rows, some, len(x)))
+            self.add(view, found, _part(rows, some))
 
-    def pull(
-        self, source: Source, shape: torch.Size, grads: Tensor, dims: Sequence[int], where: Where
-    ) -> None:
-        """Write the gradients of an operand that was expanded over the batch.
+    def pull(self, source: Source, shape: torch.Size, grads: Tensor, owners: Array) -> None:
+        """Write the gradients of an operand that was expanded over what it met.
 
         Args:
             source: of the operand.
             shape: its shape, filled up with ones to the dimensions of `grads`.
             grads: gradient of the expanded operand.
-            dims: the dimensions that are items, of which every row has some, the example first.
-            where: how the data that it met hold the examples.
+            owners: of `grads`.
         """
-        if isinstance(source, Lookup) and self._pull_lookup(source, shape, grads, dims, where):
+        if isinstance(source, Lookup) and self._pull_lookup(source, shape, grads, owners):
             return
+        rows = owners
+        if self.map.T is not None:  # whose positions are the first two dimensions
+            lead = max(2, 1 + max(varying(owners), default=0))
+            rows = self.map.of(owners.reshape(owners.shape[:lead]), grads.shape[:lead])
+            rows = rows.reshape(rows.shape + (1,) * (grads.dim() - lead))
+        dims = varying(rows)
+        repeated = [d for d, size in enumerate(shape) if size == 1 and d not in dims]
+        if repeated:
+            grads = grads.sum(repeated, keepdim=True)
         rest = [d for d in range(grads.dim()) if d not in dims]
         items = [grads.shape[d] for d in dims]
         # A dimension that the operand has itself: item i takes its gradient there from slice i.
         own = [d for d in dims if shape[d] > 1]
-        n = torch.Size(items).numel()
-        rows = self.map.of_items(n, where.batch_dim, where.route)
-        rows = slice(None) if rows is None else rows
-        by_item = grads.permute(*dims, *rest)
+        by_item = grads.permute((*dims, *rest))
+        if not dims:
+            by_item, items, dims, rest = grads[None], [1], [0], [d + 1 for d in rest]
+            shape = torch.Size((1, *shape))
+        at = self._rows_at(rows.reshape(-1))
         if isinstance(source, View):
-            self.add(source, _view_entries(source, shape, by_item, dims, own, rest), rows)
+            self.add(source, _view_entries(source, shape, by_item, dims, own, rest), at)
             return
-        base = torch.Size(source.output.shape)
+        base = source.shape
+        n = rows.size
         for some in chunk_items(n, base.numel()):
             whole = [
                 _item_gradient(i, items, shape, by_item, dims, own)
                 for i in range(some.start, some.stop)
             ]
             for view, entries in source.pull(torch.stack(whole).reshape(-1, *base)):
-                self.add(view, entries, _part(rows, some, n))
+                self.add(view, entries, _part(at, some))
 
-    def _pull_lookup(
-        self, source: Lookup, shape: torch.Size, grads: Tensor, dims: Sequence[int], where: Where
-    ) -> bool:
+    def _rows_at(self, rows: Array) -> Rows:
+        if np.array_equal(rows, np.arange(self.map.num_rows)):
+            return slice(None)
+        return torch.from_numpy(np.ascontiguousarray(rows))
+
+    def _pull_lookup(self, source: Lookup, shape: torch.Size, grads: Tensor, owners: Array) -> bool:
         """Whether the looked-up rows are the last dimension of the data, and could be written."""
-        if grads.dim() - 1 in dims or max(dims) > 1:
+        last = grads.dim() - 1
+        if owners.shape[last] > 1:
             return False
         ids = source.ids.reshape(shape[:-1]).expand(grads.shape[:-1])
-        for rows, some_ids, dy in self.map.split(ids, grads, (0, 1), dims[0], where.route):
+        for rows, some_ids, dy in self.map.split(ids, grads, (0, 1), owners):
             self.add(*source.pull_positions(some_ids[..., 0], dy, self._backend), rows)
         return True
 
-    def add(self, view: View, values: Tensor, rows: slice | Tensor) -> None:
+    def add(self, view: View, values: Tensor, rows: Rows) -> None:
         """Add the unscaled values [n, k] of a view to rows, which may repeat."""
         slot = view.slot
         self._begin(slot)
+        if not values.shape[1]:
+            return
         values = values * (slot.scale / self._factor)
         if slot.entry_map is not None:
             if isinstance(slot.entry_map, DenseProjection):
@@ -168,13 +175,17 @@ class Entries:
             values = slot.entry_map(values, view.which)
         self._add(view.columns, values, rows)
 
+    def add_gradient(self, slot: ParamPlan, grad: Tensor, b: int) -> None:
+        """Add what plain autograd has for the parameter in the pass of row b."""
+        self.add(View.of(slot), grad.reshape(1, -1)[:, slot.index.to(grad.device)], slice(b, b + 1))
+
     def _begin(self, slot: ParamPlan) -> None:
         if slot.name not in self.touched:
             if slot.entry_map is None:
                 self.rows[:, slot.entries] = 0
             self.touched.add(slot.name)
 
-    def _add(self, columns: slice | Tensor, entries: Tensor, rows: slice | Tensor) -> None:
+    def _add(self, columns: slice | Tensor, entries: Tensor, rows: Rows) -> None:
         entries = entries.to(self.rows)
         if isinstance(columns, Tensor):
             columns = columns.to(self.rows.device)
@@ -235,5 +246,9 @@ def _item_gradient(
     return whole
 
 
-def _part(rows: slice | Tensor, some: slice, n: int) -> slice | Tensor:
-    return some if isinstance(rows, slice) else rows[some]
+def _part(rows: Rows, some: slice) -> Rows:
+    """The rows of some items that follow each other."""
+    if not isinstance(rows, slice):
+        return rows[some]
+    start = rows.start or 0
+    return slice(start + some.start, start + some.stop)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dropinf import ops
+from dropinf.capturing.passes import Used, only_these_require_grad, taken
 from dropinf.capturing.tap import Tap, sharded_modules
-from dropinf.compression import DenseProjection, ParamPlan, SignedSums
+from dropinf.compression import DenseProjection, Plan, SignedSums
 
 
 class GradsTap(Tap):
     """Rows from the .grad of the parameters, one backward pass an example."""
 
+    def __init__(
+        self, model: nn.Module, plan: Plan, backend: str | None, unfreeze: bool = False
+    ) -> None:
+        super().__init__(model, plan, backend)
+        self._unfreeze = unfreeze
+
     def _attach(self, undo: contextlib.ExitStack) -> None:
+        if self._unfreeze:
+            only_these_require_grad(self.parameters, list(self.model.parameters()), undo)
         self._indices, self._signs = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
             index, sign = slot.index, None
@@ -26,24 +34,7 @@ class GradsTap(Tap):
                 index = index[numbers]
             self._indices.append(index.to(p.device))
             self._signs.append(None if sign is None else sign.to(p.device))
-        # What the forward pass has in place of each parameter: a sharded module swaps them.
-        self._used = {id(p): p for p in self.model.parameters()}
-        for sharded in sharded_modules(self.model):
-            below = [
-                (id(p), module, name)
-                for module in sharded.modules()
-                for name, p in module._parameters.items()
-                if p is not None
-            ]
-            handle = sharded.register_forward_pre_hook(self._note(below))  # behind its own
-            undo.callback(handle.remove)
-
-    def _note(self, below: list[tuple[int, nn.Module, str]]) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            for key, module, name in below:
-                self._used[key] = module._parameters[name]
-
-        return note
+        self._used = Used(self.model, undo)
 
     def rows(
         self, losses: Tensor, *, loss_scale: float = 1.0, retain_graph: bool = False
@@ -64,37 +55,28 @@ class GradsTap(Tap):
         self.num_examples = len(losses)
         if not losses.requires_grad:
             raise RuntimeError("rows: the losses carry no gradient; run the model with it enabled")
-        used = [self._used[id(p)] for p in self.parameters]
-        tracked = set(map(id, used))
-        everything = list(self._used.values())
-        before = [p.grad for p in everything]
+        number = {id(p): l for l, p in enumerate(self._used.of(self.parameters))}
         current = 0
 
-        def take(l: int, slot: ParamPlan) -> Callable[[Tensor], None]:
-            def gather(p: Tensor) -> None:
-                part = self._entries([l], [p.grad], loss_scale)
-                rows[current, slot.entries] += part.to(rows.device)
-                p.grad = None
-                self.met.add(slot.name)
-                self.plan.paths[slot.name] = ".grad"
+        def take(p: Tensor) -> None:
+            l = number.get(id(p))
+            if l is None:
+                return
+            slot = self.plan.slots[l]
+            part = self._entries([l], [p.grad], loss_scale)
+            rows[current, slot.entries] += part.to(rows.device)
+            self.met.add(slot.name)
+            self.plan.paths[slot.name] = ".grad"
 
-            return gather
-
-        with contextlib.ExitStack() as undo:
-            for l, (slot, p) in enumerate(zip(self.plan.slots, used, strict=True)):
-                undo.callback(p.register_post_accumulate_grad_hook(take(l, slot)).remove)
-            for p in everything:
-                if p.requires_grad and id(p) not in tracked:
-                    undo.callback(p.register_post_accumulate_grad_hook(_drop).remove)
-            try:
-                for p in everything:
-                    p.grad = None
-                for current in range(len(losses)):  # the hooks read it
-                    losses[current].backward(retain_graph=retain_graph or current + 1 < len(losses))
-            finally:
-                for p, grad in zip(everything, before, strict=True):
-                    p.grad = grad
+        with taken(self._used.everything(), take):
+            for current in range(len(losses)):  # `take` reads it
+                losses[current].backward(retain_graph=retain_graph or current + 1 < len(losses))
         return rows
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """As of mode="activations"; there is nothing to pause."""
+        yield
 
     def row(self, *, loss_scale: float = 1.0) -> Tensor:
         """[R] row of the gradients that are in .grad now, in one launch.
@@ -137,7 +119,3 @@ class GradsTap(Tap):
             scales=[slot.scale / loss_scale for slot in slots],
             backend=self.backend,
         )
-
-
-def _drop(p: Tensor) -> None:
-    p.grad = None

@@ -1,67 +1,202 @@
-"""What a meeting leaves in the autograd graph: the nodes whose backward writes entries."""
+"""Sites: what a call in closed form leaves in autograd's graph, whose backward writes rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from dropinf.capturing.entries import Entries
+from dropinf.capturing.owners import Array, Owners, mixed
+from dropinf.capturing.rules import Bias, Form, Role
+from dropinf.capturing.sources import Source
+from dropinf.compression import ParamPlan
+
+Edge = tuple[Any, int]  # a node of the graph, and which of its results
+
+# In the metadata of a node: that a hook may change the gradient there.
+HOOKED = "dropinf: hooked"
+# In that of a result: the edge of the argument whose examples stand where the result's do, and the
+# number of dimensions in front for which that holds.
+LIKE = "dropinf: like"
 
 
-class Watch(Protocol):
-    """Who knows the rows of the backward pass that is running."""
+class Writer(Protocol):
+    """What a backward pass of `rows` does with what the sites see."""
 
-    entries: Entries | None
+    def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None: ...
+
+
+class Tap(Protocol):
+    """Who knows the backward pass that is running."""
+
+    probe: Tensor
+
+    def writer_now(self) -> Writer | None:
+        """That of the pass of `rows` which asks; None in any other backward pass."""
+
+    def gradients(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call of torch.autograd while the capture is open."""
+
+    def refuse_outside(self) -> None:
+        """Raise if the backward pass that is running fills .grad, and is not one of `rows`."""
+
+    def runs_again(self) -> tuple[bool, Any] | None:
+        """None in a forward pass; else whether it is torch's checkpoint that runs one again."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A call in which a parameter is seen by a detached copy alone.
+
+    Attributes:
+        name: of the function.
+        targets: its parameters, or what was made of them.
+    """
+
+    name: str
+    targets: Sequence[tuple[Source, Role | None]]
+
+    @property
+    def slots(self) -> list[ParamPlan]:
+        """The parameters behind it."""
+        return [slot for source, _ in self.targets for slot in source.slots]
+
+    @property
+    def edges(self) -> Sequence[Edge]:
+        """Where it hands a gradient, past the function itself."""
+        return ()
+
+    def taken(self, owners: Array, T: int | None) -> Owners:
+        """The owners of its output, if it can write rows by them."""
+        return owners
+
+    def given(self, owners: Owners) -> Sequence[Owners]:
+        """The owners at its `edges`, given those of its output."""
+        return ()
+
+
+@dataclass(eq=False)
+class FormSite(Site):
+    """A function with a closed form, whose input is data."""
+
+    form: Form
+    edge: Edge | None
+    rank: int  # dimensions of its input
+    again: Callable[[Tensor], Tensor]  # the function, of its input and the parameters themselves
+
+    def __post_init__(self) -> None:
+        # The gradient of a bias alone does not read the input, so that it need not be kept.
+        coordinates = [role.coordinates for _, role in self.targets]
+        self.reads = not all(isinstance(c, Bias) and c.i > 0 for c in coordinates)
+
+    @property
+    def edges(self) -> Sequence[Edge]:
+        return () if self.edge is None else (self.edge,)
+
+    def taken(self, owners: Array, T: int | None) -> Owners:
+        dims = list(range(self._num_lead(owners), owners.ndim))
+        if self.form.experts:
+            dims[0] -= 1
+        return mixed(owners, dims, T, self.name)
+
+    def given(self, owners: Owners) -> Sequence[Owners]:
+        if self.edge is None:
+            return ()
+        if isinstance(owners, str) or self.form.experts:
+            return (owners,)
+        lead = owners.shape[: self._num_lead(owners)]
+        return (owners.reshape(lead + (1,) * (self.rank - len(lead))),)
+
+    def _num_lead(self, owners: Array) -> int:
+        return 1 if self.form.features is None else owners.ndim - self.form.features[1]
+
+
+@dataclass(eq=False)
+class SpreadSite(Site):
+    """A parameter that was expanded over what it meets.
+
+    Attributes:
+        shape: its own, filled up with ones to the dimensions of what it meets.
+    """
+
+    shape: torch.Size
 
 
 class Output(torch.autograd.Function):
-    """The identity on the results of a call; its backward has their gradients and the saved data.
+    """The identity on the result of a call; its backward has the gradient and the saved input.
 
     The probe is a leaf that requires grad, so that autograd comes here although no parameter does.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, watch: Watch, write: Callable, probe: Tensor, num_saved: int, *tensors: Any
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:num_saved])
-        ctx.watch, ctx.write, ctx.num_saved = watch, write, num_saved
-        # Not views of the results: a later in-place activation would be refused on one.
-        return tuple(y.data for y in tensors[num_saved:])
+    def forward(ctx: Any, tap: Tap, site: FormSite, probe: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(*([x] if site.reads else []))
+        ctx.tap, ctx.site, ctx.shape = tap, site, x.shape
+        return y.data  # not a view of y: a later in-place activation would be refused on one
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(dy is not None for dy in dys):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        writer = ctx.tap.writer_now()
+        if writer is None:
+            ctx.tap.refuse_outside()
+        if writer is not None:
             saved = ctx.saved_tensors  # which a checkpoint may make anew, watched
             with torch._C.DisableTorchFunction():
-                ctx.write(_running(ctx.watch), saved, list(dys))
-        need = ctx.needs_input_grad[4 + ctx.num_saved :]
-        passed = (dy if needed else None for dy, needed in zip(dys, need, strict=True))
-        return (None,) * (4 + ctx.num_saved) + tuple(passed)
+                x = saved[0] if saved else dy.new_zeros(()).expand(ctx.shape)
+                writer.write(ctx.site, x, dy)
+        elif torch.is_grad_enabled() and ctx.needs_input_grad[3] and ctx.site.reads:
+            # A gradient that is itself to be derived, so by the parameters as well.
+            (x,) = ctx.saved_tensors
+            with torch._C.DisableTorchFunction():
+                (dx,) = torch.autograd.grad(ctx.site.again(x), x, dy, create_graph=True)
+            return None, None, None, dx, None
+        return None, None, None, None, dy if ctx.needs_input_grad[4] else None
 
 
 class Operand(torch.autograd.Function):
-    """A parameter, expanded over the batch; its backward has the gradient of all of that."""
+    """A parameter, expanded over what it meets; its backward has the gradient of all of that."""
 
     @staticmethod
     def forward(
-        ctx: Any, watch: Watch, write: Callable, probe: Tensor, p: Tensor, shape: tuple
+        ctx: Any, tap: Tap, site: SpreadSite, probe: Tensor, p: Tensor, shape: torch.Size
     ) -> Tensor:
-        ctx.watch, ctx.write = watch, write
-        return p.detach().expand(shape)
+        ctx.tap, ctx.site = tap, site
+        return p.expand(shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        with torch._C.DisableTorchFunction():
-            ctx.write(_running(ctx.watch), grad)
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+        writer = ctx.tap.writer_now()
+        if writer is None:
+            ctx.tap.refuse_outside()
+        else:
+            with torch._C.DisableTorchFunction():
+                writer.write(ctx.site, None, dy)
         return None, None, None, None, None
 
 
-def _running(watch: Watch) -> Entries:
-    if watch.entries is None:
-        raise RuntimeError("capture: the backward pass ran outside tap.rows(losses)")
-    return watch.entries
+_NODES = (Output._backward_cls, Operand._backward_cls)
+
+
+def site_of(node: Any) -> Site | None:
+    """The site that a node of the graph is of."""
+    return node.site if type(node) in _NODES else None
+
+
+def edge_of(t: Tensor) -> Edge | None:
+    """Where a tensor's gradient goes."""
+    if not t.requires_grad:
+        return None
+    if t.grad_fn is not None:
+        return t.grad_fn, t.output_nr
+    edge = get_gradient_edge(t)
+    return edge.node, edge.output_nr
+
+
+def of_one(b: int, rank: int) -> Array:
+    """All of a tensor is example b's."""
+    return np.full((1,) * rank, b)

@@ -30,10 +30,3 @@ class Marks(Generic[Value]):
                 del known[key]
 
         known[key] = (weakref.ref(tensor, forget), value)
-
-    def discard(self, tensor: Tensor) -> None:
-        """Forget the tensor."""
-        self._known.pop(id(tensor), None)
-
-    def __len__(self) -> int:
-        return len(self._known)

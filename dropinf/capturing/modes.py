@@ -19,6 +19,7 @@ def capture(
     *,
     per: str = "example",
     batch_dim: int | dict[str, int] | None = None,
+    closed: bool = True,
     backend: str | None = None,
 ) -> ActivationsTap: ...
 @overload
@@ -33,6 +34,7 @@ def capture(
     *,
     per: str = "example",
     batch_dim: int | dict[str, int] | None = None,
+    closed: bool = True,
     backend: str | None = None,
 ) -> ActivationsTap | GradsTap: ...
 def capture(
@@ -42,6 +44,7 @@ def capture(
     *,
     per: str = "example",
     batch_dim: int | dict[str, int] | None = None,
+    closed: bool = True,
     backend: str | None = None,
 ) -> ActivationsTap | GradsTap:
     """A context in which `tap.rows(losses)` turns one loss per example into one row per example.
@@ -60,25 +63,31 @@ def capture(
             is the example's; "segment" gives one for each example of a packed sequence (see
             `rows(segment_ids=)`). The last two in mode="activations", for layers that keep
             positions apart.
-        batch_dim: the dimension of data that is the example: 0, or 1 for sequence-first models
-            ([T, B, ...], flattened [T * B, ...]); None is 0, refused where the shapes leave a
-            doubt. A dictionary gives it for the modules whose name matches a pattern.
+        batch_dim: the dimension of the model's first input that is the example, 0 or 1; only
+            per="token" and choices that cost time depend on it, as whose a position is follows
+            from the losses. A dictionary, of patterns of modules' names, is taken for 0.
+        closed: take layers in closed form where there is a rule. False leaves all to autograd, by
+            a pass for each loss: for gradients of gradients (a PINN, forces, a gradient penalty).
         backend: a name from `dropinf.backends()` for the ops; None takes the first available.
 
     The model is left as it was: requires_grad flags, hooks, gradients, also after an exception.
 
     Raises:
         ValueError: the mode is unknown, or the plan does not fit the model.
+        RuntimeError: the model is in another capture that is open.
     """
     if mode not in ("activations", "grads"):
         raise ValueError(f"capture: mode must be 'activations' or 'grads', got {mode!r}")
     if per not in ("example", "token", "segment"):
         raise ValueError(f"capture: per must be 'example', 'token' or 'segment', got {per!r}")
-    dims = list(batch_dim.values()) if isinstance(batch_dim, dict) else [batch_dim]
+    dims = batch_dim.values() if isinstance(batch_dim, dict) else [batch_dim]
     if any(dim not in (None, 0, 1) for dim in dims):
         raise ValueError(f"capture: batch_dim must be 0 or 1, got {batch_dim!r}")
-    if mode == "activations":
-        return ActivationsTap(model, plan, backend, per, batch_dim)
+    if mode == "activations" and closed:
+        dim = batch_dim if isinstance(batch_dim, int) else 0
+        return ActivationsTap(model, plan, backend, per, dim)
     if per != "example":
-        raise ValueError(f"capture: per={per!r} needs mode='activations', not 'grads'")
-    return GradsTap(model, plan, backend)
+        raise ValueError(
+            f"capture: per={per!r} needs mode='activations' and closed=True, not 'grads'"
+        )
+    return GradsTap(model, plan, backend, unfreeze=mode == "activations")

@@ -1,38 +1,19 @@
-"""RowMap: which row each position of a batch belongs to.
-
-Usually that is the example's row. Positions of packed sequences have a row for each segment, with
-per="token" every position has one of its own, and tokens that were routed to an expert are out of
-order, so that their examples are looked up.
-"""
+"""RowMap: the rows that the positions of a tensor belong to, and positions put together by them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dropinf.capturing.owners import NONE, Array, collapsed, varying
 
 # Elements of the padded copies that items of one row are gathered into.
 _MAX_ELEMENTS = 1 << 24
 
-
-@dataclass(frozen=True)
-class Route:
-    """Where the rows of an indexed tensor came from: positions of a tensor of the batch.
-
-    Attributes:
-        positions: [n] int64, of the flattened leading dimensions `lead`.
-        lead: the leading dimensions that were indexed.
-    """
-
-    positions: Tensor
-    lead: tuple[int, ...]
-
-
-class MixedExamples(ValueError):
-    """Data whose leading dimensions do not keep the examples apart."""
+Rows = slice | Tensor
 
 
 class TokensDiffer(ValueError):
@@ -43,108 +24,122 @@ class RowMap:
     """The rows of one backward pass over B examples.
 
     Attributes:
-        B: examples in the batch.
         num_rows: B, or the tokens or segments of the batch.
-        of_token: [B, T] int64 row of each position, -1 for none; None if a row is an example.
+        T: tokens of an example that have rows; None if rows are the examples'.
     """
 
     def __init__(self, B: int, of_token: Tensor | None = None) -> None:
-        self.B, self.of_token = B, of_token
-        self.num_rows = B
-        self.each_token = False  # rows are the tokens, in order
+        """`of_token` [B, T] int64 has the row of each token, -1 for none."""
+        self.num_rows, self.T = B, None
+        self._last: Array | None = None  # owners that are in order, to be known by identity
         if of_token is not None:
-            self.num_rows = int(of_token.max()) + 1 if of_token.numel() else 0
-            order = torch.arange(of_token.numel(), device=of_token.device)
-            self.each_token = torch.equal(of_token.flatten(), order)
+            self._of_token = of_token.cpu().numpy()
+            self.T = of_token.shape[1]
+            self.num_rows = int(self._of_token.max()) + 1 if self._of_token.size else 0
 
     def split(
-        self,
-        x: Tensor,
-        dy: Tensor,
-        features: tuple[int, int],
-        batch_dim: int | None,
-        route: Route | None,
-    ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+        self, x: Tensor, dy: Tensor, features: tuple[int, int], owners: Array
+    ) -> Iterator[tuple[Rows, Tensor, Tensor]]:
         """x and dy as [b, T, features] each, with the rows that the b belong to.
 
         Args:
             x, dy: data of the same leading dimensions and `features` trailing ones of their own.
-            batch_dim: which leading dimension is the example; None is 0, unless that is in doubt.
-            route: where the positions came from, if they were picked by an index.
+            owners: of dy.
         """
-        if route is None:
-            x, dy = (
-                self._examples_first(t, t.dim() - f, batch_dim)
-                for t, f in zip((x, dy), features, strict=True)
-            )
-            if self.of_token is None:
-                yield slice(None), x, dy
+        num_lead = dy.dim() - features[1]
+        if self._in_order(owners):
+            if dy.numel():
+                B = self.num_rows
+                yield (
+                    slice(None),
+                    *(t.reshape(B, -1, t.shape[num_lead:].numel()) for t in (x, dy)),
+                )
+            return
+        lead = dy.shape[:num_lead]
+        rows = self.of(owners.reshape(owners.shape[:num_lead]), lead)
+        dims = varying(rows)
+        front = tuple(range(len(dims)))
+        x, dy = (
+            (t.flatten(num_lead) if t.dim() > num_lead else t[..., None]).movedim(dims, front)
+            for t in (x, dy)
+        )
+        n = rows.size
+        if not dy.numel():
+            return
+        x, dy = (t.reshape(n, -1, t.shape[-1]) for t in (x, dy))
+        rows = rows.reshape(-1)
+        if n == 1 < self.num_rows:
+            if rows[0] != NONE:
+                yield slice(int(rows[0]), int(rows[0]) + 1), x, dy
+            return
+        k = n // max(1, self.num_rows)
+        if n == k * self.num_rows:
+            order = np.arange(n)
+            if np.array_equal(rows, order // k):
+                yield slice(None), *(t.reshape(n // k, -1, t.shape[-1]) for t in (x, dy))
                 return
-            self._check_tokens(x.shape[1])
-            if self.each_token:
-                yield slice(None), x.flatten(0, 1)[:, None], dy.flatten(0, 1)[:, None]
+            if np.array_equal(rows, order % self.num_rows):  # position 0 of every example first
+                yield (
+                    slice(None),
+                    *(
+                        t.reshape(k, n // k, -1, t.shape[-1]).transpose(0, 1).flatten(1, 2)
+                        for t in (x, dy)
+                    ),
+                )
                 return
-            x, dy, rows = x.flatten(0, 1), dy.flatten(0, 1), self.of_token.flatten()
-        else:
-            rows = self._routed(route, batch_dim)
-            n = x.shape[: x.dim() - features[0]].numel()
-            rows = rows.repeat_interleave(n // max(1, len(rows)))  # positions within picked ones
-            x, dy = x.reshape(n, -1), dy.reshape(n, -1)
-        num_elements = x.shape[1] + dy.shape[1]
-        for here, at, real in groups(rows.to(x.device), self.num_rows, num_elements):
+        of_position = (
+            torch.from_numpy(np.ascontiguousarray(rows)).to(x.device).repeat_interleave(x.shape[1])
+        )
+        x, dy = x.flatten(0, 1), dy.flatten(0, 1)
+        for here, at, real in groups(of_position, self.num_rows, x.shape[1] + dy.shape[1]):
             yield here, x[at], dy[at].where(real[..., None], 0)
 
-    def of_items(self, n: int, batch_dim: int | None, route: Route | None) -> Tensor | None:
-        """[n] rows of n items along the batch dimension; None if they are the rows in order."""
-        if route is not None:
-            return self._routed(route, batch_dim)
-        if self.of_token is None and n == self.B:
-            return None
-        if n % self.B:
-            raise MixedExamples(f"{n} items for {self.B} examples")
-        if self.of_token is not None:
-            self._check_tokens(n // self.B)
-            return None if self.each_token else self.of_token.flatten()
-        return torch.arange(n) // (n // self.B)
+    def _in_order(self, owners: Array) -> bool:
+        """Whether dimension 0 is the examples, each once and in order: almost always."""
+        if self.T is not None or owners is self._last:
+            return self.T is None
+        size = self.num_rows
+        first = owners.ndim and owners.size == size == owners.shape[0]
+        if first and np.array_equal(owners.reshape(-1), np.arange(size)):
+            self._last = owners
+        return owners is self._last
 
-    def _check_tokens(self, T: int) -> None:
-        wanted = self.of_token.shape[1]
-        if wanted != T:
-            raise TokensDiffer(f"{T} positions an example, where {wanted} tokens have rows")
+    def of_items(self, n: int, owners: Array) -> Rows:
+        """Rows of n items along dimension 0, the only one along which owners differ."""
+        rows = self.of(owners.reshape(len(owners)), (n,))
+        rows = np.broadcast_to(rows, (n,))
+        if np.array_equal(rows, np.arange(self.num_rows)):
+            return slice(None)
+        return torch.from_numpy(rows.copy())
 
-    def _examples_first(self, x: Tensor, num_lead: int, batch_dim: int | None) -> Tensor:
-        """[B, T, features] of data with `num_lead` leading dimensions."""
-        B, lead = self.B, x.shape[:num_lead]
-        width = x.shape[num_lead:].numel()
-        if B == 1:
-            return x.reshape(1, lead.numel(), width)
-        if batch_dim == 1 and num_lead and tuple(lead) != (B,):
-            if num_lead == 1 and lead[0] % B == 0:  # [T * B], position 0 of every example first
-                x, num_lead = x.unflatten(0, (-1, B)), 2
-            if num_lead == 1 or x.shape[1] % B:
-                raise _mixed(x, B)
-            return x.movedim(1, 0).reshape(B, lead.numel() // B, width)
-        doubtful = batch_dim is None and num_lead > 1 and lead[0] != B and lead[1] == B
-        if not num_lead or lead[0] % B or doubtful:
-            raise _mixed(x, B)
-        return x.reshape(B, lead.numel() // B, width)
-
-    def _routed(self, route: Route, batch_dim: int | None) -> Tensor:
-        index = torch.arange(math.prod(route.lead), device=route.positions.device)
-        order = self._examples_first(index.reshape(route.lead), len(route.lead), batch_dim)
-        order = order.reshape(self.B, -1)  # [B, T] position of each example's tokens
-        if self.of_token is not None:
-            self._check_tokens(order.shape[1])
-            rows = self.of_token.to(order.device)
-        else:
-            rows = torch.arange(self.B, device=order.device)[:, None].expand_as(order)
-        of_position = torch.empty_like(index)
-        of_position[order.flatten()] = rows.flatten()
-        return of_position[route.positions]
-
-
-def _mixed(x: Tensor, B: int) -> MixedExamples:
-    return MixedExamples(f"data of shape {tuple(x.shape)} in a batch of {B}")
+    def of(self, owners: Array, lead: Sequence[int]) -> Array:
+        """The row of each position; dimensions are 1 where all of it is one row's."""
+        if self.T is None:
+            return owners
+        fine = owners >= 0
+        flat = self._of_token.reshape(-1)
+        if not (owners < NONE).any():
+            return np.where(fine, flat[np.where(fine, owners, 0)], NONE)
+        # Positions of examples: as many as there are tokens, in order.
+        full = np.broadcast_to(owners, lead)
+        example = np.where(full < NONE, -2 - full, NONE)
+        if full.ndim > 1:
+            # Where one dimension alone can be the examples, so is what reaches no loss.
+            dims = range(full.ndim)
+            ones = (collapsed(example, [k for k in dims if k != d]) for d in dims)
+            ones = [one for one in ones if one is not None and (one >= 0).all()]
+            example = np.broadcast_to(ones[0], full.shape) if len(ones) == 1 else example
+        example = example.reshape(-1)
+        order = np.argsort(example, kind="stable")
+        order = order[example[order] >= 0]
+        counts = np.bincount(example[order], minlength=len(self._of_token))
+        if fine.any() or not np.isin(counts, (0, self.T)).all():
+            raise TokensDiffer(
+                f"{counts.max()} positions an example, where {self.T} tokens have rows"
+            )
+        rows = np.full(example.shape, NONE)
+        rows[order] = self._of_token[example[order], np.arange(len(order)) % self.T]
+        return rows.reshape(full.shape)
 
 
 def groups(

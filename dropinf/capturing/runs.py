@@ -212,11 +212,16 @@ def _adjoin(one: tuple[View, Role], other: tuple[View, Role]) -> bool:
     a, b = one[0], other[0]
     if not (_whole(a) and _whole(b) and one[1].op is other[1].op and a.slot.scale == b.slot.scale):
         return False
+    if not len(a.at) or not len(b.at):
+        return False  # of no entries, which may stand anywhere
     overlap = a.slot.entries.stop - b.slot.offset
     if a.slot.entry_map is None and b.slot.entry_map is None:
         return overlap == 0 and a.slot.grid is None and b.slot.grid is None
     both = isinstance(a.slot.entry_map, SignedSums) and isinstance(b.slot.entry_map, SignedSums)
-    return both and overlap in (0, 1) and one[1].op in _PRODUCTS
+    if not both or overlap not in (0, 1) or one[1].op not in _PRODUCTS:
+        return False
+    # Not where another parameter's coordinates stand between them.
+    return a.slot.entry_map.first + len(a.at) == b.slot.entry_map.first
 
 
 def _whole(view: View) -> bool:

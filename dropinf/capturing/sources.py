@@ -2,8 +2,7 @@
 
 A parameter often meets data as something made of it: a transposed view, one expert of a packed
 weight, a cast, 1 + weight, a table looked up at positions that all examples share. A source says
-which sampled coordinates a tensor holds (`View`), or how to pull a gradient of it back (`Lookup`,
-`Derived`).
+which sampled coordinates a tensor holds (`View`), or how to pull a gradient of it back.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dropinf import ops
-from dropinf.capturing.call_args import name_of
+from dropinf.capturing.call_args import Meeting, name_of
 from dropinf.compression import ParamPlan
 
 # Elements of the per-example gradients that are formed at a time where there is no other way.
@@ -31,16 +30,23 @@ class View:
         slot: the parameter.
         at: [k] int64 positions of sampled coordinates in the flattened tensor, rising.
         which: [k] which of the slot's coordinates those are; None is all of them in order.
+        parameter: the leaf in autograd's graph.
     """
 
     slot: ParamPlan
     at: Tensor
     which: Tensor | None = None
+    parameter: Tensor | None = None
 
     @classmethod
-    def of(cls, slot: ParamPlan) -> View:
+    def of(cls, slot: ParamPlan, parameter: Tensor | None = None) -> View:
         """The parameter itself."""
-        return cls(slot, slot.index)
+        return cls(slot, slot.index, None, parameter)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The parameter."""
+        return [self.parameter]
 
     @property
     def columns(self) -> slice | Tensor:
@@ -85,8 +91,9 @@ class View:
         order = flat.argsort()  # the ops take coordinates in rising order
         order = order[inside[order]]
         if len(order) == len(flat) and bool((order[1:] > order[:-1]).all()):
-            return View(self.slot, flat, self.which)
-        return View(self.slot, flat[order], order if self.which is None else self.which[order])
+            return View(self.slot, flat, self.which, self.parameter)
+        which = order if self.which is None else self.which[order]
+        return View(self.slot, flat[order], which, self.parameter)
 
     def pull(self, grads: Tensor) -> Iterator[tuple[View, Tensor]]:
         """(parameter's view, entries [n, k]) of n gradients [n, *shape] of this tensor."""
@@ -95,61 +102,55 @@ class View:
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor computed from sources and constants alone, by any function.
+    """A tensor made of parameters alone, by any functions: autograd's graph of it is what is known.
 
     Attributes:
-        output: the tensor, with its graph down to `leaves`.
-        leaves: what stands for each source in that graph.
-        sources: theirs.
+        output: its edge in the graph, of the time when it was made: a later write is another.
+        shape, dtype: its.
+        leaves: the parameters in its graph.
+        slots: theirs.
     """
 
-    output: Tensor
+    output: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
     leaves: Sequence[Tensor]
-    sources: Sequence[View | Derived]
-
-    @property
-    def slots(self) -> list[ParamPlan]:
-        """The parameters behind it."""
-        return [slot for source in self.sources for slot in source.slots]
+    slots: Sequence[ParamPlan]
 
     def pull(self, grads: Tensor) -> Iterator[tuple[View, Tensor]]:
         """(parameter's view, entries [n, k]) of n gradients [n, *shape] of this tensor."""
-        for leaf, source, pulled in self._pulled(grads):
-            if pulled is not None:
-                yield from source.pull(pulled.reshape(len(grads), *leaf.shape))
-
-    def _pulled(self, grads: Tensor) -> Iterator[tuple[Tensor, View | Derived, Tensor | None]]:
         each = [
             torch.autograd.grad(
                 self.output,
                 self.leaves,
-                grad.to(self.output.dtype),
+                grad.to(self.dtype),
                 retain_graph=True,
                 allow_unused=True,
             )
             for grad in grads
         ]
-        for leaf, source, parts in zip(
-            self.leaves, self.sources, zip(*each, strict=True), strict=True
-        ):
-            yield leaf, source, None if parts[0] is None else torch.stack(parts)
+        for slot, parts in zip(self.slots, zip(*each, strict=True), strict=True):
+            if parts[0] is not None:
+                yield from View.of(slot).pull(torch.stack([part.to_dense() for part in parts]))
 
 
 @dataclass(frozen=True)
 class Lookup(Derived):
-    """Rows of a parameter's table at ids that all examples share: the positions of a text."""
+    """Rows of a parameter's table at ids that examples may share: the positions of a text."""
 
-    ids: Tensor | None = None
-    padding: int | None = None
+    table: View
+    width: int
+    ids: Tensor
+    padding: int | None
 
     def pull_positions(self, ids: Tensor, dy: Tensor, backend: str | None) -> tuple[View, Tensor]:
         """(the table's view, entries [b, k]) of dy [b, T, width] at ids [b, T]."""
-        (table,) = self.sources
-        width = self.leaves[0].shape[1]
-        o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (table.at % width, table.at // width))
+        at = self.table.at
+        o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (at % self.width, at // self.width))
         if self.padding is not None:
             ids = ids.masked_fill(ids == self.padding, -1)
-        return table, ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend)
+        entries = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend)
+        return self.table, entries
 
 
 Source = View | Derived
@@ -158,25 +159,42 @@ Source = View | Derived
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 
 
-def source_of(
-    func: Callable, args: tuple, kwargs: dict, t: Tensor, leaves: dict, sources: dict
-) -> Source:
-    """The source of a tensor that a function made of leaves that stand for sources."""
-    ids = list(leaves)
-    if len(ids) == 1:
-        leaf, source = leaves[ids[0]], sources[ids[0]]
-        if isinstance(source, View):
-            if name_of(func) in _CASTS and t.shape == leaf.shape:
-                return View(source.slot, source.at, source.which)
-            if t.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
-                viewed = source.viewed(leaf, t)
-                if viewed is not None:
-                    return viewed
-            if func is F.embedding and args[1] is leaf:
-                padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-                padding = None if padding is None else padding % len(leaf)
-                return Lookup(t, [leaf], [source], args[0], padding)
-    return Derived(t, list(leaves.values()), [sources[i] for i in ids])
+def source_of(func: Callable, args: tuple, t: Tensor, sources: dict[int, Source]) -> Source:
+    """The source of a tensor that a function made of sources and of no other gradient."""
+    if len(sources) == 1 and args and id(args[0]) in sources and t is not args[0]:
+        leaf, source = args[0], sources[id(args[0])]
+        cast = name_of(func) in _CASTS and t.shape == leaf.shape
+        if cast and isinstance(source, (View, Lookup)):
+            return source
+        if isinstance(source, View) and t.dtype == leaf.dtype and _same_memory(t, leaf):
+            viewed = source.viewed(leaf, t)
+            if viewed is not None:
+                return viewed
+    pairs = {
+        id(leaf): (leaf, slot)
+        for source in sources.values()
+        for leaf, slot in zip(source.leaves, source.slots, strict=True)
+    }
+    leaves, slots = zip(*pairs.values(), strict=True)
+    return Derived(get_gradient_edge(t), t.shape, t.dtype, leaves, slots)
+
+
+def lookup_of(met: Meeting, y: Tensor) -> Lookup | None:
+    """The source of what F.embedding made, if nothing but ids and their padding says what it is."""
+    table = met.sources.get(id(met.args[1]))
+    renormed = met.argument(3, "max_norm") is not None
+    if not isinstance(table, View) or renormed or met.argument(5, "scale_grad_by_freq", False):
+        return None
+    padding = met.argument(2, "padding_idx")
+    padding = None if padding is None else padding % len(met.args[1])
+    at = get_gradient_edge(y), y.shape, y.dtype
+    return Lookup(*at, table.leaves, table.slots, table, y.shape[-1], met.args[0], padding)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.layout != torch.strided:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def chunk_items(n: int, num_elements: int) -> Iterator[slice]:

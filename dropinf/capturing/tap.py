@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import weakref
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,6 +17,24 @@ from dropinf.compression import Plan, unwrap
 
 Self = TypeVar("Self", bound="Tap")
 
+# Parameters of captures that are open, by id: a second one would take the first one's gradients.
+_OPEN: set[int] = set()
+_LOCK = threading.Lock()
+
+
+_EAGER: list[Any] = []  # what puts the compiler's stance back, once for each open capture
+
+
+class NotClosedError(RuntimeError):
+    """The forward pass or the loss asks for the gradient of a parameter."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"capture: the forward pass or the loss asks for the gradient of {name!r} itself, or "
+            "hooks it, which layers in closed form do not show; use capture(..., closed=False), as "
+            "collect does"
+        )
+
 
 class Tap:
     """One opened capture: the plan's parameters found in the model.
@@ -22,6 +42,7 @@ class Tap:
     Attributes:
         met: names of the parameters that had a gradient in some batch so far.
         num_examples: of the last rows.
+        sharded: whether the model gathers its parameters for each forward pass.
         origin: [n, 2] the example in its batch, and the token or segment, of each of the last rows;
             None if they are the examples.
     """
@@ -29,6 +50,7 @@ class Tap:
     def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
         self.given, self.model = model, unwrap("capture", model)
         self.plan, self.backend = plan, backend
+        self.sharded = bool(sharded_modules(self.model))
         reshard(self.model)
         found = dict(self.model.named_parameters(remove_duplicate=False))
         for slot in plan.slots:
@@ -37,6 +59,11 @@ class Tap:
                 raise ValueError(
                     f"capture: the plan has a parameter {slot.name!r} of shape {slot.shape}, "
                     f"the model {shape}; make a plan for this model with Plan.make"
+                )
+            if found[slot.name].device.type == "meta":
+                raise ValueError(
+                    f"capture: {slot.name!r} is on the meta device, as the weights of a model are "
+                    "that accelerate offloads; load the model onto a device whole"
                 )
         self.parameters = [found[slot.name] for slot in plan.slots]
         self.met: set[str] = set()
@@ -49,10 +76,8 @@ class Tap:
         if self._open:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
         with contextlib.ExitStack() as undo:
-            for module in self.given.modules():
-                if isinstance(module, DistributedDataParallel):
-                    # It would average an example's gradient with those of the other ranks.
-                    undo.enter_context(module.no_sync())
+            self._claim(undo)
+            unsynchronised(self.given, undo)
             reshard(self.model)
             undo.callback(reshard, self.model)
             self._attach(undo)
@@ -69,6 +94,24 @@ class Tap:
         self._open = False
         self._undo.close()
 
+    def _claim(self, undo: contextlib.ExitStack) -> None:
+        """Refuse a model that is captured already, in this thread or another."""
+        mine = set(map(id, self.model.parameters()))
+        with _LOCK:
+            if mine & _OPEN:
+                raise RuntimeError(
+                    "capture: this model, or a part of it, is in a capture that is open; close "
+                    "that one first, or capture a copy of the model made outside of it"
+                )
+            _OPEN.update(mine)
+        undo.callback(_OPEN.difference_update, mine)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError("capture: an open capture cannot be copied; make another for the copy")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("capture: a capture cannot be pickled; pickle the rows, or its plan")
+
     def _attach(self, undo: contextlib.ExitStack) -> None:
         """Change the model, and register on `undo` how to change it back."""
 
@@ -81,8 +124,7 @@ class Tap:
         if not isinstance(losses, Tensor) or losses.dim() not in self._loss_dims:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"rows: need one loss per example, [B], got {got or 'a scalar'}; a mean or sum "
-                "would mix examples, so use reduction='none' and sum over positions only"
+                f"rows: need one loss per example, [B], got {got or 'a scalar'}; {_way_out(losses)}"
             )
         if not len(losses):
             raise ValueError("rows: the batch holds no example")
@@ -91,6 +133,56 @@ class Tap:
         """[num_rows, R] for these losses: float32, or float64 for float64 losses."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return torch.empty(num_rows, self.plan.width, dtype=dtype, device=losses.device)
+
+
+def _way_out(losses: Any) -> str:
+    """How losses of another shape become one for each example."""
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else ()
+    if len(shape) == 2 and shape[1] == 1:
+        return "take losses[:, 0]"
+    if shape:
+        return "sum over all dimensions but the example's"
+    return (
+        "a mean or sum is of all examples together, so use reduction='none' and sum over positions "
+        "only; for a model of transformers, whose .loss is a mean, see loss_fn_for in "
+        "dropinf.integrations.transformers_losses"
+    )
+
+
+def eager(undo: contextlib.ExitStack) -> None:
+    """Have compiled functions run as written until `undo`, in whatever order captures close."""
+    with _LOCK:
+        _EAGER.append(_EAGER[0] if _EAGER else torch.compiler.set_stance("force_eager"))
+
+    def put_back() -> None:
+        with _LOCK:
+            stance = _EAGER.pop()
+            if not _EAGER:
+                stance.__exit__(None, None, None)
+
+    undo.callback(put_back)
+
+
+def unsynchronised(model: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Have no gradient of an example averaged with those of other ranks, until `undo`."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            undo.enter_context(module.no_sync())
+
+
+class Entered:
+    """A hook that tells a tap what its model was given; that of a copied model tells nobody."""
+
+    def __init__(self, tap: Any = None) -> None:
+        self._tap = (lambda: None) if tap is None else weakref.ref(tap)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tap = self._tap()
+        if tap is not None and module is tap.model:
+            tap.entered(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return Entered, ()
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:

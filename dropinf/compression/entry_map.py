@@ -36,13 +36,20 @@ class SignedSums(EntryMap):
     Attributes:
         entry: [n] int64, the entry of each coordinate.
         sign: [n] int8, +1 or -1.
+        first: number of the first coordinate among those of the layer.
         shares_first, shares_last: whether the layer's parameters before and behind it have a part
             in its first and last entry.
     """
 
     def __init__(
-        self, entry: np.ndarray, sign: np.ndarray, shares_first: bool, shares_last: bool
+        self,
+        entry: np.ndarray,
+        sign: np.ndarray,
+        first: int,
+        shares_first: bool,
+        shares_last: bool,
     ) -> None:
+        self.first = first
         self.entry, self.sign = torch.from_numpy(entry), torch.from_numpy(sign)
         self.shares_first, self.shares_last = shares_first, shares_last
         self.r = int(entry.max()) + 1 if len(entry) else 0

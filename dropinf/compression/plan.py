@@ -163,7 +163,7 @@ class Plan:
             exclude: names to leave out of those.
 
         Raises:
-            ValueError: a name matches nothing, or nothing is left to track.
+            ValueError: a name matches nothing, nothing is left to track, or a parameter is complex.
         """
         if not isinstance(compression, tuple(_COMPRESSIONS.values())):
             known = ", ".join(_COMPRESSIONS)
@@ -179,6 +179,12 @@ class Plan:
         kept = set(names if include is None else _matching("include", include, names))
         if exclude is not None:
             kept -= set(_matching("exclude", exclude, names))
+        for name in names:
+            if name in kept and model.get_parameter(name).is_complex():
+                raise ValueError(
+                    f"Plan.make: {name!r} is complex, and rows are real; keep it as a real "
+                    "parameter and use torch.view_as_complex of it, or leave it out with exclude="
+                )
         layers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for layer, name, shape in owned:
             if name in kept and math.prod(shape):
@@ -297,8 +303,14 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel and torch.compile.
 
     Raises:
+        TypeError: it is no module.
         ValueError: a part of it is a DataParallel.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{op}: the model must be a torch.nn.Module, got {type(model).__name__}; give the "
+            "module whose parameters are meant, and call what wraps it in loss_fn"
+        )
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(
             f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "

@@ -63,6 +63,7 @@ class Sketch:
                 entry_map = SignedSums(
                     place * r // n - start,
                     sign[here],
+                    first,
                     shares_first=0 < first < n and (first - 1) * r // n == start,
                     shares_last=0 <= last < n - 1 and (last + 1) * r // n == last * r // n,
                 )

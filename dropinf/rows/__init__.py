@@ -1,6 +1,7 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
-from dropinf.rows.collecting import LossFn, collect
+from dropinf.rows.batches import LossFn
+from dropinf.rows.collecting import collect
 from dropinf.rows.row_passes import (
     PART_BYTES,
     mark_invalid,

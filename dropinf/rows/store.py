@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dropinf.capturing import Proof
 from dropinf.compression import Plan
 
 _FORMAT = "dropinf rows 1"
@@ -33,6 +34,7 @@ class RowStore:
         origin: [n, 2] int64, of rows per token or segment the example (in the loader's order) and
             the token or segment; of rows that a callback took during training, the step and the
             example's position in the data set; None if every row is an example in order.
+        proof: on how many examples, over which layers, `collect` compared rows with plain autograd.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class RowStore:
         self.path: Path | None = None
         self.valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
         self.origin = origin
+        self.proof = Proof()
         self._rows = rows
         self._checksums: list[int] = []  # of chunks not verified yet
         for start, chunk in self.chunks():
@@ -83,6 +86,7 @@ class RowStore:
             valid[saved["invalid"]] = False
             if len(checksums) != -(-n // _rows_per_chunk(plan.width, dtype.itemsize)):
                 raise ValueError("the number of checksums is wrong")
+            proof = Proof.load(saved["proof"]) if "proof" in saved else Proof()
             known = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(f"RowStore.load: {path}/store.json is damaged: {error!r}") from error
@@ -106,6 +110,7 @@ class RowStore:
             )
         store = cls.__new__(cls)
         store.plan, store.path, store.origin = plan, path, origin
+        store.proof = proof
         # Copy on write: torch warns about tensors on read-only memory.
         rows = np.memmap(file, dtype, "c", shape=(n, plan.width))
         store._rows = torch.from_numpy(rows)
@@ -149,7 +154,7 @@ class RowStore:
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else f"in {self.path}"
         size = f"{len(self)} rows of width {self.plan.width}"
-        return f"RowStore({size} {where}, plan {self.plan.fingerprint})"
+        return f"RowStore({size} {where}, plan {self.plan.fingerprint}, {self.proof})"
 
 
 class RowWriter:
@@ -222,12 +227,15 @@ class RowWriter:
             self._rows[first:last] = rows
         self.num_rows = last
 
-    def finish(self) -> RowStore:
+    def finish(self, proof: Proof | None = None) -> RowStore:
         """The store of all rows; a directory is in its place now."""
+        proof = Proof() if proof is None else proof
         valid = torch.cat(self._valid)
         origin = torch.cat(self._origin) if self._origin else None
         if self._file is None:
-            return RowStore(self._rows[: self.num_rows], self._plan, valid, origin)
+            store = RowStore(self._rows[: self.num_rows], self._plan, valid, origin)
+            store.proof = proof
+            return store
         if self._unsummed:
             self._checksums.append(zlib.crc32(self._unsummed))
         self._file.flush()
@@ -248,6 +256,7 @@ class RowWriter:
                     "fingerprint": self._plan.fingerprint,
                     "invalid": (~valid).nonzero().flatten().tolist(),
                     "crc32": self._checksums,
+                    "proof": proof.saved(),
                 }
             )
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from dropinf.rows import RowStore
 from dropinf.solvers.cholesky import Cholesky
 from dropinf.solvers.eigen import Eigen
+from dropinf.user_warning import warn_user
 
 
 class DampingChoice(NamedTuple):
@@ -44,8 +45,9 @@ def choose_damping(
         metric: scores [m, n] -> a number, larger is better; the best mean over the parts wins.
 
     Returns:
-        The damping; values [k] and their standard errors [k] (over queries; with a metric over
-        parts, NaN for one part). Holds k x m x n scores of every part at once.
+        The damping, with a warning if it is the smallest or largest given; values [k] and their
+        standard errors [k] (over queries; with a metric over parts, NaN for one part). Holds
+        k x m x n scores of every part at once.
 
     Raises:
         ValueError: no damping, fewer than two masks without a metric, or parts that differ.
@@ -78,6 +80,11 @@ def choose_damping(
     if metric is None and len(each) > 1:
         near = values >= values[best] - errors[best]
         best = min(near.nonzero().flatten().tolist(), key=lambda j: dampings[j])
+    if len(dampings) > 1 and dampings[best] in (min(dampings), max(dampings)):
+        warn_user(
+            f"choose_damping: {dampings[best]:g} is at the end of the dampings given; give some "
+            "beyond it, as the best may be there"
+        )
     return DampingChoice(float(dampings[best]), values, errors)
 
 

@@ -15,6 +15,7 @@ from cases import (
     tokens_cross_entropy,
     true_rows,
 )
+from exact_autograd import Rerun
 from layer_cases import LAYERS, Experts
 from torch import nn
 
@@ -63,10 +64,47 @@ def test_token_rows(shape):
             for t in range(T)
         ]
     )
-    for reduce in (lambda losses: losses, lambda losses: losses.sum(1)):
+    one_by_one = lambda losses: torch.stack([losses[:, t] for t in range(T)], 1)  # noqa: E731
+    for reduce in (lambda losses: losses, lambda losses: losses.sum(1), one_by_one):
         with capture(model, plan, per="token") as tap:
             assert_exact(tap.rows(reduce(token_losses(model, ids))), truth)
         assert tap.origin.tolist() == [[b, t] for b in range(B) for t in range(T)]
+
+
+def test_token_rows_behind_heads():
+    """[B, heads, T, D]: the tokens are the third dimension."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(2, 1, 3))
+
+        def forward(self, x):
+            return (x.unflatten(2, (2, 3)).transpose(1, 2) * self.scale).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model, x = Heads().double(), torch.randn(2, 4, 6, dtype=torch.float64)
+    plan = Plan.make(model, Full())
+    with capture(model, plan, per="token") as tap:
+        rows = tap.rows(model(x).pow(2).sum(-1))
+    truth = 2 * model.scale.flatten() * x.flatten(0, 1).square()
+    assert_exact(rows, truth)
+
+
+def test_token_rows_of_a_sequence_first_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    plan = Plan.make(model, Dropout(r=20))
+    x = torch.randn(4, 2, 3, dtype=torch.float64)  # [T, B, I]
+    truth = torch.cat(
+        [
+            truth_of(lambda m, one: m(*one).pow(2).sum(1), model, (x[t, b : b + 1],), plan)
+            for b in range(2)
+            for t in range(4)
+        ]
+    )
+    with capture(model, plan, per="token", batch_dim=1) as tap:
+        assert_exact(tap.rows(model(x).pow(2).sum(-1).T), truth)
 
 
 def test_token_rows_add_up_to_the_examples():
@@ -97,6 +135,23 @@ def test_token_rows_of_routed_tokens(style):
     assert_exact(rows, truth)
 
 
+def test_token_rows_are_refused_where_a_function_may_hide_parameters():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(Rerun.apply(self.inside, x))
+
+    model, x = Hidden(), torch.randn(4, 5, 3, requires_grad=True)
+    with (
+        pytest.raises(ValueError, match=r"no rows of its own for tokens.*Rerun, which is not"),
+        capture(model, Plan.make(model, Full()), per="token") as tap,
+    ):
+        tap.rows(model(x).sum(-1))
+
+
 def test_token_rows_are_refused_where_there_are_none():
     class Pooled(nn.Module):
         def __init__(self):
@@ -119,7 +174,9 @@ def test_token_rows_are_refused_where_there_are_none():
         capture(model, plan, per="word")
     model = nn.LSTM(3, 4, batch_first=True)
     with (
-        pytest.raises(RuntimeError, match="no closed form, so that rows per token are not known"),
+        pytest.raises(
+            ValueError, match=r"_l0' met 1 positions an example, where 5 tokens have rows"
+        ),
         capture(model, Plan.make(model, Full()), per="token") as tap,
     ):
         tap.rows(model(x)[0].sum((1, 2)))
@@ -191,6 +248,21 @@ def test_segment_rows(tmp_path):
     (path / "origin.npy").unlink()
     with pytest.raises(ValueError, match=r"origin\.npy is missing"):
         RowStore.load(path)
+
+
+def test_segments_are_not_compared():
+    """Positions of no segment may have a loss, which is in no row."""
+    model, batch = nn.Linear(3, 2), (torch.randn(2, 3, 3),)
+    store = collect(
+        model,
+        [batch],
+        lambda model, batch: model(*batch).square().sum(-1),
+        Plan.make(model, Full()),
+        per="segment",
+        segment_ids=lambda batch: torch.tensor([[0, 0, -1], [0, -1, -1]]),
+        progress=False,
+    )
+    assert len(store) == 2 and store.proof.examples == 0
 
 
 def test_bad_segments():
@@ -278,8 +350,9 @@ def test_sequence_first(shape):
         assert_exact(tap.rows(sequence_losses(model, batch)), truth)
 
 
-def test_one_sequence_first_part():
-    """A batch-first model with a part that is not: batch_dim by name."""
+@pytest.mark.parametrize("batch_dim", [None, 0, 1, {"encoder": 1}], ids=str)
+def test_one_sequence_first_part(batch_dim):
+    """A batch-first model with a part that is not; also where T = B or divides by it."""
 
     class Mixed(nn.Module):
         def __init__(self):
@@ -298,12 +371,16 @@ def test_one_sequence_first_part():
     for shape in ((4, 4, 3), (4, 8, 3), (4, 5, 3)):
         batch = (torch.randn(shape, dtype=torch.float64),)
         truth = true_rows(case, model, batch, plan)
-        with capture(model, plan, batch_dim={"encoder": 1}) as tap:
+        with capture(model, plan, batch_dim=batch_dim) as tap:
             assert_exact(tap.rows(squares(model, batch)), truth)
-    with pytest.raises(ValueError, match=r"'encoder.*batch_dim="), capture(model, plan) as tap:
-        tap.rows(squares(model, batch))
-    with pytest.raises(ValueError, match="batch_dim must be 0 or 1, got 2"):
-        capture(model, plan, batch_dim=2)
+        assert set(plan.paths.values()) == {"closed form"}
+
+
+def test_bad_batch_dims():
+    model = nn.Linear(3, 2)
+    for bad in (2, {"encoder": 2}):
+        with pytest.raises(ValueError, match="batch_dim must be 0 or 1, got"):
+            capture(model, Plan.make(model, Full()), batch_dim=bad)
 
 
 # Losses.

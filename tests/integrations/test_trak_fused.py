@@ -161,8 +161,8 @@ def test_refused_tasks(name):
     assert computer.compute_per_sample_grad(batch).shape == (3, plan.width)
 
 
-def test_a_task_that_uses_the_weights_itself_is_not_taken_wrongly():
-    """A penalty on a weight, in the output of each example, is refused."""
+def test_a_task_that_uses_the_weights_itself():
+    """A penalty on a weight, in the output of each example, is a part of its gradient."""
 
     def penalised(m, w, b, x, y):
         own = ImageClassificationModelOutput.get_output(m, w, b, x, y)
@@ -170,9 +170,14 @@ def test_a_task_that_uses_the_weights_itself_is_not_taken_wrongly():
 
     model, batch = network(), images(3)
     plan = dropinf.Plan.make(model, dropinf.Full())
-    computer = DropoutGradientComputer(model, Odd(penalised), plan=plan)
-    with pytest.raises(ValueError, match="uses the parameters itself"):
-        computer.compute_per_sample_grad(batch)
+    rows = [
+        DropoutGradientComputer(model, task, plan=plan).compute_per_sample_grad(batch)
+        for task in (Odd(penalised), ImageClassificationModelOutput())
+    ]
+    penalty = torch.zeros(plan.width, dtype=rows[0].dtype)
+    (slot,) = (slot for slot in plan.slots if slot.name == "4.weight")
+    penalty[slot.entries] = 2 * model[4].weight.detach().flatten()[slot.index]
+    torch.testing.assert_close(rows[0], rows[1] + penalty)
 
 
 def test_mixed_examples_are_refused():

@@ -88,9 +88,12 @@ class Poison(nn.Module):
         marked = x[:, -1:] > 1e6
         if self.of == "loss":
             return self.inner(x) + torch.where(marked, torch.nan, 0.0)
-        y = self.inner(torch.where(marked, 0.0, x))
-        y.register_hook(lambda dy: torch.where(marked, torch.inf, dy))
-        return y
+        return infinite_gradient(self.inner(torch.where(marked, 0.0, x)), marked)
+
+
+def infinite_gradient(y, marked):
+    """y, whose gradient is infinite where it is marked: that of a root at zero."""
+    return y + torch.where(marked, y - y.detach(), 1.0).sqrt() - torch.where(marked, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("mode, batch_size", [("activations", 5), ("grads", 1)])
@@ -151,9 +154,7 @@ def test_nonfinite_token():
     x[3, 1, 0] = 7.0
 
     def losses(model, x):
-        y = model(x)[..., 0]
-        y.register_hook(lambda dy: torch.where(x[..., 0] == 7.0, torch.inf, dy))
-        return y.sum(1)
+        return infinite_gradient(model(x)[..., 0], x[..., 0] == 7.0).sum(1)
 
     plan = Plan.make(model, Full())
     with pytest.raises(ValueError, match="the gradient of example 3 "):

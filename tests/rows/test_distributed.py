@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from dropinf import Dropout, Plan, capture
+from dropinf import Dropout, Plan, capture, collect, verify
 
 RANKS = 2
 MODES = ["activations", "grads"]
@@ -30,7 +31,7 @@ def run_rank(rank, store):
         timeout=timedelta(seconds=60),
     )
     try:
-        for check in (check_ddp, check_fsdp):
+        for check in (check_ddp, check_fsdp, check_collections):
             check(rank)
             dist.barrier()
     except BaseException:
@@ -109,6 +110,56 @@ class Borrowing(nn.Module):
 
     def forward(self, ids):
         return F.linear(self.body(ids), self.head.weight, self.head.bias)
+
+
+class Kernel(torch.autograd.Function):
+    """What capture does not see inside of."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale = ctx.saved_tensors
+        return dy * scale, (dy * x).flatten(0, -2).sum(0)
+
+
+class WithKernel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale, self.head = (
+            Transformer(),
+            nn.Parameter(torch.ones(23)),
+            nn.Linear(23, 23),
+        )
+
+    def forward(self, ids):
+        return self.head(Kernel.apply(self.body(ids), self.scale))
+
+
+def check_collect(rank, model, wrapped):
+    """Rows of a collection, which compares them with autograd on both ranks."""
+    plan = Plan.make(model, Dropout(r=50))
+    batches = [batch_of(rank, seed) for seed in range(1, 6)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store = collect(wrapped, batches, case.loss_fn, plan, progress=False)
+        truth = torch.cat([true_rows(case, model, batch, plan) for batch in batches])
+        assert_exact(store.rows, truth)
+        assert store.proof.examples == 2 and store.proof.largest < 1e-10, store.proof
+        assert verify(wrapped, batches[0], case.loss_fn, plan).layers == store.proof.layers
+    assert all(p.requires_grad and p.grad is None for p in wrapped.parameters())
+
+
+def check_collections(rank):
+    for make in (Transformer, WithKernel):
+        model, _ = build(case._replace(model=lambda make=make: make().eval()), torch.float64)
+        check_collect(rank, model, DistributedDataParallel(copy.deepcopy(model)))
+        wrapped = copy.deepcopy(model)
+        fully_shard(wrapped.head)
+        check_collect(rank, model, fully_shard(wrapped))
 
 
 def check_fsdp(rank):

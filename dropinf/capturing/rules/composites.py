@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dropinf.capturing.rules.recurrent import RECURRENT
+
 
 def opened(func: Any) -> Callable:
     """A Python function of torch, with its question for overrides answered no.
 
     Called under a TorchFunctionMode, the mode then sees the functions inside of it.
     """
+    questions = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     return types.FunctionType(
         func.__code__,
-        {**func.__globals__, "has_torch_function": lambda tensors: False},
+        {**func.__globals__, **dict.fromkeys(questions, lambda *tensors: False)},
         argdefs=func.__defaults__,
     )
 
@@ -40,6 +43,8 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Bags as rows of ids [B, n], looked up one by one and then reduced."""
+    if max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
     real = torch.ones_like(input, dtype=torch.bool)
     if input.dim() == 1:
         ends = offsets[1:] if include_last_offset else F.pad(offsets[1:], (0, 1), value=len(input))
@@ -52,9 +57,7 @@ def _embedding_bag(
             per_sample_weights = per_sample_weights[at]
     if padding_idx is not None:
         real = real & (input != padding_idx % len(weight))
-    entries = F.embedding(
-        input, weight, max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq
-    )  # [B, n, width]
+    entries = F.embedding(input, weight)  # [B, n, width]
     real = real[..., None]
     if mode == "max":
         largest = entries.masked_fill(~real, -torch.inf).max(1).values
@@ -68,11 +71,13 @@ def _embedding_bag(
 def _grouped_mm(
     input: Tensor,
     weight: Tensor,
-    offs: Tensor,
+    offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """input [n, I], rows sorted by expert, and weight [E, I, O]: a product for each expert."""
+    if offs is None or bias is not None or (input.dim(), weight.dim()) != (2, 3):
+        return NotImplemented
     ends = offs.tolist()
     starts = [0, *ends[:-1]]
     parts = [
@@ -83,9 +88,10 @@ def _grouped_mm(
     return torch.cat([*parts, rest]).to(out_dtype or input.dtype)
 
 
-# The dimension of the batch inside of a composite, where it is not the caller's.
-COMPOSITES: dict[Callable, tuple[Callable, int | None]] = {
-    F.multi_head_attention_forward: (opened(F.multi_head_attention_forward), 1),
-    F.embedding_bag: (_embedding_bag, None),
-    torch._grouped_mm: (_grouped_mm, None),
+# A function that does not take a call returns NotImplemented.
+COMPOSITES: dict[Callable, Callable] = {
+    F.multi_head_attention_forward: opened(F.multi_head_attention_forward),
+    F.embedding_bag: _embedding_bag,
+    torch._grouped_mm: _grouped_mm,
+    **RECURRENT,
 }

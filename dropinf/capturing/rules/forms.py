@@ -47,7 +47,19 @@ class Scale:
         return at, at
 
 
-Coordinates = Weight | Bias | Scale
+@dataclass(frozen=True)
+class ExpertWeight:
+    """(o, i) of positions in a flattened weight [E, I, O], the o and i of each expert in turn."""
+
+    I: int
+    O: int
+
+    def __call__(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        e = at // (self.I * self.O)
+        return e * self.O + at % self.O, e * self.I + at // self.O % self.I
+
+
+Coordinates = Weight | Bias | Scale | ExpertWeight
 
 
 class RefusedError(Exception):
@@ -69,24 +81,27 @@ class Role:
     op: Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Form:
     """One call of a torch function, as a linear form in its parameters.
 
     Attributes:
-        x: the input to save for the backward pass.
+        x: the input to save for the backward pass; None once autograd alone holds it.
         roles: its parameters.
         features: how many trailing dimensions of x, and of dy, are not positions; the op then takes
             [b, T, features]. None: the op takes x and dy as they are, the example first.
         prepare: makes of x and dy what the op takes.
         flat: x may come as [B * T, features], the positions of example 0 first.
+        experts: the third dimension from the end, of experts, is one of features, for each of which
+            x and dy have features of their own.
     """
 
-    x: Tensor
+    x: Tensor | None
     roles: Sequence[Role]
     features: tuple[int, int] | None = (1, 1)
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, dy: (x, dy)
     flat: bool = True
+    experts: bool = False
 
     @property
     def num_lead(self) -> int:

@@ -1,14 +1,14 @@
 """What a torch function does with its parameters.
 
-Activations mode catches a parameter where it meets data. Two tables say what is understood here:
+Two tables say what is understood where a parameter meets data:
 
 FORMS       closed forms. A reader of the function's arguments gives the `Form` of that call: which
             input to save for the backward pass, and where the coordinates of its parameters are.
 ELEMENTWISE functions whose arguments broadcast against each other: a parameter is expanded over the
             batch, and its gradient comes back example by example.
 
-`composites` has functions that hide others inside; what is in none of them goes through
-`per_example`. To add a kind of layer, add an entry here and a model to tests/layer_cases.py.
+`composites` has functions that hide others inside; what is in none of them is left to autograd. To
+add a kind of layer, add an entry here and a model to tests/layer_cases.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dropinf import ops
 from dropinf.capturing.rules import norms
 from dropinf.capturing.rules.forms import (
     Bias,
+    ExpertWeight,
     Form,
     RefusedError,
     Role,
@@ -42,11 +43,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
     I = weight.shape[1]
     yield Form(
         input,
-        roles_of(
-            outer,
-            (weight, Weight(I)),
-            (bias, Bias(I)),
-        ),
+        roles_of(outer, (weight, Weight(I)), (bias, Bias(I))),
         prepare=affine,
     )
 
@@ -60,11 +57,7 @@ def _addmm(
         return
     yield Form(
         mat1,
-        roles_of(
-            outer,
-            (mat2, Weight(O, i_first=True)),
-            (input, Bias(I)),
-        ),
+        roles_of(outer, (mat2, Weight(O, i_first=True)), (input, Bias(I))),
         prepare=affine,
     )
 
@@ -80,6 +73,8 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Iterator[Form]
     if other.dim() == 2 and input.dim() > 1:  # x [..., I] @ W [I, O]
         O = other.shape[1]
         yield Form(input, roles_of(outer, (other, Weight(O, i_first=True))), prepare=affine)
+    if other.dim() == 3 and input.dim() > 2:
+        yield from _experts(input, other)
     if input.dim() == 2 and other.dim() == 3:  # W [O, I] @ x [B, I, T]
         I, one, none = input.shape[1], (1,), (0,)
         op = partial(ops.sampled_conv, kernel_size=one, stride=one, padding=none, dilation=one)
@@ -89,6 +84,22 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Iterator[Form]
             features=None,
             prepare=affine,
         )
+
+
+def _experts(input: Tensor, mat2: Tensor, bias: Tensor | None = None) -> Iterator[Form]:
+    """x [..., E, n, I] @ W [E, I, O], and a bias [E, 1, O]: experts or groups come first."""
+    E, I, O = mat2.shape
+    if input.shape[-3] != E or (bias is not None and bias.shape != (E, 1, O)):
+        return
+    roles = roles_of(outer, (mat2, ExpertWeight(I, O)), (bias, Bias(E * I)))
+    yield Form(input, roles, features=(2, 2), prepare=affine, experts=True)
+
+
+def _baddbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Iterator[Form]:
+    if beta == 1 and alpha == 1:
+        yield from _experts(batch1, batch2, input)
 
 
 def _embedding(
@@ -170,11 +181,7 @@ def _conv(
     )
     yield Form(
         input,
-        roles_of(
-            op,
-            (weight, Weight(I)),
-            (bias, Bias(I)),
-        ),
+        roles_of(op, (weight, Weight(I)), (bias, Bias(I))),
         features=None,
         prepare=affine,
     )
@@ -230,6 +237,10 @@ FORMS: dict[Callable, Callable[..., Iterator[Form]]] = {
     Tensor.matmul: _matmul,
     torch.mm: _matmul,
     Tensor.mm: _matmul,
+    torch.bmm: _experts,
+    Tensor.bmm: _experts,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
     torch.mv: _matmul,
     Tensor.mv: _matmul,
     torch.mul: norms.mul,
@@ -273,7 +284,6 @@ ELEMENTWISE = _functions(
     "divide",
     "true_divide",
     "truediv",
-    "div",
     "pow",
     "where",
     "maximum",

@@ -96,11 +96,7 @@ def _scaled(
     bias: Tensor | None,
     width: int,
 ) -> Form:
-    roles = roles_of(
-        outer,
-        (weight, Scale()),
-        (bias, Bias(width)),
-    )
+    roles = roles_of(outer, (weight, Scale()), (bias, Bias(width)))
     return Form(x, roles, features=(dims, dims), prepare=prepare)
 
 
@@ -196,11 +192,7 @@ def _channels(
             dy.flatten(2) if dy.dim() > 2 else dy[..., None]
         )
 
-    roles = roles_of(
-        op,
-        (weight, Bias(0)),
-        (bias, Bias(1)),
-    )
+    roles = roles_of(op, (weight, Bias(0)), (bias, Bias(1)))
     return Form(x, roles, features=None, prepare=with_positions)
 
 

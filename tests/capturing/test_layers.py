@@ -213,7 +213,7 @@ def test_what_stays_closed(after):
 
 
 def test_the_least_that_an_rms_norm_divides_by():
-    """That of the dtype it runs in, which is seen where its input is small."""
+    """That of the dtype that torch computes in, seen where half inputs are small."""
     model, x = nn.RMSNorm(6).bfloat16(), 0.03 * torch.randn(4, 5, 6).bfloat16()
     rows = []
     for mode in ("activations", "grads"):

@@ -222,6 +222,20 @@ def test_the_least_that_an_rms_norm_divides_by():
     torch.testing.assert_close(*rows, rtol=0.05, atol=0.05 * rows[1].abs().max().item())
 
 
+def test_grouped_mm_without_groups():
+    """[E, n, I] @ [E, I, O], and what torch itself refuses."""
+    model, x = nn.Module(), torch.randn(2, 4, 16)
+    model.w = nn.Parameter(torch.randn(2, 16, 8))
+    plan = Plan.make(model, Full())
+    ends = torch.tensor([2, 8], dtype=torch.int32)
+    with capture(model, plan) as tap:
+        rows = tap.rows(torch._grouped_mm(x, model.w).square().sum((0, 2)))
+        with pytest.raises(RuntimeError, match="Bias"):
+            torch._grouped_mm(x.flatten(0, 1), model.w, offs=ends, bias=torch.zeros(2, 8))
+    truth = 2 * torch.einsum("eni,eno->neio", x, x @ model.w.detach()).flatten(1)
+    torch.testing.assert_close(rows, truth)
+
+
 class Table(nn.Module):
     def __init__(self):
         super().__init__()

@@ -196,10 +196,7 @@ def true_rows(model, batch, plan):
     return rows
 
 
-# collect's look at one example alone is refused: there, no_grad is taken for a cut-off checkpoint.
-REFUSED = pytest.mark.xfail(raises=RuntimeError, strict=True)
 SEEDS = {seed: [pytest.mark.more] * (seed >= 80) for seed in range(880)}
-SEEDS |= {seed: [pytest.mark.more, REFUSED] for seed in (400, 530)}
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=marks) for seed, marks in SEEDS.items()])

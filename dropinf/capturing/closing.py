@@ -25,7 +25,7 @@ from torch.overrides import (
 
 from dropinf.capturing.call_args import Meeting, in_place, name_of, named, swap, tensors_of
 from dropinf.capturing.checkpoints import Region, cut_off, region
-from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
+from dropinf.capturing.graph import FormSite, Operand, Output, Passes, SpreadSite, edge_of
 from dropinf.capturing.hints import Hints, memory
 from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
@@ -55,7 +55,7 @@ class Closing(TorchFunctionMode):
             gradient.
     """
 
-    def __init__(self, tap: Tap, constants: Sequence[Tensor], per: str, batch_dim: int) -> None:
+    def __init__(self, tap: Passes, constants: Sequence[Tensor], per: str, batch_dim: int) -> None:
         super().__init__()
         self.hints = Hints(
             batch_dim=batch_dim,

@@ -293,7 +293,7 @@ class Prover:
         if len(rows) == 2:
             # A gradient in half precision has at least the roundings of its own dtype.
             trained = [p for p in self._model.parameters() if p.requires_grad]
-            coarsest = max(torch.finfo(p.dtype).eps for p in trained)
+            coarsest = max((torch.finfo(p.dtype).eps for p in trained), default=0.0)
             self._own = max(own_error(self._plan, *rows), coarsest)
         compare(self._plan, row, rows[0] / loss_scale, self._own, self.proof, paths)
 

@@ -170,6 +170,11 @@ case("mm by names", lambda s, x: torch.mm(x, mat2=s.w) + torch.mv(x, vec=s.v)[:,
      w=param(3, 4), v=param(3))  # fmt: skip
 case("bmm with out=None", lambda s, x: torch.bmm(x, s.w, out=None).transpose(0, 1), (2, 4, 3),
      w=param(2, 3, 4))  # fmt: skip
+for shape in ((5,), (1, 5), (4, 5), (4, 1), ()):
+    case(f"addmm of {shape}", lambda s, x: torch.addmm(s.b, x, s.w), b=param(*shape),
+         w=param(3, 5))  # fmt: skip
+case("bmm of a weight for each example", lambda s, x: torch.bmm(x, s.w), (4, 2, 3),
+     w=param(4, 3, 5))  # fmt: skip
 case("bmm of layers", lambda s, x: torch.bmm(s.l(x), s.w).transpose(0, 1), (2, 4, 3),
      l=linear(3, 5), w=param(2, 5, 4))  # fmt: skip
 for shape in ((4,), (1, 1, 4), (2, 1, 4), (1, 4, 1), (2, 4, 4)):

@@ -141,6 +141,7 @@ class ActivationsTap(Tap):
         """
         self.check(losses)
         if not losses.requires_grad:
+            self._closing.refuse_cut_off(set())
             raise _unconnected()
         row_map = self._row_map(losses, segment_ids)
         rows = self.empty_rows(losses, row_map.num_rows)
@@ -159,6 +160,7 @@ class ActivationsTap(Tap):
             run.run(retain_graph)
         finally:
             self._backward = None
+        self._closing.refuse_cut_off(entries.touched)
         if not entries.touched and not run.reached:
             raise _unconnected()
         self.met |= entries.touched

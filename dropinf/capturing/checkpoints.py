@@ -39,12 +39,15 @@ def reentrant(stop: CodeType) -> FrameType | None:
 def cut_off() -> bool:
     """Whether a reentrant checkpoint runs its forward pass, given nothing that has a gradient."""
     frame: FrameType | None = sys._getframe(1)
+    outermost = None  # what is inside of another runs without gradients anyway
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
-            given = frame.f_locals["args"]
-            return not any(t.requires_grad for t in given if isinstance(t, Tensor))
+            outermost = frame
         frame = frame.f_back
-    return False
+    if outermost is None:
+        return False
+    given = outermost.f_locals["args"]
+    return not any(t.requires_grad for t in given if isinstance(t, Tensor))
 
 
 def runs_again(stop: CodeType) -> tuple[bool, Region | None]:

@@ -25,7 +25,7 @@ from torch.overrides import (
 
 from dropinf.capturing.call_args import Meeting, in_place, name_of, named, swap, tensors_of
 from dropinf.capturing.checkpoints import Region, cut_off, region
-from dropinf.capturing.graph import FormSite, Operand, Output, SpreadSite, Tap, edge_of
+from dropinf.capturing.graph import FormSite, Operand, Output, Passes, SpreadSite, edge_of
 from dropinf.capturing.hints import Hints, memory
 from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
@@ -51,9 +51,11 @@ class Closing(TorchFunctionMode):
     Attributes:
         hints: what its choices go by.
         froze: whether the capture froze parameters that are not in the plan.
+        cut_off: parameters that a reentrant checkpoint used, which was given nothing with a
+            gradient.
     """
 
-    def __init__(self, tap: Tap, constants: Sequence[Tensor], per: str, batch_dim: int) -> None:
+    def __init__(self, tap: Passes, constants: Sequence[Tensor], per: str, batch_dim: int) -> None:
         super().__init__()
         self.hints = Hints(
             batch_dim=batch_dim,
@@ -61,6 +63,7 @@ class Closing(TorchFunctionMode):
             constants=frozenset(map(memory, constants)),
         )
         self.froze = False
+        self.cut_off: set[str] = set()
         self._tap, self._per = tap, per
         self._sources: Marks[tuple[Source, int | None]] = Marks()
         # Those of each region of a checkpoint, which runs again after others have come.
@@ -80,7 +83,7 @@ class Closing(TorchFunctionMode):
         if func in _GRADIENTS:
             return self._tap.gradients(func, args, kwargs)
         if not torch.is_grad_enabled() and self.froze:
-            self._refuse_cut_off(tensors_of(args, kwargs))
+            self._note_cut_off(tensors_of(args, kwargs))
         if not torch.is_grad_enabled() or _transformed():
             return func(*args, **kwargs)
         tensors = tensors_of(args, kwargs)
@@ -126,19 +129,25 @@ class Closing(TorchFunctionMode):
                 raise NotClosedError(slot.name)
             self._hooked.add(id(leaf))
 
-    def _refuse_cut_off(self, tensors: list[Tensor]) -> None:
-        """A reentrant checkpoint gives no gradients where nothing that it is given has one.
+    def _note_cut_off(self, tensors: list[Tensor]) -> None:
+        """A reentrant checkpoint gives no gradients where nothing that it is given has one."""
+        found = [known[0] for t in tensors if (known := self._sources.get(t)) is not None]
+        if found and cut_off():
+            self.cut_off.update(slot.name for source in found for slot in source.slots)
+
+    def refuse_cut_off(self, touched: set[str]) -> None:
+        """Refuse rows without what a checkpoint withheld, which had it if nothing were frozen.
 
         Raises:
-            RuntimeError: a parameter is used in such a one, and might have had a gradient if what
-                is not in the plan had not been frozen.
+            RuntimeError: a parameter was used in such a one, and is not among those touched.
         """
-        found = next((known[0] for t in tensors if (known := self._sources.get(t))), None)
-        if found is not None and cut_off():
+        missed = sorted(self.cut_off - touched)
+        self.cut_off.clear()
+        if missed:
             raise RuntimeError(
-                f"capture: {found.slots[0].name!r} is used in a reentrant checkpoint whose inputs "
-                "carry no gradient, as parameters that are not in the plan are frozen; checkpoint "
-                "with use_reentrant=False, or leave nothing out of the plan"
+                f"rows: {missed[0]!r} was used in a reentrant checkpoint whose inputs carry no "
+                "gradient, as parameters that are not in the plan are frozen; checkpoint with "
+                "use_reentrant=False, or leave nothing out of the plan"
             )
 
     def _source(self, t: Tensor) -> Source | None:

@@ -31,7 +31,7 @@ class Writer(Protocol):
     def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None: ...
 
 
-class Tap(Protocol):
+class Passes(Protocol):
     """Who knows the backward pass that is running."""
 
     probe: Tensor
@@ -134,7 +134,9 @@ class Output(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tap: Tap, site: FormSite, probe: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, tap: Passes, site: FormSite, probe: Tensor, x: Tensor, y: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*([x] if site.reads else []))
         ctx.tap, ctx.site, ctx.shape = tap, site, x.shape
         return y.data  # not a view of y: a later in-place activation would be refused on one
@@ -163,7 +165,7 @@ class Operand(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tap: Tap, site: SpreadSite, probe: Tensor, p: Tensor, shape: torch.Size
+        ctx: Any, tap: Passes, site: SpreadSite, probe: Tensor, p: Tensor, shape: torch.Size
     ) -> Tensor:
         ctx.tap, ctx.site = tap, site
         return p.expand(shape)

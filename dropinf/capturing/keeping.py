@@ -29,6 +29,7 @@ _KNOWN = {
     "mamba_ssm.ops.selective_scan_interface.SelectiveScanFn",
     "causal_conv1d.causal_conv1d_interface.CausalConv1dFn",
 }
+_KNOWN_OPS: set[str] = set()  # as ns_name_overload
 
 
 def keeps_examples(function: Declared) -> Declared:
@@ -68,9 +69,6 @@ def keeps_examples(function: Declared) -> Declared:
     names = (overload.name().replace("::", "_").replace(".", "_") for overload in overloads)
     _KNOWN_OPS.update(names)
     return function
-
-
-_KNOWN_OPS: set[str] = set()
 
 
 def keeps(node: Any) -> bool:

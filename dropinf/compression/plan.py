@@ -219,9 +219,10 @@ class Plan:
         """Print a table of the layers: what is kept of each, and how it is computed.
 
         The path is what captures under this plan have taken so far: "closed form" samples the
-        coordinates from the layer's input and output gradient; "general" forms the gradients of
-        one example at a time, which is slower; "gradient formed" projects gradients that are formed
-        a few examples at a time; ".grad" reads gradient buffers.
+        coordinates from the layer's input and output gradient; "pulled back" does so for what is
+        made of the parameter, for one example after the other; "gradient formed" projects gradients
+        that are formed a few examples at a time; "a pass for each loss" is slow, and says at which
+        function examples were not known apart; ".grad" reads gradient buffers.
         """
         rows = [("layer", "type", "parameters", "path", "entries", "bytes a row")]
         for block in self.blocks:

@@ -170,7 +170,8 @@ class Batches:
     def _singly(self, batch: Any) -> list[Any] | None:
         """The examples of a batch one by one, where a pass for each loss would cost more.
 
-        The second batch of such a model is run singly, and timed against the first.
+        The first batch that was timed and not to be compared is followed by one that is run singly,
+        and timed against it.
         """
         alone, together = (self._seconds.get(singly) for singly in (True, False))
         # Not where this batch is to be compared, or where all ranks must run the same passes.

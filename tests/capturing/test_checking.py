@@ -44,6 +44,10 @@ def test_rounding_of_what_cancels_is_no_difference():
     assert _differing(one, one * torch.tensor([1.0, 1.1, 1, 1, 1]), plan, 2.0**-23) == "0"
 
 
+def test_one_loss_of_one_example():
+    gather(nn.Linear(5, 3), (x[:1], label[:1]))
+
+
 def test_the_layer_that_mixes_behind_positions():
     """[B * T, I]: example b has T rows of each output."""
     model = nn.Sequential(

@@ -365,20 +365,6 @@ def test_grouped_mm_with_experts_without_tokens(way):
     assert error(rows, plan, truth)[0] <= 2 * plain < 1e-5
 
 
-def test_grouped_mm_without_groups():
-    """[E, n, I] @ [E, I, O], and what torch itself refuses."""
-    model, x = nn.Module(), torch.randn(2, 4, 16)
-    model.w = nn.Parameter(torch.randn(2, 16, 8))
-    plan = Plan.make(model, Full())
-    ends = torch.tensor([2, 8], dtype=torch.int32)
-    with capture(model, plan) as tap:
-        rows = tap.rows(torch._grouped_mm(x, model.w).sum((0, 2)))
-        with pytest.raises(RuntimeError, match="Bias"):
-            torch._grouped_mm(x.flatten(0, 1), model.w, offs=ends, bias=torch.zeros(2, 8))
-    truth = x.transpose(0, 1)[..., None].expand(4, 2, 16, 8).flatten(1)
-    torch.testing.assert_close(rows, truth)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_an_op_of_transformers_own_with_experts_without_tokens(way, monkeypatch):
     """What stands in for grouped_mm where there is none: an op that torch knows nothing about."""

@@ -194,12 +194,46 @@ def test_what_happens_before_parameters_does_not_matter(model):
     assert_exact(*rows)
 
 
-def test_batches_in_parts_stay_closed():
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y, scale: torch.cat((y * scale[0, 0]).split([1, 2, 1])),
+        lambda y, scale: (y * scale)[0, 0],
+        lambda y, scale: torch.bmm(y[None], scale[0].expand(1, 5, 5))[0],
+    ],
+    ids=["a batch in parts", "a scale with ones in front", "an expert"],
+)
+def test_what_stays_closed(after):
     model, x = nn.Linear(5, 5).double(), torch.randn(4, 5, dtype=torch.float64)
+    model.scale = nn.Parameter(torch.ones(1, 1, 1, 5).double())
     plan = Plan.make(model, Full())
     with capture(model, plan) as tap:
-        tap.rows(torch.cat(model(x).split([1, 2, 1])).square().sum(1))
-    assert set(plan.paths.values()) == {"closed form"}
+        tap.rows(after(model(x), model.scale).square().sum(1))
+    assert set(plan.paths.values()) <= {"closed form", "pulled back"}
+
+
+def test_the_least_that_an_rms_norm_divides_by():
+    """That of the dtype that torch computes in, seen where half inputs are small."""
+    model, x = nn.RMSNorm(6).bfloat16(), 0.03 * torch.randn(4, 5, 6).bfloat16()
+    rows = []
+    for mode in ("activations", "grads"):
+        with capture(model, Plan.make(model, Full()), mode) as tap:
+            rows.append(tap.rows(model(x).float().sum((1, 2))))
+    torch.testing.assert_close(*rows, rtol=0.05, atol=0.05 * rows[1].abs().max().item())
+
+
+def test_grouped_mm_without_groups():
+    """[E, n, I] @ [E, I, O], and what torch itself refuses."""
+    model, x = nn.Module(), torch.randn(2, 4, 16)
+    model.w = nn.Parameter(torch.randn(2, 16, 8))
+    plan = Plan.make(model, Full())
+    ends = torch.tensor([2, 8], dtype=torch.int32)
+    with capture(model, plan) as tap:
+        rows = tap.rows(torch._grouped_mm(x, model.w).square().sum((0, 2)))
+        with pytest.raises(RuntimeError, match="Bias"):
+            torch._grouped_mm(x.flatten(0, 1), model.w, offs=ends, bias=torch.zeros(2, 8))
+    truth = 2 * torch.einsum("eni,eno->neio", x, x @ model.w.detach()).flatten(1)
+    torch.testing.assert_close(rows, truth)
 
 
 class Table(nn.Module):

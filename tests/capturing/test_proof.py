@@ -355,6 +355,31 @@ def test_a_loss_that_is_not_finite_is_not_compared():
         batch[0][:] = torch.nan
 
 
+def test_examples_of_a_loss_that_is_not_finite_are_not_compared():
+    """Their rows are zeros, and autograd's are not."""
+    model, x = nn.Linear(5, 3), torch.randn(4, 5)
+    bad = torch.tensor([0.0, torch.inf, torch.inf, torch.inf])
+    store = collect(
+        model,
+        [(x,)],
+        lambda model, batch: squares(model, batch) + bad,
+        Plan.make(model, Full()),
+        progress=False,
+        on_nonfinite="skip",
+    )
+    assert store.valid.tolist() == [True, False, False, False] and store.proof.examples == 1
+
+
+@pytest.mark.parametrize("other", [0, 2])
+def test_a_row_that_another_loss_reaches(other):
+    plan = Plan.make(nn.Linear(1, 1), Full())
+    rows = torch.zeros(3, 2)
+    rows[[1, other]] = 1.0
+    tap = SimpleNamespace(plan=plan, rows=lambda losses, loss_scale: rows)
+    with pytest.raises(ProofError, match=f"example 1 alone reaches row {other}"):
+        proof.alone_in_its_row(tap, torch.ones(3), rows, 1)
+
+
 def test_bad_examples():
     model, (batch,), loss_fn = transformer()
     with pytest.raises(ValueError, match="example 5 is not in a batch of 5"):

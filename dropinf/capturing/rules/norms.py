@@ -70,8 +70,7 @@ def rms_norm(
     width = torch.Size(normalized_shape).numel()
 
     def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        limits = torch.finfo(x.dtype) if eps is None else None  # of the dtype that it ran in
-        return F.rms_norm(_wide(x), (width,), eps=limits.eps if limits else eps), _wide(dy)
+        return F.rms_norm(_wide(x), (width,), eps=eps), _wide(dy)
 
     yield _scaled(input, len(normalized_shape), normalised, weight, None, width)
 

@@ -24,6 +24,7 @@ class Call:
         outs: the owners of each result, None where it reaches no loss; a rule is given the first
             that does.
         out_shapes: the shape of each result.
+        memo: what reshapes of this walk gave, as layers have the same ones.
     """
 
     node: Any
@@ -33,6 +34,7 @@ class Call:
     T: int | None
     outs: Sequence[Owners | None]
     out_shapes: Sequence[Sequence[int]]
+    memo: dict[tuple, Any]
 
     def saved(self, name: str, default: Any = None) -> Any:
         """What the node keeps of its arguments."""
@@ -73,11 +75,18 @@ def of_first(rule: Callable[[Call, Array], Owners]) -> Rule:
 
 def elementwise(call: Call, out: Array) -> list[Owners]:
     """Arguments that broadcast against each other."""
-    return ["" if s is None else broadcast(out, s, call.function) for s in call.shapes]
+    same = call.shape
+    return [
+        "" if s is None else out if s == same else broadcast(out, s, call.function)
+        for s in call.shapes
+    ]
 
 
 def reshape(call: Call, out: Array) -> list[Owners]:
-    return [reshaped(out, call.shape, call.shapes[0], call.T)]
+    key = id(out), tuple(call.shape), tuple(call.shapes[0])
+    if key not in call.memo:  # with `out`, so that its id stays its own
+        call.memo[key] = out, reshaped(out, call.shape, call.shapes[0], call.T)
+    return [call.memo[key][1]]
 
 
 def permute(call: Call, out: Array) -> list[Owners]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from dropinf.capturing.alignment import RULES
 from dropinf.capturing.graph import HOOKED, LIKE, Edge, Site, site_of
 from dropinf.capturing.keeping import keeps
-from dropinf.capturing.owner_rules import Call
+from dropinf.capturing.owner_rules import Call, Rule
 from dropinf.capturing.owners import Array, Owners, merged, varying
 
 
@@ -51,6 +52,7 @@ def walk(starts: Sequence[tuple[Tensor, Owners]], T: int | None = None) -> Found
     """
     found = Found()
     known: dict[Any, list[Owners | None]] = {}
+    memo: dict[tuple, Any] = {}
     roots = []
     for t, owners in starts:
         if t.grad_fn is not None:
@@ -58,16 +60,15 @@ def walk(starts: Sequence[tuple[Tensor, Owners]], T: int | None = None) -> Found
             roots.append(t.grad_fn)
         else:
             found.leaves[id(t)] = t, owners
-    for node in _ordered(roots):
+    for node, edges in _ordered(roots):
         outs = known.pop(node, [])
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.leaves[id(variable)] = variable, _first(outs)
+        if not edges and hasattr(node, "variable"):
+            found.leaves[id(node.variable)] = node.variable, _first(outs)
             continue
-        edges, given = _arguments(node, outs, T, found)
+        given = _arguments(node, edges, outs, T, found, memo)
         for edge, owners in zip(edges, given, strict=True):
             if edge[0] is not None:
-                _give(known, edge, owners, T)
+                _give(known, edge, _interned(owners, memo), T)
     return found
 
 
@@ -79,19 +80,20 @@ def _edges(node: Any) -> Sequence[Edge]:
     return node.next_functions if like is None else (like[0],)
 
 
-def _ordered(roots: Sequence[Any]) -> list[Any]:
-    """The nodes below the roots, each after all that use it."""
-    order: list[Any] = []
+def _ordered(roots: Sequence[Any]) -> list[tuple[Any, Sequence[Edge]]]:
+    """The nodes below the roots and their edges, each after all that use it."""
+    order: list[tuple[Any, Sequence[Edge]]] = []
     seen = set()
-    stack = [(root, False) for root in roots]
+    stack: list[tuple[Any, Sequence[Edge] | None]] = [(root, None) for root in roots]
     while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
+        node, edges = stack.pop()
+        if edges is not None:
+            order.append((node, edges))
         elif node not in seen:
             seen.add(node)
-            stack.append((node, True))
-            stack += [(below, False) for below, _ in _edges(node) if below is not None]
+            edges = _edges(node)
+            stack.append((node, edges))
+            stack += [(below, None) for below, _ in edges if below is not None]
     return order[::-1]
 
 
@@ -102,49 +104,64 @@ def _give(known: dict, edge: Edge, owners: Owners, T: int | None) -> None:
     outs[nr] = owners if outs[nr] is None else merged(outs[nr], owners, T)
 
 
+def _interned(owners: Owners, memo: dict) -> Owners:
+    """The same array for the same owners, so that layers after the first are known by identity."""
+    if isinstance(owners, str) or owners.size > 4096:
+        return owners
+    return memo.setdefault((owners.shape, owners.tobytes()), owners)
+
+
 def _first(outs: Sequence[Owners | None]) -> Owners:
     return next((o for o in outs if o is not None), "nothing")
 
 
 def _arguments(
-    node: Any, outs: list[Owners | None], T: int | None, found: Found
-) -> tuple[Sequence[Edge], Sequence[Owners]]:
-    """Where a node hands gradients, and whose they are."""
-    site, edges = site_of(node), _edges(node)
+    node: Any,
+    edges: Sequence[Edge],
+    outs: list[Owners | None],
+    T: int | None,
+    found: Found,
+    memo: dict,
+) -> Sequence[Owners]:
+    """Whose the gradients are that a node hands along its edges."""
+    site, notes = site_of(node), node.metadata
     lost = next((o for o in outs if isinstance(o, str)), None)
-    if lost is None and HOOKED in node.metadata:
+    if lost is None and HOOKED in notes:
         lost = "a hook on a tensor"
     if site is not None:
         owners = _first(outs) if lost is None else lost
         owners = found.owners[site] = owners if isinstance(owners, str) else site.taken(owners, T)
-        return edges, site.given(owners)
-    function = getattr(type(node), "_forward_cls", None)  # of a Function written in Python
+        return site.given(owners)
+    name, function, rule = _kind(type(node))
     if lost is not None:
         _note_function(node, function, outs, [lost] * len(edges), found)
-        return edges, [lost] * len(edges)
+        return [lost] * len(edges)
     shapes = [None if below is None else below._input_metadata[nr].shape for below, nr in edges]
     out_shapes = [m.shape for m in node._input_metadata]
     outs = outs + [None] * (len(out_shapes) - len(outs))
-    name = _name(node)
-    rule = None if LIKE in node.metadata or function is not None else RULES.get(name)
-    if rule is None:
+    if rule is None or LIKE in notes:
         if function is CheckpointFunction or keeps(node):
             claims = [_claimed(outs, out_shapes, s, T) for s in shapes]
             _note_function(node, function, outs, claims, found)
-            return edges, claims
-        if LIKE in node.metadata:
-            kept = node.metadata[LIKE][1]
+            return claims
+        if LIKE in notes:
+            kept = notes[LIKE][1]
             claim = _claimed(outs, out_shapes, shapes[0], T)
             moved = isinstance(claim, str) or any(d >= kept for d in varying(claim))
-            return edges, [f"{name}, which may move examples" if moved else claim]
+            return [f"{name}, which may move examples" if moved else claim]
         _note_function(node, function, outs, [], found)
-        return edges, [f"{name}, which is not known"] * len(edges)
-    call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes)
+        return [f"{name}, which is not known"] * len(edges)
+    first = _first(outs)
+    call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes, memo)
     try:
-        given = rule(call, _first(outs))
+        given = rule(call, first)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return edges, [f"{name} ({error})"] * len(edges)
-    return edges, [_fitting(o, s, name) for o, s in zip(given, shapes, strict=True)]
+        return [f"{name} ({error})"] * len(edges)
+    same = out_shapes[0]
+    return [
+        o if o is first and s == same else _fitting(o, s, name)
+        for o, s in zip(given, shapes, strict=True)
+    ]
 
 
 def _note_function(
@@ -158,12 +175,16 @@ def _note_function(
     if function is CheckpointFunction:
         found.checkpoints[node] = outs, claims
     elif function is not None and not keeps(node):
-        found.opaque = _name(node)
+        found.opaque = _kind(type(node))[0]
 
 
-def _name(node: Any) -> str:
-    """The function's name: of autograd's class, without Backward0."""
-    return re.sub(r"Backwards?\d*$", "", type(node).__name__)
+@cache
+def _kind(node: type) -> tuple[str, type | None, Rule | None]:
+    """Of a class of nodes: the function's name, without Backward0; the Function, if it is one
+    written in Python, of which the table knows nothing; and the rule."""
+    name = re.sub(r"Backwards?\d*$", "", node.__name__)
+    function = getattr(node, "_forward_cls", None)
+    return name, function, None if function is not None else RULES.get(name)
 
 
 def _fitting(owners: Owners, shape: Sequence[int] | None, name: str) -> Owners:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from dropinf.capturing.alignment import RULES
 from dropinf.capturing.graph import HOOKED, LIKE, Edge, Site, site_of
 from dropinf.capturing.keeping import keeps
-from dropinf.capturing.owner_rules import Call, Rule
+from dropinf.capturing.owner_rules import Call
 from dropinf.capturing.owners import Array, Owners, merged, varying
 
 
@@ -132,14 +132,16 @@ def _arguments(
         owners = _first(outs) if lost is None else lost
         owners = found.owners[site] = owners if isinstance(owners, str) else site.taken(owners, T)
         return site.given(owners)
-    name, function, rule = _kind(type(node))
+    name, function = _kind(type(node))
     if lost is not None:
         _note_function(node, function, outs, [lost] * len(edges), found)
         return [lost] * len(edges)
     shapes = [None if below is None else below._input_metadata[nr].shape for below, nr in edges]
     out_shapes = [m.shape for m in node._input_metadata]
     outs = outs + [None] * (len(out_shapes) - len(outs))
-    if rule is None or LIKE in notes:
+    # Of Functions written in Python the table knows nothing, whatever their names are.
+    rule = RULES.get(name) if function is None and LIKE not in notes else None
+    if rule is None:
         if function is CheckpointFunction or keeps(node):
             claims = [_claimed(outs, out_shapes, s, T) for s in shapes]
             _note_function(node, function, outs, claims, found)
@@ -179,12 +181,10 @@ def _note_function(
 
 
 @cache
-def _kind(node: type) -> tuple[str, type | None, Rule | None]:
-    """Of a class of nodes: the function's name, without Backward0; the Function, if it is one
-    written in Python, of which the table knows nothing; and the rule."""
-    name = re.sub(r"Backwards?\d*$", "", node.__name__)
-    function = getattr(node, "_forward_cls", None)
-    return name, function, None if function is not None else RULES.get(name)
+def _kind(node: type) -> tuple[str, type | None]:
+    """Of a class of nodes: the function's name, without Backward0, and the Function, if it is one
+    written in Python."""
+    return re.sub(r"Backwards?\d*$", "", node.__name__), getattr(node, "_forward_cls", None)
 
 
 def _fitting(owners: Owners, shape: Sequence[int] | None, name: str) -> Owners:

@@ -87,3 +87,14 @@ def output_of(
 def unit_stride(x: Tensor) -> Tensor:
     """x itself, or a copy where its last dimension is not contiguous (an expanded gradient)."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def check_activations(op: str, x: Tensor, dy: Tensor) -> None:
+    """Raise unless x is [B, T, I] and dy [B, T, O], of one floating dtype and device."""
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
+    B, T = x.shape[:2]
+    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
+    check_floating(op, "x", x)
+    check_same(op, "dy", dy, x.dtype, x.device)

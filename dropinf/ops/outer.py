@@ -11,8 +11,8 @@ from torch import Tensor
 from dropinf.ops import bank_schedule
 from dropinf.ops.bank_schedule import StagedOrder
 from dropinf.ops.checks import (
+    check_activations,
     check_coordinates,
-    check_floating,
     check_same,
     output_of,
     unit_stride,
@@ -62,13 +62,7 @@ def sampled_outer(
         BackendError: the named backend cannot take this call.
     """
     op = "sampled_outer"
-    if x.dim() != 3:
-        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
-    B, T = x.shape[:2]
-    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
-        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
-    check_floating(op, "x", x)
-    check_same(op, "dy", dy, x.dtype, x.device)
+    check_activations(op, x, dy)
     wanted = ("[r] without sign", 1) if sign is None else ("[r, s] with sign", 2)
     check_coordinates(op, o_idx, i_idx, x.device, *wanted)
     if sign is not None:
@@ -80,7 +74,7 @@ def sampled_outer(
         sign = sign.contiguous()
     if order is not None:
         _check_order(op, order, o_idx.shape[0], x)
-    out = output_of(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
+    out = output_of(op, out, (x.shape[0], o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(
         unit_stride(x),
@@ -180,13 +174,7 @@ def factored_outer(
         BackendError: the named backend cannot take this call.
     """
     op = "factored_outer"
-    if x.dim() != 3:
-        raise ValueError(f"{op}: x must be [B, T, I], got {tuple(x.shape)}")
-    B, T = x.shape[:2]
-    if dy.dim() != 3 or dy.shape[:2] != x.shape[:2]:
-        raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
-    check_floating(op, "x", x)
-    check_same(op, "dy", dy, x.dtype, x.device)
+    check_activations(op, x, dy)
     sides = []
     for name, index, columns in (("o_idx", o_idx, dy), ("i_idx", i_idx, x)):
         if index is None:
@@ -196,7 +184,7 @@ def factored_outer(
         if index.dim() != 1:
             raise ValueError(f"{op}: {name} must have one dimension, got {tuple(index.shape)}")
         sides.append(len(index))
-    out = output_of(op, out, (B, sides[0] * sides[1]), x.dtype, x.device)
+    out = output_of(op, out, (x.shape[0], sides[0] * sides[1]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(x, dy, o_idx, i_idx, scale, out)
     return out

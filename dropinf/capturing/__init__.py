@@ -5,7 +5,8 @@ from dropinf.capturing.checking import check_examples, example_at, places_of, si
 from dropinf.capturing.gradients import GradsTap
 from dropinf.capturing.keeping import keeps_examples
 from dropinf.capturing.modes import capture
-from dropinf.capturing.proof import Proof, ProofError, Prover, Snapshot, alone_in_its_row, verify
+from dropinf.capturing.proof import Proof, ProofError, Prover, alone_in_its_row, verify
+from dropinf.capturing.snapshot import Snapshot
 from dropinf.capturing.tap import NotClosedError
 
 __all__ = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dropinf.capturing.call_args import argument
+from dropinf.capturing.snapshot import Snapshot
 from dropinf.compression import Plan
 from dropinf.user_warning import warn_user
 
@@ -101,7 +102,7 @@ def check_examples(
             "that it was not checked whether the model mixes examples; check=False says you know",
         )
         return False
-    with _undisturbed(model, row.device):
+    with Snapshot(model).again():  # which is left as it is
         with _NoDropout() as mode:
             try:
                 alone = row_of(one, 0)
@@ -135,19 +136,6 @@ def check_examples(
         "examples of the data are; check=False says you know"
     )
     return False
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put buffers (the statistics of a BatchNorm) and random numbers back."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _last_layer(model: nn.Module, run: Callable[[], object]) -> str:

@@ -70,6 +70,7 @@ class Tap:
         self.num_examples = 0
         self.origin: Tensor | None = None
         self._open = False
+        self._thread = 0
         self._undo = contextlib.ExitStack()
 
     def __enter__(self: Self) -> Self:
@@ -82,7 +83,7 @@ class Tap:
             undo.callback(reshard, self.model)
             self._attach(undo)
             self._undo = undo.pop_all()
-        self._open = True
+        self._open, self._thread = True, threading.get_ident()
         return self
 
     def __exit__(
@@ -91,6 +92,8 @@ class Tap:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._thread != threading.get_ident():  # whose modes and hooks are others
+            raise RuntimeError("capture: close it in the thread that opened it")
         self._open = False
         self._undo.close()
 

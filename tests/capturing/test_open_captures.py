@@ -506,3 +506,24 @@ def test_a_backward_pass_of_ones_own():
                 run()
             torch.autograd.grad(losses.sum(), x, retain_graph=True)  # is no such pass
         torch.testing.assert_close(tap.rows(losses), truth)
+
+
+@pytest.mark.parametrize("mode", ["activations", "grads"])
+def test_a_capture_that_another_thread_closes(mode):
+    """Refused, with nothing undone: the thread that opened it goes on and closes it."""
+    model, x = mlp(), data()
+    truth = true_rows(model, losses_of(model, x))
+    said = []
+
+    def close():
+        with pytest.raises(RuntimeError, match="close it in the thread that opened it") as error:
+            tap.__exit__(None, None, None)
+        said.append(error)
+
+    with opened(model, mode) as tap:
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()
+        assert said
+        torch.testing.assert_close(tap.rows(losses_of(model, x)), truth)
+    assert not torch.overrides._get_current_function_mode_stack()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cases import ScaleKernel
 from exact_models import LAYERS, collection, every_output, linear, param, two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -190,18 +191,6 @@ case("a hook on the losses", two(torch.sin), loss_fn=hook_on_the_losses, **LAYER
 
 
 # Functions of one's own.
-class Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        return dy * w, (dy * x).flatten(0, -2).sum(0)
-
-
 class Pair(torch.autograd.Function):
     """Two results, one of them turned."""
 
@@ -339,9 +328,9 @@ turned.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
-case("a Function of -p.exp()", lambda s, x: Scale.apply(s.l(x), -s.p.exp()), l=linear(3, 4),
+case("a Function of -p.exp()", lambda s, x: ScaleKernel.apply(s.l(x), -s.p.exp()), l=linear(3, 4),
      p=param(4))  # fmt: skip
-case("a Function of p", lambda s, x: s.k(Scale.apply(s.l(x), s.p)), **LAYERS, p=param(4))
+case("a Function of p", lambda s, x: s.k(ScaleKernel.apply(s.l(x), s.p)), **LAYERS, p=param(4))
 case("a Function with two results", lambda s, x: torch.cat(Pair.apply(s.l(x), s.m(x)), 1),
      l=linear(3, 4), m=linear(3, 4))  # fmt: skip
 case("a Function of which one result is used", lambda s, x: Pair.apply(s.l(x), s.m(x))[1],
@@ -393,7 +382,7 @@ INSIDE = {
     "layers": lambda s, y: s.h(y).tanh(),
     "a turn": lambda s, y: s.h(y).flip(0),
     "a sort": lambda s, y: s.h(y).sort(0)[0],
-    "a Function": lambda s, y: Scale.apply(s.h(y), s.p.exp()),
+    "a Function": lambda s, y: ScaleKernel.apply(s.h(y), s.p.exp()),
     "what mixes": lambda s, y: s.h(y) - y.mean(0),
     "parameters without a rule": lambda s, y: torch.addmm(s.p, y, s.h.weight, beta=2),
     "a checkpoint": lambda s, y: checkpoint(lambda y: s.h(y).roll(1, 0), y, use_reentrant=False),

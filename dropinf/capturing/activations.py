@@ -180,14 +180,17 @@ class ActivationsTap(Tap):
         self._closing.hints = replace(hints, shared=hints.shared | run.shared)
         if run.passes and not self._warned and B > 1:
             self._warned = True
-            some = list(run.passes.items())[:3]
-            listed = "; ".join(f"{printable(name)} ({printable(why)})" for name, why in some)
-            more = f" and {len(run.passes) - 3} more" if len(run.passes) > 3 else ""
             warn_user(
-                f"rows: a backward pass for each of the {B} losses, for {listed}{more}. Rows are "
-                "exact, and slow; see plan.describe(), and dropinf.keeps_examples for kernels of "
-                "your own"
+                f"rows: a backward pass for each of the {B} losses, for {self.passes_said()}. Rows "
+                "are exact, and slow; see plan.describe(), and dropinf.keeps_examples for kernels "
+                "of your own"
             )
+
+    def passes_said(self) -> str:
+        """Some of `passes`, for people; empty if there are none."""
+        some = [f"{printable(n)} ({printable(why)})" for n, why in list(self.passes.items())[:3]]
+        more = f" and {len(self.passes) - 3} more" if len(self.passes) > 3 else ""
+        return "; ".join(some) + more
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -37,11 +37,9 @@ from dropinf.capturing.tap import NotClosedError
 from dropinf.compression import ParamPlan
 
 # The second argument only says of what dtype, device or shape the result is to be.
-_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+_SHAPED_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 _GRAD_FN = Tensor.grad_fn.__get__
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-
-
 _INPUT = torch.empty(0)  # stands for the input in what is kept of a call
 
 
@@ -68,7 +66,7 @@ class Closing(TorchFunctionMode):
         self._sources: Marks[tuple[Source, int | None]] = Marks()
         # Those of each region of a checkpoint, which runs again after others have come.
         self._hints: weakref.WeakKeyDictionary[Region, Hints] = weakref.WeakKeyDictionary()
-        self._closed: set[int] = set()  # leaves that sites of this forward have detached copies of
+        self._closed: set[int] = set()  # leaves that some site has a detached copy of
         self._hooked: set[int] = set()
         self._probe = tap.probe
 
@@ -184,7 +182,7 @@ class Closing(TorchFunctionMode):
                 y = COMPOSITES[func](*met.args, **met.kwargs)
             if y is not NotImplemented:
                 return y
-        if name_of(func) in _LIKE and not met.first_is_source():
+        if name_of(func) in _SHAPED_LIKE and not met.first_is_source():
             return met.run()
         y = self._in_closed_form(met)
         if y is None:

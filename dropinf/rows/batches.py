@@ -19,7 +19,6 @@ from dropinf.capturing import (
     size_at,
 )
 from dropinf.compression import Plan
-from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
@@ -75,7 +74,7 @@ class Batches:
         self.keep_graph = False
         self.kept: Tensor | None = None
         self._seconds: dict[bool, float] = {}  # of an example, singly or in its batch
-        self._passes: dict[str, str] = {}
+        self._passes = ""  # which parameters take a pass for each loss, and why
         self._said = self._doubted = False
 
     @property
@@ -97,7 +96,7 @@ class Batches:
             self.losses = losses
         self.num_examples = self.tap.num_examples if singly is None else len(rows)
         if singly is None and isinstance(self.tap, ActivationsTap) and self.num_examples > 1:
-            self._passes = self.tap.passes
+            self._passes = self.tap.passes_said()
         if self._passes and not self.keep_graph and self.num_examples > 1:
             seconds = (time.perf_counter() - start) / self.num_examples
             self._seconds.setdefault(singly is not None, seconds)
@@ -181,11 +180,10 @@ class Batches:
             return None
         if alone is not None and not self._said:
             self._said = True
-            some = list(self._passes.items())[:3]
-            why = "; ".join(f"{printable(name)} ({printable(lost)})" for name, lost in some)
+            ratio, how = together / alone, "singly" if alone < together else "so"
             warn_user(
-                f"collect: {why} take a pass for each loss, {together / alone:.1f} times the time "
-                f"of examples run singly; they run {'singly' if alone < together else 'so'}"
+                f"collect: {self._passes} take a pass for each loss, {ratio:.1f} times the time of "
+                f"examples run singly; they run {how}"
             )
         if alone is not None and alone >= together:
             return None

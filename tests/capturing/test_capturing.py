@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Transformer, build, cross_entropy, squares, true_rows
+from cases import CASES, ScaleKernel, Transformer, build, cross_entropy, squares, true_rows
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -319,18 +319,6 @@ def test_what_takes_passes_is_listed():
     assert plan.paths["pairs"] == "a pass for each loss: Bmm, which mixes examples"
 
 
-class OwnFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        return dy * w, (dy * x).flatten(0, -2).sum(0)
-
-
 @torch.jit.script
 def scripted(x: torch.Tensor, w: torch.Tensor):
     return x * w
@@ -340,7 +328,7 @@ def scripted(x: torch.Tensor, w: torch.Tensor):
 @pytest.mark.filterwarnings("ignore:rows. a backward pass for each:UserWarning")
 @pytest.mark.parametrize(
     "function, why",
-    [(OwnFunction.apply, "OwnFunction, which is not known"), (scripted, "Mul, which several")],
+    [(ScaleKernel.apply, "ScaleKernel, which is not known"), (scripted, "Mul, which several")],
     ids=["Function", "script"],
 )
 def test_what_torch_functions_do_not_show(function, why):

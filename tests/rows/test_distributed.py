@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from cases import CASES, Transformer, assert_exact, build, true_rows
+from cases import CASES, ScaleKernel, Transformer, assert_exact, build, true_rows
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -112,20 +112,6 @@ class Borrowing(nn.Module):
         return F.linear(self.body(ids), self.head.weight, self.head.bias)
 
 
-class Kernel(torch.autograd.Function):
-    """What capture does not see inside of."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x, scale)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, scale = ctx.saved_tensors
-        return dy * scale, (dy * x).flatten(0, -2).sum(0)
-
-
 class WithKernel(nn.Module):
     def __init__(self):
         super().__init__()
@@ -136,7 +122,7 @@ class WithKernel(nn.Module):
         )
 
     def forward(self, ids):
-        return self.head(Kernel.apply(self.body(ids), self.scale))
+        return self.head(ScaleKernel.apply(self.body(ids), self.scale))
 
 
 def check_collect(rank, model, wrapped):

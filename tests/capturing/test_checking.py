@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -264,3 +266,20 @@ def test_the_checks_cost_a_batch_and_an_example():
     plan = Plan.make(model, Dropout(r=5))
     collect(model, [(x, label), (x, label)], cross_entropy, plan, progress=False)
     assert sizes == [6, 6, 1, 6]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_checks_use_up_no_random_numbers(draw):
+    """An example alone draws fewer than its batch; what comes after draws as without checks."""
+
+    def loss_fn(model, batch):
+        for _ in batch[0]:
+            draw()
+        return squares(model, batch)
+
+    model, after = nn.Linear(5, 3), []
+    for check in (True, False):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        gather(model, (x,), loss_fn, check=check)
+        after.append(draw())
+    assert after[0] == after[1]

@@ -62,7 +62,7 @@ PACKAGES = sorted({*find_packages(include=["dropinf", "dropinf.*"]), "dropinf.tr
 
 def extension(no_cuda: str) -> CppExtension:
     """With the CUDA kernels if `no_cuda`, the reason to leave them out, is empty."""
-    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]
+    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/capture/*.cpp")]
     common = {
         "depends": sorted(glob("csrc/**/*.*h", recursive=True)),
         "include_dirs": [os.path.abspath("csrc")],

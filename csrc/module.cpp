@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bank_order.h"
+#include "capture/bindings.h"
 #include "checks.h"
 #include "cpu/capability.h"
 
@@ -80,6 +81,7 @@ pybind11::dict build_info() {
 }  // namespace dropinf
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  dropinf::init_capture(m);
   m.def("build_info", &dropinf::build_info);
   m.def("cut_passes", &dropinf::cut_passes_of);
   m.def("colour_edges", &dropinf::colour_edges_of);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,13 @@ from dropinf.capturing.call_args import argument
 from dropinf.capturing.checkpoints import Region
 from dropinf.capturing.closing import Closing
 from dropinf.capturing.entries import Entries
+from dropinf.capturing.kept import kept_of
 from dropinf.capturing.passes import Used, only_these_require_grad
+from dropinf.capturing.reading import Reading
 from dropinf.capturing.rowmap import RowMap
 from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
-from dropinf.capturing.tap import Entered, NotClosedError, Tap, eager, sharded_modules
+from dropinf.capturing.tap import Entered, NotClosedError, Tap, eager
 from dropinf.compression import ParamPlan, Plan
 from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
@@ -61,24 +63,21 @@ class ActivationsTap(Tap):
         self.passes: dict[str, str] = {}
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
-        slots = {id(p): s for s, p in zip(self.plan.slots, self.parameters, strict=True)}
-        everything = list(self.model.parameters())
-        self._closing = Closing(
-            self, [*everything, *self.model.buffers()], self._per, self._batch_dim
-        )
-        others = [p for p in everything if p.requires_grad and id(p) not in slots]
-        self._closing.froze = bool(others)
+        contents, options = self.contents, (self.backend, self._per, self._batch_dim)
+        everything = contents.everything()
+        self._kept = kept_of(self.model, self.plan, self.parameters, options)
+        self._slot_of = dict(self._kept.slot_of)
+        froze = any(p.requires_grad and id(p) not in self._slot_of for p in everything)
+        constants = [*everything, *contents.buffers()]
+        self._closing = Closing(self, self._kept, constants, self._per, self._batch_dim, froze)
         only_these_require_grad(self.parameters, everything, undo)
-        self._used = Used(self.model, undo)
-        self._slot_of: dict[int, ParamPlan] = {}
-        self._track(list(zip(self.parameters, self.plan.slots, strict=True)))
-        sharded = sharded_modules(self.model)
-        for module in self.model.modules() if sharded else ():
+        self._used = Used(contents, undo)
+        for module in contents.modules if self.sharded else ():
             swapped = [
-                (owner, name, slots[id(p)])
-                for owner in (module.modules() if module in sharded else [module])
+                (owner, name, self._slot_of[id(p)])
+                for owner in (module.modules() if module in contents.sharded else [module])
                 for name, p in owner._parameters.items()
-                if id(p) in slots
+                if id(p) in self._slot_of
             ]
             if swapped:  # at each call, after its own hook, which gathers them
                 handle = module.register_forward_pre_hook(self._look_up(swapped))
@@ -90,16 +89,13 @@ class ActivationsTap(Tap):
             eager(undo)
         undo.enter_context(self._closing)  # last in and first out: it must not see the rest
 
-    def _track(self, some: Sequence[tuple[Tensor, ParamPlan]]) -> None:
-        for p, slot in some:
-            self._slot_of[id(p)] = slot
-            with torch._C.DisableTorchFunction():
-                if not p._backward_hooks:  # which plain autograd alone would call
-                    self._closing.track(p, slot)
-
     def _look_up(self, swapped: list[tuple[nn.Module, str, ParamPlan]]) -> Callable[..., None]:
         def look_up(module: nn.Module, args: Any) -> None:
-            self._track([(owner._parameters[name], slot) for owner, name, slot in swapped])
+            for owner, name, slot in swapped:
+                p = owner._parameters[name]
+                self._slot_of[id(p)] = slot
+                with torch._C.DisableTorchFunction():
+                    self._closing.track(p, slot)
 
         return look_up
 
@@ -139,6 +135,21 @@ class ActivationsTap(Tap):
             ValueError: losses are not one per example, or a layer does not keep the tokens apart.
             RuntimeError: nothing tracked is in the graph of the losses.
         """
+        with torch._C.DisableTorchFunction():
+            run, entries = self._backward_of(losses, segment_ids, loss_scale)
+        self._backward = run
+        self._closing.show_all(True)
+        try:
+            run.run(retain_graph)
+        finally:
+            self._backward = None
+            self._closing.show_all(False)
+        with torch._C.DisableTorchFunction():
+            return self._finished(run, entries)
+
+    def _backward_of(
+        self, losses: Tensor, segment_ids: Tensor | None, loss_scale: float
+    ) -> tuple[Backward, Entries]:
         self.check(losses)
         if not losses.requires_grad:
             self._closing.refuse_cut_off(set())
@@ -148,37 +159,32 @@ class ActivationsTap(Tap):
         if self.plan.has_entry_maps:
             rows.zero_()  # parameters add to entries that they share
         entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
-        run = self._backward = Backward(
-            losses,
-            entries,
-            self._slot_of,
-            self.probe,
-            self._used.everything(),
-            self.sharded,
-        )
-        try:
-            run.run(retain_graph)
-        finally:
-            self._backward = None
+        everything = self._used.everything()
+        given = losses, entries, self._slot_of, self.probe, everything, self.sharded, self._kept
+        return Backward(*given), entries
+
+    def _finished(self, run: Backward, entries: Entries) -> Tensor:
+        """The rows, and what is to be said of them."""
         self._closing.refuse_cut_off(entries.touched)
-        if not entries.touched and not run.reached:
+        if not entries.touched and not run.reading.reached:
             raise _unconnected()
         self.met |= entries.touched
-        self.passes = run.passes
-        self._note_paths(run, entries, len(losses))
+        self.passes = run.reading.passes
+        self._note_paths(run.reading, entries, run.num_losses)
         for slot in self.plan.slots:
             # Did not meet this batch.
             if slot.entry_map is None and slot.name not in entries.touched:
-                rows[:, slot.entries].zero_()
-        return rows
+                entries.rows[:, slot.entries].zero_()
+        return entries.rows
 
-    def _note_paths(self, run: Backward, entries: Entries, B: int) -> None:
+    def _note_paths(self, reading: Reading, entries: Entries, B: int) -> None:
         """Keep how each parameter was captured, and say once what costs a pass for each loss."""
-        self.plan.paths.update(run.paths)
+        self.plan.paths.update(reading.paths)
         self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
-        hints = self._closing.hints
-        self._closing.hints = replace(hints, shared=hints.shared | run.shared)
-        if run.passes and not self._warned and B > 1:
+        if reading.shared - self._kept.shared:
+            self._kept.share_out(reading.shared)
+            self._closing.hints = replace(self._closing.hints, shared=self._kept.shared)
+        if reading.passes and not self._warned and B > 1:
             self._warned = True
             warn_user(
                 f"rows: a backward pass for each of the {B} losses, for {self.passes_said()}. Rows "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +15,15 @@ from torch import Tensor
 from dropinf.capturing.call_args import argument
 from dropinf.capturing.checkpoints import Region, reentrant, runs_again
 from dropinf.capturing.entries import Entries
-from dropinf.capturing.graph import FormSite, Site, of_one
+from dropinf.capturing.graph import FormSite, of_one
+from dropinf.capturing.kept import Kept, Record
 from dropinf.capturing.owners import Array
 from dropinf.capturing.passes import taken
+from dropinf.capturing.reading import A_PASS, Reading
 from dropinf.capturing.rowmap import TokensDiffer
 from dropinf.capturing.rules import opened
-from dropinf.capturing.sources import Derived, Lookup
 from dropinf.capturing.walk import Found, walk
+from dropinf.capturing.writes import writing_of
 from dropinf.compression import ParamPlan
 
 # Not shown to the mode, which stays on inside: a checkpoint runs its forward again there.
@@ -30,10 +34,8 @@ class Backward:
     """Fills `entries`, from one pass over all losses where owners are known, else one for each.
 
     Attributes:
-        paths: parameter -> how it was captured.
-        passes: parameter -> why it takes a pass for each loss.
-        shared: functions and parameters whose results several examples share.
-        reached: whether any parameter is in the graph.
+        reading: how each parameter was captured.
+        num_losses: B.
     """
 
     def __init__(
@@ -44,62 +46,72 @@ class Backward:
         probe: Tensor,
         everything: Sequence[Tensor],
         sharded: bool,
+        kept: Kept,
     ) -> None:
         """`everything` is all parameters of the model, which `sharded` gathers for each forward."""
         self._losses, self._entries, self._slot_of = losses, entries, slot_of
         self._probe, self._everything, self._sharded = probe, everything, sharded
-        self.paths: dict[str, str] = {}
-        self.passes: dict[str, str] = {}
-        self.shared: set[tuple] = set()
-        self.reached = False
+        self._kept, self._T = kept, entries.map.T
+        self.num_losses = len(losses)
+        self._one = self.num_losses == 1 and self._T is None  # whose is everything
+        self.reading = Reading()
         self._found = Found()
+        self._trace: Any = None
+        self._record: Record | None = None
         self._all = False  # sites write in the passes of one loss, whatever was found of them
         self._b: int | None = None
         self._tasks: set[int] = set()
 
     def run(self, retain_graph: bool) -> None:
         """All passes; the graph is kept if asked for."""
-        losses, T = self._losses, self._entries.map.T
-        B = losses.shape[0]
+        T, one = self._T, self._one
         with torch._C.DisableTorchFunction():
-            self._found = walk([(losses, _seeds(losses, T))], T)
-        one = B == 1 and T is None  # whose is everything
-        self._read(one)
-        if self._found.checkpoints and not self.passes and not one:
+            self._read()
+        passes, found = self.reading.passes, self._found
+        if found.checkpoints and not passes and not one:
             self._all_losses(True)  # checkpoints show their inside in this pass
-            if not self.passes:
+            if not passes:
                 return
             self._entries.restart()
-        if T is not None and self._found.opaque:
-            self.passes.setdefault("(all parameters)", f"{self._found.opaque}, which is not known")
-        if T is not None and self.passes:
-            name, why = next(iter(self.passes.items()))
+        if T is not None and found.opaque:
+            passes.setdefault("(all parameters)", f"{found.opaque}, which is not known")
+        if T is not None and passes:
+            name, why = next(iter(passes.items()))
             raise ValueError(
                 f"rows: {name!r} has no rows of its own for tokens ({why}); leave the layer out "
                 "with exclude=, or take rows per example"
             )
         # What parameters were made into is pulled back from the same graph.
-        retain_graph = retain_graph or (bool(self.passes) and self._pulls())
-        self._all = one or bool(self._found.checkpoints)
-        closed = not self._all and any(
-            not isinstance(owners, str) for owners in self._found.owners.values()
-        )
-        if self.passes or self._all or self._found.opaque:
+        retain_graph = retain_graph or (bool(passes) and self.reading.pulls)
+        self._all = one or bool(found.checkpoints)
+        closed = self.reading.closed and not self._all
+        if passes or self._all or found.opaque:
             with taken(self._leaves(), self._take):
-                for b in range(B):
-                    self._one_loss(b, retain_graph or closed or b + 1 < B)
+                for b in range(self.num_losses):
+                    self._one_loss(b, retain_graph or closed or b + 1 < self.num_losses)
         if self._all and not one:
-            why = next(iter(self.passes.values()))
-            self.paths = dict.fromkeys(self._entries.touched, f"a pass for each loss: {why}")
+            why = next(iter(passes.values()))
+            self.reading.paths = dict.fromkeys(self._entries.touched, f"{A_PASS}: {why}")
         if closed:
             self._all_losses(retain_graph)
 
-    def _pulls(self) -> bool:
-        return any(
-            isinstance(source, Derived) and not isinstance(source, Lookup)
-            for site in self._found.owners
-            for source, _ in site.targets
-        )
+    def _read(self) -> None:
+        """Find out whose what is: as it was for such a graph, or by a walk."""
+        losses, T = self._losses, self._T
+        trace = None if self._sharded else self._kept.trace(losses)
+        record = None if trace is None else self._kept.recall(trace, T)
+        if record is None:
+            self._found = walk([(losses, _seeds(losses, T))], T)
+            self.reading.add(self._found, self._slot_of, self._one)
+            if trace is not None:
+                writing = partial(writing_of, self._found, self._slot_of, self._entries)
+                record = self._kept.remember(trace, T, self._found, self.reading, writing)
+        else:
+            self._found = self._kept.found(trace, record)
+            self.reading = record.reading.copy()
+        self._trace = trace  # by which nodes are found as long as it lives
+        if record is not None and record.written:
+            self._record = record
 
     def _told(self) -> bool:
         """Whether a pass is told what it is for, so that it forms nothing else.
@@ -114,35 +126,6 @@ class Backward:
             return [*self._everything, *(leaf for leaf, _ in self._found.leaves.values())]
         return [leaf for leaf, _ in self._found.leaves.values() if id(leaf) in self._slot_of]
 
-    def _read(self, one: bool = False) -> None:
-        """What the walk says of each parameter, or for one example, that it is met."""
-        for site, owners in self._found.owners.items():
-            self._note(site, of_one(0, 1) if one else owners)
-        for leaf, owners in self._found.leaves.values():
-            slot = self._slot_of.get(id(leaf))
-            if slot is not None and one:
-                self.reached = True
-                self.paths[slot.name] = "a pass for each loss"
-            elif slot is not None:
-                self.reached = True
-                why = owners if isinstance(owners, str) else "no rule for where it meets data"
-                self.passes.setdefault(slot.name, why)
-        self.paths.update({n: f"a pass for each loss: {why}" for n, why in self.passes.items()})
-
-    def _note(self, site: Site, owners: Array | str) -> None:
-        self.reached = True
-        if isinstance(owners, str):
-            for slot in site.slots:
-                self.passes.setdefault(slot.name, owners)
-            if owners.endswith("share") or owners.endswith("several examples"):
-                self.shared.add((site.name, *(slot.name for slot in site.slots)))
-            return
-        for source, _ in site.targets:
-            pulled = isinstance(source, Derived) and not isinstance(source, Lookup)
-            for slot in source.slots:
-                if self.paths.get(slot.name) != "pulled back":
-                    self.paths[slot.name] = "pulled back" if pulled else "closed form"
-
     # Passes.
 
     def _all_losses(self, retain_graph: bool) -> None:
@@ -152,22 +135,41 @@ class Backward:
 
     def _one_loss(self, b: int, retain_graph: bool) -> None:
         self._b = b
-        lost = any(isinstance(owners, str) for owners in self._found.owners.values())
-        inputs = [*self._leaves(), *([self._probe] if lost or self._all else [])]
+        inputs = [*self._leaves(), *([self._probe] if self.reading.lost or self._all else [])]
         self._pass(self._losses[b], retain_graph, inputs if self._told() else None)
 
     def _pass(self, losses: Tensor, retain_graph: bool, inputs: list[Tensor] | None) -> None:
         self._tasks.clear()
+        writes = self._record is not None and (self._b is None or self._one)
         with torch._C.DisableTorchFunction():
             handle = losses.register_hook(self._started)
+            ones = torch.ones_like(losses)
+        if writes:
+            self._trace.begin(self._entries.rows, self._record.writing)
         try:
-            _BACKWARD(losses, torch.ones_like(losses), retain_graph=retain_graph, inputs=inputs)
+            _BACKWARD(losses, ones, retain_graph=retain_graph, inputs=inputs)
+            if writes:
+                self._note_written()
         finally:
             handle.remove()
             self._tasks.clear()
+            if writes:
+                self._trace.end()
+
+    def _note_written(self) -> None:
+        """The parameters whose sites wrote by themselves."""
+        silent = self._trace.silent()
+        written = set(self._record.written)
+        for k in silent:
+            site = self._trace.sites[k].site
+            written.difference_update(slot.name for slot in site.slots)
+        self._entries.touched |= written
 
     def _started(self, grad: Tensor) -> None:
-        self._tasks.add(torch._C._current_graph_task_id())
+        task = torch._C._current_graph_task_id()
+        self._tasks.add(task)
+        if self._record is not None and (self._b is None or self._one):
+            self._trace.started(task)
 
     def is_running(self) -> bool:
         """Whether the backward pass that asks is one of these, and not one inside of a hook."""
@@ -182,19 +184,19 @@ class Backward:
         """A leaf has got its gradient."""
         slot = self._slot_of.get(id(p))
         if slot is not None and self._b is not None:
-            self.reached = True
+            self.reading.reached = True
             self._entries.add_gradient(slot, p.grad, self._b)
-            self.paths.setdefault(slot.name, "a pass for each loss")
+            self.reading.paths.setdefault(slot.name, A_PASS)
 
-    def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None:
-        """A site has its gradient."""
-        owners = self._found.owners.get(site)
+    def write(self, node: Any, x: Tensor | None, dy: Tensor) -> None:
+        """The node of a site has its gradient."""
+        site, owners = node.site, self._found.owners_of(node)
         if self._b is None:
             if owners is None or isinstance(owners, str):
                 return
         elif self._all or isinstance(owners, str):
             if self._all and owners is None:
-                self._note(site, of_one(self._b, dy.dim()))
+                self.reading.add_site(site, None)
             owners = of_one(self._b, dy.dim())
         else:
             return
@@ -243,11 +245,13 @@ class Backward:
         for t, claim in zip(inputs, claims, strict=False):
             _, owners = inner.leaves.pop(id(t), (t, claim))
             if t.requires_grad and not _same(owners, claim):
-                self.passes.setdefault("(a reentrant checkpoint)", "its inside moves examples")
+                self.reading.passes.setdefault(
+                    "(a reentrant checkpoint)", "its inside moves examples"
+                )
         self._found.owners.update(inner.owners)
         self._found.checkpoints.update(inner.checkpoints)
         self._found.leaves.update(inner.leaves)
-        self._read()
+        self.reading.add(self._found, self._slot_of, one=False)
 
 
 def _same(one: Array | str, other: Array | str) -> bool:

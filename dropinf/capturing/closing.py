@@ -25,8 +25,10 @@ from torch.overrides import (
 
 from dropinf.capturing.call_args import Meeting, in_place, name_of, named, swap, tensors_of
 from dropinf.capturing.checkpoints import Region, cut_off, region
-from dropinf.capturing.graph import FormSite, Operand, Output, Passes, SpreadSite, edge_of
-from dropinf.capturing.hints import Hints, memory
+from dropinf.capturing.extension import CPP
+from dropinf.capturing.graph import FormSite, Operand, Passes, SpreadSite, with_output
+from dropinf.capturing.hints import Constants, Hints
+from dropinf.capturing.kept import Kept
 from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
 from dropinf.capturing.notes import hook as HOOK
@@ -40,6 +42,7 @@ from dropinf.compression import ParamPlan
 _SHAPED_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 _GRAD_FN = Tensor.grad_fn.__get__
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_SHOWN = _GRADIENTS | set(NOTES)  # functions of which every call is shown
 _INPUT = torch.empty(0)  # stands for the input in what is kept of a call
 
 
@@ -53,31 +56,53 @@ class Closing(TorchFunctionMode):
             gradient.
     """
 
-    def __init__(self, tap: Passes, constants: Sequence[Tensor], per: str, batch_dim: int) -> None:
+    def __init__(
+        self,
+        tap: Passes,
+        kept: Kept,
+        constants: Sequence[Tensor],
+        per: str,
+        batch_dim: int,
+        froze: bool,
+    ) -> None:
         super().__init__()
         self.hints = Hints(
             batch_dim=batch_dim,
             per_token=per != "example",
-            constants=frozenset(map(memory, constants)),
+            constants=Constants(constants),
+            shared=kept.shared,
         )
-        self.froze = False
+        self.froze = froze
         self.cut_off: set[str] = set()
-        self._tap, self._per = tap, per
-        self._sources: Marks[tuple[Source, int | None]] = Marks()
+        self._tap, self._kept, self._per = tap, kept, per
+        self._sources: Marks[tuple[Source, int | None]] = Marks(kept.sources)
+        for p in kept.parameters:
+            if p._backward_hooks:  # which plain autograd alone would call
+                self._sources.forget(p)
         # Those of each region of a checkpoint, which runs again after others have come.
         self._hints: weakref.WeakKeyDictionary[Region, Hints] = weakref.WeakKeyDictionary()
         self._closed: set[int] = set()  # leaves that some site has a detached copy of
         self._hooked: set[int] = set()
         self._probe = tap.probe
+        self._calls: Any = None
+        if CPP is not None:
+            known = self._sources.known
+            self._calls = CPP.Calls(self, kept.table, known, _SHOWN, tap, tap.probe, froze)
+            # Found before the method, which is the same for every call.
+            self.__torch_function__ = self._calls
 
     def track(self, parameter: Tensor, slot: ParamPlan) -> None:
-        """Follow a parameter."""
-        self._sources.set(parameter, (View.of(slot, parameter), None))
+        """Follow a parameter that a sharded module has put in place, if nobody hooked it."""
+        if not parameter._backward_hooks:
+            self._sources.set(parameter, (View.of(slot, parameter), None))
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.called(func, args, kwargs or {})
+
+    def called(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a function that the model calls."""
         if func in _GRADIENTS:
             return self._tap.gradients(func, args, kwargs)
         if not torch.is_grad_enabled() and self.froze:
@@ -123,9 +148,20 @@ class Closing(TorchFunctionMode):
         if source is None:
             return
         for leaf, slot in zip(source.leaves, source.slots, strict=True):
-            if id(leaf) in self._closed:
+            closed = self._calls is not None and self._calls.has_closed(leaf)
+            if closed or id(leaf) in self._closed:
                 raise NotClosedError(slot.name)
             self._hooked.add(id(leaf))
+            self._sources.forget(leaf)
+
+    def plausible(self, x: Tensor, flat: bool) -> bool:
+        """Whether data without a gradient may hold the batch; `flat` if flattened as well."""
+        return self.hints.plausible(x, flat)
+
+    def show_all(self, all: bool) -> None:
+        """Whether no call is to be taken for one that is known."""
+        if self._calls is not None:
+            self._calls.show_all(all)
 
     def _note_cut_off(self, tensors: list[Tensor]) -> None:
         """A reentrant checkpoint gives no gradients where nothing that it is given has one."""
@@ -237,11 +273,36 @@ class Closing(TorchFunctionMode):
             named(met.func),
             targets,
             form,
-            edge_of(x),
             x.dim(),
             lambda x: bare.run({id(_INPUT): x}),
         )
-        return Output.apply(self._tap, site, self._probe, x, y)
+        shared = self._kept.shared_by_nodes(site)
+        if shared is not None:
+            self._know(met, site, shared, x)
+        return with_output(self._tap, site, shared, x, y)
+
+    def _know(self, met: Meeting, site: FormSite, shared: Any, x: Tensor) -> None:
+        """Have calls like this one run without Python from now on, if they are nothing special."""
+        if region() is not None or self._tap.runs_again() is not None:
+            return
+        whole = all(
+            isinstance(source, View) and source.parameter is role.tensor
+            for source, role in site.targets
+        )
+        parameters = [role.tensor for _, role in site.targets]
+        plain = {Tensor, torch.nn.Parameter}
+        rest = [
+            value
+            for value in (*met.args, *met.kwargs.values())
+            if value is not x and not any(value is p for p in parameters)
+        ]
+        if not whole or any(type(t) not in plain for t in met.tensors):
+            return
+        if all(isinstance(value, Tensor) or _is_plain(value) for value in rest):
+            form = site.form
+            features = 0 if form.features is None else form.features[0] + form.experts
+            args = met.func, met.args, met.kwargs, x, parameters, features, form.flat, shared
+            self._kept.table.add(*args)
 
     def _form(self, met: Meeting) -> Form | None:
         try:
@@ -287,6 +348,13 @@ class Closing(TorchFunctionMode):
         value = value.clone() if in_place(met.func) else value  # may be of what is written to
         site = SpreadSite(named(met.func), [(source, None)], own)
         return Operand.apply(self._tap, site, self._probe, value, shape)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is what it was if it compares equal."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str, torch.dtype))
 
 
 def _transformed() -> bool:

@@ -25,17 +25,19 @@ class Entries:
         map: which of them each position of the batch belongs to.
         touched: names of the parameters that wrote some.
         formed: names of those whose gradients were formed, a few examples at a time.
+        backend: of the ops.
+        cache: keeps what is made of coordinates between batches.
     """
 
     def __init__(
         self, rows: Tensor, map: RowMap, factor: float, backend: str | None, cache: dict
     ) -> None:
-        """`factor` is taken out of every gradient; `cache` keeps `Coordinates` between batches.
+        """`factor` is taken out of every gradient.
 
         Under a plan that has entry maps the rows are zeros already.
         """
         self.rows, self.map, self.touched, self.formed = rows, map, set(), set()
-        self._factor, self._backend, self._cache = factor, backend, cache
+        self._factor, self.backend, self.cache = factor, backend, cache
 
     def restart(self) -> None:
         """Forget all that was written."""
@@ -70,14 +72,14 @@ class Entries:
                 o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (o_idx, i_idx))
                 for some in chunk_items(len(x_part), shape.numel()):
                     grads = role.op(
-                        x_part[some], dy_part[some], o_idx, i_idx, backend=self._backend, scale=1.0
+                        x_part[some], dy_part[some], o_idx, i_idx, backend=self.backend, scale=1.0
                     )
                     for view, entries in source.pull(grads.unflatten(1, shape)):
                         self.add(view, entries, _part(rows, some))
 
     def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: Rows) -> None:
         slot = run[0][0].slot
-        if not in_one(run, self._cache):
+        if not in_one(run, self.cache):
             for view, role in run:
                 self._fold_views(view, role, x, dy, rows)
             return
@@ -86,7 +88,7 @@ class Entries:
             return
         names = {view.slot.name for view, _ in run}
         at, scale = columns(run), slot.scale / self._factor
-        options = (scale, self._backend, self._cache)
+        options = (scale, self.backend, self.cache)
         every = isinstance(rows, slice) and rows == slice(None)
         all_new = every and not self.touched & names and alone(run)
         if all_new and isinstance(at, slice) and dy.device == self.rows.device:
@@ -102,7 +104,7 @@ class Entries:
         """The values at all coordinates of a view, a few examples at a time, then folded."""
         self._begin(view.slot)
         for some in chunk_items(len(x), len(view.at)):
-            found = values(view, role, x[some], dy[some], self._backend, self._cache)
+            found = values(view, role, x[some], dy[some], self.backend, self.cache)
             self.add(view, found, _part(rows, some))
 
     def pull(self, source: Source, shape: torch.Size, grads: Tensor, owners: Array) -> None:
@@ -159,7 +161,7 @@ class Entries:
             return False
         ids = source.ids.reshape(shape[:-1]).expand(grads.shape[:-1])
         for rows, some_ids, dy in self.map.split(ids, grads, (0, 1), owners):
-            self.add(*source.pull_positions(some_ids[..., 0], dy, self._backend), rows)
+            self.add(*source.pull_positions(some_ids[..., 0], dy, self.backend), rows)
         return True
 
     def add(self, view: View, values: Tensor, rows: Rows) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dropinf import ops
 from dropinf.capturing.passes import Used, only_these_require_grad, taken
-from dropinf.capturing.tap import Tap, sharded_modules
+from dropinf.capturing.tap import Tap
 from dropinf.compression import DenseProjection, Plan, SignedSums
 
 
@@ -25,7 +25,7 @@ class GradsTap(Tap):
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         if self._unfreeze:
-            only_these_require_grad(self.parameters, list(self.model.parameters()), undo)
+            only_these_require_grad(self.parameters, self.contents.everything(), undo)
         self._indices, self._signs = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
             index, sign = slot.index, None
@@ -34,7 +34,7 @@ class GradsTap(Tap):
                 index = index[numbers]
             self._indices.append(index.to(p.device))
             self._signs.append(None if sign is None else sign.to(p.device))
-        self._used = Used(self.model, undo)
+        self._used = Used(self.contents, undo)
 
     def rows(
         self, losses: Tensor, *, loss_scale: float = 1.0, retain_graph: bool = False
@@ -85,7 +85,7 @@ class GradsTap(Tap):
         that loss, whatever example or microbatch it was. Nothing is freed. `loss_scale` is what
         the loss was multiplied by (`GradScaler.get_scale()`).
         """
-        if sharded_modules(self.model):
+        if self.sharded:
             raise RuntimeError(
                 "row: the .grad of a sharded model is the mean over all ranks, of one shard; "
                 "use tap.rows(losses)"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from dropinf.capturing.extension import CPP
 from dropinf.capturing.owners import Array, Owners, mixed
 from dropinf.capturing.rules import Bias, Form, Role
 from dropinf.capturing.sources import Source
@@ -28,7 +29,7 @@ LIKE = "dropinf: like"
 class Writer(Protocol):
     """What a backward pass of `rows` does with what the sites see."""
 
-    def write(self, site: Site, x: Tensor | None, dy: Tensor) -> None: ...
+    def write(self, node: Any, x: Tensor | None, dy: Tensor) -> None: ...
 
 
 class Passes(Protocol):
@@ -51,7 +52,7 @@ class Passes(Protocol):
 
 @dataclass(eq=False)
 class Site:
-    """A call in which a parameter is seen by a detached copy alone.
+    """A function and the parameters that it sees by detached copies alone; each call is a node.
 
     Attributes:
         name: of the function.
@@ -66,18 +67,17 @@ class Site:
         """The parameters behind it."""
         return [slot for source, _ in self.targets for slot in source.slots]
 
-    @property
-    def edges(self) -> Sequence[Edge]:
-        """Where it hands a gradient, past the function itself."""
+    def edges(self, node: Any) -> Sequence[Edge]:
+        """Where a call of it hands a gradient, past the function itself."""
         return ()
 
     def taken(self, owners: Array, T: int | None) -> Owners:
         """The owners of its output, if it can write rows by them."""
         return owners
 
-    def given(self, owners: Owners) -> Sequence[Owners]:
-        """The owners at its `edges`, given those of its output."""
-        return ()
+    def given(self, owners: Owners) -> Owners:
+        """The owners of its input, given those of its output."""
+        return owners
 
 
 @dataclass(eq=False)
@@ -85,7 +85,6 @@ class FormSite(Site):
     """A function with a closed form, whose input is data."""
 
     form: Form
-    edge: Edge | None
     rank: int  # dimensions of its input
     again: Callable[[Tensor], Tensor]  # the function, of its input and the parameters themselves
 
@@ -93,10 +92,22 @@ class FormSite(Site):
         # The gradient of a bias alone does not read the input, so that it need not be kept.
         coordinates = [role.coordinates for _, role in self.targets]
         self.reads = not all(isinstance(c, Bias) and c.i > 0 for c in coordinates)
+        self.prepared_for: tuple | None = None  # dtype and device of dy, to write by themselves
+        self.writes = False  # whether they do
 
     @property
-    def edges(self) -> Sequence[Edge]:
-        return () if self.edge is None else (self.edge,)
+    def kind(self) -> tuple:
+        """The same for sites that a walk cannot tell apart."""
+        form = self.form
+        targets = tuple(
+            (type(source).__name__, *(slot.name for slot in source.slots))
+            for source, _ in self.targets
+        )
+        return self.name, targets, self.rank, form.features, form.experts
+
+    def edges(self, node: Any) -> Sequence[Edge]:
+        below = node.next_functions[_X]
+        return () if below[0] is None else (below,)
 
     def taken(self, owners: Array, T: int | None) -> Owners:
         dims = list(range(self._num_lead(owners), owners.ndim))
@@ -104,13 +115,11 @@ class FormSite(Site):
             dims[0] -= 1
         return mixed(owners, dims, T, self.name)
 
-    def given(self, owners: Owners) -> Sequence[Owners]:
-        if self.edge is None:
-            return ()
+    def given(self, owners: Owners) -> Owners:
         if isinstance(owners, str) or self.form.experts:
-            return (owners,)
+            return owners
         lead = owners.shape[: self._num_lead(owners)]
-        return (owners.reshape(lead + (1,) * (self.rank - len(lead))),)
+        return owners.reshape(lead + (1,) * (self.rank - len(lead)))
 
     def _num_lead(self, owners: Array) -> int:
         return 1 if self.form.features is None else owners.ndim - self.form.features[1]
@@ -143,21 +152,30 @@ class Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        writer = ctx.tap.writer_now()
-        if writer is None:
-            ctx.tap.refuse_outside()
-        if writer is not None:
-            saved = ctx.saved_tensors  # which a checkpoint may make anew, watched
-            with torch._C.DisableTorchFunction():
-                x = saved[0] if saved else dy.new_zeros(()).expand(ctx.shape)
-                writer.write(ctx.site, x, dy)
-        elif torch.is_grad_enabled() and ctx.needs_input_grad[3] and ctx.site.reads:
-            # A gradient that is itself to be derived, so by the parameters as well.
-            (x,) = ctx.saved_tensors
-            with torch._C.DisableTorchFunction():
-                (dx,) = torch.autograd.grad(ctx.site.again(x), x, dy, create_graph=True)
-            return None, None, None, dx, None
-        return None, None, None, None, dy if ctx.needs_input_grad[4] else None
+        return None, None, None, *with_gradient(ctx.tap, ctx, dy)
+
+
+# Of the edges of an output's node: the probe's, the input's, and that of the function itself.
+_X, _Y = 1, 2
+
+
+def with_gradient(tap: Passes, node: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """An output has its gradient; returns those of the input and of the function itself."""
+    writer, site = tap.writer_now(), node.site
+    if writer is None:
+        tap.refuse_outside()
+    if writer is not None:
+        saved = node.saved_tensors  # which a checkpoint may make anew, watched
+        with torch._C.DisableTorchFunction():
+            x = saved[0] if saved else dy.new_zeros(()).expand(node.shape)
+            writer.write(node, x, dy)
+    elif torch.is_grad_enabled() and node.next_functions[_X][0] is not None and site.reads:
+        # A gradient that is itself to be derived, so by the parameters as well.
+        (x,) = node.saved_tensors
+        with torch._C.DisableTorchFunction():
+            (dx,) = torch.autograd.grad(site.again(x), x, dy, create_graph=True)
+        return dx, None
+    return None, None if node.next_functions[_Y][0] is None else dy
 
 
 class Operand(torch.autograd.Function):
@@ -177,11 +195,21 @@ class Operand(torch.autograd.Function):
             ctx.tap.refuse_outside()
         else:
             with torch._C.DisableTorchFunction():
-                writer.write(ctx.site, None, dy)
+                writer.write(ctx, None, dy)
         return None, None, None, None, None
 
 
-_NODES = (Output._backward_cls, Operand._backward_cls)
+def with_output(tap: Passes, site: FormSite, shared: Any, x: Tensor, y: Tensor) -> Tensor:
+    """y, the result of a call, with a node of the site in the graph.
+
+    `shared` is what the site's nodes in C++ have in common; None for nodes in Python.
+    """
+    if shared is None:
+        return Output.apply(tap, site, tap.probe, x, y)
+    return CPP.attach_site(shared, tap, tap.probe, x, y)
+
+
+_NODES = (Output._backward_cls, Operand._backward_cls, *([CPP.SiteNode] if CPP else []))
 
 
 def site_of(node: Any) -> Site | None:

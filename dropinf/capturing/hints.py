@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+class Constants:
+    """The parameters and buffers of a model."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+
+    @cached_property
+    def memory(self) -> frozenset[int | None]:
+        """Theirs, looked up when it is first asked for."""
+        return frozenset(map(memory, self._tensors))
 
 
 @dataclass(frozen=True)
@@ -17,7 +31,7 @@ class Hints:
         batch_dim: where they are in data of two dimensions and more.
         per_token: rows are those of tokens.
         inputs: the memory of what the model was given.
-        constants: the memory of its parameters and buffers.
+        constants: its parameters and buffers.
         shared: functions and parameters whose results turned out to be shared by examples, so that
             they are left to autograd.
     """
@@ -26,7 +40,7 @@ class Hints:
     batch_dim: int = 0
     per_token: bool = False
     inputs: frozenset[int | None] = frozenset()
-    constants: frozenset[int | None] = frozenset()
+    constants: Constants | None = None
     shared: frozenset[tuple] = frozenset()
 
     def given(self, inputs: list[Tensor]) -> tuple[Hints, torch.Size | None]:
@@ -47,7 +61,7 @@ class Hints:
     def plausible(self, x: Tensor, flat: bool = True) -> bool:
         """Whether data without a gradient may hold the batch; `flat` if flattened as well."""
         mine = memory(x)
-        if not x.dim() or mine in self.constants:
+        if not x.dim() or (self.constants is not None and mine in self.constants.memory):
             return False
         if not flat and x.dim() == 1 and self.per_token:
             return mine in self.inputs  # and not the positions of a text

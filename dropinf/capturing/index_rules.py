@@ -27,7 +27,7 @@ def cat(call: Call, out: Array) -> list[Owners]:
     d = dim_of(call.saved("dim"), out.ndim)
     if out.shape[d] == 1:
         return [out for _ in call.shapes]
-    shapes = call.node.metadata.get(JOINED, call.shapes)
+    shapes = call.noted(JOINED, call.shapes)
     sizes = [None if s is None else s[d] if len(s) == out.ndim else 0 for s in shapes]
     rest = call.shape[d] - sum(size or 0 for size in sizes)
     if sizes.count(None) == 1:
@@ -200,7 +200,7 @@ def unfold(call: Call, out: Array) -> Owners:
 
 def copied(call: Call, out: Array) -> list[Owners]:
     """A write into a part of a tensor; the mode notes which."""
-    index = call.node.metadata.get(WRITTEN)
+    index = call.noted(WRITTEN)
     if index is None:
         return [call.function for _ in call.shapes]
     found: list[Owners] = [out]

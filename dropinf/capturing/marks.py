@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -11,19 +12,28 @@ Value = TypeVar("Value")
 
 
 class Marks(Generic[Value]):
-    """Tensor -> value, by identity. Tensors compare by value, so a plain dictionary will not do."""
+    """Tensor -> value, by identity. Tensors compare by value, so a plain dictionary will not do.
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref, Value]] = {}
+    Attributes:
+        known: id of each tensor that has one -> a reference to it, and the value.
+    """
+
+    def __init__(self, known: Mapping[int, tuple[weakref.ref, Value]] | None = None) -> None:
+        """From what is known elsewhere of tensors that outlive this."""
+        self.known: dict[int, tuple[weakref.ref, Value]] = dict(known or {})
 
     def get(self, tensor: Tensor) -> Value | None:
         """The tensor's value, None if it has none."""
-        known = self._known.get(id(tensor))
+        known = self.known.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Leave the tensor without a value."""
+        self.known.pop(id(tensor), None)
 
     def set(self, tensor: Tensor, value: Value) -> None:
         """Mark the tensor for as long as it lives."""
-        key, known = id(tensor), self._known
+        key, known = id(tensor), self.known
 
         def forget(reference: weakref.ref) -> None:
             if known.get(key, (None,))[0] is reference:  # its id may be another's by now

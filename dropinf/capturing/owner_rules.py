@@ -25,6 +25,7 @@ class Call:
             that does.
         out_shapes: the shape of each result.
         memo: what reshapes of this walk gave, as layers have the same ones.
+        log: (node, attribute, value) of all that rules read of nodes, beside shapes.
     """
 
     node: Any
@@ -35,10 +36,20 @@ class Call:
     outs: Sequence[Owners | None]
     out_shapes: Sequence[Sequence[int]]
     memo: dict[tuple, Any]
+    log: list[tuple[Any, str, Any]]
 
     def saved(self, name: str, default: Any = None) -> Any:
         """What the node keeps of its arguments."""
-        return getattr(self.node, f"_saved_{name}", default)
+        return self._read(f"_saved_{name}", default)
+
+    def noted(self, name: str, default: Any = None) -> Any:
+        """What the mode noted of the call."""
+        return self._read(name, default)
+
+    def _read(self, name: str, default: Any) -> Any:
+        value = read_of(self.node, name)
+        self.log.append((self.node, name, value))
+        return default if value is None else value
 
     def dims(self, name: str, rank: int) -> tuple[int, ...]:
         """Dimensions that the node keeps, counted from the front; none named are all."""
@@ -57,6 +68,11 @@ def signed(i: int) -> int:
 def dim_of(d: int, rank: int) -> int:
     """A dimension counted from the front."""
     return signed(d) % max(rank, 1)
+
+
+def read_of(node: Any, name: str) -> Any:
+    """An attribute of a node of the graph, or a note of what a call did; None if it has none."""
+    return getattr(node, name, None) if name.startswith("_saved_") else node.metadata.get(name)
 
 
 Rule = Callable[[Call, Array], Sequence[Owners]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropinf.capturing.tap import sharded_modules
+from dropinf.capturing.contents import Contents
 
 
 @contextlib.contextmanager
@@ -78,9 +78,9 @@ def only_these_require_grad(
 class Used:
     """What the forward pass has in place of each parameter: a sharded module swaps them."""
 
-    def __init__(self, model: nn.Module, undo: contextlib.ExitStack) -> None:
-        self._used = {id(p): p for p in model.parameters()}
-        for sharded in sharded_modules(model):
+    def __init__(self, contents: Contents, undo: contextlib.ExitStack) -> None:
+        self._used = {id(p): p for p in contents.parameters.values()}
+        for sharded in contents.sharded:
             below = [
                 (id(p), module, name)
                 for module in sharded.modules()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dropinf.capturing.activations import ActivationsTap
+from dropinf.capturing.contents import Contents
 from dropinf.capturing.passes import Used, only_these_require_grad, taken
 from dropinf.capturing.snapshot import Snapshot
-from dropinf.capturing.tap import unsynchronised
 from dropinf.compression import ParamPlan, Plan, unwrap
 from dropinf.user_warning import warn_user
 
@@ -78,13 +78,12 @@ def plain_rows(
     A parameter's gradient is freed as soon as its entries are taken. Only the parameters of the
     plan require grad inside, as under a capture.
     """
-    model = unwrap("verify", given)
-    named = dict(model.named_parameters(remove_duplicate=False))
-    parameters = [named[slot.name] for slot in plan.slots]
+    contents = Contents(given, "verify")
+    parameters = [contents.parameters[slot.name] for slot in plan.slots]
     with contextlib.ExitStack() as undo:
-        unsynchronised(given, undo)
-        only_these_require_grad(parameters, list(model.parameters()), undo)
-        used = Used(model, undo)
+        contents.unsynchronised(undo)
+        only_these_require_grad(parameters, contents.everything(), undo)
+        used = Used(contents, undo)
         losses = losses_of()
         slot_of = dict(zip(map(id, used.of(parameters)), plan.slots, strict=True))
         dtype = torch.promote_types(losses.dtype, torch.float32)

@@ -113,7 +113,7 @@ def sample(
         wide = torch.promote_types(x.dtype, torch.float32)
         x, dy = (t.to(wide) @ M.to(t.device, wide) for t, M in ((x, B), (dy, A)))
         return ops.factored_outer(x, dy, None, None, scale=scale, out=out)
-    found = _coordinates(run, dy.device, cache, signed=view.slot.entry_map is not None)
+    found = coordinates(run, dy.device, cache, signed=view.slot.entry_map is not None)
     return _sampled(role, found, x, dy, scale, backend, out)
 
 
@@ -121,7 +121,7 @@ def values(
     view: View, role: Role, x: Tensor, dy: Tensor, backend: str | None, cache: dict
 ) -> Tensor:
     """[b, n] values at a view's coordinates, unscaled, to be folded."""
-    found = _coordinates([(view, role)], dy.device, cache, signed=False)
+    found = coordinates([(view, role)], dy.device, cache, signed=False)
     return _sampled(role, found, x, dy, 1.0, backend, None)
 
 
@@ -141,12 +141,14 @@ def _sampled(
     options["backend"] = backend
     if found.sign is not None:
         options["sign"] = found.sign
-    if _on_cuda(dy) and role.op in _PRODUCTS and backend in (None, "cuda"):
-        options["order"] = _order(found, role.op, x, dy)
+    sizes = x.shape[-1], dy.shape[-1], x.element_size()
+    staged = order(found, role.op, *sizes, dy.device, backend)
+    if staged is not None:
+        options["order"] = staged
     return role.op(x, dy, found.o_idx, found.i_idx, **options)
 
 
-def _coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> Coordinates:
+def coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> Coordinates:
     """The (o, i) of a run; of whole parameters, kept for the next batch."""
     key = None
     if all(_whole(view) for view, _ in run):
@@ -228,17 +230,22 @@ def _whole(view: View) -> bool:
     return view.which is None and view.at is view.slot.index
 
 
-def _on_cuda(dy: Tensor) -> bool:
-    return dy.device.type == "cuda" and bank_schedule.AVAILABLE
-
-
-def _order(
-    coordinates: Coordinates, op: Any, x: Tensor, dy: Tensor
+def order(
+    coordinates: Coordinates,
+    op: Any,
+    I: int,
+    O: int,
+    element_size: int,
+    device: torch.device,
+    backend: str | None,
 ) -> bank_schedule.StagedOrder | None:
     """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
-    if coordinates.orders is None or x.element_size() > 4:  # float64 is for `reference` alone
+    on_cuda = device.type == "cuda" and bank_schedule.AVAILABLE
+    if not on_cuda or op not in _PRODUCTS or backend not in (None, "cuda"):
         return None
-    key = (op, x.shape[-1], dy.shape[-1], x.element_size())
+    if coordinates.orders is None or element_size > 4:  # float64 is for `reference` alone
+        return None
+    key = (op, I, O, element_size)
     if key not in coordinates.orders:
         coordinates.orders[key] = bank_schedule.order_if_faster(
             coordinates.o_idx, coordinates.i_idx, *key[1:], bias=_PRODUCTS[op]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import weakref
 from types import TracebackType
@@ -11,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from dropinf.compression import Plan, unwrap
+from dropinf.capturing.contents import Contents
+from dropinf.compression import Plan
 
 Self = TypeVar("Self", bound="Tap")
 
@@ -48,11 +47,10 @@ class Tap:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
-        self.given, self.model = model, unwrap("capture", model)
-        self.plan, self.backend = plan, backend
-        self.sharded = bool(sharded_modules(self.model))
-        reshard(self.model)
-        found = dict(self.model.named_parameters(remove_duplicate=False))
+        self.given, self.contents = model, Contents(model)
+        self.model, self.plan, self.backend = self.contents.model, plan, backend
+        self.sharded = bool(self.contents.sharded)
+        found = self.contents.parameters
         for slot in plan.slots:
             shape = tuple(found[slot.name].shape) if slot.name in found else "none"
             if shape != slot.shape:
@@ -78,9 +76,9 @@ class Tap:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
         with contextlib.ExitStack() as undo:
             self._claim(undo)
-            unsynchronised(self.given, undo)
-            reshard(self.model)
-            undo.callback(reshard, self.model)
+            self.contents.unsynchronised(undo)
+            self.contents.reshard()
+            undo.callback(self.contents.reshard)
             self._attach(undo)
             self._undo = undo.pop_all()
         self._open, self._thread = True, threading.get_ident()
@@ -99,7 +97,7 @@ class Tap:
 
     def _claim(self, undo: contextlib.ExitStack) -> None:
         """Refuse a model that is captured already, in this thread or another."""
-        mine = set(map(id, self.model.parameters()))
+        mine = set(map(id, self.contents.parameters.values()))
         with _LOCK:
             if mine & _OPEN:
                 raise RuntimeError(
@@ -166,13 +164,6 @@ def eager(undo: contextlib.ExitStack) -> None:
     undo.callback(put_back)
 
 
-def unsynchronised(model: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Have no gradient of an example averaged with those of other ranks, until `undo`."""
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            undo.enter_context(module.no_sync())
-
-
 class Entered:
     """A hook that tells a tap what its model was given; that of a copied model tells nobody."""
 
@@ -186,18 +177,3 @@ class Entered:
 
     def __reduce__(self) -> Any:
         return Entered, ()
-
-
-def sharded_modules(model: nn.Module) -> list[Any]:
-    """The modules that fully_shard was called on, each of which swaps the parameters below it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it there are none
-    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
-
-
-def reshard(model: nn.Module) -> None:
-    """Put a sharded model's own parameters in place, whose flags and identity last.
-
-    A forward pass without a backward leaves those of the root put together from all ranks.
-    """
-    for module in sharded_modules(model):
-        module.reshard()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from dropinf.capturing.alignment import RULES
-from dropinf.capturing.graph import HOOKED, LIKE, Edge, Site, site_of
+from dropinf.capturing.graph import HOOKED, LIKE, Edge, site_of
 from dropinf.capturing.keeping import keeps
 from dropinf.capturing.owner_rules import Call
 from dropinf.capturing.owners import Array, Owners, merged, varying
@@ -29,18 +29,28 @@ class Found:
     """What a walk found.
 
     Attributes:
-        owners: of each site's output; a string says where they were lost.
+        owners: of the output of each site's node; a string says where they were lost.
         leaves: id of each leaf that is reached past the sites -> (the leaf, its owners).
         opaque: name of a Function that nobody declared: its backward may run a forward pass again,
             so that parameters get gradients that the graph does not show.
         checkpoints: reentrant checkpoints -> the owners of their results and, as long as nobody has
             seen inside, of their arguments.
+        log: (node, attribute, value) of what was read of the graph, beside its nodes and shapes.
+        recorded: owners of sites in C++, by their place, that an earlier walk found.
     """
 
-    owners: dict[Site, Owners] = field(default_factory=dict)
+    owners: dict[Any, Owners] = field(default_factory=dict)
     leaves: dict[int, tuple[Tensor, Owners]] = field(default_factory=dict)
     opaque: str = ""
     checkpoints: dict[Any, tuple[list[Owners | None], list[Owners]]] = field(default_factory=dict)
+    log: list[tuple[Any, str, Any]] = field(default_factory=list)
+    recorded: Sequence[Owners] = ()
+
+    def owners_of(self, node: Any) -> Owners | None:
+        """The owners of the output of a site's node; None if it was not met."""
+        if self.recorded and (place := getattr(node, "place", -1)) >= 0:
+            return self.recorded[place]
+        return self.owners.get(node)
 
 
 def walk(starts: Sequence[tuple[Tensor, Owners]], T: int | None = None) -> Found:
@@ -75,7 +85,7 @@ def walk(starts: Sequence[tuple[Tensor, Owners]], T: int | None = None) -> Found
 def _edges(node: Any) -> Sequence[Edge]:
     site = site_of(node)
     if site is not None:
-        return site.edges
+        return site.edges(node)
     like = node.metadata.get(LIKE)
     return node.next_functions if like is None else (like[0],)
 
@@ -130,8 +140,8 @@ def _arguments(
         lost = "a hook on a tensor"
     if site is not None:
         owners = _first(outs) if lost is None else lost
-        owners = found.owners[site] = owners if isinstance(owners, str) else site.taken(owners, T)
-        return site.given(owners)
+        owners = found.owners[node] = owners if isinstance(owners, str) else site.taken(owners, T)
+        return [site.given(owners) for _ in edges]
     name, function = _kind(type(node))
     if lost is not None:
         _note_function(node, function, outs, [lost] * len(edges), found)
@@ -154,7 +164,7 @@ def _arguments(
         _note_function(node, function, outs, [], found)
         return [f"{name}, which is not known"] * len(edges)
     first = _first(outs)
-    call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes, memo)
+    call = Call(node, name, shapes, out_shapes[0], T, outs, out_shapes, memo, found.log)
     try:
         given = rule(call, first)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

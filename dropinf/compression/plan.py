@@ -312,7 +312,10 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
             f"{op}: the model must be a torch.nn.Module, got {type(model).__name__}; give the "
             "module whose parameters are meant, and call what wraps it in loss_fn"
         )
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+    waiting = [model]
+    while waiting and not isinstance(waiting[-1], nn.DataParallel):
+        waiting += [m for m in waiting.pop()._modules.values() if m is not None]
+    if waiting:
         raise ValueError(
             f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "
             "be captured; give the model inside it (.module), or use DistributedDataParallel"

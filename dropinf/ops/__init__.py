@@ -8,7 +8,7 @@ of a GPU cannot raise without a wait: there the entry is NaN.
 """
 
 from dropinf.ops.convolution import sampled_conv
-from dropinf.ops.dispatch import BackendError, backends
+from dropinf.ops.dispatch import BackendError, backends, is_native
 from dropinf.ops.embedding import sampled_embedding
 from dropinf.ops.gather import gather_grads
 from dropinf.ops.layerwise import DampedCholesky, cholesky_solve, damped_cholesky, gram, unpack
@@ -24,6 +24,7 @@ __all__ = [
     "factored_outer",
     "gather_grads",
     "gram",
+    "is_native",
     "sampled_conv",
     "sampled_embedding",
     "sampled_outer",

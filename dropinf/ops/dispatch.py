@@ -171,6 +171,16 @@ def kernel(
     return kernels[name]
 
 
+def is_native(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether calls with a float32 `out` go to the op of the extension, as C++ calls it."""
+    if _why_no_cpu or dtype not in DTYPES or device.type == "meta":
+        return False
+    try:
+        return kernel(op, backend, device, (dtype,), torch.float32) is _native(op)
+    except BackendError:  # which the call itself is to raise
+        return False
+
+
 def default(
     op: str, device: torch.device, dtypes: Sequence[torch.dtype], out_dtype: torch.dtype
 ) -> str:

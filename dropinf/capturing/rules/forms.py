@@ -94,6 +94,8 @@ class Form:
         flat: x may come as [B * T, features], the positions of example 0 first.
         experts: the third dimension from the end, of experts, is one of features, for each of which
             x and dy have features of their own.
+        native: what a node in C++ does in place of `prepare` and the op, by its name there, and its
+            options; None if that takes Python.
     """
 
     x: Tensor | None
@@ -102,6 +104,7 @@ class Form:
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, dy: (x, dy)
     flat: bool = True
     experts: bool = False
+    native: tuple[str, dict[str, Any]] | None = None
 
     @property
     def num_lead(self) -> int:
@@ -115,6 +118,9 @@ def outer(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -
 
 def roles_of(op: Callable[..., Tensor], *roles: tuple[Tensor | None, Coordinates]) -> list[Role]:
     return [Role(tensor, at, op) for tensor, at in roles if tensor is not None]
+
+
+OUTER: tuple[str, dict[str, Any]] = ("outer", {})  # of `affine` and `outer`
 
 
 def affine(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from dropinf import ops
 from dropinf.capturing.rules import norms
 from dropinf.capturing.rules.forms import (
+    OUTER,
     Bias,
     ExpertWeight,
     Form,
@@ -45,6 +46,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
         input,
         roles_of(outer, (weight, Weight(I)), (bias, Bias(I))),
         prepare=affine,
+        native=OUTER,
     )
 
 
@@ -59,6 +61,7 @@ def _addmm(
         mat1,
         roles_of(outer, (mat2, Weight(O, i_first=True)), (input, Bias(I))),
         prepare=affine,
+        native=OUTER,
     )
 
 
@@ -69,10 +72,12 @@ def _matmul(input: Tensor, other: Tensor, *, out: None = None) -> Iterator[Form]
             roles_of(outer, (other, Weight(len(other)))),
             features=(1, 0),
             prepare=affine,
+            native=OUTER,
         )
     if other.dim() == 2 and input.dim() > 1:  # x [..., I] @ W [I, O]
         O = other.shape[1]
-        yield Form(input, roles_of(outer, (other, Weight(O, i_first=True))), prepare=affine)
+        role = roles_of(outer, (other, Weight(O, i_first=True)))
+        yield Form(input, role, prepare=affine, native=OUTER)
     if other.dim() == 3 and input.dim() > 2:
         yield from _experts(input, other)
     if input.dim() == 2 and other.dim() == 3:  # W [O, I] @ x [B, I, T]
@@ -129,6 +134,7 @@ def _embedding(
         prepare=without_padding,
         # Ids of one dimension may be the positions of every example alike.
         flat=False,
+        native=("embedding", {"padding_id": -1 if padding is None else padding}),
     )
 
 
@@ -170,20 +176,23 @@ def _conv(
         padding = 0
     if input.dim() != spatial + 2:
         return
+    stride, padding = _each(stride, spatial), _each(padding, spatial)
     op = partial(
         ops.sampled_conv,
         kernel_size=kernel_size,
-        stride=_each(stride, spatial),
-        padding=_each(padding, spatial),
+        stride=stride,
+        padding=padding,
         dilation=dilation,
         groups=groups,
         bias=True,
     )
+    window = [kernel_size, stride, padding, dilation]
     yield Form(
         input,
         roles_of(op, (weight, Weight(I)), (bias, Bias(I))),
         features=None,
         prepare=affine,
+        native=("conv", {"window": window, "groups": groups}),
     )
 
 

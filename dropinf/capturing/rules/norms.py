@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropinf.capturing.rules.forms import Bias, Form, RefusedError, Scale, affine, outer, roles_of
+from dropinf.capturing.rules.forms import (
+    OUTER,
+    Bias,
+    Form,
+    RefusedError,
+    Scale,
+    affine,
+    outer,
+    roles_of,
+)
 
 
 def _channel_sums(
@@ -58,7 +67,8 @@ def layer_norm(
     def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return F.layer_norm(_wide(x), (width,), eps=eps), _wide(dy)
 
-    yield _scaled(input, len(normalized_shape), normalised, weight, bias, width)
+    native = "layer_norm", {"width": width, "eps": eps}
+    yield _scaled(input, len(normalized_shape), normalised, weight, bias, width, native)
 
 
 def rms_norm(
@@ -72,7 +82,8 @@ def rms_norm(
     def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return F.rms_norm(_wide(x), (width,), eps=eps), _wide(dy)
 
-    yield _scaled(input, len(normalized_shape), normalised, weight, None, width)
+    native = "rms_norm", {"width": width, "eps": eps}
+    yield _scaled(input, len(normalized_shape), normalised, weight, None, width, native)
 
 
 def mul(input: Any, other: Any, *, out: None = None) -> Iterator[Form]:
@@ -84,7 +95,7 @@ def mul(input: Any, other: Any, *, out: None = None) -> Iterator[Form]:
         while shape and shape[0] == 1:
             shape = shape[1:]
         if shape and x.dim() > max(len(shape), scale.dim() - 1) and x.shape[-len(shape) :] == shape:
-            yield _scaled(x, len(shape), affine, scale, None, shape.numel())
+            yield _scaled(x, len(shape), affine, scale, None, shape.numel(), OUTER)
 
 
 def _scaled(
@@ -94,9 +105,10 @@ def _scaled(
     weight: Tensor | None,
     bias: Tensor | None,
     width: int,
+    native: tuple[str, dict[str, Any]],
 ) -> Form:
     roles = roles_of(outer, (weight, Scale()), (bias, Bias(width)))
-    return Form(x, roles, features=(dims, dims), prepare=prepare)
+    return Form(x, roles, features=(dims, dims), prepare=prepare, native=native)
 
 
 def group_norm(

@@ -1,0 +1,79 @@
+"""What is inside of a model, by one look at it: a capture that is opened often must not search."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dropinf.compression import unwrap
+
+
+class Contents:
+    """The modules of a model, and what they hold.
+
+    Attributes:
+        model: without what wraps it.
+        modules: each once.
+        parameters: by each name that leads to one.
+        sharded: those that fully_shard was called on, each of which swaps the parameters below it.
+    """
+
+    def __init__(self, given: nn.Module, op: str = "capture") -> None:
+        self._given = given
+        model = self.model = unwrap(op, given)
+        found: dict[nn.Module, None] = {}
+        self._places: list[tuple[str, nn.Module]] = []
+        waiting = [("", model)]
+        while waiting:
+            prefix, module = waiting.pop()
+            found[module] = None
+            self._places.append((prefix, module))
+            waiting += [
+                (f"{prefix}{name}.", child)
+                for name, child in reversed(module._modules.items())
+                if child is not None
+            ]
+        self.modules = list(found)
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # without it there are none
+        self.sharded: list[Any] = (
+            [m for m in self.modules if isinstance(m, fsdp.FSDPModule)] if fsdp else []
+        )
+        self.reshard()
+        self.parameters = {
+            prefix + name: p
+            for prefix, module in self._places
+            for name, p in module._parameters.items()
+            if p is not None
+        }
+
+    def everything(self) -> list[Tensor]:
+        """The parameters, each once."""
+        return list({id(p): p for p in self.parameters.values()}.values())
+
+    def buffers(self) -> list[Tensor]:
+        """The buffers."""
+        return [b for m in self.modules for b in m._buffers.values() if b is not None]
+
+    def reshard(self) -> None:
+        """Put a sharded model's own parameters in place, whose flags and identity last.
+
+        A forward pass without a backward leaves those of the root put together from all ranks.
+        """
+        for module in self.sharded:
+            module.reshard()
+
+    def unsynchronised(self, undo: contextlib.ExitStack) -> None:
+        """Have no gradient of an example averaged with those of other ranks, until `undo`."""
+        around, module = [], self._given
+        while module is not self.model:
+            around.append(module)
+            module = (
+                module.module if isinstance(module, DistributedDataParallel) else module._orig_mod
+            )
+        for module in (*around, *self.modules):
+            if isinstance(module, DistributedDataParallel):
+                undo.enter_context(module.no_sync())

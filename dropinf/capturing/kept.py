@@ -1,0 +1,209 @@
+"""Kept: what captures of one model under one plan have in common, from one `with` to the next.
+
+What a pass needed to find out is kept under the signature of its graph: a pass over a graph of the
+same functions, shapes, sites and parameters, whose nodes keep the same values where a rule read
+some, has the same owners. A pass that differs in any of it is walked again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from dropinf.capturing.extension import CPP
+from dropinf.capturing.graph import HOOKED, LIKE, FormSite, Site, site_of
+from dropinf.capturing.index_rules import as_index
+from dropinf.capturing.owner_rules import read_of
+from dropinf.capturing.owners import Owners
+from dropinf.capturing.reading import Reading
+from dropinf.capturing.sources import View
+from dropinf.capturing.walk import Found
+from dropinf.compression import ParamPlan, Plan
+
+_MAX_RECORDS = 64  # of graphs: batches of many lengths have one each
+_MAX_READ = 1 << 16  # elements of an index or a mask that a record keeps
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a walk over one graph found.
+
+    Attributes:
+        owners: of each site that has a node in C++, in the order of a trace.
+        in_python: of each node that Python made, or has notes on: its site, as `_told` has it, and
+            the owners if it is one.
+        reads: (number of the node, attribute, value) of what rules read.
+        leaves: numbers of the parameters that are leaves past the sites, and their owners.
+        reading: what follows for the parameters.
+        writing: of each site that has a node in C++: whether the node writes by itself.
+        written: the parameters of those, which nothing else writes.
+    """
+
+    owners: Sequence[Owners]
+    in_python: Sequence[tuple[tuple | None, Owners | None]]
+    reads: Sequence[tuple[int, str, Any]]
+    leaves: Sequence[tuple[int, Owners]]
+    reading: Reading
+    writing: Sequence[bool]
+    written: frozenset[str]
+
+
+class Kept:
+    """What is kept of one model under one plan.
+
+    Attributes:
+        parameters: the plan's, in the model.
+        slot_of: id of each -> its place in the plan.
+        sources: id of each -> a reference to it, and what it is to those who meet it.
+        numbers: id of each -> its number.
+        table: calls that sites were made for.
+        shared: functions and parameters whose results turned out to be shared by examples.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], slots: Sequence[ParamPlan]) -> None:
+        self.parameters = parameters
+        self.slot_of = {id(p): slot for p, slot in zip(parameters, slots, strict=True)}
+        self.sources = {
+            id(p): (weakref.ref(p), (View.of(slot, p), None))
+            for p, slot in zip(parameters, slots, strict=True)
+        }
+        self.numbers = {id(p): number for number, p in enumerate(parameters)}
+        self.table = None if CPP is None else CPP.CallTable()
+        self.shared: frozenset[tuple] = frozenset()
+        self._kinds: dict[tuple, int] = {}
+        self._records: dict[tuple, Record] = {}
+
+    def shared_by_nodes(self, site: FormSite) -> Any:
+        """What the site's nodes in C++ have in common; None if there are no such."""
+        if CPP is None:
+            return None
+        return CPP.Site(site, self._kinds.setdefault(site.kind, len(self._kinds)), site.reads)
+
+    def share_out(self, shared: set[tuple]) -> None:
+        """Leave calls to autograd whose results turned out to be shared by examples."""
+        self.shared |= shared
+        if self.table is not None:
+            self.table.clear()
+
+    def trace(self, losses: Tensor) -> Any:
+        """What the graph of the losses looks like; None if that cannot be told."""
+        if CPP is None:
+            return None
+        trace = CPP.Trace(losses, self.numbers)
+        return trace if trace.signature else None
+
+    def recall(self, trace: Any, T: int | None) -> Record | None:
+        """What a walk over such a graph found."""
+        record = self._records.get((T, trace.signature))
+        if record is None:
+            return None
+        for i, (told, _) in zip(trace.in_python, record.in_python, strict=True):
+            node = trace.node(i)
+            if _untold(node) or _told(site_of(node)) != told:
+                return None
+        same = all(_same(read_of(trace.node(i), name), kept) for i, name, kept in record.reads)
+        return record if same else None
+
+    def found(self, trace: Any, record: Record) -> Found:
+        """What a walk would find."""
+        nodes = zip(trace.in_python, record.in_python, strict=True)
+        leaves = ((self.parameters[number], owners) for number, owners in record.leaves)
+        return Found(
+            {trace.node(i): owners for i, (_, owners) in nodes if owners is not None},
+            {id(leaf): (leaf, owners) for leaf, owners in leaves},
+            recorded=record.owners,
+        )
+
+    def remember(
+        self,
+        trace: Any,
+        T: int | None,
+        found: Found,
+        reading: Reading,
+        writes: Callable[[Sequence[Any]], Sequence[bool]],
+    ) -> Record | None:
+        """Keep what a walk found; None where it may depend on more than a record has."""
+        python = [trace.node(i) for i in trace.in_python]
+        if found.checkpoints or found.opaque or any(map(_untold, python)):
+            return None
+        number = {trace.node(i): i for i in range(len(trace))} if found.log else {}
+        reads = [(number[node], name, _to_keep(value)) for node, name, value in found.log]
+        if any(value is NotImplemented for _, _, value in reads):
+            return None
+        leaves = [
+            (self.numbers[key], owners)
+            for key, (_, owners) in found.leaves.items()
+            if key in self.numbers
+        ]
+        sites = trace.sites
+        writing = writes(sites)
+        written = [node.site for node, alone in zip(sites, writing, strict=True) if alone]
+        record = Record(
+            [found.owners[node] for node in sites],
+            [(_told(site_of(node)), found.owners.get(node)) for node in python],
+            reads,
+            leaves,
+            reading.copy(),
+            writing,
+            frozenset(slot.name for site in written for slot in site.slots),
+        )
+        while len(self._records) >= _MAX_RECORDS:
+            del self._records[next(iter(self._records))]
+        self._records[T, trace.signature] = record
+        return record
+
+
+_KEPT: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Plan, dict[Any, Kept]]]
+_KEPT = weakref.WeakKeyDictionary()
+
+
+def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options: tuple) -> Kept:
+    """What earlier captures of the model left, if its parameters are the same ones still."""
+    of_plan = _KEPT.setdefault(model, weakref.WeakKeyDictionary()).setdefault(plan, {})
+    kept = of_plan.get(options)
+    if kept is None or any(a is not b for a, b in zip(kept.parameters, parameters, strict=True)):
+        kept = of_plan[options] = Kept(parameters, plan.slots)
+    return kept
+
+
+def _untold(node: Any) -> bool:
+    """Whether there is more to a node than its class, shapes and what rules read."""
+    notes = node.metadata
+    return HOOKED in notes or LIKE in notes
+
+
+def _told(site: Site | None) -> tuple | None:
+    """What tells a site in Python from others, for a walk."""
+    if site is None:
+        return None
+    sources = [(type(source), *(s.name for s in source.slots)) for source, _ in site.targets]
+    return type(site), site.name, *sources
+
+
+def _to_keep(value: Any) -> Any:
+    """A value that a node had, as it can be kept; NotImplemented if it is too large."""
+    if isinstance(value, Tensor):
+        small = value.numel() <= _MAX_READ and not value.is_floating_point()
+        return as_index(value.detach()).copy() if small else NotImplemented
+    if isinstance(value, (list, tuple)):
+        kept = [_to_keep(v) for v in value]
+        return NotImplemented if any(v is NotImplemented for v in kept) else type(value)(kept)
+    return value
+
+
+def _same(value: Any, kept: Any) -> bool:
+    if isinstance(kept, np.ndarray):
+        if isinstance(value, Tensor):
+            fits = tuple(value.shape) == kept.shape
+            return fits and np.array_equal(as_index(value.detach()), kept)
+        return isinstance(value, np.ndarray) and np.array_equal(value, kept)
+    if isinstance(kept, (list, tuple)):
+        return (
+            type(value) is type(kept) and len(value) == len(kept) and all(map(_same, value, kept))
+        )
+    return type(value) is type(kept) and bool(value == kept)

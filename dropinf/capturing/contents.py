@@ -58,6 +58,20 @@ class Contents:
         """The buffers."""
         return [b for m in self.modules for b in m._buffers.values() if b is not None]
 
+    def refuse_offloaded(self) -> None:
+        """Raise if weights are elsewhere; a model that is on the meta device as a whole will do.
+
+        Raises:
+            ValueError: some are on the meta device, as those of a model that accelerate offloads.
+        """
+        away = [name for name, p in self.parameters.items() if p.is_meta]
+        whole = len(away) == len(self.parameters)
+        if away and not (whole and not any("_hf_hook" in m.__dict__ for m in self.modules)):
+            raise ValueError(
+                f"capture: {away[0]!r} is on the meta device, as the weights of a model are that "
+                "accelerate offloads; load the model onto a device whole"
+            )
+
     def reshard(self) -> None:
         """Put a sharded model's own parameters in place, whose flags and identity last.
 

@@ -37,7 +37,7 @@ class Record:
         owners: of each site that has a node in C++, in the order of a trace.
         in_python: of each node that Python made, or has notes on: its site, as `_told` has it, and
             the owners if it is one.
-        reads: (number of the node, attribute, value) of what rules read.
+        reads: number of each node of which rules read more, and (attribute, value) of what.
         leaves: numbers of the parameters that are leaves past the sites, and their owners.
         reading: what follows for the parameters.
         writing: of each site that has a node in C++: whether the node writes by itself.
@@ -46,7 +46,7 @@ class Record:
 
     owners: Sequence[Owners]
     in_python: Sequence[tuple[tuple | None, Owners | None]]
-    reads: Sequence[tuple[int, str, Any]]
+    reads: Sequence[tuple[int, Sequence[tuple[str, Any]]]]
     leaves: Sequence[tuple[int, Owners]]
     reading: Reading
     writing: Sequence[bool]
@@ -106,8 +106,12 @@ class Kept:
             node = trace.node(i)
             if _untold(node) or _told(site_of(node)) != told:
                 return None
-        same = all(_same(read_of(trace.node(i), name), kept) for i, name, kept in record.reads)
-        return record if same else None
+        for i, read in record.reads:
+            node = trace.node(i)
+            for name, kept in read:
+                if not _same(read_of(node, name), kept):
+                    return None
+        return record
 
     def found(self, trace: Any, record: Record) -> Found:
         """What a walk would find."""
@@ -131,10 +135,12 @@ class Kept:
         python = [trace.node(i) for i in trace.in_python]
         if found.checkpoints or found.opaque or any(map(_untold, python)):
             return None
-        number = {trace.node(i): i for i in range(len(trace))} if found.log else {}
-        reads = [(number[node], name, _to_keep(value)) for node, name, value in found.log]
-        if any(value is NotImplemented for _, _, value in reads):
+        reads: dict[Any, dict[str, Any]] = {}
+        for node, name, value in found.log:
+            reads.setdefault(node, {})[name] = _to_keep(value)
+        if any(value is NotImplemented for read in reads.values() for value in read.values()):
             return None
+        number = {trace.node(i): i for i in range(len(trace))} if reads else {}
         leaves = [
             (self.numbers[key], owners)
             for key, (_, owners) in found.leaves.items()
@@ -146,7 +152,7 @@ class Kept:
         record = Record(
             [found.owners[node] for node in sites],
             [(_told(site_of(node)), found.owners.get(node)) for node in python],
-            reads,
+            [(number[node], tuple(read.items())) for node, read in reads.items()],
             leaves,
             reading.copy(),
             writing,
@@ -197,6 +203,8 @@ def _to_keep(value: Any) -> Any:
 
 
 def _same(value: Any, kept: Any) -> bool:
+    if type(kept) is int:
+        return type(value) is int and value == kept
     if isinstance(kept, np.ndarray):
         if isinstance(value, Tensor):
             fits = tuple(value.shape) == kept.shape

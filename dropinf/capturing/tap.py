@@ -47,33 +47,36 @@ class Tap:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, backend: str | None) -> None:
-        self.given, self.contents = model, Contents(model)
-        self.model, self.plan, self.backend = self.contents.model, plan, backend
-        self.sharded = bool(self.contents.sharded)
+        self.given, self.plan, self.backend = model, plan, backend
+        self._look()
+        self.met: set[str] = set()
+        self.num_examples = 0
+        self.origin: Tensor | None = None
+        self._open = self._was_open = False
+        self._thread = 0
+        self._undo = contextlib.ExitStack()
+
+    def _look(self) -> None:
+        """Find the plan's parameters in the model."""
+        self.contents = Contents(self.given)
+        self.model, self.sharded = self.contents.model, bool(self.contents.sharded)
         found = self.contents.parameters
-        for slot in plan.slots:
+        for slot in self.plan.slots:
             shape = tuple(found[slot.name].shape) if slot.name in found else "none"
             if shape != slot.shape:
                 raise ValueError(
                     f"capture: the plan has a parameter {slot.name!r} of shape {slot.shape}, "
                     f"the model {shape}; make a plan for this model with Plan.make"
                 )
-            if found[slot.name].device.type == "meta":
-                raise ValueError(
-                    f"capture: {slot.name!r} is on the meta device, as the weights of a model are "
-                    "that accelerate offloads; load the model onto a device whole"
-                )
-        self.parameters = [found[slot.name] for slot in plan.slots]
-        self.met: set[str] = set()
-        self.num_examples = 0
-        self.origin: Tensor | None = None
-        self._open = False
-        self._thread = 0
-        self._undo = contextlib.ExitStack()
+        self.parameters = [found[slot.name] for slot in self.plan.slots]
+        self.contents.refuse_offloaded()
 
     def __enter__(self: Self) -> Self:
         if self._open:
             raise RuntimeError("capture: this capture is open already; make one for each `with`")
+        if self._was_open:
+            self._look()  # the model may be another inside by now
+        self._was_open = True
         with contextlib.ExitStack() as undo:
             self._claim(undo)
             self.contents.unsynchronised(undo)

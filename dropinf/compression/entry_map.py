@@ -53,16 +53,25 @@ class SignedSums(EntryMap):
         self.entry, self.sign = torch.from_numpy(entry), torch.from_numpy(sign)
         self.shares_first, self.shares_last = shares_first, shares_last
         self.r = int(entry.max()) + 1 if len(entry) else 0
+        self._groups_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict:
+        # Devices may be others in another process.
+        return {**self.__dict__, "_groups_on": {}}
 
     def __call__(self, values: Tensor, which: Tensor | None = None) -> Tensor:
         """[n, r] of values [n, k] at the coordinates numbered `which` [k], None for all."""
+        device = values.device
         if which is None:
-            index, sign = self.groups
+            # Copied to a device once, as a step is not to wait for the host.
+            if device not in self._groups_on:
+                self._groups_on[device] = self.groups[0].to(device), self.groups[1].to(device)
+            index, sign = self._groups_on[device]
         else:
-            index, sign = by_entry(self.entry[which], self.sign[which], self.r)
+            found = by_entry(self.entry[which], self.sign[which], self.r)
+            index, sign = (t.to(device) for t in found)
         # Not index_add, whose float atomics on a GPU add in any order.
-        picked = values[:, index.to(values.device)]  # [n, r, s]
-        return (picked * sign.to(values.device)).sum(2)
+        return (values[:, index] * sign).sum(2)  # of [n, r, s]
 
     def digest(self) -> bytes:
         """The entries and signs."""

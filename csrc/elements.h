@@ -1,4 +1,4 @@
-// The element types of x, dy and gradients, widened to float.
+// The element types of x, dy and gradients, widened to float; the weight of a sum of them.
 
 #pragma once
 
@@ -39,6 +39,12 @@ inline float to_float(Float16 value) {
   // 2^112 moves the exponent's bias from 15 to 127, subnormals included.
   const float magnitude = float_of_bits(rest) * 0x1p112f;
   return sign ? -magnitude : magnitude;
+}
+
+// What is not finite is left out by a weight of 0 too.
+inline float weighted(float weight, float sum) {
+  const float product = weight * sum;
+  return weight == 0.0f ? 0.0f : product;
 }
 
 }  // namespace dropinf

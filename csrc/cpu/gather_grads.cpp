@@ -19,7 +19,7 @@ int64_t offset_of(const GradEntries& entries, int64_t position) {
   return offset + position * entries.strides[0];
 }
 
-template <typename E>
+template <bool kWeighted, typename E>
 bool gather(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
   const E* data = static_cast<const E*>(entries.data);
   bool in_range = true;
@@ -27,35 +27,35 @@ bool gather(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
     const bool good = static_cast<uint64_t>(entries.idx[k]) < static_cast<uint64_t>(entries.numel);
     in_range &= good;
     const int64_t position = good ? entries.idx[k] : 0;
-    entries.out[k * entries.out_stride] =
-        entries.scale * to_float(data[offset_of(entries, position)]);
+    const float value = to_float(data[offset_of(entries, position)]);
+    entries.out[k * entries.out_stride] = kWeighted ? weighted(entries.weights[k], value) : value;
   }
   return in_range;
 }
 
 template <typename E>
-bool gather_signed(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
+bool gather_sums(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
   const E* data = static_cast<const E*>(entries.data);
   bool in_range = true;
   for (int64_t k = k_begin; k < k_end; ++k) {
-    const int64_t* idx = entries.idx + k * entries.s;
-    const int8_t* signs = entries.signs + k * entries.s;
     float sum = 0.0f;
-    for (int64_t j = 0; j < entries.s; ++j) {
-      const bool good = static_cast<uint64_t>(idx[j]) < static_cast<uint64_t>(entries.numel);
+    for (int64_t q = k * entries.s; q < (k + 1) * entries.s; ++q) {
+      const int64_t position = entries.idx[q];
+      const bool good = static_cast<uint64_t>(position) < static_cast<uint64_t>(entries.numel);
       in_range &= good;
-      const float value = to_float(data[offset_of(entries, good ? idx[j] : 0)]);
-      sum += signs[j] == 0 ? 0.0f : static_cast<float>(signs[j]) * value;
+      const float value = to_float(data[offset_of(entries, good ? position : 0)]);
+      sum += entries.weights ? weighted(entries.weights[q], value) : value;
     }
-    entries.out[k * entries.out_stride] = entries.scale * sum;
+    entries.out[k * entries.out_stride] = sum;
   }
   return in_range;
 }
 
 template <typename E>
 bool gather_any(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
-  return entries.signs ? gather_signed<E>(entries, k_begin, k_end)
-                       : gather<E>(entries, k_begin, k_end);
+  if (entries.s != 1) return gather_sums<E>(entries, k_begin, k_end);
+  return entries.weights ? gather<true, E>(entries, k_begin, k_end)
+                         : gather<false, E>(entries, k_begin, k_end);
 }
 
 }  // namespace

@@ -24,7 +24,11 @@ void rows(const SampledEmbeddingArgs& args, int64_t b_begin, int64_t b_end) {
         out[k * args.out_stride_k] += to_float(dy[args.o_idx[k]]);
       }
     }
-    for (int64_t k = 0; k < args.r; ++k) out[k * args.out_stride_k] *= args.scale;
+    if (!args.weights) continue;
+    for (int64_t k = 0; k < args.r; ++k) {
+      float& entry = out[k * args.out_stride_k];
+      entry = weighted(args.weights[k], entry);
+    }
   }
 }
 

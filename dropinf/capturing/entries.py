@@ -70,7 +70,7 @@ class Entries:
                 o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (o_idx, i_idx))
                 for some in chunk_items(len(x_part), shape.numel()):
                     grads = role.op(
-                        x_part[some], dy_part[some], o_idx, i_idx, backend=self._backend, scale=1.0
+                        x_part[some], dy_part[some], o_idx, i_idx, backend=self._backend
                     )
                     for view, entries in source.pull(grads.unflatten(1, shape)):
                         self.add(view, entries, _part(rows, some))
@@ -85,13 +85,14 @@ class Entries:
             self._begin(slot)
             return
         names = {view.slot.name for view, _ in run}
-        at, scale = columns(run), slot.scale / self._factor
-        options = (scale, self._backend, self._cache)
+        at, options = columns(run), (self._backend, self._cache)
         every = isinstance(rows, slice) and rows == slice(None)
         all_new = every and not self.touched & names and alone(run)
         if all_new and isinstance(at, slice) and dy.device == self.rows.device:
             self.touched |= names
-            sample(run, x, dy, *options, out=self.rows[:, at])
+            written = sample(run, x, dy, *options, out=self.rows[:, at])
+            if self._factor != 1:
+                written /= self._factor
             return
         found = sample(run, x, dy, *options)
         for view, _ in run:
@@ -168,7 +169,7 @@ class Entries:
         self._begin(slot)
         if not values.shape[1]:
             return
-        values = values * (slot.scale / self._factor)
+        values = values * slot.scale
         if slot.entry_map is not None:
             if isinstance(slot.entry_map, DenseProjection):
                 self.formed.add(slot.name)
@@ -187,6 +188,8 @@ class Entries:
 
     def _add(self, columns: slice | Tensor, entries: Tensor, rows: Rows) -> None:
         entries = entries.to(self.rows)
+        if self._factor != 1:
+            entries = entries / self._factor
         if isinstance(columns, Tensor):
             columns = columns.to(self.rows.device)
         if isinstance(rows, slice):

@@ -22,7 +22,7 @@ def _channel_sums(
     o_idx: Tensor,
     i_idx: Tensor,
     *,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -35,7 +35,9 @@ def _channel_sums(
     if rescale is not None:
         product = rescale(product, total)
     C = total.shape[1]
-    entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx) * scale
+    entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx)
+    if weights is not None:
+        entries.mul_(weights).masked_fill_(weights == 0, 0.0)
     return entries if out is None else out.copy_(entries)
 
 

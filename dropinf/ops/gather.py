@@ -13,7 +13,7 @@ from dropinf.ops.dispatch import add_op, kernel
 from dropinf.ops.selftest import Case, Inputs
 
 _dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
-_requires_grad = attrgetter("requires_grad")
+_kind_of = attrgetter("dtype", "device", "requires_grad")
 
 
 def gather_grads(
@@ -60,14 +60,13 @@ def gather_grads(
     factors = [w for w in weights or () if w is not None]
     # Sets first: at 200 layers a look at each tensor in turn costs more than the gathering.
     dtypes = set(map(_dtype_of, there))
-    devices = {*map(_device_of, indices), *map(_device_of, there), *map(_device_of, factors)}
+    devices = {*map(_device_of, indices), *map(_device_of, there)}
     wrong = devices - {device} or set(map(_dtype_of, indices)) - {torch.int64}
-    wrong = wrong or set(map(_dtype_of, factors)) - {torch.float32}
+    wrong = wrong or set(map(_kind_of, factors)) - {(torch.float32, device, False)}
     if wrong or not all(dtype.is_floating_point for dtype in dtypes):
         _check_gather(grads, indices, weights, device)
-    if any(map(_requires_grad, factors)) and torch.is_grad_enabled():
-        _check_gather(grads, indices, weights, device)
-    R = sum(map(len, indices))
+    # len() takes 0.6 µs.
+    R = sum(index.numel() if index.dim() == 1 else len(index) for index in indices)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     out = output_of(op, out, (R,), widest, device)
     call = kernel(op, backend, device, tuple(dtypes), out.dtype)

@@ -21,13 +21,13 @@ def chunk_length(T: int) -> int:
     return CHUNK_T * max(1, triton.cdiv(T, CHUNK_T * MAX_CHUNKS))
 
 
-def partial_sums(T: int, out: Tensor) -> tuple[Tensor, int]:
+def partial_sums(T: int, out: Tensor, weighted: bool = False) -> tuple[Tensor, int]:
     """Where the chunks' sums go, [num_chunks, B, r] float32, and num_chunks.
 
-    One chunk needs no scratch: then that is a view of `out`.
+    One chunk needs no scratch, unless it is to be weighted after: then that is a view of `out`.
     """
     num_chunks = max(1, triton.cdiv(T, chunk_length(T)))
-    if num_chunks == 1:
+    if num_chunks == 1 and not weighted:
         return out.unsqueeze(0), 1
     return out.new_empty((num_chunks, *out.shape), dtype=torch.float32), num_chunks
 

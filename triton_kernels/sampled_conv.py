@@ -14,13 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropinf.triton_kernels.chunks import (
-    add_chunks,
-    chunk_length,
-    partial_sums,
-    products,
-    weighted,
-)
+from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, products
 
 # Not measured on a GPU. Neighbouring lanes read neighbouring positions.
 BLOCK_R = 16
@@ -52,7 +46,6 @@ def sampled_conv_kernel(
     dy_ptr,  # [B, O, size_out_0, size_out_1, size_out_2]
     o_ptr,  # [r] int32
     i_ptr,  # [r] int32
-    weights_ptr,  # [r] float32; None for ones, or where there are more chunks
     out_ptr,  # [num_chunks, B, r]
     T,  # positions of dy
     O,
@@ -144,8 +137,6 @@ def sampled_conv_kernel(
         sums += tl.where(in_x | is_bias[:, None], terms, zeros)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
     entries = tl.where(good, tl.sum(sums, 1), float("nan"))
-    if weights_ptr is not None:
-        entries = weighted(entries, weights_ptr, k, in_r)
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b
     tl.store(out_ptr + k.to(tl.int64) * out_stride_k, entries, mask=in_r)
 
@@ -179,14 +170,14 @@ def sampled_conv(
         return [filler] * missing + list(values)
 
     T, I = dy[0, 0].numel() if O else 0, C // groups * math.prod(kernel_size)
-    parts, num_chunks = partial_sums(T, out)
+    # With the weights in this kernel, fewer of its blocks fit an SM.
+    parts, num_chunks = partial_sums(T, out, weighted=weights is not None)
     with torch.cuda.device_of(out):
         sampled_conv_kernel[(triton.cdiv(r, BLOCK_R) * num_chunks * B,)](
             x,
             dy,
             o_idx,
             i_idx,
-            weights if num_chunks == 1 else None,
             parts,
             T,
             O,
@@ -212,6 +203,6 @@ def sampled_conv(
             BLOCK_R=BLOCK_R,
             **OPTIONS,
         )
-        if num_chunks > 1:
+        if num_chunks > 1 or weights is not None:
             add_chunks(parts, weights, out)
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, weighted
+from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums
 
 # Not measured on a GPU.
 BLOCK_T = 16
@@ -38,7 +38,6 @@ def sampled_embedding_kernel(
     dy_ptr,  # [B, T, O]
     o_ptr,  # [r] int32
     i_ptr,  # [r] int32
-    weights_ptr,  # [r] float32; None for ones, or where there are more chunks
     out_ptr,  # [num_chunks, B, r]
     T,
     O,
@@ -74,8 +73,6 @@ def sampled_embedding_kernel(
         sums += tl.load(dy_ptr + dy_at, mask=meet, other=0.0).to(tl.float32)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
     entries = tl.where(good, tl.sum(sums, 0), float("nan"))
-    if weights_ptr is not None:
-        entries = weighted(entries, weights_ptr, k, in_r)
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b
     tl.store(out_ptr + k.to(tl.int64) * out_stride_k, entries, mask=in_r)
 
@@ -91,14 +88,14 @@ def sampled_embedding(
     (B, T, O), r = dy.shape, o_idx.shape[0]
     if B * r == 0:
         return out
-    parts, num_chunks = partial_sums(T, out)
+    # With the weights in this kernel, fewer of its blocks fit an SM.
+    parts, num_chunks = partial_sums(T, out, weighted=weights is not None)
     with torch.cuda.device_of(out):
         sampled_embedding_kernel[(triton.cdiv(r, BLOCK_R) * num_chunks * B,)](
             ids,
             dy,
             o_idx,
             i_idx,
-            weights if num_chunks == 1 else None,
             parts,
             T,
             O,
@@ -112,6 +109,6 @@ def sampled_embedding(
             BLOCK_R=BLOCK_R,
             **OPTIONS,
         )
-        if num_chunks > 1:
+        if num_chunks > 1 or weights is not None:
             add_chunks(parts, weights, out)
     return out

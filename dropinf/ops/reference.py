@@ -65,6 +65,9 @@ def factored_outer(
     num_columns = sum(
         t.shape[2] if index is None else len(index) for t, index in ((dy, o_idx), (x, i_idx))
     )
+    zeros = None if weights is None else weights == 0
+    if zeros is not None and _readable(zeros) and not zeros.any():
+        zeros = None  # a pass less
     step = max(1, _MAX_ELEMENTS // max(1, T * num_columns))
     for start in range(0, B, step):
         part = slice(start, start + step)
@@ -74,7 +77,9 @@ def factored_outer(
         )
         entries = torch.bmm(left.mT, right).flatten(1)
         if weights is not None:
-            entries.mul_(weights).masked_fill_(weights == 0, 0.0)
+            entries.mul_(weights)
+        if zeros is not None:
+            entries.masked_fill_(zeros, 0.0)
         out[part] = entries
     return out
 

@@ -46,7 +46,7 @@ def variants():
         tiles = {"BLOCK_T": file.BLOCK_T, "BLOCK_R": file.BLOCK_R}
         for dtype in ("fp32", "bf16", "fp16"):
             types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32"}
-            types |= {"ids_ptr": "*i64", "o_ptr": "*i32", "i_ptr": "*i32", "weights_ptr": "*fp32"}
+            types |= {"ids_ptr": "*i64", "o_ptr": "*i32", "i_ptr": "*i32"}
             yield dtype, kernel, types, tiles, file.OPTIONS
 
     types = {"parts_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": "*fp32"}

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 #include "elements.h"
 
@@ -34,14 +35,26 @@ inline bool unit_stride(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 || tensor.numel() == 0;
 }
 
-// [r], or [r, s] with num_dims = 2.
+// [r], or where `summed` [r, s] too.
 inline void check_coordinates(const char* op, const at::Tensor& o_idx, const at::Tensor& i_idx,
-                              int64_t num_dims = 1) {
+                              bool summed = false) {
+  TORCH_CHECK_VALUE(o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt &&
+                        o_idx.is_contiguous() && i_idx.is_contiguous() &&
+                        (o_idx.dim() == 1 || (summed && o_idx.dim() == 2)) &&
+                        o_idx.sizes() == i_idx.sizes(),
+                    op, ": o_idx and i_idx must be contiguous int32 [r]",
+                    summed ? " or [r, s]" : "", ", got ", o_idx.sizes(), " and ", i_idx.sizes());
+}
+
+// The weights of coordinates of these sizes; null for ones.
+inline const float* weights_of(const char* op, const std::optional<at::Tensor>& weights,
+                               at::IntArrayRef sizes) {
+  if (!weights) return nullptr;
   TORCH_CHECK_VALUE(
-      o_idx.scalar_type() == at::kInt && i_idx.scalar_type() == at::kInt && o_idx.is_contiguous() &&
-          i_idx.is_contiguous() && o_idx.dim() == num_dims && o_idx.sizes() == i_idx.sizes(),
-      op, ": o_idx and i_idx must be contiguous int32 ", num_dims == 1 ? "[r]" : "[r, s]", ", got ",
-      o_idx.sizes(), " and ", i_idx.sizes());
+      weights->scalar_type() == at::kFloat && weights->is_contiguous() && weights->sizes() == sizes,
+      op, ": weights must be contiguous float32 ", sizes, ", got ", weights->scalar_type(), " ",
+      weights->sizes());
+  return weights->const_data_ptr<float>();
 }
 
 inline void check_out(const char* op, const at::Tensor& out, int64_t B, int64_t r) {
@@ -58,16 +71,6 @@ inline bool indices_in_range(const int32_t* idx, int64_t n, int64_t size) {
     largest = std::max(largest, idx[q]);
   }
   return least >= 0 && largest < size;
-}
-
-// Whether all n signs are -1, 0 or 1.
-inline bool signs_in_range(const int8_t* sign, int64_t n) {
-  int8_t least = 0, largest = 0;
-  for (int64_t q = 0; q < n; ++q) {
-    least = std::min(least, sign[q]);
-    largest = std::max(largest, sign[q]);
-  }
-  return least >= -1 && largest <= 1;
 }
 
 // On CPUs: a kernel on a GPU cannot raise, it writes NaN. `what` says what the size is of.

@@ -1,4 +1,4 @@
-// The element types of x, dy and gradients, widened to float.
+// The element types of x, dy and gradients, widened to float; the weight of a sum of them.
 
 #pragma once
 
@@ -39,6 +39,24 @@ inline float to_float(Float16 value) {
   // 2^112 moves the exponent's bias from 15 to 127, subnormals included.
   const float magnitude = float_of_bits(rest) * 0x1p112f;
   return sign ? -magnitude : magnitude;
+}
+
+// What is not finite is left out by a weight of 0 too. A mask, for GCC makes a branch of a choice
+// of floats, and then no vectors: 1.5 times the time of a call with T = 1.
+inline float weighted(float weight, float sum) {
+  const float product = weight * sum;
+  uint32_t bits;
+  std::memcpy(&bits, &product, sizeof bits);
+  return float_of_bits(bits & (weight == 0.0f ? 0u : ~0u));
+}
+
+// n entries, `stride` apart, times their weights.
+inline void weigh(const float* weights, int64_t n, float* entries, int64_t stride) {
+  if (stride == 1) {
+    for (int64_t k = 0; k < n; ++k) entries[k] = weighted(weights[k], entries[k]);
+    return;
+  }
+  for (int64_t k = 0; k < n; ++k) entries[k * stride] = weighted(weights[k], entries[k * stride]);
 }
 
 }  // namespace dropinf

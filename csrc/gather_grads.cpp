@@ -22,9 +22,9 @@ namespace dropinf {
 namespace {
 
 TORCH_LIBRARY_FRAGMENT(DROPINF_LIBRARY, m) {
-  define(m,
-         "gather_grads(Tensor?[] grads, Tensor[] indices, Tensor?[] signs, float[] scales, "
-         "Tensor(a!) out) -> ()");
+  define(
+      m,
+      "gather_grads(Tensor?[] grads, Tensor[] indices, Tensor?[] weights, Tensor(a!) out) -> ()");
 }
 
 // A tensor in a list, as one whose memory holds its numbers. Negated and conjugate views, and zeros
@@ -37,54 +37,49 @@ at::Tensor resolved(const at::Tensor& tensor) {
 // The gradients of gather_grads, with the tensors that the entries point into.
 struct GatherCall {
   std::vector<at::Tensor> kept, positions;
-  std::vector<at::Tensor> signs;  // [L], or empty where no layer has any
+  std::vector<at::Tensor> weights;  // [L], or empty where no layer has any
   std::vector<GradEntries> layers;
   // [L + 1] of each layer's terms among those of all sums, where an empty sum counts as a zero.
   std::vector<int64_t> offsets;
 };
 
 GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                       const c10::List<std::optional<at::Tensor>>& signs,
-                       at::ArrayRef<double> scales, const at::Tensor& out) {
+                       const c10::List<std::optional<at::Tensor>>& weights, const at::Tensor& out) {
   const int64_t L = indices.size();
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(grads.size()) == L && static_cast<int64_t>(scales.size()) == L,
-      "gather_grads: grads, indices and scales must be equally long, got ", grads.size(), ", ", L,
-      " and ", scales.size());
-  const bool any_signs = !signs.empty();
-  TORCH_CHECK_VALUE(!any_signs || static_cast<int64_t>(signs.size()) == L,
-                    "gather_grads: signs must be none or ", L, ", got ", signs.size());
+  TORCH_CHECK_VALUE(static_cast<int64_t>(grads.size()) == L,
+                    "gather_grads: grads and indices must be equally long, got ", grads.size(),
+                    " and ", L);
+  const bool any_weights = !weights.empty();
+  TORCH_CHECK_VALUE(!any_weights || static_cast<int64_t>(weights.size()) == L,
+                    "gather_grads: weights must be none or ", L, ", got ", weights.size());
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 1,
                     "gather_grads: out must be float32 [R], got ", out.scalar_type(), " ",
                     out.sizes());
   GatherCall call;
-  auto& [kept, positions, kept_signs, layers, offsets] = call;
+  auto& [kept, positions, kept_weights, layers, offsets] = call;
   kept.resize(L), positions.resize(L), layers.resize(L), offsets.resize(L + 1);
-  if (any_signs) kept_signs.resize(L);
+  if (any_weights) kept_weights.resize(L);
   int64_t R = 0;
   for (int64_t l = 0; l < L; ++l) {
-    const std::optional<at::Tensor> sign = any_signs ? signs.get(l) : std::nullopt;
-    const bool has_signs = sign && sign->defined();
-    TORCH_CHECK_VALUE(indices[l].scalar_type() == at::kLong && indices[l].dim() == 1 + has_signs,
-                      "gather_grads: indices[", l,
-                      "] must be int64 [r], or with signs [r, s], got ", indices[l].sizes());
+    TORCH_CHECK_VALUE(
+        indices[l].scalar_type() == at::kLong && (indices[l].dim() == 1 || indices[l].dim() == 2),
+        "gather_grads: indices[", l, "] must be int64 [r] or [r, s], got ", indices[l].sizes());
     const at::Tensor& index = positions[l] = indices[l].contiguous();
     GradEntries& entries = layers[l];
     entries = GradEntries{};
     entries.idx = index.const_data_ptr<int64_t>();
     entries.r = index.sizes()[0];
-    entries.s = 1;
-    if (has_signs) {
-      TORCH_CHECK_VALUE(sign->scalar_type() == at::kChar && sign->sizes() == index.sizes(),
-                        "gather_grads: signs[", l, "] must be int8 ", index.sizes(), ", got ",
-                        sign->scalar_type(), " ", sign->sizes());
-      kept_signs[l] = resolved(*sign).contiguous();
-      entries.signs = kept_signs[l].const_data_ptr<int8_t>();
-      entries.s = std::max<int64_t>(index.sizes()[1], 1);
+    entries.s = index.dim() == 2 ? index.sizes()[1] : 1;
+    const std::optional<at::Tensor> weight = any_weights ? weights.get(l) : std::nullopt;
+    if (weight && weight->defined()) {
+      TORCH_CHECK_VALUE(weight->scalar_type() == at::kFloat && weight->sizes() == index.sizes(),
+                        "gather_grads: weights[", l, "] must be float32 ", index.sizes(), ", got ",
+                        weight->scalar_type(), " ", weight->sizes());
+      kept_weights[l] = resolved(*weight).contiguous();
+      entries.weights = kept_weights[l].const_data_ptr<float>();
     }
     R += entries.r;
-    offsets[l + 1] = offsets[l] + entries.r * entries.s;
-    entries.scale = static_cast<float>(scales[l]);
+    offsets[l + 1] = offsets[l] + entries.r * std::max<int64_t>(entries.s, 1);
     std::optional<at::Tensor> grad = grads.get(l);
     if (!grad || !grad->defined()) continue;
     TORCH_CHECK_VALUE(grad->layout() == at::kStrided, "gather_grads: grads[", l, "] is ",
@@ -119,19 +114,13 @@ GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::Te
 #ifndef DROPINF_CUDA_ON_HOST
 
 // The entries of a layer that begin before its term n; an entry has s terms.
-int64_t entries_before(int64_t n, int64_t s) { return s == 1 ? n : (n + s - 1) / s; }
+int64_t entries_before(int64_t n, int64_t s) { return s <= 1 ? n : (n + s - 1) / s; }
 
 void gather_grads_cpu(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                      const c10::List<std::optional<at::Tensor>>& signs,
-                      at::ArrayRef<double> scales, const at::Tensor& out) {
-  const GatherCall call = gather_call(grads, indices, signs, scales, out);
+                      const c10::List<std::optional<at::Tensor>>& weights, const at::Tensor& out) {
+  const GatherCall call = gather_call(grads, indices, weights, out);
   const std::vector<int64_t>& offsets = call.offsets;
   const int64_t L = call.layers.size();
-  for (int64_t l = 0; l < L; ++l) {
-    const GradEntries& entries = call.layers[l];
-    TORCH_CHECK_VALUE(!entries.signs || signs_in_range(entries.signs, call.signs[l].numel()),
-                      "gather_grads: signs[", l, "] must be of -1, 0 and 1");
-  }
   std::atomic<int64_t> bad{-1};  // a layer with an index out of range
   // Threads share the terms; an entry goes with its first one.
   at::parallel_for(0, offsets[L], grain(5.0), [&](int64_t begin, int64_t end) {
@@ -155,14 +144,13 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("gather_grads", &gather_gra
 #ifdef DROPINF_CUDA
 
 void gather_grads_cuda(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                       const c10::List<std::optional<at::Tensor>>& signs,
-                       at::ArrayRef<double> scales, const at::Tensor& out) {
+                       const c10::List<std::optional<at::Tensor>>& weights, const at::Tensor& out) {
   const char* const op = "gather_grads";
   const c10::cuda::CUDAGuard guard(out.device());
-  GatherCall call = gather_call(grads, indices, signs, scales, out);
+  GatherCall call = gather_call(grads, indices, weights, out);
   check_devices(op, out, call.positions);
   check_devices(op, out, call.kept);
-  check_devices(op, out, call.signs);
+  check_devices(op, out, call.weights);
   for (size_t l = 0; l < call.layers.size(); ++l) {
     GradEntries& entries = call.layers[l];
     if (entries.num_dims <= cuda::kMaxDims) continue;

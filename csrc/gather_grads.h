@@ -17,15 +17,14 @@ struct GradEntries {
   int64_t num_dims;
   const int64_t* sizes;
   const int64_t* strides;
-  const int64_t* idx;   // [r, s] positions in the flattened gradient
-  const int8_t* signs;  // [r, s], 0 leaves a position out; or null for [r, 1] of +1
-  int64_t r, s;         // s > 0
-  float scale;
+  const int64_t* idx;    // [r, s] positions in the flattened gradient
+  const float* weights;  // [r, s], 0 leaves a position out; or null for ones
+  int64_t r, s;
   float* out;  // [r]
   int64_t out_stride;
 };
 
-// out[k] = scale * sum_j signs[k, j] * gradient.flatten()[idx[k, j]] for k in [k_begin, k_end),
+// out[k] = sum_j weights[k, j] * gradient.flatten()[idx[k, j]] for k in [k_begin, k_end),
 // summed in the order of j. False, with every entry still written, if an index is out of range.
 bool gather_entries(const GradEntries& entries, int64_t k_begin, int64_t k_end);
 

@@ -19,7 +19,7 @@ namespace {
 TORCH_LIBRARY_FRAGMENT(DROPINF_LIBRARY, m) {
   define(m,
          "sampled_conv(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, int[] kernel_size, "
-         "int[] stride, int[] padding, int[] dilation, int groups, bool bias, float scale, "
+         "int[] stride, int[] padding, int[] dilation, int groups, bool bias, Tensor? weights, "
          "Tensor(a!) out) -> ()");
 }
 
@@ -41,7 +41,8 @@ SampledConvArgs sampled_conv_args(const at::Tensor& x, const at::Tensor& dy,
                                   const at::Tensor& o_idx, const at::Tensor& i_idx,
                                   at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                                  bool bias, double scale, const at::Tensor& out) {
+                                  bool bias, const std::optional<at::Tensor>& weights,
+                                  const at::Tensor& out) {
   const int64_t num_dims = x.dim() - 2;
   TORCH_CHECK_VALUE(num_dims >= 1 && num_dims <= 3 && dy.dim() == x.dim() &&
                         x.size(0) == dy.size(0) && x.scalar_type() == dy.scalar_type(),
@@ -89,7 +90,7 @@ SampledConvArgs sampled_conv_args(const at::Tensor& x, const at::Tensor& dy,
     args.dy_stride[d] = there ? dy.stride(from) : 0;
   }
   args.bias = bias;
-  args.scale = static_cast<float>(scale);
+  args.weights = weights_of("sampled_conv", weights, o_idx.sizes());
   args.out = out.mutable_data_ptr<float>();
   args.out_stride_b = out.stride(0);
   args.out_stride_k = out.stride(1);
@@ -101,7 +102,7 @@ SampledConvArgs sampled_conv_args(const at::Tensor& x, const at::Tensor& dy,
 void sampled_conv_cpu(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
                       const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
-                      double scale, const at::Tensor& out) {
+                      const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   // Strided rows, as of channels_last, cost several times contiguous ones: they are copied unless
   // less is read of them than there is.
   const auto with_rows = [&](const at::Tensor& tensor) {
@@ -113,24 +114,11 @@ void sampled_conv_cpu(const at::Tensor& x, const at::Tensor& dy, const at::Tenso
   };
   const at::Tensor x_rows = with_rows(x), dy_rows = with_rows(dy);
   const SampledConvArgs args = sampled_conv_args(x_rows, dy_rows, o_idx, i_idx, kernel_size, stride,
-                                                 padding, dilation, groups, bias, scale, out);
+                                                 padding, dilation, groups, bias, weights, out);
   check_range("sampled_conv", "o_idx", o_idx, args.O, "O=", args.O);
   check_range("sampled_conv", "i_idx", i_idx, args.I + bias,
               "C / groups * prod(kernel_size)=", args.I, bias ? " and the bias" : "");
-  if (out.numel() == 0) return;
-  if (dy.numel() == 0) {
-    out.zero_();
-    return;
-  }
-  const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
-  const int64_t r = args.r;
-  at::parallel_for(0, out.numel(), grain(call->entry_ns), [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t b = begin / r, k = begin % r, count = std::min(r - k, end - begin);
-      call->entries(b, k, k + count);
-      begin += count;
-    }
-  });
+  run_sampled_conv(args);
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_conv", &sampled_conv_cpu); }
@@ -142,12 +130,12 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_conv", &sampled_co
 void sampled_conv_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
                        const at::Tensor& i_idx, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias,
-                       double scale, const at::Tensor& out) {
+                       const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   const char* const op = "sampled_conv";
   const c10::cuda::CUDAGuard guard(out.device());
-  check_devices(op, out, {x, dy, o_idx, i_idx});
+  check_devices(op, out, {x, dy, o_idx, i_idx, weights.value_or(x)});
   const SampledConvArgs args = sampled_conv_args(x, dy, o_idx, i_idx, kernel_size, stride, padding,
-                                                 dilation, groups, bias, scale, out);
+                                                 dilation, groups, bias, weights, out);
   check_launch(op, cuda::sampled_conv(args, c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -158,4 +146,30 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {
 #endif  // DROPINF_CUDA
 
 }  // namespace
+
+#ifndef DROPINF_CUDA_ON_HOST
+
+void run_sampled_conv(const SampledConvArgs& args) {
+  const int64_t r = args.r;
+  if (args.B == 0 || r == 0) return;
+  const int64_t* const size = args.dy_size;
+  if (size[0] * size[1] * size[2] == 0) {
+    for (int64_t b = 0; b < args.B; ++b) {
+      for (int64_t k = 0; k < r; ++k)
+        args.out[b * args.out_stride_b + k * args.out_stride_k] = 0.0f;
+    }
+    return;
+  }
+  const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
+  at::parallel_for(0, args.B * r, grain(call->entry_ns), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / r, k = begin % r, count = std::min(r - k, end - begin);
+      call->entries(b, k, k + count);
+      begin += count;
+    }
+  });
+}
+
+#endif  // DROPINF_CUDA_ON_HOST
+
 }  // namespace dropinf

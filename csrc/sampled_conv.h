@@ -11,9 +11,10 @@ namespace dropinf {
 
 // The arguments of sampled_conv. Three spatial dimensions; those that are missing are leading ones.
 // With (c_k, q_k) = unravel(i_idx[k]) in (C / groups, kernel_size) and g the group of o_idx[k]:
-//   out[b, k] = scale * sum_p dy[b, o_idx[k], p]
-//                           * x[b, g * C / groups + c_k, p * stride + q_k * dilation - padding]
-// where x counts as zeros outside its sizes.
+//   out[b, k] = weights[k] * sum_p dy[b, o_idx[k], p]
+//                                * x[b, g * C / groups + c_k, p * stride + q_k * dilation -
+//                                padding]
+// where x counts as zeros outside its sizes. A weight of 0 makes 0, also of what is not finite.
 struct SampledConvArgs {
   DType dtype;     // of x and dy
   const void* x;   // [B, C, *x_size]
@@ -26,9 +27,9 @@ struct SampledConvArgs {
   int64_t kernel_size[3], stride[3], padding[3], dilation[3];
   const int32_t* o_idx;  // [r]
   const int32_t* i_idx;  // [r]
+  const float* weights;  // [r], or null for ones
   int64_t r;
-  bool bias;  // i_idx may be C / groups * prod(kernel_size): an input of ones
-  float scale;
+  bool bias;   // i_idx may be C / groups * prod(kernel_size): an input of ones
   float* out;  // [B, r]
   int64_t out_stride_b, out_stride_k;
 };
@@ -45,5 +46,11 @@ class SampledConv {
   // out[b, k_begin:k_end].
   virtual void entries(int64_t b, int64_t k_begin, int64_t k_end) const = 0;
 };
+
+// A call on the CPU, shared out over torch's threads. Nothing is checked: all pointers are to what
+// the arguments say of them, groups divides C and O, kernel_size, stride and dilation are from 1 on
+// and padding from 0, 0 <= o_idx < O and 0 <= i_idx < I + bias everywhere, and out overlaps nothing
+// else. B, r and dy_size may be 0. Rows whose last stride is not 1 cost several times as much.
+void run_sampled_conv(const SampledConvArgs& args);
 
 }  // namespace dropinf

@@ -17,13 +17,14 @@ namespace {
 
 TORCH_LIBRARY_FRAGMENT(DROPINF_LIBRARY, m) {
   define(m,
-         "sampled_embedding(Tensor ids, Tensor dy, Tensor o_idx, Tensor i_idx, float scale, "
+         "sampled_embedding(Tensor ids, Tensor dy, Tensor o_idx, Tensor i_idx, Tensor? weights, "
          "Tensor(a!) out) -> ()");
 }
 
 SampledEmbeddingArgs sampled_embedding_args(const at::Tensor& ids, const at::Tensor& dy,
                                             const at::Tensor& o_idx, const at::Tensor& i_idx,
-                                            double scale, const at::Tensor& out) {
+                                            const std::optional<at::Tensor>& weights,
+                                            const at::Tensor& out) {
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
                         dy.dim() == 3 && dy.size(0) == ids.size(0) && dy.size(1) == ids.size(1) &&
                         unit_stride(dy),
@@ -44,7 +45,7 @@ SampledEmbeddingArgs sampled_embedding_args(const at::Tensor& ids, const at::Ten
   args.O = dy.size(2);
   args.dy_stride_b = dy.stride(0);
   args.dy_stride_t = dy.stride(1);
-  args.scale = static_cast<float>(scale);
+  args.weights = weights_of("sampled_embedding", weights, o_idx.sizes());
   args.out = out.mutable_data_ptr<float>();
   args.out_stride_b = out.stride(0);
   args.out_stride_k = out.stride(1);
@@ -58,16 +59,15 @@ constexpr double kSearchNs = 20;
 constexpr double kZeroNs = 0.5;
 
 void sampled_embedding_cpu(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
-                           const at::Tensor& i_idx, double scale, const at::Tensor& out) {
-  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, scale, out);
+                           const at::Tensor& i_idx, const std::optional<at::Tensor>& weights,
+                           const at::Tensor& out) {
+  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, weights, out);
   check_range("sampled_embedding", "o_idx", o_idx, args.O, "O=", args.O);
   TORCH_CHECK_VALUE(std::is_sorted(args.i_idx, args.i_idx + args.r),
                     "sampled_embedding: i_idx must be sorted");
   TORCH_CHECK_INDEX(args.r == 0 || args.i_idx[0] >= 0,
                     "sampled_embedding: i_idx is out of range, it has negative tokens");
-  if (out.numel() == 0) return;
-  at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
-                   [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
+  run_sampled_embedding(args);
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_embedding", &sampled_embedding_cpu); }
@@ -77,11 +77,12 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_embedding", &sampl
 #ifdef DROPINF_CUDA
 
 void sampled_embedding_cuda(const at::Tensor& ids, const at::Tensor& dy, const at::Tensor& o_idx,
-                            const at::Tensor& i_idx, double scale, const at::Tensor& out) {
+                            const at::Tensor& i_idx, const std::optional<at::Tensor>& weights,
+                            const at::Tensor& out) {
   const char* const op = "sampled_embedding";
   const c10::cuda::CUDAGuard guard(out.device());
-  check_devices(op, out, {ids, dy, o_idx, i_idx});
-  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, scale, out);
+  check_devices(op, out, {ids, dy, o_idx, i_idx, weights.value_or(dy)});
+  const SampledEmbeddingArgs args = sampled_embedding_args(ids, dy, o_idx, i_idx, weights, out);
   check_launch(op, cuda::sampled_embedding(args, c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -92,4 +93,15 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {
 #endif  // DROPINF_CUDA
 
 }  // namespace
+
+#ifndef DROPINF_CUDA_ON_HOST
+
+void run_sampled_embedding(const SampledEmbeddingArgs& args) {
+  if (args.r == 0) return;
+  at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
+                   [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
+}
+
+#endif  // DROPINF_CUDA_ON_HOST
+
 }  // namespace dropinf

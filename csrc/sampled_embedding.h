@@ -9,7 +9,8 @@
 namespace dropinf {
 
 // The arguments of sampled_embedding:
-//   out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]]
+//   out[b, k] = weights[k] * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]]
+// A weight of 0 makes 0, also of what is not finite.
 struct SampledEmbeddingArgs {
   const int64_t* ids;  // [B, T], contiguous
   DType dtype;         // of dy
@@ -18,13 +19,18 @@ struct SampledEmbeddingArgs {
   int64_t dy_stride_b, dy_stride_t;
   const int32_t* o_idx;  // [r]
   const int32_t* i_idx;  // [r], rising
+  const float* weights;  // [r], or null for ones
   int64_t r;
-  float scale;
   float* out;  // [B, r]
   int64_t out_stride_b, out_stride_k;
 };
 
 // out[b_begin:b_end].
 void sampled_embedding_rows(const SampledEmbeddingArgs& args, int64_t b_begin, int64_t b_end);
+
+// A call on the CPU, shared out over torch's threads. Nothing is checked: all pointers are to what
+// the arguments say of them, i_idx is rising and from 0 on, 0 <= o_idx < O, and out overlaps
+// nothing else. Any size may be 0.
+void run_sampled_embedding(const SampledEmbeddingArgs& args);
 
 }  // namespace dropinf

@@ -19,13 +19,13 @@ namespace {
 
 TORCH_LIBRARY_FRAGMENT(DROPINF_LIBRARY, m) {
   define(m,
-         "sampled_outer(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, Tensor? sign, bool bias, "
-         "float scale, Tensor[] order, Tensor(a!) out) -> ()");
+         "sampled_outer(Tensor x, Tensor dy, Tensor o_idx, Tensor i_idx, Tensor? weights, "
+         "bool bias, Tensor[] order, Tensor(a!) out) -> ()");
 }
 
 SampledOuterArgs sampled_outer_args(const at::Tensor& x, const at::Tensor& dy,
                                     const at::Tensor& o_idx, const at::Tensor& i_idx,
-                                    const std::optional<at::Tensor>& sign, bool bias, double scale,
+                                    const std::optional<at::Tensor>& weights, bool bias,
                                     const at::Tensor& out) {
   TORCH_CHECK_VALUE(x.dim() == 3 && dy.dim() == 3 && x.size(0) == dy.size(0) &&
                         x.size(1) == dy.size(1) && x.scalar_type() == dy.scalar_type(),
@@ -36,17 +36,14 @@ SampledOuterArgs sampled_outer_args(const at::Tensor& x, const at::Tensor& dy,
                       "sampled_outer: x and dy must have stride 1 in the last dimension, got ",
                       tensor.strides());
   }
-  check_coordinates("sampled_outer", o_idx, i_idx, sign ? 2 : 1);
-  TORCH_CHECK_VALUE(!sign || (sign->scalar_type() == at::kChar && sign->is_contiguous() &&
-                              sign->sizes() == o_idx.sizes()),
-                    "sampled_outer: sign must be contiguous int8 ", o_idx.sizes());
+  check_coordinates("sampled_outer", o_idx, i_idx, true);
   SampledOuterArgs args;
   args.B = x.size(0);
   args.T = x.size(1);
   args.I = x.size(2);
   args.O = dy.size(2);
   args.r = o_idx.size(0);
-  args.s = sign ? o_idx.size(1) : 1;
+  args.s = o_idx.dim() == 2 ? o_idx.size(1) : 1;
   args.bias = bias;
   check_out("sampled_outer", out, args.B, args.r);
   args.o_idx = o_idx.const_data_ptr<int32_t>();
@@ -58,8 +55,7 @@ SampledOuterArgs sampled_outer_args(const at::Tensor& x, const at::Tensor& dy,
   args.x_stride_t = x.stride(1);
   args.dy_stride_b = dy.stride(0);
   args.dy_stride_t = dy.stride(1);
-  args.sign = sign ? sign->const_data_ptr<int8_t>() : nullptr;
-  args.scale = static_cast<float>(scale);
+  args.weights = weights_of("sampled_outer", weights, o_idx.sizes());
   args.out = out.mutable_data_ptr<float>();
   args.out_stride_b = out.stride(0);
   args.out_stride_k = out.stride(1);
@@ -100,20 +96,13 @@ void run(const SampledOuter& call, const SampledOuterArgs& args) {
 }
 
 void sampled_outer_cpu(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
-                       const at::Tensor& i_idx, const std::optional<at::Tensor>& sign, bool bias,
-                       double scale, at::TensorList, const at::Tensor& out) {
-  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
+                       const at::Tensor& i_idx, const std::optional<at::Tensor>& weights, bool bias,
+                       at::TensorList, const at::Tensor& out) {
+  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, weights, bias, out);
   check_range("sampled_outer", "o_idx", o_idx, args.O, "O=", args.O);
   check_range("sampled_outer", "i_idx", i_idx, args.I + bias, "I=", args.I,
               bias ? " and the bias column" : "");
-  TORCH_CHECK_VALUE(!sign || signs_in_range(args.sign, sign->numel()),
-                    "sampled_outer: sign must be of -1, 0 and 1");
-  if (out.numel() == 0) return;
-  if (args.T == 0 || args.s == 0) {
-    out.zero_();
-    return;
-  }
-  run(*SampledOuter::make(args), args);
+  run_sampled_outer(args);
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_outer", &sampled_outer_cpu); }
@@ -152,12 +141,12 @@ cuda::StagedOrder staged_order(const char* op, at::TensorList order, const Sampl
 }
 
 void sampled_outer_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
-                        const at::Tensor& i_idx, const std::optional<at::Tensor>& sign, bool bias,
-                        double scale, at::TensorList order, const at::Tensor& out) {
+                        const at::Tensor& i_idx, const std::optional<at::Tensor>& weights,
+                        bool bias, at::TensorList order, const at::Tensor& out) {
   const char* const op = "sampled_outer";
   const c10::cuda::CUDAGuard guard(out.device());
-  check_devices(op, out, {x, dy, o_idx, i_idx, sign.value_or(x)});
-  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, sign, bias, scale, out);
+  check_devices(op, out, {x, dy, o_idx, i_idx, weights.value_or(x)});
+  const SampledOuterArgs args = sampled_outer_args(x, dy, o_idx, i_idx, weights, bias, out);
   if (out.numel() == 0) return;
   if (args.s == 0) {
     out.zero_();
@@ -178,4 +167,21 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {
 #endif  // DROPINF_CUDA
 
 }  // namespace
+
+#ifndef DROPINF_CUDA_ON_HOST
+
+void run_sampled_outer(const SampledOuterArgs& args) {
+  if (args.T == 0 || args.s == 0) {
+    for (int64_t b = 0; b < args.B; ++b) {
+      for (int64_t k = 0; k < args.r; ++k) {
+        args.out[b * args.out_stride_b + k * args.out_stride_k] = 0.0f;
+      }
+    }
+  } else if (args.B > 0 && args.r > 0) {
+    run(*SampledOuter::make(args), args);
+  }
+}
+
+#endif  // DROPINF_CUDA_ON_HOST
+
 }  // namespace dropinf

@@ -10,8 +10,9 @@
 namespace dropinf {
 
 // The arguments of sampled_outer:
-//   out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]
-// A sign of 0 leaves its coordinate out, also where that is not finite.
+//   out[b, k] = sum_j weights[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]
+// With s = 1 the weight multiplies the finished sum. A weight of 0 leaves its coordinate out, also
+// where that is not finite.
 struct SampledOuterArgs {
   DType dtype;     // of x and dy
   const void* x;   // [B, T, I], stride 1 in I
@@ -21,10 +22,9 @@ struct SampledOuterArgs {
   int64_t dy_stride_b, dy_stride_t;
   const int32_t* o_idx;  // [r, s]
   const int32_t* i_idx;  // [r, s]
-  const int8_t* sign;    // [r, s], or null for +1
+  const float* weights;  // [r, s], or null for ones
   int64_t r, s;
-  bool bias;  // i_idx may be I: a column of ones
-  float scale;
+  bool bias;   // i_idx may be I: a column of ones
   float* out;  // [B, r]
   int64_t out_stride_b, out_stride_k;
 };
@@ -49,5 +49,10 @@ class SampledOuter {
   // out[b, k_begin:k_end] from the sums of example b's chunks; overwrites sums.
   virtual void finish(int64_t b, int64_t k_begin, int64_t k_end, float* sums) const = 0;
 };
+
+// A call on the CPU, shared out over torch's threads. Nothing is checked: all pointers are to what
+// the arguments say of them, 0 <= o_idx < O and 0 <= i_idx < I + bias everywhere, and out overlaps
+// nothing else. Any size may be 0.
+void run_sampled_outer(const SampledOuterArgs& args);
 
 }  // namespace dropinf

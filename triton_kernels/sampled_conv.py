@@ -40,7 +40,7 @@ INTEGERS = [
 ]
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "scale"])
+@triton.jit(do_not_specialize=INTEGERS)
 def sampled_conv_kernel(
     x_ptr,  # [B, C, size_0, size_1, size_2]
     dy_ptr,  # [B, O, size_out_0, size_out_1, size_out_2]
@@ -87,7 +87,6 @@ def sampled_conv_kernel(
     out_stride_c,
     out_stride_b,
     out_stride_k,
-    scale,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -137,7 +136,7 @@ def sampled_conv_kernel(
         zeros = tl.where(tl.abs(terms) < float("inf"), 0.0, float("nan"))
         sums += tl.where(in_x | is_bias[:, None], terms, zeros)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
-    entries = tl.where(good, tl.sum(sums, 1) * scale, float("nan"))
+    entries = tl.where(good, tl.sum(sums, 1), float("nan"))
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b
     tl.store(out_ptr + k.to(tl.int64) * out_stride_k, entries, mask=in_r)
 
@@ -153,13 +152,14 @@ def sampled_conv(
     dilation: Sequence[int],
     groups: int,
     bias: bool,
-    scale: float,
+    weights: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """out[b, k] = scale * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * s + q * d - padding],
+    """out[b, k] = weights[k] * sum_p dy[b, o, p] * x[b, g * C / groups + c, p s + q d - padding],
 
     where o = o_idx[k], g is its group, (c, q) = unravel(i_idx[k]), and x is 0 outside its sizes.
-    x [B, C, *S] and dy [B, O, *S'] of any strides. An entry with an index out of range is NaN.
+    x [B, C, *S] and dy [B, O, *S'] of any strides. An entry with an index out of range is NaN,
+    unless its weight is 0.
     """
     (B, C, *size), O, r = x.shape, dy.shape[1], o_idx.shape[0]
     if B * r == 0:
@@ -170,7 +170,8 @@ def sampled_conv(
         return [filler] * missing + list(values)
 
     T, I = dy[0, 0].numel() if O else 0, C // groups * math.prod(kernel_size)
-    parts, num_chunks = partial_sums(T, out)
+    # With the weights in this kernel, fewer of its blocks fit an SM.
+    parts, num_chunks = partial_sums(T, out, weighted=weights is not None)
     with torch.cuda.device_of(out):
         sampled_conv_kernel[(triton.cdiv(r, BLOCK_R) * num_chunks * B,)](
             x,
@@ -198,11 +199,10 @@ def sampled_conv(
             *dy.stride()[:2],
             *three(dy.stride()[2:], 0),
             *parts.stride(),
-            scale if num_chunks == 1 else 1.0,
             BLOCK_T=BLOCK_T,
             BLOCK_R=BLOCK_R,
             **OPTIONS,
         )
-        if num_chunks > 1:
-            add_chunks(parts, scale, out)
+        if num_chunks > 1 or weights is not None:
+            add_chunks(parts, weights, out)
     return out

@@ -31,7 +31,6 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
         "out_stride_c",
         "out_stride_b",
         "out_stride_k",
-        "scale",
     ]
 )
 def sampled_embedding_kernel(
@@ -50,7 +49,6 @@ def sampled_embedding_kernel(
     out_stride_c,
     out_stride_b,
     out_stride_k,
-    scale,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -74,23 +72,24 @@ def sampled_embedding_kernel(
         dy_at = b * dy_stride_b + position[:, None] * dy_stride_t + o[None, :]
         sums += tl.load(dy_ptr + dy_at, mask=meet, other=0.0).to(tl.float32)
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
-    entries = tl.where(good, tl.sum(sums, 0) * scale, float("nan"))
+    entries = tl.where(good, tl.sum(sums, 0), float("nan"))
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b
     tl.store(out_ptr + k.to(tl.int64) * out_stride_k, entries, mask=in_r)
 
 
 def sampled_embedding(
-    ids: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, scale: float, out: Tensor
+    ids: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, weights: Tensor | None, out: Tensor
 ) -> Tensor:
-    """out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]].
+    """out[b, k] = weights[k] * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]].
 
     ids [B, T] int64 contiguous, dy [B, T, O] with stride 1 in O; i_idx in any order. An entry with
-    o_idx out of range or a negative token is NaN.
+    o_idx out of range or a negative token is NaN, unless its weight is 0.
     """
     (B, T, O), r = dy.shape, o_idx.shape[0]
     if B * r == 0:
         return out
-    parts, num_chunks = partial_sums(T, out)
+    # With the weights in this kernel, fewer of its blocks fit an SM.
+    parts, num_chunks = partial_sums(T, out, weighted=weights is not None)
     with torch.cuda.device_of(out):
         sampled_embedding_kernel[(triton.cdiv(r, BLOCK_R) * num_chunks * B,)](
             ids,
@@ -106,11 +105,10 @@ def sampled_embedding(
             dy.stride(0),
             dy.stride(1),
             *parts.stride(),
-            scale if num_chunks == 1 else 1.0,
             BLOCK_T=BLOCK_T,
             BLOCK_R=BLOCK_R,
             **OPTIONS,
         )
-        if num_chunks > 1:
-            add_chunks(parts, scale, out)
+        if num_chunks > 1 or weights is not None:
+            add_chunks(parts, weights, out)
     return out

@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, products
+from dropinf.triton_kernels.chunks import (
+    add_chunks,
+    chunk_length,
+    partial_sums,
+    products,
+    weighted,
+)
 
 # Not measured on a GPU. Coordinates are sorted by o, so neighbouring lanes share sectors of dy.
 BLOCK_T = 16
@@ -38,7 +44,6 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
         "out_stride_c",
         "out_stride_b",
         "out_stride_k",
-        "scale",
     ]
 )
 def sampled_outer_kernel(
@@ -46,7 +51,8 @@ def sampled_outer_kernel(
     dy_ptr,  # [B, T, O]
     o_ptr,  # [r, s] int32
     i_ptr,  # [r, s] int32
-    sign_ptr,  # [r, s] int8, or None for signs of +1
+    weights_ptr,  # [r, s] float32 of summands; None for ones, or where s = 1
+    entry_weights_ptr,  # [r]; None for ones, where s > 1, or where there are more chunks
     out_ptr,  # [num_chunks, B, r]
     T,
     I,
@@ -63,7 +69,6 @@ def sampled_outer_kernel(
     out_stride_c,
     out_stride_b,
     out_stride_k,
-    scale,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -80,16 +85,15 @@ def sampled_outer_kernel(
     sums = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     bad = tl.zeros([BLOCK_R], tl.int32)
     for j in range(s):
-        o = tl.load(o_ptr + k * s + j, mask=in_r, other=0)
-        i = tl.load(i_ptr + k * s + j, mask=in_r, other=0)
-        in_dy = in_r & (o >= 0) & (o < O)
-        in_x = in_r & (i >= 0) & (i < I)
-        bad = tl.where(in_dy & (i >= 0) & (i < width), bad, 1)
-        if sign_ptr is not None:
-            sign = tl.load(sign_ptr + k * s + j, mask=in_r, other=0).to(tl.float32)
-            bad = tl.where((sign >= -1) & (sign <= 1), bad, 1)
-            in_dy &= sign != 0
-            in_x &= sign != 0
+        there = in_r
+        if weights_ptr is not None:
+            weight = tl.load(weights_ptr + k * s + j, mask=in_r, other=0.0)
+            there &= weight != 0
+        o = tl.load(o_ptr + k * s + j, mask=there, other=0)
+        i = tl.load(i_ptr + k * s + j, mask=there, other=0)
+        in_dy = there & (o >= 0) & (o < O)
+        in_x = there & (i >= 0) & (i < I)
+        bad = tl.where(there & ~(in_dy & (i >= 0) & (i < width)), 1, bad)
         for t in range(start, stop, BLOCK_T):
             position = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
             in_t = position < stop
@@ -98,11 +102,13 @@ def sampled_outer_kernel(
             # The bias is what is not in x.
             in_x_t, in_dy_t = in_t[:, None] & in_x[None, :], in_t[:, None] & in_dy[None, :]
             terms = products(x_ptr + x_at, in_x_t, dy_ptr + dy_at, in_dy_t)
-            if sign_ptr is not None:
-                terms *= sign[None, :]
+            if weights_ptr is not None:
+                terms *= weight[None, :]
             sums += terms
     # A kernel cannot raise without a synchronisation: an index out of range shows as NaN.
-    entries = tl.where(bad != 0, float("nan"), tl.sum(sums, 0) * scale)
+    entries = tl.where(bad != 0, float("nan"), tl.sum(sums, 0))
+    if entry_weights_ptr is not None:
+        entries = weighted(entries, entry_weights_ptr, k, in_r)
     out_ptr += tl.cast(chunk, tl.int64) * out_stride_c + b * out_stride_b
     tl.store(out_ptr + k.to(tl.int64) * out_stride_k, entries, mask=in_r)
 
@@ -112,21 +118,22 @@ def sampled_outer(
     dy: Tensor,
     o_idx: Tensor,
     i_idx: Tensor,
-    sign: Tensor | None,
+    weights: Tensor | None,
     bias: bool,
-    scale: float,
     order: Sequence[Tensor],
     out: Tensor,
 ) -> Tensor:
-    """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
+    """out[b, k] = sum_j weights[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
 
-    x [B, T, I] and dy [B, T, O] with stride 1 in I and O; o_idx and i_idx contiguous. An entry
-    with an index out of range, or a sign that is none of -1, 0 and 1, is NaN. A sign of 0 leaves
-    its coordinate out. `order` is for kernels that stage rows.
+    x [B, T, I] and dy [B, T, O] with stride 1 in I and O; o_idx, i_idx and weights contiguous, all
+    [r] or all [r, s]. A weight of 0 leaves its coordinate out. An entry with an index out of range
+    among the others is NaN. `order` is for kernels that stage rows.
     """
     (B, T, I), O, r = x.shape, dy.shape[2], o_idx.shape[0]
     if B * r == 0:
         return out
+    s = o_idx.shape[1:].numel()
+    of_entries, of_summands = (weights, None) if s == 1 else (None, weights)
     parts, num_chunks = partial_sums(T, out)
     with torch.cuda.device_of(out):
         sampled_outer_kernel[(triton.cdiv(r, BLOCK_R) * num_chunks * B,)](
@@ -134,14 +141,15 @@ def sampled_outer(
             dy,
             o_idx,
             i_idx,
-            sign,
+            of_summands,
+            of_entries if num_chunks == 1 else None,
             parts,
             T,
             I,
             O,
             I + bias,
             r,
-            1 if sign is None else sign.shape[1],
+            s,
             chunk_length(T),
             num_chunks,
             x.stride(0),
@@ -149,11 +157,10 @@ def sampled_outer(
             dy.stride(0),
             dy.stride(1),
             *parts.stride(),
-            scale if num_chunks == 1 else 1.0,
             BLOCK_T=BLOCK_T,
             BLOCK_R=BLOCK_R,
             **OPTIONS,
         )
         if num_chunks > 1:
-            add_chunks(parts, scale, out)
+            add_chunks(parts, of_entries, out)
     return out

@@ -33,16 +33,11 @@ void init_capture(py::module_& m) {
       .value("embedding", Native::kEmbedding)
       .value("conv", Native::kConv);
   py::class_<EntryRun>(m, "EntryRun")
-      .def(py::init([](at::Tensor o_idx, at::Tensor i_idx, std::optional<at::Tensor> sign,
-                       double scale, std::vector<at::Tensor> order, int64_t column) {
+      .def(py::init([](at::Tensor o_idx, at::Tensor i_idx, std::optional<at::Tensor> weights,
+                       std::vector<at::Tensor> order, int64_t column) {
         const int64_t r = o_idx.size(0);
-        return EntryRun{std::move(o_idx),
-                        std::move(i_idx),
-                        std::move(sign),
-                        scale,
-                        std::move(order),
-                        column,
-                        r};
+        return EntryRun{std::move(o_idx), std::move(i_idx), std::move(weights),
+                        std::move(order), column,           r};
       }));
   py::class_<Writes, std::shared_ptr<Writes>>(m, "Writes")
       .def(

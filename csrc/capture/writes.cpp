@@ -33,25 +33,26 @@ Tensor unit_stride(const Tensor& x) {
 void outer(const Tensor& x, const Tensor& dy, const EntryRun& run, const Tensor& out) {
   static const auto op =
       op_named<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                    bool, double, at::TensorList, const Tensor&)>("dropinf::sampled_outer");
-  op.call(x, dy, run.o_idx, run.i_idx, run.sign, true, run.scale, run.order, out);
+                    bool, at::TensorList, const Tensor&)>("dropinf::sampled_outer");
+  op.call(x, dy, run.o_idx, run.i_idx, run.weights, true, run.order, out);
 }
 
 void embedding(const Tensor& ids, const Tensor& dy, const EntryRun& run, const Tensor& out) {
-  static const auto op = op_named<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       double, const Tensor&)>("dropinf::sampled_embedding");
-  op.call(ids, dy, run.o_idx, run.i_idx, run.scale, out);
+  static const auto op =
+      op_named<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                    const Tensor&)>("dropinf::sampled_embedding");
+  op.call(ids, dy, run.o_idx, run.i_idx, run.weights, out);
 }
 
 void conv(const Tensor& x, const Tensor& dy, const Writes& writes, const EntryRun& run,
           const Tensor& out) {
   static const auto op =
       op_named<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef,
-                    at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, bool, double,
-                    const Tensor&)>("dropinf::sampled_conv");
+                    at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, bool,
+                    const MaybeTensor&, const Tensor&)>("dropinf::sampled_conv");
   const auto& window = writes.window;
   op.call(x, dy, run.o_idx, run.i_idx, window[0], window[1], window[2], window[3], writes.groups,
-          true, run.scale, out);
+          true, run.weights, out);
 }
 
 }  // namespace

@@ -14,8 +14,7 @@ namespace dropinf {
 // Coordinates whose entries one op computes, and the columns of a row where they stand.
 struct EntryRun {
   at::Tensor o_idx, i_idx;
-  std::optional<at::Tensor> sign;
-  double scale;
+  std::optional<at::Tensor> weights;
   std::vector<at::Tensor> order;  // of a staged kernel, or none
   int64_t column, r;
 };

@@ -3,10 +3,14 @@
 
 #include "gather_grads.h"
 
+#include <algorithm>
+
 #include "elements.h"
 
 namespace dropinf {
 namespace {
+
+constexpr int64_t kBlock = 256;  // summands that are read before any is added
 
 // Offset of a flat row-major position.
 int64_t offset_of(const GradEntries& entries, int64_t position) {
@@ -27,35 +31,48 @@ bool gather(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
     const bool good = static_cast<uint64_t>(entries.idx[k]) < static_cast<uint64_t>(entries.numel);
     in_range &= good;
     const int64_t position = good ? entries.idx[k] : 0;
-    entries.out[k * entries.out_stride] =
-        entries.scale * to_float(data[offset_of(entries, position)]);
+    entries.out[k * entries.out_stride] = to_float(data[offset_of(entries, position)]);
   }
+  // Apart, for the loop above has more misses at a time the shorter it is.
+  float* out = entries.out + k_begin * entries.out_stride;
+  if (entries.weights) weigh(entries.weights + k_begin, k_end - k_begin, out, entries.out_stride);
   return in_range;
 }
 
 template <typename E>
-bool gather_signed(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
+bool gather_sums(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
   const E* data = static_cast<const E*>(entries.data);
+  const int64_t s = entries.s, end = k_end * s;
   bool in_range = true;
-  for (int64_t k = k_begin; k < k_end; ++k) {
-    const int64_t* idx = entries.idx + k * entries.s;
-    const int8_t* signs = entries.signs + k * entries.s;
-    float sum = 0.0f;
-    for (int64_t j = 0; j < entries.s; ++j) {
-      const bool good = static_cast<uint64_t>(idx[j]) < static_cast<uint64_t>(entries.numel);
+  float values[kBlock];
+  float* out = entries.out + k_begin * entries.out_stride;
+  float sum = 0.0f;
+  int64_t left = s;  // of the entry that is summed
+  for (int64_t begin = k_begin * s; begin < end; begin += kBlock) {
+    const int64_t count = std::min(kBlock, end - begin);
+    const int64_t* idx = entries.idx + begin;
+    for (int64_t n = 0; n < count; ++n) {
+      const bool good = static_cast<uint64_t>(idx[n]) < static_cast<uint64_t>(entries.numel);
       in_range &= good;
-      const float value = to_float(data[offset_of(entries, good ? idx[j] : 0)]);
-      sum += signs[j] == 0 ? 0.0f : static_cast<float>(signs[j]) * value;
+      values[n] = to_float(data[offset_of(entries, good ? idx[n] : 0)]);
     }
-    entries.out[k * entries.out_stride] = entries.scale * sum;
+    for (int64_t n = 0; n < count; ++n) {
+      const float weight = entries.weights ? entries.weights[begin + n] : 1.0f;
+      if (weight != 0.0f) sum += weight * values[n];
+      if (--left > 0) continue;
+      *out = sum;
+      out += entries.out_stride;
+      sum = 0.0f;
+      left = s;
+    }
   }
   return in_range;
 }
 
 template <typename E>
 bool gather_any(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
-  return entries.signs ? gather_signed<E>(entries, k_begin, k_end)
-                       : gather<E>(entries, k_begin, k_end);
+  return entries.s == 1 ? gather<E>(entries, k_begin, k_end)
+                        : gather_sums<E>(entries, k_begin, k_end);
 }
 
 }  // namespace

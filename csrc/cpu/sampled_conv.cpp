@@ -251,7 +251,7 @@ class Call final : public SampledConv {
     for (int64_t k = k_begin; k < k_end; ++k) {
       const float* v = &lanes[(k - k_begin) * kLanes];
       const float sum = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-      out[k * args_.out_stride_k] = args_.scale * sum;
+      out[k * args_.out_stride_k] = args_.weights ? weighted(args_.weights[k], sum) : sum;
     }
   }
 

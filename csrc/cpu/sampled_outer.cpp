@@ -166,20 +166,22 @@ class Call final : public SampledOuter {
   // out[b, k_begin:k_end] from the sums of all positions.
   void write(int64_t b, int64_t k_begin, int64_t k_end, const float* sums) const {
     float* out = args_.out + b * args_.out_stride_b;
-    if (!args_.sign && args_.out_stride_k == 1) {
-      for (int64_t k = k_begin; k < k_end; ++k) out[k] = args_.scale * sums[k];
+    const int64_t s = args_.s;
+    const float* weights = args_.weights;
+    if (s == 1 && args_.out_stride_k == 1) {
+      if (!weights) {
+        std::copy(sums + k_begin, sums + k_end, out + k_begin);
+        return;
+      }
+      for (int64_t k = k_begin; k < k_end; ++k) out[k] = weighted(weights[k], sums[k]);
       return;
     }
     for (int64_t k = k_begin; k < k_end; ++k) {
-      float sum = sums[k * args_.s];
-      if (args_.sign) {
-        const int8_t* sign = args_.sign + k * args_.s;
-        sum = sign[0] == 0 ? 0.0f : sign[0] * sum;
-        for (int64_t j = 1; j < args_.s; ++j) {
-          sum += sign[j] == 0 ? 0.0f : sign[j] * sums[k * args_.s + j];
-        }
+      float sum = 0.0f;
+      for (int64_t q = k * s; q < (k + 1) * s; ++q) {
+        sum += weights ? weighted(weights[q], sums[q]) : sums[q];
       }
-      out[k * args_.out_stride_k] = args_.scale * sum;
+      out[k * args_.out_stride_k] = sum;
     }
   }
 

@@ -53,10 +53,15 @@ __device__ inline float widen(Float16 value) {
 #endif
 }
 
-// -1, 0 or 1; else an entry is NaN, as where an index is out of range.
-__device__ inline bool is_sign(float value) { return value >= -1.0f && value <= 1.0f; }
-
 __device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+// A finished sum times the weight of entry k, if there are weights; what is not finite is left out
+// by a weight of 0 too.
+__device__ inline float weighted(const float* weights, int64_t k, float sum) {
+  if (!weights) return sum;
+  const float weight = weights[k];
+  return weight == 0.0f ? 0.0f : weight * sum;
+}
 
 // Makes the compiler forget what it knows of a value, so that nothing made of it is kept in
 // registers from one turn of a loop to the next.

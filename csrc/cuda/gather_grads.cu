@@ -12,30 +12,24 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Of the 32,764 bytes of arguments that a kernel may have (CUDA 12.1 and later): 640 gradients, 480
-// with signs.
-constexpr size_t kGradsBytes = 30720;
+// With the 20 bytes beside it, of the 32,764 bytes of arguments that a kernel may have (CUDA 12.1
+// and later): 584 gradients.
+constexpr size_t kGradsBytes = 32704;
 
 struct Grad {
   const void* data;  // null counts as zeros
   const int64_t* idx;
+  const float* weights;  // null for ones
   float* out;
   int64_t numel;
   int64_t first;  // entries of the launch before this gradient's
-  float scale;
+  int32_t s;
   DType dtype;
 };
 
-// A type of its own, because the gradients of a launch without signs are to be many.
-struct SignedGrad : Grad {
-  const int8_t* signs;
-  int64_t s;
-};
-
-template <typename G>
 struct Grads {
-  static constexpr int kMax = kGradsBytes / sizeof(G);
-  G grads[kMax];
+  static constexpr int kMax = kGradsBytes / sizeof(Grad);
+  Grad grads[kMax];
   int64_t num_entries, out_stride;
   int count;
 };
@@ -51,41 +45,23 @@ __device__ float element(const void* data, DType dtype, int64_t offset) {
   }
 }
 
-__device__ bool in_range(int64_t position, int64_t numel) {
-  return static_cast<uint64_t>(position) < static_cast<uint64_t>(numel);
-}
-
-__device__ float entry_of(const Grad& grad, int64_t k) {
-  if (!grad.data) return 0.0f;
-  const int64_t position = grad.idx[k];
-  return in_range(position, grad.numel) ? element(grad.data, grad.dtype, position) : not_a_number();
-}
-
-// The signed sum of the s elements at offset(position), in their order. Out of range is NaN, with a
-// sign of 0 too, and so is what is no sign.
+// The weighted sum of the elements at offset(position), in their order. Out of range is NaN, unless
+// it is left out.
 template <typename F>
-__device__ float signed_sum(const Grad& grad, const int8_t* signs, int64_t s, int64_t k,
-                            const F& offset) {
+__device__ float entry_of(const Grad& grad, int64_t k, const F& offset) {
+  if (!grad.data) return 0.0f;
   float sum = 0.0f;
-  for (int64_t j = k * s; j < (k + 1) * s; ++j) {
-    const int64_t position = grad.idx[j];
-    const float sign = static_cast<float>(signs[j]);
-    if (!in_range(position, grad.numel) || !is_sign(sign)) {
-      sum = not_a_number();
-    } else if (sign != 0.0f) {
-      sum += sign * element(grad.data, grad.dtype, offset(position));
-    }
+  for (int64_t q = k * grad.s; q < (k + 1) * grad.s; ++q) {
+    const float weight = grad.weights ? grad.weights[q] : 1.0f;
+    if (weight == 0.0f) continue;
+    const int64_t position = grad.idx[q];
+    const bool good = static_cast<uint64_t>(position) < static_cast<uint64_t>(grad.numel);
+    sum += good ? weight * element(grad.data, grad.dtype, offset(position)) : not_a_number();
   }
   return sum;
 }
 
-__device__ float entry_of(const SignedGrad& grad, int64_t k) {
-  if (!grad.data) return 0.0f;
-  return signed_sum(grad, grad.signs, grad.s, k, [](int64_t position) { return position; });
-}
-
-template <typename G>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const Grads<G> all) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const Grads all) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= all.num_entries) return;
   int low = 0, high = all.count - 1;  // the last gradient with first <= n
@@ -97,13 +73,13 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Grads<G> all) {
       high = middle - 1;
     }
   }
-  const G& grad = all.grads[low];
+  const Grad& grad = all.grads[low];
   const int64_t k = n - grad.first;
-  grad.out[k * all.out_stride] = grad.scale * entry_of(grad, k);
+  grad.out[k * all.out_stride] = entry_of(grad, k, [](int64_t position) { return position; });
 }
 
 struct StridedGrad {
-  SignedGrad grad;  // signs may be null
+  Grad grad;
   int64_t r, out_stride;
   int64_t sizes[kMaxDims], strides[kMaxDims];
   int num_dims;
@@ -121,36 +97,26 @@ __device__ int64_t offset_of(const StridedGrad& strided, int64_t position) {
 __global__ void __launch_bounds__(kThreads) gather_strided_kernel(const StridedGrad strided) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (k >= strided.r) return;
-  const SignedGrad& grad = strided.grad;
-  float value;
-  if (grad.signs) {
-    value = signed_sum(grad, grad.signs, grad.s, k,
-                       [&](int64_t position) { return offset_of(strided, position); });
-  } else {
-    const int64_t at = grad.idx[k];
-    value = in_range(at, grad.numel) ? element(grad.data, grad.dtype, offset_of(strided, at))
-                                     : not_a_number();
-  }
-  grad.out[k * strided.out_stride] = grad.scale * value;
+  strided.grad.out[k * strided.out_stride] =
+      entry_of(strided.grad, k, [&](int64_t position) { return offset_of(strided, position); });
 }
 
 dim3 blocks(int64_t num_entries) { return grid_of(ceil_div<int64_t>(num_entries, kThreads)); }
 
 Grad grad_of(const GradEntries& entries, int64_t first) {
-  return {entries.data, entries.idx,   entries.out,  entries.numel,
-          first,        entries.scale, entries.dtype};
-}
-
-void fill(const GradEntries& entries, int64_t first, Grad& grad) { grad = grad_of(entries, first); }
-
-void fill(const GradEntries& entries, int64_t first, SignedGrad& grad) {
-  grad = {grad_of(entries, first), entries.signs, entries.s};
+  return {entries.data,
+          entries.idx,
+          entries.weights,
+          entries.out,
+          entries.numel,
+          first,
+          static_cast<int32_t>(entries.s),
+          entries.dtype};
 }
 
 cudaError_t gather_strided(const GradEntries& entries, cudaStream_t stream) {
   if (entries.num_dims > kMaxDims) return cudaErrorInvalidValue;
-  StridedGrad strided{
-      {grad_of(entries, 0), entries.signs, entries.s}, entries.r, entries.out_stride, {}, {}, 0};
+  StridedGrad strided{grad_of(entries, 0), entries.r, entries.out_stride, {}, {}, 0};
   strided.num_dims = static_cast<int>(entries.num_dims);
   for (int d = 0; d < strided.num_dims; ++d) {
     strided.sizes[d] = entries.sizes[d];
@@ -159,21 +125,18 @@ cudaError_t gather_strided(const GradEntries& entries, cudaStream_t stream) {
   return launch(gather_strided_kernel, blocks(entries.r), kThreads, 0, stream, strided);
 }
 
-// Contiguous gradients of the layers that `wanted` names.
-template <typename G, typename F>
-cudaError_t gather_contiguous(const GradEntries* layers, int64_t L, cudaStream_t stream,
-                              const F& wanted) {
-  Grads<G> all{};
+cudaError_t gather_contiguous(const GradEntries* layers, int64_t L, cudaStream_t stream) {
+  Grads all{};
   for (int64_t l = 0; l < L; ++l) {
     const GradEntries& entries = layers[l];
-    if (entries.r > 0 && entries.num_dims == 0 && wanted(entries)) {
-      fill(entries, all.num_entries, all.grads[all.count++]);
+    if (entries.r > 0 && entries.num_dims == 0) {
+      all.grads[all.count++] = grad_of(entries, all.num_entries);
       all.num_entries += entries.r;
       all.out_stride = entries.out_stride;
     }
-    if (all.count == Grads<G>::kMax || (l == L - 1 && all.count > 0)) {
+    if (all.count == Grads::kMax || (l == L - 1 && all.count > 0)) {
       const cudaError_t error =
-          launch(gather_kernel<G>, blocks(all.num_entries), kThreads, 0, stream, all);
+          launch(gather_kernel, blocks(all.num_entries), kThreads, 0, stream, all);
       if (error != cudaSuccess) return error;
       all.count = 0;
       all.num_entries = 0;
@@ -185,22 +148,13 @@ cudaError_t gather_contiguous(const GradEntries* layers, int64_t L, cudaStream_t
 }  // namespace
 
 cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stream) {
-  bool any_signs = false, any_plain = false;
   for (int64_t l = 0; l < L; ++l) {
-    const GradEntries& entries = layers[l];
-    (entries.signs ? any_signs : any_plain) = true;
-    if (entries.r == 0 || entries.num_dims == 0) continue;
-    const cudaError_t error = gather_strided(entries, stream);
+    if (layers[l].s > INT32_MAX) return cudaErrorInvalidValue;
+    if (layers[l].r == 0 || layers[l].num_dims == 0) continue;
+    const cudaError_t error = gather_strided(layers[l], stream);
     if (error != cudaSuccess) return error;
   }
-  if (any_plain) {
-    const cudaError_t error = gather_contiguous<Grad>(
-        layers, L, stream, [](const GradEntries& entries) { return !entries.signs; });
-    if (error != cudaSuccess) return error;
-  }
-  if (!any_signs) return cudaSuccess;
-  return gather_contiguous<SignedGrad>(layers, L, stream,
-                                       [](const GradEntries& entries) { return entries.signs; });
+  return gather_contiguous(layers, L, stream);
 }
 
 }  // namespace cuda

@@ -9,8 +9,8 @@
 namespace dropinf {
 namespace cuda {
 
-// The entries of L gradients, in one launch for every 640 contiguous ones (480 with signs) and one
-// for each that is strided, which has at most kMaxDims dimensions.
+// The entries of L gradients, in one launch for every 584 contiguous ones and one for each that is
+// strided, which has at most kMaxDims dimensions.
 constexpr int kMaxDims = 8;
 cudaError_t gather_grads(const GradEntries* layers, int64_t L, cudaStream_t stream);
 

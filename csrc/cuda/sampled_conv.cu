@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kThreads)
     float total = 0.0f;
     for (int n = 0; n < kWarpsEach; ++n) total += shared.sums[thread][n];
     args.out[b * args.out_stride_b + (k0 + thread) * args.out_stride_k] =
-        shared.coordinates[thread].good ? args.scale * total : not_a_number();
+        shared.coordinates[thread].good ? weighted(args.weights, k0 + thread, total)
+                                        : not_a_number();
   }
 }
 
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kParts* kWarp)
     float total = 0.0f;
     for (int n = 0; n < kParts; ++n) total += shared.sums[lane][n];
     args.out[b * args.out_stride_b + k * args.out_stride_k] =
-        it.good ? args.scale * total : not_a_number();
+        it.good ? weighted(args.weights, k, total) : not_a_number();
   }
 }
 

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     float total = 0.0f;
     for (int w = 0; w < kWarps; ++w) total += shared.sums[w][own];
     args.out[b * args.out_stride_b + (k0 + own) * args.out_stride_k] =
-        sorted ? args.scale * total : not_a_number();
+        sorted ? weighted(args.weights, k0 + own, total) : not_a_number();
   }
 }
 

@@ -63,11 +63,11 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
   float total = 0.0f;
   if (k < call.r) {
     for (int64_t j = 0; j < call.s; ++j) {
+      const float weight = call.weights ? call.weights[k * call.s + j] : 1.0f;
+      if (weight == 0.0f) continue;
       const int32_t o = call.o_idx[k * call.s + j], i = call.i_idx[k * call.s + j];
       const bool ones = call.bias && i == call.I;
-      const float sign = call.sign ? static_cast<float>(call.sign[k * call.s + j]) : 1.0f;
-      const bool good = in_range(o, call.O) && (ones || in_range(i, call.I)) && is_sign(sign);
-      if (good && sign == 0.0f) continue;
+      const bool good = in_range(o, call.O) && (ones || in_range(i, call.I));
       float sum = good ? 0.0f : not_a_number();
       if (good && ones) {
 #pragma unroll 4
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
           sum += widen(x[t * call.x.stride_t + i]) * widen(dy[t * call.dy.stride_t + o]);
         }
       }
-      total += sign * sum;
+      total += weight * sum;
     }
   }
   float* const of_warps = shared_memory<float>();  // [kDirectWarps, kWarp]
@@ -88,14 +88,15 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(const DirectCall
   __syncthreads();
   if (warp == 0 && k < call.r) {
     for (int w = 1; w < kDirectWarps; ++w) total += of_warps[w * kWarp + lane];
-    call.sums[c * call.stride_chunk + b * call.stride_b + k * call.stride_k] = call.scale * total;
+    call.sums[c * call.stride_chunk + b * call.stride_b + k * call.stride_k] =
+        weighted(call.entry_weights, k, total);
   }
 }
 
 struct SumCall {
   const float* sums;  // [num_chunks, B, r]
   int64_t num_chunks, B, r;
-  float scale;
+  const float* weights;  // [r], or null for ones
   float* out;
   int64_t out_stride_b, out_stride_k;
 };
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const SumCall call) {
   if (n >= call.B * call.r) return;
   float total = 0.0f;
   for (int64_t c = 0; c < call.num_chunks; ++c) total += call.sums[c * call.B * call.r + n];
-  call.out[n / call.r * call.out_stride_b + n % call.r * call.out_stride_k] = call.scale * total;
+  const int64_t b = n / call.r, k = n % call.r;
+  call.out[b * call.out_stride_b + k * call.out_stride_k] = weighted(call.weights, k, total);
 }
 
 // Positions of a chunk. The sums of a chunk, written and read once, are at most 1/16 of its inputs,
@@ -122,6 +124,11 @@ int64_t num_chunks_of(const SampledOuterArgs& args) {
   return std::max<int64_t>(1, ceil_div(args.T, chunk_of(args)));
 }
 
+// With s = 1 the weights multiply the finished sums.
+const float* entry_weights(const SampledOuterArgs& args) {
+  return args.s == 1 ? args.weights : nullptr;
+}
+
 OuterCall call_of(const SampledOuterArgs& args, float* scratch) {
   OuterCall call;
   call.x = {args.x, args.x_stride_b, args.x_stride_t};
@@ -129,13 +136,13 @@ OuterCall call_of(const SampledOuterArgs& args, float* scratch) {
   call.T = args.T;
   call.I = args.I;
   call.O = args.O;
-  call.sign = args.sign;
+  call.weights = args.s == 1 ? nullptr : args.weights;
   call.s = args.s;
   call.bias = args.bias;
   call.chunk = chunk_of(args);
   call.num_chunks = num_chunks_of(args);
   const bool only = call.num_chunks == 1;  // nothing to add up
-  call.scale = only ? args.scale : 1.0f;
+  call.entry_weights = only ? entry_weights(args) : nullptr;
   call.sums = only ? args.out : scratch;
   call.stride_chunk = args.B * args.r;
   call.stride_b = only ? args.out_stride_b : args.r;
@@ -233,7 +240,7 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
       order ? run_staged(args, *order, scratch, stream) : run_direct(args, scratch, stream);
   const int64_t num_chunks = num_chunks_of(args);
   if (error != cudaSuccess || num_chunks == 1) return error;
-  const SumCall call{scratch,  num_chunks,        args.B,           args.r, args.scale,
+  const SumCall call{scratch,  num_chunks,        args.B,           args.r, entry_weights(args),
                      args.out, args.out_stride_b, args.out_stride_k};
   const int64_t blocks = ceil_div<int64_t>(args.B * args.r, kSumThreads);
   return launch(sum_kernel, grid_of(blocks), kSumThreads, 0, stream, call);

@@ -15,10 +15,10 @@ struct Rows {  // x or dy
 struct OuterCall {  // what both kernels have
   Rows x, dy;
   int64_t T, I, O;
-  const int8_t* sign;
+  const float* weights;        // [r, s] of summands; null for ones, or where s = 1
+  const float* entry_weights;  // [r]; null for ones, where s > 1, or where there are partial sums
   int64_t s;
   bool bias;
-  float scale;  // 1 where there are partial sums
   int64_t chunk, num_chunks;
   float* sums;  // + chunk * stride_chunk + b * stride_b + k * stride_k
   int64_t stride_chunk, stride_b, stride_k;
@@ -163,10 +163,9 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
     const int64_t k = pass.k0 + n;
     float total = 0.0f;
     for (int j = 0; j < s; ++j) {
-      const float sign = call.sign ? static_cast<float>(call.sign[k * s + j]) : 1.0f;
-      if (sign != 0.0f) total += is_sign(sign) ? sign * placed[n * s + j] : not_a_number();
+      total += weighted(call.weights, k * s + j, placed[n * s + j]);
     }
-    to[k * call.stride_k] = call.scale * total;
+    to[k * call.stride_k] = weighted(call.entry_weights, k, total);
   }
 }
 

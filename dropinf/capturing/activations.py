@@ -136,7 +136,7 @@ class ActivationsTap(Tap):
             RuntimeError: nothing tracked is in the graph of the losses.
         """
         with torch._C.DisableTorchFunction():
-            run, entries = self._backward_of(losses, segment_ids, loss_scale)
+            run, entries = self._backward_of(losses, segment_ids)
         self._backward = run
         self._closing.show_all(True)
         try:
@@ -145,11 +145,10 @@ class ActivationsTap(Tap):
             self._backward = None
             self._closing.show_all(False)
         with torch._C.DisableTorchFunction():
-            return self._finished(run, entries)
+            rows = self._finished(run, entries)
+            return rows if loss_scale == 1 else rows.div_(loss_scale)
 
-    def _backward_of(
-        self, losses: Tensor, segment_ids: Tensor | None, loss_scale: float
-    ) -> tuple[Backward, Entries]:
+    def _backward_of(self, losses: Tensor, segment_ids: Tensor | None) -> tuple[Backward, Entries]:
         self.check(losses)
         if not losses.requires_grad:
             self._closing.refuse_cut_off(set())
@@ -158,7 +157,7 @@ class ActivationsTap(Tap):
         rows = self.empty_rows(losses, row_map.num_rows)
         if self.plan.has_entry_maps:
             rows.zero_()  # parameters add to entries that they share
-        entries = Entries(rows, row_map, loss_scale, self.backend, self.plan.prepared)
+        entries = Entries(rows, row_map, self.backend, self.plan.prepared)
         everything = self._used.everything()
         given = losses, entries, self._slot_of, self.probe, everything, self.sharded, self._kept
         return Backward(*given), entries

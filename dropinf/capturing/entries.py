@@ -29,15 +29,10 @@ class Entries:
         cache: keeps what is made of coordinates between batches.
     """
 
-    def __init__(
-        self, rows: Tensor, map: RowMap, factor: float, backend: str | None, cache: dict
-    ) -> None:
-        """`factor` is taken out of every gradient.
-
-        Under a plan that has entry maps the rows are zeros already.
-        """
+    def __init__(self, rows: Tensor, map: RowMap, backend: str | None, cache: dict) -> None:
+        """Under a plan that has entry maps the rows are zeros already."""
         self.rows, self.map, self.touched, self.formed = rows, map, set(), set()
-        self._factor, self.backend, self.cache = factor, backend, cache
+        self.backend, self.cache = backend, cache
 
     def restart(self) -> None:
         """Forget all that was written."""
@@ -71,9 +66,7 @@ class Entries:
                 o_idx, i_idx = role.coordinates(torch.arange(shape.numel()))
                 o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (o_idx, i_idx))
                 for some in chunk_items(len(x_part), shape.numel()):
-                    grads = role.op(
-                        x_part[some], dy_part[some], o_idx, i_idx, backend=self.backend, scale=1.0
-                    )
+                    grads = role.op(x_part[some], dy_part[some], o_idx, i_idx, backend=self.backend)
                     for view, entries in source.pull(grads.unflatten(1, shape)):
                         self.add(view, entries, _part(rows, some))
 
@@ -87,8 +80,7 @@ class Entries:
             self._begin(slot)
             return
         names = {view.slot.name for view, _ in run}
-        at, scale = columns(run), slot.scale / self._factor
-        options = (scale, self.backend, self.cache)
+        at, options = columns(run), (self.backend, self.cache)
         every = isinstance(rows, slice) and rows == slice(None)
         all_new = every and not self.touched & names and alone(run)
         if all_new and isinstance(at, slice) and dy.device == self.rows.device:
@@ -170,7 +162,7 @@ class Entries:
         self._begin(slot)
         if not values.shape[1]:
             return
-        values = values * (slot.scale / self._factor)
+        values = values * slot.scale
         if slot.entry_map is not None:
             if isinstance(slot.entry_map, DenseProjection):
                 self.formed.add(slot.name)

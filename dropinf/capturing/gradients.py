@@ -26,14 +26,17 @@ class GradsTap(Tap):
     def _attach(self, undo: contextlib.ExitStack) -> None:
         if self._unfreeze:
             only_these_require_grad(self.parameters, self.contents.everything(), undo)
-        self._indices, self._signs = [], []
+        self._indices, self._weights = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
-            index, sign = slot.index, None
+            index, weights = slot.index, None
+            wide = torch.promote_types(p.dtype, torch.float32)
             if isinstance(slot.entry_map, SignedSums):
-                numbers, sign = slot.entry_map.groups
-                index = index[numbers]
+                numbers, signs = slot.entry_map.groups
+                index, weights = index[numbers], signs.to(wide) * slot.scale
+            elif slot.scale != 1:
+                weights = torch.full((len(index),), slot.scale, dtype=wide)
             self._indices.append(index.to(p.device))
-            self._signs.append(None if sign is None else sign.to(p.device))
+            self._weights.append(None if weights is None else weights.to(p.device))
         self._used = Used(self.contents, undo)
 
     def rows(
@@ -112,10 +115,11 @@ class GradsTap(Tap):
             ]
             parts = zip(slots, wide, strict=True)
             return torch.cat([s.entry_map(g.reshape(1, -1) / loss_scale)[0] for s, g in parts])
-        return ops.gather_grads(
+        weights = [self._weights[l] for l in numbers]
+        entries = ops.gather_grads(
             grads,
             [self._indices[l] for l in numbers],
-            signs=[self._signs[l] for l in numbers] if self.plan.has_entry_maps else None,
-            scales=[slot.scale / loss_scale for slot in slots],
+            weights=[None if g is None else w for g, w in zip(grads, weights, strict=True)],
             backend=self.backend,
         )
+        return entries if loss_scale == 1 else entries / loss_scale

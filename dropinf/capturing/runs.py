@@ -19,8 +19,8 @@ from dropinf.capturing.sources import Source, View
 from dropinf.compression import DenseProjection, Kron, SignedSums, by_entry
 from dropinf.ops import bank_schedule
 
-# Products of x and dy, which take signs, staged orders, and a grid as one product -> whether a
-# bias is an input of theirs.
+# Products of x and dy, which take sums of coordinates, staged orders, and a grid as one product ->
+# whether a bias is an input of theirs.
 _PRODUCTS = {ops.sampled_outer: False, outer: True}
 
 Run = list[tuple[View, Role]]
@@ -43,8 +43,8 @@ class Coordinates(NamedTuple):
     """The coordinates of a run, on the device of its gradients.
 
     Attributes:
-        o_idx, i_idx: [r] int32, or [r, s] with signs.
-        sign: [r, s] int8, or None.
+        o_idx, i_idx: [r] int32, or [r, s] where entries are sums.
+        weights: of their shape, or None for ones.
         grid: what they are the product of, or None.
         orders: (op, I, O, bytes of an element) -> their staged order, or None where they have
             none; itself None for coordinates that are not kept, so that one would not pay.
@@ -52,7 +52,7 @@ class Coordinates(NamedTuple):
 
     o_idx: Tensor
     i_idx: Tensor
-    sign: Tensor | None
+    weights: Tensor | None
     grid: Grid | None
     orders: dict[Any, bank_schedule.StagedOrder | None] | None
 
@@ -100,7 +100,6 @@ def sample(
     run: Run,
     x: Tensor,
     dy: Tensor,
-    scale: float,
     backend: str | None,
     cache: dict,
     out: Tensor | None = None,
@@ -112,17 +111,17 @@ def sample(
         x, dy = (dy, x) if swapped else (x, dy)
         wide = torch.promote_types(x.dtype, torch.float32)
         x, dy = (t.to(wide) @ M.to(t.device, wide) for t, M in ((x, B), (dy, A)))
-        return ops.factored_outer(x, dy, None, None, scale=scale, out=out)
-    found = coordinates(run, dy.device, cache, signed=view.slot.entry_map is not None)
-    return _sampled(role, found, x, dy, scale, backend, out)
+        return ops.factored_outer(x, dy, None, None, out=out)
+    found = coordinates(run, dy.dtype, dy.device, cache, weighted=True)
+    return _sampled(role, found, x, dy, backend, out)
 
 
 def values(
     view: View, role: Role, x: Tensor, dy: Tensor, backend: str | None, cache: dict
 ) -> Tensor:
     """[b, n] values at a view's coordinates, unscaled, to be folded."""
-    found = coordinates([(view, role)], dy.device, cache, signed=False)
-    return _sampled(role, found, x, dy, 1.0, backend, None)
+    found = coordinates([(view, role)], dy.dtype, dy.device, cache, weighted=False)
+    return _sampled(role, found, x, dy, backend, None)
 
 
 def _sampled(
@@ -130,17 +129,14 @@ def _sampled(
     found: Coordinates,
     x: Tensor,
     dy: Tensor,
-    scale: float,
     backend: str | None,
     out: Tensor | None,
 ) -> Tensor:
-    options: dict[str, Any] = {"scale": scale, "out": out}
+    options: dict[str, Any] = {"weights": found.weights, "out": out}
     if found.grid is not None and backend in (None, "reference"):
         x, dy = (dy, x) if found.grid.swapped else (x, dy)
         return ops.factored_outer(x, dy, found.grid.rows, found.grid.columns, **options)
     options["backend"] = backend
-    if found.sign is not None:
-        options["sign"] = found.sign
     sizes = x.shape[-1], dy.shape[-1], x.element_size()
     staged = order(found, role.op, *sizes, dy.device, backend)
     if staged is not None:
@@ -148,29 +144,46 @@ def _sampled(
     return role.op(x, dy, found.o_idx, found.i_idx, **options)
 
 
-def coordinates(run: Run, device: torch.device, cache: dict, signed: bool) -> Coordinates:
-    """The (o, i) of a run; of whole parameters, kept for the next batch."""
+def coordinates(
+    run: Run, dtype: torch.dtype, device: torch.device, cache: dict, weighted: bool
+) -> Coordinates:
+    """The (o, i) of a run, with the weights and sums of its entries if they are to be `weighted`.
+
+    Those of whole parameters are kept for the next batch. `dtype` is that of the data.
+    """
     key = None
+    slots = [view.slot for view, _ in run]
+    dtype = torch.promote_types(dtype, torch.float32)
+    signed = weighted and slots[0].entry_map is not None
     if all(_whole(view) for view, _ in run):
         key = (
             *((v.slot.name, role.coordinates, role.op in _PRODUCTS) for v, role in run),
             device,
+            dtype,
         )
     if key is not None and key in cache:
         return cache[key]
     pairs = [role.coordinates(view.at) for view, role in run]
     o_idx, i_idx = (torch.cat(part).to(torch.int32) for part in zip(*pairs, strict=True))
-    grid = sign = None
+    grid = weights = None
     if key is not None and len(run) == 1 and not signed:
         grid = _grid(*run[0], o_idx, i_idx, device)
     if signed:
-        slots = [view.slot for view, _ in run]
         start = slots[0].offset
         entry = torch.cat([slot.entry_map.entry + (slot.offset - start) for slot in slots])
-        signs = torch.cat([slot.entry_map.sign for slot in slots])
-        at, sign = by_entry(entry, signs, slots[-1].entries.stop - start)
-        o_idx, i_idx, sign = o_idx[at], i_idx[at], sign.to(device)
-    found = Coordinates(o_idx.to(device), i_idx.to(device), sign, grid, None if key is None else {})
+        factors = torch.cat([slot.entry_map.sign.to(dtype) * slot.scale for slot in slots])
+        at, weights = by_entry(entry, factors, slots[-1].entries.stop - start)
+        o_idx, i_idx = o_idx[at], i_idx[at]
+    elif weighted and any(slot.scale != 1 for slot in slots):
+        scales = [torch.full_like(view.at, view.slot.scale, dtype=dtype) for view, _ in run]
+        weights = torch.cat(scales)
+    found = Coordinates(
+        o_idx.to(device),
+        i_idx.to(device),
+        None if weights is None else weights.to(device),
+        grid,
+        None if key is None else {},
+    )
     if key is not None:
         cache[key] = found
     return found
@@ -212,7 +225,7 @@ def _two_sided_of(view: View, role: Role, cache: dict) -> tuple[Tensor, Tensor, 
 
 def _adjoin(one: tuple[View, Role], other: tuple[View, Role]) -> bool:
     a, b = one[0], other[0]
-    if not (_whole(a) and _whole(b) and one[1].op is other[1].op and a.slot.scale == b.slot.scale):
+    if not (_whole(a) and _whole(b) and one[1].op is other[1].op):
         return False
     if not len(a.at) or not len(b.at):
         return False  # of no entries, which may stand anywhere

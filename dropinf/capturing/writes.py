@@ -100,7 +100,7 @@ def _writes(
         at, entry_map = columns(run), view.slot.entry_map
         if not isinstance(at, slice) or not alone(run) or isinstance(entry_map, DenseProjection):
             return None
-        found = coordinates(run, device, cache, signed=entry_map is not None)
+        found = coordinates(run, wide, device, cache, weighted=True)
         if found.grid is not None and backend in (None, "reference"):
             return None
         staged = order(found, role.op, *last, wide.itemsize, device, backend)
@@ -108,8 +108,7 @@ def _writes(
             CPP.EntryRun(
                 found.o_idx,
                 found.i_idx,
-                found.sign,
-                view.slot.scale,
+                found.weights,
                 [] if staged is None else list(staged[:3]),
                 at.start,
             )

@@ -105,9 +105,10 @@ class DenseProjection(EntryMap):
 
 
 def by_entry(entry: Tensor, sign: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Coordinates entry by entry: [r, s] int64 their numbers, and [r, s] int8 their signs.
+    """Coordinates entry by entry: [r, s] int64 their numbers, and [r, s] their signs.
 
-    An entry of fewer than s, the largest number, is filled up with number 0 and sign 0.
+    An entry of fewer than s, the largest number, is filled up with number 0 and sign 0. Signs may
+    be floats of any size.
     """
     counts = torch.bincount(entry, minlength=r)
     s = max(1, int(counts.max())) if r else 1

@@ -23,16 +23,33 @@ def check_same(
 
 
 def check_coordinates(
-    op: str, o_idx: Tensor, i_idx: Tensor, device: torch.device, wanted: str, num_dims: int
+    op: str, o_idx: Tensor, i_idx: Tensor, device: torch.device, summed: bool = False
 ) -> None:
-    """Both int32 of one shape, which `wanted` describes."""
+    """Both int32 [r], or where entries may be `summed` both [r, s]."""
     for name, index in (("o_idx", o_idx), ("i_idx", i_idx)):
         check_same(op, name, index, torch.int32, device)
-        if index.dim() != num_dims or index.shape != o_idx.shape:
+        if not 1 <= index.dim() <= 1 + summed or index.shape != o_idx.shape:
             raise ValueError(
-                f"{op}: o_idx and i_idx must both be {wanted}, "
+                f"{op}: o_idx and i_idx must both be {'[r] or both [r, s]' if summed else '[r]'}, "
                 f"got {tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
             )
+
+
+def checked_weights(
+    op: str,
+    weights: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """The weights, contiguous: float32 of this shape, or float64 for inputs of that `dtype`."""
+    if weights is None:
+        return None
+    wide = dtype == torch.float64 == weights.dtype
+    check_same(op, "weights", weights, torch.float64 if wide else torch.float32, device)
+    if weights.shape != shape:
+        raise ValueError(f"{op}: weights must be {tuple(shape)}, got {tuple(weights.shape)}")
+    return weights.contiguous()
 
 
 def check_no_grad(op: str, name: str, tensor: Tensor) -> None:

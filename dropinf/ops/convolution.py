@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.ops.checks import check_coordinates, check_floating, check_same, output_of
+from dropinf.ops.checks import (
+    check_coordinates,
+    check_floating,
+    check_same,
+    checked_weights,
+    output_of,
+)
 from dropinf.ops.dispatch import add_op, kernel
 from dropinf.ops.selftest import Case, Inputs
 
@@ -24,13 +30,13 @@ def sampled_conv(
     dilation: Sequence[int],
     groups: int = 1,
     bias: bool = False,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sampled entries of each example's convolution-weight gradient.
 
-    out[b, k] = scale * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * stride + q * dilation
+    out[b, k] = weights[k] * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * stride + q * dilation
     - padding], where o = o_idx[k], g = o // (O / groups) is its group, (c, q) = unravel(i_idx[k])
     in (C / groups, *kernel_size), and x counts as zeros outside its sizes: times a dy that is not
     finite they are NaN.
@@ -48,7 +54,7 @@ def sampled_conv(
             of the low side; S' implies the high side's, and may be anything.
         groups: of the channels, as in torch.
         bias: let i_idx = I name the layer's bias, a virtual input of ones.
-        scale, out, backend: as in `sampled_outer`.
+        weights, out, backend: as in `sampled_outer`.
 
     Returns:
         [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
@@ -87,7 +93,8 @@ def sampled_conv(
     O = dy.shape[1]
     if groups < 1 or C % groups or O % groups:
         raise ValueError(f"{op}: groups must divide C={C} and O={O}, got {groups}")
-    check_coordinates(op, o_idx, i_idx, x.device, "[r]", 1)
+    check_coordinates(op, o_idx, i_idx, x.device)
+    weights = checked_weights(op, weights, o_idx.shape, x.dtype, x.device)
     out = output_of(op, out, (B, o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(
@@ -101,7 +108,7 @@ def sampled_conv(
         dilation,
         groups,
         bias,
-        scale,
+        weights,
         out,
     )
     return out
@@ -112,8 +119,8 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     B, C, O, r = 2, 4, 6, 35
     x, dy = new.numbers(B, C, 9, 7), new.numbers(B, O, 5, 4)
     o_idx, i_idx = new.indices(O, r), new.indices(C // 2 * 6 + 1, r)
-    options = ((3, 2), (2, 2), (1, 1), (1, 1), 2, True, 0.5)
-    yield (x, dy, o_idx, i_idx, *options), (new.out(B, r),)
+    options = ((3, 2), (2, 2), (1, 1), (1, 1), 2, True)
+    yield (x, dy, o_idx, i_idx, *options, new.weights(r)), (new.out(B, r),)
 
 
 add_op("sampled_conv", ["cuda", "triton", "cpu"], _cases)

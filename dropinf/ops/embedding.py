@@ -11,6 +11,7 @@ from dropinf.ops.checks import (
     check_coordinates,
     check_floating,
     check_same,
+    checked_weights,
     describe,
     output_of,
     unit_stride,
@@ -25,15 +26,15 @@ def sampled_embedding(
     o_idx: Tensor,
     i_idx: Tensor,
     *,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sampled entries of each example's embedding gradient.
 
-    out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]]
+    out[b, k] = weights[k] * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]]
 
-    Equal to sampled_outer(one_hot(ids), dy, o_idx, i_idx, scale=scale), without the one-hot
+    Equal to sampled_outer(one_hot(ids), dy, o_idx, i_idx, weights=weights), without the one-hot
     tensor: a lookup is a linear layer without a bias whose input is one-hot.
 
     Args:
@@ -42,7 +43,7 @@ def sampled_embedding(
         o_idx: [r] int32 columns.
         i_idx: [r] int32 sorted rows of the embedding table, from 0; how many it has is not known
             here, so a row that no id names is 0 and no error.
-        scale, out, backend: as in `sampled_outer`.
+        weights, out, backend: as in `sampled_outer`.
 
     Returns:
         [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
@@ -61,7 +62,8 @@ def sampled_embedding(
         raise ValueError(f"{op}: dy must be [B={B}, T={T}, O], got {tuple(dy.shape)}")
     check_floating(op, "dy", dy)
     check_same(op, "ids", ids, ids.dtype, dy.device)
-    check_coordinates(op, o_idx, i_idx, dy.device, "[r]", 1)
+    check_coordinates(op, o_idx, i_idx, dy.device)
+    weights = checked_weights(op, weights, o_idx.shape, dy.dtype, dy.device)
     out = output_of(op, out, (B, o_idx.shape[0]), dy.dtype, dy.device)
     call = kernel(op, backend, dy.device, (dy.dtype,), out.dtype)
     call(
@@ -69,7 +71,7 @@ def sampled_embedding(
         unit_stride(dy),
         o_idx.contiguous(),
         i_idx.contiguous(),
-        scale,
+        weights,
         out,
     )
     return out
@@ -80,7 +82,7 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     B, T, vocabulary, O, r = 2, 37, 11, 19, 67
     ids = new.indices(vocabulary, B, T, dtype=torch.int64)
     o_idx, i_idx = new.indices(O, r), new.indices(vocabulary, r).sort().values
-    yield (ids, new.numbers(B, T, O), o_idx, i_idx, 0.5), (new.out(B, r),)
+    yield (ids, new.numbers(B, T, O), o_idx, i_idx, new.weights(r)), (new.out(B, r),)
 
 
 add_op("sampled_embedding", ["cuda", "triton", "cpu"], _cases)

@@ -14,6 +14,7 @@ from dropinf.ops.checks import (
     check_activations,
     check_coordinates,
     check_same,
+    checked_weights,
     output_of,
     unit_stride,
 )
@@ -27,27 +28,30 @@ def sampled_outer(
     o_idx: Tensor,
     i_idx: Tensor,
     *,
-    sign: Tensor | None = None,
+    weights: Tensor | None = None,
     bias: bool = False,
-    scale: float = 1.0,
     order: StagedOrder | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sampled entries of each example's weight gradient.
 
-    out[b, k] = scale * sum_t dy[b, t, o_idx[k]] * x[b, t, i_idx[k]]
+    out[b, k] = weights[k] * sum_t dy[b, t, o_idx[k]] * x[b, t, i_idx[k]]
 
-    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx, i_idx] * scale, without the [B, O, I] tensor.
+    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx, i_idx] * weights, without the [B, O, I] tensor.
+    With [r, s] coordinates an entry is a sum of s of them, each with a weight of its own:
+
+    out[b, k] = sum_j weights[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]
 
     Args:
         x: [B, T, I] layer input, float32, bfloat16 or float16 (float64 on `reference`).
         dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
-        o_idx, i_idx: [r] int32, fastest when sorted by (o, i); or [r, s] with `sign`.
-        sign: [r, s] int8 of +1 and -1: entry k is the signed sum of its s coordinates. 0 leaves a
-            coordinate out, for entries of fewer than s; its index must still be in range.
+        o_idx, i_idx: [r] int32, fastest when sorted by (o, i); or [r, s].
+        weights: float32 of the shape of o_idx (or float64 for float64 inputs); None is ones. With
+            [r] the finished sum is multiplied, last. A weight of exactly 0 leaves its coordinate
+            out, also where that is not finite, as for entries of fewer than s; its index must
+            still be in range.
         bias: let i_idx = I name the layer's bias, a virtual input column of ones.
-        scale: factor of every entry.
         order: of these coordinates, from `bank_schedule.staged_order`. Backends other than cuda
             ignore it; it changes rounding nowhere but on cuda.
         out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
@@ -57,21 +61,14 @@ def sampled_outer(
         [B, r] float32 (float64 for float64 inputs): `out`, if it was given.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, a sign is none, or an input requires grad.
+        ValueError: shapes, dtypes or devices disagree, or an input requires grad.
         IndexError: an index is out of range.
         BackendError: the named backend cannot take this call.
     """
     op = "sampled_outer"
     check_activations(op, x, dy)
-    wanted = ("[r] without sign", 1) if sign is None else ("[r, s] with sign", 2)
-    check_coordinates(op, o_idx, i_idx, x.device, *wanted)
-    if sign is not None:
-        check_same(op, "sign", sign, torch.int8, x.device)
-        if sign.shape != o_idx.shape:
-            raise ValueError(
-                f"{op}: sign must have o_idx's shape {tuple(o_idx.shape)}, got {tuple(sign.shape)}"
-            )
-        sign = sign.contiguous()
+    check_coordinates(op, o_idx, i_idx, x.device, summed=True)
+    weights = checked_weights(op, weights, o_idx.shape, x.dtype, x.device)
     if order is not None:
         _check_order(op, order, o_idx.shape[0], x)
     out = output_of(op, out, (x.shape[0], o_idx.shape[0]), x.dtype, x.device)
@@ -81,9 +78,8 @@ def sampled_outer(
         unit_stride(dy),
         o_idx.contiguous(),
         i_idx.contiguous(),
-        sign,
+        weights,
         bias,
-        scale,
         () if order is None else order[:3],
         out,
     )
@@ -103,12 +99,12 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     B, T, I, O, r, s = 2, 37, 41, 19, 67, 3
     x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
     o_idx, i_idx = new.indices(O, r), new.indices(I + 1, r)
-    yield (x, dy, o_idx, i_idx, None, True, 0.5, ()), (new.out(B, r),)
+    yield (x, dy, o_idx, i_idx, new.weights(r), True, ()), (new.out(B, r),)
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
-    sign = new.indices(3, r, s, dtype=torch.int8) - 1
-    yield (x, dy, o_idx, i_idx, sign, False, 0.5, ()), (new.out(B, r),)
+    yield (x, dy, o_idx, i_idx, new.weights(r, s), False, ()), (new.out(B, r),)
+    yield (x[:, :8], dy[:, :8], o_idx, i_idx, None, False, ()), (new.out(B, r),)
     # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more (of
-    # float32) and most (of the others); passes, a bias and rows that are not aligned; signs.
+    # float32) and most (of the others); passes, a bias and rows that are not aligned; sums.
     for B, T, I, O, r, bias, limits in (
         (1, 150, 96, 64, 150, False, {}),
         (1, 20, 8, 80, 640, False, {}),  # of 4 or 8 banks, so that most lanes repeat another
@@ -118,12 +114,11 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         at = new.indices(O * (I + bias), r).sort().values
         o_idx, i_idx = at // (I + bias), at % (I + bias)
         order = _staged(x, dy, o_idx, i_idx, bias=bias, **limits)
-        yield (x, dy, o_idx, i_idx, None, bias, 0.5, order), (new.out(B, r),)
+        yield (x, dy, o_idx, i_idx, new.weights(r), bias, order), (new.out(B, r),)
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
-    sign = new.indices(3, r, s, dtype=torch.int8) - 1
     x, dy = x[:, :40], dy[:, :40]
     order = _staged(x, dy, o_idx, i_idx)
-    yield (x, dy, o_idx, i_idx, sign, False, 0.5, order), (new.out(B, r),)
+    yield (x, dy, o_idx, i_idx, new.weights(r, s), False, order), (new.out(B, r),)
 
 
 def _staged(
@@ -144,15 +139,15 @@ def factored_outer(
     o_idx: Tensor | None,
     i_idx: Tensor | None,
     *,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A grid of entries of each example's weight gradient, as one product of gathered columns.
 
-    out[b, p * b' + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
+    out[b, p * b' + q] = weights[p * b' + q] * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
 
-    Equal to (einsum("bto,bti->boi", dy, x) * scale)[:, o_idx][:, :, i_idx].flatten(1), without the
+    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx][:, :, i_idx].flatten(1) * weights, without the
     [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
 
     Args:
@@ -161,7 +156,7 @@ def factored_outer(
         o_idx: [a] int64 columns of dy; None for all, which are then not copied (unless they are of
             half precision).
         i_idx: [b'] int64 columns of x, or None likewise.
-        scale: factor of every entry.
+        weights: [a * b'], as in `sampled_outer`.
         out: [B, a * b'] floating point to write into; any strides.
         backend: `reference`, or None.
 
@@ -184,9 +179,11 @@ def factored_outer(
         if index.dim() != 1:
             raise ValueError(f"{op}: {name} must have one dimension, got {tuple(index.shape)}")
         sides.append(len(index))
-    out = output_of(op, out, (x.shape[0], sides[0] * sides[1]), x.dtype, x.device)
+    r = sides[0] * sides[1]
+    weights = checked_weights(op, weights, (r,), x.dtype, x.device)
+    out = output_of(op, out, (x.shape[0], r), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
-    call(x, dy, o_idx, i_idx, scale, out)
+    call(x, dy, o_idx, i_idx, weights, out)
     return out
 
 
@@ -194,8 +191,8 @@ def _factored_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     new = Inputs(dtype, device)
     x, dy = new.numbers(2, 37, 41), new.numbers(2, 37, 19)
     o_idx, i_idx = (new.indices(n, 7, dtype=torch.int64) for n in (19, 41))
-    yield (x, dy, o_idx, i_idx, 0.5), (new.out(2, 49),)
-    yield (x, dy, None, i_idx, 0.5), (new.out(2, 19 * 7),)
+    yield (x, dy, o_idx, i_idx, new.weights(49)), (new.out(2, 49),)
+    yield (x, dy, None, i_idx, None), (new.out(2, 19 * 7),)
 
 
 add_op("sampled_outer", ["cuda", "triton", "cpu"], _outer_cases)

@@ -1,6 +1,7 @@
 """What every op means, in plain torch: the specification, and the backend that runs anywhere.
 
-Sums are float32, or float64 where the inputs are float64.
+Sums are float32, or float64 where the inputs are float64; weights are promoted. A weight of 0
+leaves its coordinate out, also where that is not finite.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ def sampled_outer(
     dy: Tensor,
     o_idx: Tensor,
     i_idx: Tensor,
-    sign: Tensor | None = None,
+    weights: Tensor | None = None,
     bias: bool = False,
-    scale: float = 1.0,
     order: Sequence[Tensor] = (),
     out: Tensor | None = None,
 ) -> Tensor:
-    """out[b, k] = scale * sum_j sign[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
+    """out[b, k] = sum_j weights[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]].
 
-    A sign of 0 leaves its coordinate out, also where that is not finite.
+    Indices and weights are [r, s], or [r], which is s = 1.
     """
     B, T, _ = x.shape
     if out is None:
@@ -39,16 +39,12 @@ def sampled_outer(
         x = F.pad(x, (0, 1), value=1.0)
     _check_range("sampled_outer: o_idx", o_idx, dy.shape[2])
     _check_range("sampled_outer: i_idx", i_idx, x.shape[2])
-    _check_signs("sampled_outer: sign", sign)
-    s = 1 if sign is None else sign.shape[1]
-    step = max(1, _MAX_ELEMENTS // max(1, B * T * s))
+    step = max(1, _MAX_ELEMENTS // max(1, B * T * o_idx.shape[1:].numel()))
     for start in range(0, o_idx.shape[0], step):
         part = slice(start, start + step)
         terms = _columns(x, i_idx[part]) * _columns(dy, o_idx[part])  # [B, T, r] or [B, T, r, s]
-        entries = terms.sum(1)
-        if sign is not None:
-            entries = _signed(entries, sign[part]).sum(-1)
-        out[:, part] = entries * scale
+        entries = _weighted(terms.sum(1), weights, part)
+        out[:, part] = entries if entries.dim() == 2 else entries.sum(2)
     return out
 
 
@@ -57,18 +53,21 @@ def factored_outer(
     dy: Tensor,
     o_idx: Tensor | None,
     i_idx: Tensor | None,
-    scale: float,
+    weights: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """out[b, p n + q] = scale * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]], n = len(i_idx).
+    """out[b, p n + q] = weights[p n + q] * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]],
 
-    None takes all columns, in place.
+    n = len(i_idx). An index of None takes all columns, in place.
     """
     B, T = dy.shape[:2]
     dtype = _sum_dtype(x.dtype)
     num_columns = sum(
         t.shape[2] if index is None else len(index) for t, index in ((dy, o_idx), (x, i_idx))
     )
+    zeros = None if weights is None else weights == 0
+    if zeros is not None and _readable(zeros) and not zeros.any():
+        zeros = None  # a pass less
     step = max(1, _MAX_ELEMENTS // max(1, T * num_columns))
     for start in range(0, B, step):
         part = slice(start, start + step)
@@ -76,7 +75,12 @@ def factored_outer(
             (t[part] if index is None else t[part].index_select(2, index)).to(dtype)
             for t, index in ((dy, o_idx), (x, i_idx))
         )
-        out[part] = torch.bmm(left.mT, right).flatten(1).mul_(scale)
+        entries = torch.bmm(left.mT, right).flatten(1)
+        if weights is not None:
+            entries.mul_(weights)
+        if zeros is not None:
+            entries.masked_fill_(zeros, 0.0)
+        out[part] = entries
     return out
 
 
@@ -85,10 +89,10 @@ def sampled_embedding(
     dy: Tensor,
     o_idx: Tensor,
     i_idx: Tensor,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out[b, k] = scale * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]].
+    """out[b, k] = weights[k] * sum over t with ids[b, t] == i_idx[k] of dy[b, t, o_idx[k]].
 
     `i_idx` is sorted, so that the coordinates of one token are a range of k.
     """
@@ -109,7 +113,7 @@ def sampled_embedding(
     # float64: torch adds float32 with atomics, in an order that differs from run to run.
     sums = torch.zeros(B * r, dtype=torch.float64, device=dy.device)
     sums.index_put_((position // max(T, 1) * r + k,), terms.double(), accumulate=True)
-    return out.copy_(sums.reshape(B, r) * scale)
+    return out.copy_(_weighted(sums.reshape(B, r).to(_sum_dtype(dy.dtype)), weights))
 
 
 def sampled_conv(
@@ -123,10 +127,10 @@ def sampled_conv(
     dilation: Sequence[int],
     groups: int = 1,
     bias: bool = False,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out[b, k] = scale * sum_p dy[b, o, p] * x[b, g * C / groups + c, p * s + q * d - padding],
+    """out[b, k] = weights[k] * sum_p dy[b, o, p] * x[b, g * C / groups + c, p s + q d - padding],
 
     where o = o_idx[k], g is its group, (c, q) = unravel(i_idx[k]), and x is 0 outside its sizes.
     """
@@ -159,44 +163,40 @@ def sampled_conv(
         where = (channel[part].reshape(-1, *[1] * n), *(p[part] for p in positions))
         dtype = _sum_dtype(x.dtype)
         terms = x[(slice(None), *where)].to(dtype) * dy.index_select(1, o_idx[part]).to(dtype)
-        out[:, part] = terms.flatten(2).sum(2) * scale
+        out[:, part] = _weighted(terms.flatten(2).sum(2), weights, part)
     return out
 
 
 def gather_grads(
     grads: Sequence[Tensor | None],
     indices: Sequence[Tensor],
-    signs: Sequence[Tensor | None],
-    scales: Sequence[float],
+    weights: Sequence[Tensor | None],
     out: Tensor,
 ) -> Tensor:
-    """out = cat of scales[l] * grads[l].flatten()[indices[l]]; a gradient of None is zeros.
+    """out = cat of sum_j weights[l][k, j] * grads[l].flatten()[indices[l][k, j]], in order of j.
 
-    With signs[l] the part of layer l is instead, summed in the order of j,
-    scales[l] * sum_j signs[l][k, j] * grads[l].flatten()[indices[l][k, j]]. `signs` is L long, or
-    empty where no layer has any. A sign of 0 leaves its coordinate out, also where that is not
-    finite.
+    Indices and weights are [r_l, s_l], or [r_l], which is s_l = 1. A gradient of None is zeros.
+    `weights` is L long, or empty where no layer has any.
     """
     start = 0
-    all_signs = signs or [None] * len(indices)
-    for grad, index, sign, scale in zip(grads, indices, all_signs, scales, strict=True):
-        if index.dim() != (1 if sign is None else 2):
-            raise ValueError("gather_grads: indices must be [r], or with signs [r, s]")
+    all_weights = weights or [None] * len(indices)
+    for grad, index, weight in zip(grads, indices, all_weights, strict=True):
+        if index.dim() not in (1, 2) or (weight is not None and weight.shape != index.shape):
+            raise ValueError("gather_grads: indices must be [r] or [r, s], and weights as they are")
         if grad is not None and grad.requires_grad and torch.is_grad_enabled():
             raise ValueError("gather_grads: a gradient requires grad")
-        _check_signs("gather_grads: signs", sign)
         entries = out[start : start + len(index)]
         if grad is None:
             entries.zero_()
-        elif sign is None:
-            picked = grad.reshape(-1).index_select(0, index)
-            entries.copy_(picked.to(_sum_dtype(grad.dtype)) * scale)
         else:
-            flat = grad.reshape(-1)
-            sums = grad.new_zeros(len(index), dtype=_sum_dtype(grad.dtype))
-            for column, signs_j in zip(index.unbind(1), sign.unbind(1), strict=True):
-                sums += _signed(flat.index_select(0, column).to(sums.dtype), signs_j)
-            entries.copy_(sums * scale)
+            flat, dtype = grad.reshape(-1), _sum_dtype(grad.dtype)
+            sums = grad.new_zeros(len(index), dtype=dtype)
+            shape = len(index), index.shape[1:].numel()
+            ones = [None] * shape[1]
+            of_columns = ones if weight is None else weight.reshape(shape).unbind(1)
+            for column, weight_j in zip(index.reshape(shape).unbind(1), of_columns, strict=True):
+                sums += _weighted(flat.index_select(0, column).to(dtype), weight_j)
+            entries.copy_(sums)
         start += len(index)
     return out
 
@@ -297,15 +297,12 @@ def _check_range(name: str, index: Tensor, size: int) -> None:
             raise IndexError(f"{name} is out of range for {size}, got {least} to {largest}")
 
 
-def _check_signs(name: str, sign: Tensor | None) -> None:
-    if sign is not None and _readable(sign) and ((sign < -1) | (sign > 1)).any():
-        raise ValueError(f"{name} must be of -1, 0 and 1")
-
-
-def _signed(values: Tensor, sign: Tensor) -> Tensor:
-    """values * sign, and 0 where the sign is, whatever the value; NaN where it is no sign."""
-    no_sign = (sign < -1) | (sign > 1)
-    return (values * sign).masked_fill_(sign == 0, 0.0).masked_fill_(no_sign, math.nan)
+def _weighted(sums: Tensor, weights: Tensor | None, part: slice = slice(None)) -> Tensor:
+    """sums * weights[part], and 0 where the weight is, whatever the sum."""
+    if weights is None:
+        return sums
+    weights = weights[part]
+    return (sums * weights).masked_fill_(weights == 0, 0.0)
 
 
 def _columns(x: Tensor, index: Tensor) -> Tensor:

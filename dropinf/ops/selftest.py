@@ -69,6 +69,12 @@ class Inputs:
         eighths = torch.randint(-8, 9, shape, generator=self.generator)
         return (eighths / 8).to(self.device, self.dtype)
 
+    def weights(self, *shape: int) -> Tensor:
+        """Powers of two of either sign, and zeros, that differ from one to the next."""
+        signs = torch.randint(-1, 2, shape, generator=self.generator)
+        powers = torch.randint(-2, 3, shape, generator=self.generator)
+        return (signs * 2.0**powers).to(self.device)
+
     def indices(self, size: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(size, shape, generator=self.generator).to(self.device, dtype)
 

@@ -21,8 +21,8 @@ FAULTS = {  # sanitizer, file, a line of it, and the fault it becomes
     "a read out of range": (
         "address",
         "cuda/gather_grads.cu",
-        "const int64_t position = grad.idx[k];",
-        "const int64_t position = grad.idx[k + 1];",
+        "const int64_t position = grad.idx[q];",
+        "const int64_t position = grad.idx[q + 1];",
     ),
     "a missing barrier": (
         "thread",
@@ -40,10 +40,10 @@ torch.ops.load_library(sys.argv[1])
 ops = torch.ops.dropinf_host
 x, dy, out = torch.randn(2, 40, 9), torch.randn(2, 40, 7), torch.empty(2, 5)
 index = torch.arange(5, dtype=torch.int32)
-ops.sampled_outer(x, dy, index, index, None, False, 1.0, [], out)
+ops.sampled_outer(x, dy, index, index, None, False, [], out)
 torch.testing.assert_close(out, torch.einsum("bto,bti->boi", dy, x)[:, index.long(), index.long()])
 grad, index, out = torch.randn(9), torch.arange(9), torch.empty(9)
-ops.gather_grads([grad], [index], [], [1.0], out)
+ops.gather_grads([grad], [index], [], out)
 assert torch.equal(out, grad)
 """
 

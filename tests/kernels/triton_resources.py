@@ -32,11 +32,12 @@ def variants():
     outer = sampled_outer
     tiles = {"BLOCK_T": outer.BLOCK_T, "BLOCK_R": outer.BLOCK_R}
     for dtype in ("fp32", "bf16", "fp16"):
-        types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "scale": "fp32"}
-        types |= {"o_ptr": "*i32", "i_ptr": "*i32", "out_ptr": "*fp32"}
-        plain, signed = {"sign_ptr": None}, {"sign_ptr": "*i8"}
+        types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+        types |= {"o_ptr": "*i32", "i_ptr": "*i32"}
+        types |= {"weights_ptr": "*fp32", "entry_weights_ptr": "*fp32"}
+        plain, sums = ({name: None} for name in ("weights_ptr", "entry_weights_ptr"))
         yield dtype, outer.sampled_outer_kernel, types, tiles | plain, outer.OPTIONS
-        yield f"{dtype} sign", outer.sampled_outer_kernel, types | signed, tiles, outer.OPTIONS
+        yield f"{dtype} sums", outer.sampled_outer_kernel, types, tiles | sums, outer.OPTIONS
     long = dict.fromkeys(("x_stride_b", "x_stride_t", "dy_stride_b", "dy_stride_t"), "i64")
     yield "long", outer.sampled_outer_kernel, types | long, tiles | plain, outer.OPTIONS
 
@@ -44,11 +45,11 @@ def variants():
         kernel = getattr(file, f"{file.__name__.rsplit('.', 1)[1]}_kernel")
         tiles = {"BLOCK_T": file.BLOCK_T, "BLOCK_R": file.BLOCK_R}
         for dtype in ("fp32", "bf16", "fp16"):
-            types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "scale": "fp32"}
-            types |= {"ids_ptr": "*i64", "o_ptr": "*i32", "i_ptr": "*i32", "out_ptr": "*fp32"}
+            types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+            types |= {"ids_ptr": "*i64", "o_ptr": "*i32", "i_ptr": "*i32"}
             yield dtype, kernel, types, tiles, file.OPTIONS
 
-    types = {"parts_ptr": "*fp32", "out_ptr": "*fp32", "scale": "fp32"}
+    types = {"parts_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": "*fp32"}
     yield "", chunks.add_chunks_kernel, types, {"BLOCK": chunks.BLOCK}, chunks.OPTIONS
 
     types = {"scores_ptr": "*fp32", "values_ptr": "*fp32", "indices_ptr": "*i64"}

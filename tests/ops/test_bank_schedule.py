@@ -249,8 +249,8 @@ def test_padding():
         assert slots.min() >= 0.9 * slots.max()
 
 
-def emulated(order, x, dy, sign, s, scale):
-    """The kernel: sums of the slots, then scattered to their targets and added with signs."""
+def emulated(order, x, dy, weights, s):
+    """The kernel: sums of the slots, then scattered to their targets and added with weights."""
     B, T, _ = x.shape
     x = torch.cat([x, torch.ones(B, T, 1, dtype=x.dtype)], 2)  # a bias reads it
     out = torch.full((B, order.num_entries), torch.nan, dtype=x.dtype)
@@ -265,7 +265,7 @@ def emulated(order, x, dy, sign, s, scale):
         parts = torch.full((B, (k1 - k0) * s), torch.nan, dtype=x.dtype)
         parts[:, targets[targets >= 0]] = sums[:, targets >= 0]
         parts = parts.reshape(B, k1 - k0, s)
-        out[:, k0:k1] = (parts if sign is None else parts * sign[k0:k1]).sum(2) * scale
+        out[:, k0:k1] = (parts * weights[k0:k1]).sum(2)
     return out
 
 
@@ -277,21 +277,20 @@ def test_rows_in_this_order(element_size, max_slots, s):
     layer = Layer(37, 91, 400, element_size, bias=True)
     rng = np.random.default_rng(0)
     o_idx, i_idx = coordinates(layer)
-    sign = None
     if s > 1:
         o_idx, i_idx = (t[torch.from_numpy(rng.integers(0, 400, (50, s)))] for t in (o_idx, i_idx))
-        sign = torch.from_numpy(rng.choice([-1, 1], (50, s)).astype(np.int8))
     x = torch.from_numpy(rng.standard_normal((3, 6, layer.I)))
     dy = torch.from_numpy(rng.standard_normal((3, 6, layer.O)))
     order = order_of(layer, o_idx, i_idx, max_slots=max_slots)
     check(order, layer, o_idx, i_idx, max_slots)
     assert (len(order.passes) == 1) == (max_slots == 16384)
-    rows = emulated(order, x, dy, sign, s, 0.5)
+    weights = torch.from_numpy(rng.standard_normal((len(o_idx), s)))
+    rows = emulated(order, x, dy, weights, s)
 
     with_bias = torch.cat([x, torch.ones(3, 6, 1, dtype=x.dtype)], 2)
     dense = torch.einsum("bto,bti->boi", dy, with_bias)
-    truth = 0.5 * dense[:, o_idx.long(), i_idx.long()]
-    truth = truth if sign is None else (truth * sign).sum(2)
+    truth = dense[:, o_idx.long(), i_idx.long()].reshape(3, -1, s) * weights
+    truth = truth.sum(2)
     assert (rows - truth).abs().max() < 1e-12
 
 

@@ -45,14 +45,16 @@ def test_factored_outer(shape, dtype, monkeypatch):
     truth = exact(x, dy, o_idx, i_idx)
     sizes = exact(x.abs(), dy.abs(), o_idx, i_idx)
     row = torch.full((len(x), truth.shape[1] + 9), torch.nan, dtype=torch.float64)
-    ops.factored_outer(x, dy, o_idx, i_idx, scale=0.5, out=row[:, 4:-5])
+    weights = torch.randn(truth.shape[1])
+    ops.factored_outer(x, dy, o_idx, i_idx, weights=weights, out=row[:, 4:-5])
     out = ops.factored_outer(x, dy, o_idx, i_idx)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert out.dtype == wide
     eps = 2.0**-53 if dtype == torch.float64 else EPS32
     bound = (shape[1] + 1) * eps * sizes
     assert_within(out, truth, bound)
-    assert_within(row[:, 4:-5], truth / 2, bound)
+    weights = weights.double()
+    assert_within(row[:, 4:-5], truth * weights, (shape[1] + 2) * eps * sizes * weights.abs())
     assert row[:, :4].isnan().all() and row[:, -5:].isnan().all()
 
 

@@ -170,6 +170,7 @@ def test_sampled_conv(backend, name, dtype, bias):
     r = {"triton": 35, "cuda": 70}.get(backend.name, 300)
     x, dy, o_idx, i_idx = inputs(it, 2, r, dtype, bias)
     r = len(o_idx)
+    weights = torch.randn(r, generator=torch.Generator().manual_seed(1))
     row = torch.full((2, r + 9), torch.nan)
     ops.sampled_conv(
         x,
@@ -178,11 +179,14 @@ def test_sampled_conv(backend, name, dtype, bias):
         i_idx,
         **it.options,
         bias=bias,
+        weights=weights,
         out=row[:, 4 : 4 + r],
         backend=backend.name,
     )
-    truth = exact(x, dy, o_idx, i_idx, it)
-    assert_within(row[:, 4 : 4 + r], truth, bound(x, dy, o_idx, i_idx, it))
+    weights, T = weights.double(), torch.Size(it.size_out).numel()
+    truth = exact(x, dy, o_idx, i_idx, it) * weights
+    largest = bound(x, dy, o_idx, i_idx, it) * weights.abs() * (T + 2) / (T + 1)
+    assert_within(row[:, 4 : 4 + r], truth, largest)
     assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
 
 
@@ -485,7 +489,7 @@ def test_opcheck():
     it = LAYERS["groups"]
     x, dy, o_idx, i_idx = inputs(it, 2, 12, torch.float32)
     torch.use_deterministic_algorithms(False)
-    args = (x, dy, o_idx, i_idx, *it.options.values(), False, 1.0, torch.zeros(2, 12))
+    args = (x, dy, o_idx, i_idx, *it.options.values(), False, torch.ones(12), torch.zeros(2, 12))
     torch.library.opcheck(torch.ops.dropinf.sampled_conv.default, args)
 
 

@@ -52,12 +52,14 @@ def shapes_and_dtypes(backend):
 def test_sampled_embedding(backend, shape, dtype):
     B, T, _, _, r = shape = SHAPES[shape]
     ids, dy, o_idx, i_idx = inputs(*shape, dtype)
+    weights = torch.randn(r, generator=torch.Generator().manual_seed(1))
     row = torch.full((B, r + 9), torch.nan)
     out = ops.sampled_embedding(
-        ids, dy, o_idx, i_idx, scale=0.7, out=row[:, 4 : 4 + r], backend=backend.name
+        ids, dy, o_idx, i_idx, weights=weights, out=row[:, 4 : 4 + r], backend=backend.name
     )
-    bound = (T + 2) * EPS32 * 0.7 * exact(ids, dy.abs(), o_idx, i_idx)
-    assert_within(out, 0.7 * exact(ids, dy, o_idx, i_idx), bound)
+    weights = weights.double()
+    bound = (T + 2) * EPS32 * weights.abs() * exact(ids, dy.abs(), o_idx, i_idx)
+    assert_within(out, weights * exact(ids, dy, o_idx, i_idx), bound)
     assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
 
 
@@ -112,7 +114,7 @@ def test_opcheck():
         pytest.skip(dropinf.backends()["cpu"])
     ids, dy, o_idx, i_idx = inputs(2, 9, 5, 6, 12, torch.float32)
     torch.use_deterministic_algorithms(False)
-    args = (ids, dy, o_idx, i_idx, 1.0, torch.zeros(2, 12))
+    args = (ids, dy, o_idx, i_idx, torch.ones(12), torch.zeros(2, 12))
     torch.library.opcheck(torch.ops.dropinf.sampled_embedding.default, args)
 
 

@@ -9,10 +9,11 @@ from properties import given, settings, st
 
 import dropinf
 from dropinf import ops
-from dropinf.ops import bank_schedule
+from dropinf.ops import bank_schedule, dispatch
 
 OPS = ("sampled_outer",)
 
+AT = ("o_idx", "i_idx")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {  # B, T, I, O, r
     "one position": (3, 1, 5, 7, 11),
@@ -66,14 +67,23 @@ def shapes_and_dtypes(backend):
 def test_sampled_outer(backend, shape, dtype, bias):
     B, T, _, _, r = shape = SHAPES[shape]
     x, dy, o_idx, i_idx = inputs(*shape, dtype, bias=bias)
+    weights = torch.randn(r, generator=torch.Generator().manual_seed(1))
     row = torch.full((B, r + 9), torch.nan)
     out = ops.sampled_outer(
-        x, dy, o_idx, i_idx, bias=bias, out=row[:, 4 : 4 + r], backend=backend.name
+        x,
+        dy,
+        o_idx,
+        i_idx,
+        weights=weights,
+        bias=bias,
+        out=row[:, 4 : 4 + r],
+        backend=backend.name,
     )
 
-    truth = exact(x, dy, o_idx, i_idx, bias)
-    sizes = exact(x.abs(), dy.abs(), o_idx, i_idx, bias)
-    assert_within(out, truth, (T + 1) * EPS32 * sizes)  # the bound of any float32 sum of T terms
+    truth = exact(x, dy, o_idx, i_idx, bias) * weights.double()
+    sizes = exact(x.abs(), dy.abs(), o_idx, i_idx, bias) * weights.abs().double()
+    # The bound of any float32 sum of T terms, and its weight.
+    assert_within(out, truth, (T + 2) * EPS32 * sizes)
     assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
 
 
@@ -103,40 +113,48 @@ def test_staged(backend, shape, dtype, bias):
     B, T, I, O, r = sizes
     x, dy, o_idx, i_idx = inputs(*sizes, dtype, bias=bias)
     order = bank_schedule.staged_order(o_idx, i_idx, I, O, dtype.itemsize, bias=bias, **limits)
+    weights = torch.randn(r, generator=torch.Generator().manual_seed(1))
     row = torch.full((B, r + 9), torch.nan)
     out = ops.sampled_outer(
-        x, dy, o_idx, i_idx, bias=bias, order=order, out=row[:, 4 : 4 + r], backend=backend.name
+        x,
+        dy,
+        o_idx,
+        i_idx,
+        weights=weights,
+        bias=bias,
+        order=order,
+        out=row[:, 4 : 4 + r],
+        backend=backend.name,
     )
     if bias:
         x = torch.cat([x, torch.ones(B, T, 1, dtype=dtype)], 2)
-    terms = x.double()[:, :, i_idx.long()] * dy.double()[:, :, o_idx.long()]
-    assert_within(out, terms.sum(1), (T + 1) * EPS32 * terms.abs().sum(1))
+    terms = x.double()[:, :, i_idx.long()] * dy.double()[:, :, o_idx.long()] * weights.double()
+    assert_within(out, terms.sum(1), (T + 2) * EPS32 * terms.abs().sum(1))
     assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
 
 
 @pytest.mark.backends("cuda")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_staged_views(backend, dtype):
-    """Rows that start anywhere and lie apart, a signed sum, and the same bits for any batch."""
+    """Rows that start anywhere and lie apart, weighted sums, and the same bits for any batch."""
     B, T, I, O, r, s = 3, 40, 24, 32, 200, 3
     x, dy, o_idx, i_idx = inputs(B, T, I, O, r * s, dtype)
     wide = torch.zeros(T, B, I + 5, dtype=dtype)
     wide[..., 3 : 3 + I] = x.transpose(0, 1)
     x_view = wide.transpose(0, 1)[..., 3 : 3 + I]
     o_idx, i_idx = (t.reshape(s, r).T.contiguous() for t in (o_idx, i_idx))
-    generator = torch.Generator().manual_seed(1)
-    sign = (2 * torch.randint(2, (r, s), generator=generator) - 1).to(torch.int8)
+    weights = torch.randn(r, s, generator=torch.Generator().manual_seed(1))
     order = bank_schedule.staged_order(o_idx, i_idx, I, O, dtype.itemsize, max_slots=320)
     assert len(order.passes) > 1
 
     def run(part):
         return ops.sampled_outer(
-            x_view[part], dy[part], o_idx, i_idx, sign=sign, order=order, backend=backend.name
+            x_view[part], dy[part], o_idx, i_idx, weights=weights, order=order, backend=backend.name
         )
 
     out = run(slice(None))
-    truth = (exact(x, dy, o_idx, i_idx) * sign).sum(-1)
-    magnitudes = exact(x.abs(), dy.abs(), o_idx, i_idx).sum(-1)
+    truth = (exact(x, dy, o_idx, i_idx) * weights.double()).sum(-1)
+    magnitudes = (exact(x.abs(), dy.abs(), o_idx, i_idx) * weights.abs().double()).sum(-1)
     assert_within(out, truth, (T + s + 1) * EPS32 * magnitudes)
     assert torch.equal(out, run(slice(None))) and torch.equal(out[1:2], run(slice(1, 2)))
 
@@ -159,24 +177,24 @@ def test_chips_with_less_shared_memory(backend, request, O, staged_on):
         assert torch.equal(out, direct) == (limit not in staged_on)
 
 
-def signed_shapes(backend):
+def shapes_of_sums(backend):
     """Few coordinates and many, which the CPU sums in another way; elsewhere a block and two."""
     few, r = [((2, 9, 7, 5, 30), s) for s in (1, 4, 7)], 70 if backend in EMULATED else 600
     return few + [((2, 70, 40, 30, r), s) for s in (1, 7)]
 
 
-@pytest.mark.cases("shape, s", signed_shapes)
-def test_signed_sums(backend, shape, s):
+@pytest.mark.cases("shape, s", shapes_of_sums)
+def test_weighted_sums(backend, shape, s):
     B, T, I, O, r = shape
     x, dy, _, _ = inputs(B, T, I, O, r, torch.float32)
     generator = torch.Generator().manual_seed(1)
     o_idx = torch.randint(O, (r, s), generator=generator).int()
     i_idx = torch.randint(I, (r, s), generator=generator).int()
-    sign = (2 * torch.randint(2, (r, s), generator=generator) - 1).to(torch.int8)
-    out = ops.sampled_outer(x, dy, o_idx, i_idx, sign=sign, scale=0.5, backend=backend.name)
+    weights = torch.randn(r, s, generator=generator)
+    out = ops.sampled_outer(x, dy, o_idx, i_idx, weights=weights, backend=backend.name)
 
-    truth = 0.5 * (exact(x, dy, o_idx, i_idx) * sign).sum(-1)
-    sizes = 0.5 * exact(x.abs(), dy.abs(), o_idx, i_idx).sum(-1)
+    truth = (exact(x, dy, o_idx, i_idx) * weights.double()).sum(-1)
+    sizes = (exact(x.abs(), dy.abs(), o_idx, i_idx) * weights.abs().double()).sum(-1)
     assert_within(out, truth, (T + s + 1) * EPS32 * sizes)
 
 
@@ -185,8 +203,8 @@ def ways_to_sum(backend):
 
 
 @pytest.mark.cases("way", ways_to_sum)
-def test_zero_signs(backend, way):
-    """A sign of 0 leaves a coordinate out, also where that is not finite."""
+def test_zero_weights(backend, way):
+    """A weight of 0 leaves a coordinate out of a sum, also where that is not finite."""
     B, T, I, O, r, s = (2, 9, 7, 5, 3, 4) if way == "few" else (2, 35, 24, 32, 200, 3)
     bias = way == "bias"
     x, dy, _, _ = inputs(B, T, I, O, 0, torch.float32)
@@ -194,9 +212,9 @@ def test_zero_signs(backend, way):
     # Column 0 of dy, which only the coordinates that are left out have, is not finite.
     o_idx = torch.randint(1, O, (r, s), generator=generator).int()
     i_idx = torch.randint(I + bias, (r, s), generator=generator).int()
-    sign = (torch.randint(3, (r, s), generator=generator) - 1).to(torch.int8)
-    sign[0] = 0
-    o_idx[sign == 0] = 0
+    weights = torch.randint(-1, 2, (r, s), generator=generator) * 1.5
+    weights[0] = 0
+    o_idx[weights == 0] = 0
     finite = dy.clone()
     finite[..., 0] = 0
     dy[..., 0] = torch.tensor([torch.inf, torch.nan])[torch.arange(T) % 2]
@@ -204,11 +222,11 @@ def test_zero_signs(backend, way):
     if way == "staged":
         order = bank_schedule.staged_order(o_idx, i_idx, I, O, x.element_size())
     out = ops.sampled_outer(
-        x, dy, o_idx, i_idx, sign=sign, bias=bias, order=order, backend=backend.name
+        x, dy, o_idx, i_idx, weights=weights, bias=bias, order=order, backend=backend.name
     )
 
-    truth = (exact(x, finite, o_idx, i_idx, bias) * sign).sum(-1)
-    sizes = (exact(x.abs(), finite.abs(), o_idx, i_idx, bias) * sign.abs()).sum(-1)
+    truth = (exact(x, finite, o_idx, i_idx, bias) * weights).sum(-1)
+    sizes = (exact(x.abs(), finite.abs(), o_idx, i_idx, bias) * weights.abs()).sum(-1)
     assert_within(out, truth, (T + s + 1) * EPS32 * sizes)
     assert (out[:, 0] == 0).all() and out[:, 1:].any(1).all()
 
@@ -300,17 +318,17 @@ def test_laws(B, T, I, O, seed):
     assert_within(full, gradient, (T + 1) * EPS32 * largest)
 
 
-@pytest.mark.parametrize("sign", [False, True], ids=["", "sign"])
-def test_opcheck(sign):
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
+def test_opcheck(weighted):
     if dropinf.backends()["cpu"] != "available":
         pytest.skip(dropinf.backends()["cpu"])
     x, dy, o_idx, i_idx = inputs(2, 9, 5, 6, 12, torch.float32)
-    signs = None
-    if sign:
+    weights = None
+    if weighted:
         o_idx, i_idx = o_idx.reshape(6, 2), i_idx.reshape(6, 2)
-        signs = torch.ones(6, 2, dtype=torch.int8)
+        weights = torch.ones(6, 2)
     out = torch.zeros(2, len(o_idx))
-    args = (x, dy, o_idx, i_idx, signs, False, 1.0, (), out)
+    args = (x, dy, o_idx, i_idx, weights, False, (), out)
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(torch.ops.dropinf.sampled_outer.default, args)
 
@@ -325,11 +343,11 @@ def test_opcheck(sign):
         ({"o_idx": torch.zeros(6).long()}, r"o_idx must be torch.int32 on cpu, got torch.int64"),
         (
             {"i_idx": torch.zeros(5).int()},
-            r"must both be \[r\] without sign, got \(6,\) and \(5,\)",
+            r"must both be \[r\] or both \[r, s\], got \(6,\) and \(5,\)",
         ),
+        ({"o_idx": torch.zeros(6, 1).int()}, r"must both be .*, got \(6, 1\) and \(6,\)"),
         ({"dy": torch.zeros(2, 3, 5, device="meta")}, "dy must be torch.float32 on cpu"),
         ({"out": torch.zeros(2, 7)}, r"out must be floating point \(2, 6\) on cpu"),
-        ({"sign": torch.ones(6, 1).int()}, "must both be"),
     ],
     ids=str,
 )
@@ -339,27 +357,40 @@ def test_bad_input(change, message):
 
 
 @pytest.mark.parametrize(
-    "name, index, sign",
+    "name, index, summed",
     [
-        ("o_idx", 5, None),
-        ("o_idx", -1, None),
-        ("i_idx", 4, None),
-        ("i_idx", -1, None),
-        ("i_idx", 2**31 - 1, None),
-        ("o_idx", -1, 1),
-        ("i_idx", 4, 1),
-        ("o_idx", 5, 0),  # left out, and in range all the same
-        ("i_idx", -1, 0),
+        ("o_idx", 5, False),
+        ("o_idx", -1, False),
+        ("i_idx", 4, False),
+        ("i_idx", -1, False),
+        ("i_idx", 2**31 - 1, False),
+        ("o_idx", -1, True),
+        ("i_idx", 4, True),
     ],
 )
-def test_index_out_of_range(backend, name, index, sign):
+def test_index_out_of_range(backend, name, index, summed):
     call = {**good, name: good[name].clone()}
     call[name][2] = index
-    if sign is not None:
-        pairs = {key: call[key].reshape(3, 2) for key in ("o_idx", "i_idx")}
-        call |= pairs | {"sign": torch.tensor([[1, 1], [sign, 1], [1, 1]], dtype=torch.int8)}
-    k = 2 if sign is None else 1
+    if summed:
+        call |= {key: call[key].reshape(3, 2) for key in ("o_idx", "i_idx")}
+        call["weights"] = torch.tensor([[1.0, 1], [0.5, 1], [1, 0]])
+    k = 1 if summed else 2
     assert_refused_or_nan(backend, lambda: ops.sampled_outer(**call, backend=backend.name), k, name)
+
+
+@pytest.mark.parametrize("name, index", [("o_idx", 5), ("i_idx", -1)])
+@pytest.mark.parametrize("weights", [[1.0, 0, 1], [[1.0, 1], [0, 1], [1, 1]]], ids=["", "summed"])
+def test_index_of_what_is_left_out(backend, name, index, weights):
+    """It is to be in range too; a kernel that cannot raise an error does not look at it."""
+    weights = torch.tensor(weights)
+    call = {key: good[key][: weights.numel()].reshape(weights.shape).clone() for key in AT}
+    call[name][1].view(-1)[0] = index
+    call = good | call | {"weights": weights, "backend": backend.name}
+    if backend.name in dispatch.GPU_BACKENDS:
+        assert ops.sampled_outer(**call).isfinite().all()
+    else:
+        with pytest.raises((ValueError, IndexError, RuntimeError), match=f"{name}|out of range"):
+            ops.sampled_outer(**call)
 
 
 def test_index_out_of_range_without_positions(backend):
@@ -368,14 +399,6 @@ def test_index_out_of_range_without_positions(backend):
     call["o_idx"][2] = -1
     run = lambda: ops.sampled_outer(**call, backend=backend.name)  # noqa: E731
     assert_refused_or_nan(backend, run, 2, "o_idx")
-
-
-@pytest.mark.parametrize("sign", [2, -2, 127, -128])
-def test_sign_out_of_range(backend, sign):
-    pairs = {name: good[name].reshape(3, 2) for name in ("o_idx", "i_idx")}
-    signs = torch.tensor([[1, -1], [0, sign], [1, 0]], dtype=torch.int8)
-    call = {**good, **pairs, "sign": signs, "backend": backend.name}
-    assert_refused_or_nan(backend, lambda: ops.sampled_outer(**call), 1, "sign must be of -1, 0")
 
 
 def test_named_backend_is_used_or_refused():

@@ -132,6 +132,14 @@ struct Coordinates {
   }
 };
 
+// Weights of r entries that no sum is rounded by, and that differ from one to the next.
+inline std::vector<float> weights(int64_t r) {
+  constexpr float kWeights[] = {0.5f, -1.0f, 0.0f, 2.0f, -0.25f};
+  std::vector<float> of_entries;
+  for (int64_t k = 0; k < r; ++k) of_entries.push_back(kWeights[k % 5]);
+  return of_entries;
+}
+
 // What is wrong with `out`, of which entry n is the truth's to within `tolerance`; nothing if "".
 // An entry costs so many products: some 20 million are spent on entries at even distances.
 template <typename Truth>

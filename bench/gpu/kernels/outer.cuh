@@ -55,13 +55,13 @@ inline Case outer(const Pools& pools, int64_t B, int64_t T, int64_t I, int64_t O
   const Coordinates at(r, O, I);
   const Order order(at.row, at.column, I, O, max_slots ? max_slots : cuda::kMaxStagedSlots);
   const Device<int32_t> o_idx(at.row), i_idx(at.column), packed(order.packed), target(order.target);
-  const Device<float> out(B * r);
+  const std::vector<float> factors = weights(r);
+  const Device<float> device_weights(factors), out(B * r);
   SampledOuterArgs args{};
   args.dtype = DType::kBFloat16;
   args.B = B, args.T = T, args.I = I, args.O = O, args.r = r, args.s = 1;
   args.x_stride_b = T * I, args.x_stride_t = I;
   args.dy_stride_b = T * O, args.dy_stride_t = O;
-  args.scale = 0.5f;
   args.out = out.data(), args.out_stride_b = r, args.out_stride_k = 1;
   const Device<float> scratch(cuda::sampled_outer_scratch(args) + 1);
 
@@ -75,7 +75,7 @@ inline Case outer(const Pools& pools, int64_t B, int64_t T, int64_t I, int64_t O
     SampledOuterArgs call = args;
     call.x = pool.data() + pool.at(turn, B * T * (I + O));
     call.dy = static_cast<const BFloat16*>(call.x) + B * T * I;
-    call.o_idx = o_idx.data(), call.i_idx = i_idx.data();
+    call.o_idx = o_idx.data(), call.i_idx = i_idx.data(), call.weights = device_weights.data();
     const cuda::StagedOrder staged{order.passes.data(), num_passes, packed.data(), target.data()};
     return cuda::sampled_outer(call, max_slots ? &staged : nullptr, scratch.data(), nullptr);
   };
@@ -86,7 +86,7 @@ inline Case outer(const Pools& pools, int64_t B, int64_t T, int64_t I, int64_t O
       for (int64_t t = b * T; t < (b + 1) * T; ++t) {
         sum += pool[t * I + at.column[k]] * pool[B * T * I + t * O + at.row[k]];
       }
-      return 0.5 * sum;
+      return factors[k] * sum;
     });
   };
   return it;

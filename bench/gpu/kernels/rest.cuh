@@ -18,11 +18,12 @@ inline Case gather(const Pools& pools, int64_t L, int64_t numel, int64_t r) {
     for (const int64_t n : positions(r, numel)) at.push_back((n + 7919 * l) % numel);
   }
   const Device<int64_t> idx(at);
-  const Device<float> out(L * r);
+  const std::vector<float> factors = weights(r);
+  const Device<float> device_weights(factors), out(L * r);
 
   Case it;
   it.name = label("gather_grads, %d layers, r=%d", L, r);
-  it.num_bytes = L * r * (8 + kSector);
+  it.num_bytes = L * r * (8 + 4 + kSector);
   it.run = [=, &pool](int64_t turn) {
     const BFloat16* const data = pool.data() + pool.at(turn, L * numel);
     std::vector<GradEntries> layers(static_cast<size_t>(L));
@@ -33,15 +34,15 @@ inline Case gather(const Pools& pools, int64_t L, int64_t numel, int64_t r) {
       grad.dtype = DType::kBFloat16;
       grad.numel = numel;
       grad.idx = idx.data() + l * r;
+      grad.weights = device_weights.data();
       grad.r = r, grad.s = 1;
-      grad.scale = 0.5f;
       grad.out = out.data() + l * r, grad.out_stride = 1;
     }
     return cuda::gather_grads(layers.data(), L, nullptr);
   };
   it.wrong = [=, &pool] {
     return compare(out.on_host(), 1, 0,
-                   [&](int64_t n) { return 0.5 * pool[n / r * numel + at[n]]; });
+                   [&](int64_t n) { return factors[n % r] * pool[n / r * numel + at[n]]; });
   };
   return it;
 }
@@ -55,7 +56,8 @@ inline Case embedding(const Pools& pools, int64_t B, int64_t T, int64_t vocabula
   for (int64_t n = 0; n < B * T; ++n) tokens.push_back(generator() % vocabulary);
   const Device<int64_t> ids(tokens);
   const Device<int32_t> o_idx(at.column), i_idx(at.row);
-  const Device<float> out(B * r);
+  const std::vector<float> factors = weights(r);
+  const Device<float> device_weights(factors), out(B * r);
 
   Case it;
   it.name = label("sampled_embedding %d x %d, r=%d", vocabulary, O, r);
@@ -68,7 +70,7 @@ inline Case embedding(const Pools& pools, int64_t B, int64_t T, int64_t vocabula
     args.B = B, args.T = T, args.O = O, args.r = r;
     args.dy_stride_b = T * O, args.dy_stride_t = O;
     args.o_idx = o_idx.data(), args.i_idx = i_idx.data();
-    args.scale = 0.5f;
+    args.weights = device_weights.data();
     args.out = out.data(), args.out_stride_b = r, args.out_stride_k = 1;
     return cuda::sampled_embedding(args, nullptr);
   };
@@ -79,7 +81,7 @@ inline Case embedding(const Pools& pools, int64_t B, int64_t T, int64_t vocabula
       for (int64_t t = b * T; t < (b + 1) * T; ++t) {
         if (tokens[t] == at.row[k]) sum += pool[t * O + at.column[k]];
       }
-      return 0.5 * sum;
+      return factors[k] * sum;
     });
   };
   return it;
@@ -91,7 +93,8 @@ inline Case conv(const Pools& pools, int64_t B, int64_t C, int64_t side, int64_t
   const Pool<BFloat16>& pool = pools.halves;
   const Coordinates at(r, C, C * 9);
   const Device<int32_t> o_idx(at.row), i_idx(at.column);
-  const Device<float> out(B * r);
+  const std::vector<float> factors = weights(r);
+  const Device<float> device_weights(factors), out(B * r);
   const int64_t size = C * side * side, stride_c = channels_last ? 1 : side * side;
   const int64_t stride_w = channels_last ? C : 1, stride_h = side * stride_w;
 
@@ -116,7 +119,7 @@ inline Case conv(const Pools& pools, int64_t B, int64_t C, int64_t side, int64_t
       args.stride[d] = args.dilation[d] = 1;
     }
     args.o_idx = o_idx.data(), args.i_idx = i_idx.data();
-    args.scale = 0.5f;
+    args.weights = device_weights.data();
     args.out = out.data(), args.out_stride_b = r, args.out_stride_k = 1;
     return cuda::sampled_conv(args, nullptr);
   };
@@ -133,7 +136,7 @@ inline Case conv(const Pools& pools, int64_t B, int64_t C, int64_t side, int64_t
                  pool[dy + at.row[k] * stride_c + h * stride_h + w * stride_w];
         }
       }
-      return 0.5 * sum;
+      return factors[k] * sum;
     });
   };
   return it;

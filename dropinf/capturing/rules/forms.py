@@ -73,7 +73,7 @@ class Role:
     Attributes:
         tensor: the parameter.
         coordinates: flattened positions -> (o, i).
-        op: computes the entries: op(x, dy, o_idx, i_idx, scale=, out=, backend=).
+        op: computes the entries: op(x, dy, o_idx, i_idx, weights=, out=, backend=).
     """
 
     tensor: Tensor

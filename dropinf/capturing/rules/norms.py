@@ -31,20 +31,22 @@ def _channel_sums(
     o_idx: Tensor,
     i_idx: Tensor,
     *,
-    scale: float = 1.0,
+    weights: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """[N, C, T]: sums over T of x * dy in channel o (i = 0), or of dy alone (i = 1).
 
-    There are so few channels that all their sums are formed, and then picked from.
+    There are so few channels that all their sums are formed, and then picked from. No weight is 0.
     """
     total, product = dy.sum(2), (x * dy).sum(2)
     if rescale is not None:
         product = rescale(product, total)
     C = total.shape[1]
-    entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx) * scale
+    entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx)
+    if weights is not None:
+        entries.mul_(weights)
     return entries if out is None else out.copy_(entries)
 
 

@@ -13,7 +13,7 @@ from dropinf.rows.row_passes import (
     take,
     valid_rows,
 )
-from dropinf.rows.store import RowStore, RowWriter
+from dropinf.rows.store import RowStore, RowWriter, finite_rows
 
 __all__ = [
     "PART_BYTES",
@@ -21,6 +21,7 @@ __all__ = [
     "RowStore",
     "RowWriter",
     "collect",
+    "finite_rows",
     "mark_invalid",
     "mean_squares",
     "merged",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -19,6 +19,7 @@ from dropinf.capturing import (
     size_at,
 )
 from dropinf.compression import Plan
+from dropinf.rows.store import finite_rows
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
@@ -83,6 +84,18 @@ class Batches:
         dim = self._options.get("batch_dim")
         return dim if isinstance(dim, int) else 0
 
+    def drawn(self, loader: Iterable) -> Iterator[Any]:
+        """The batches of a loader, which runs as without a capture: watched, it would be slow."""
+        end = object()
+        with self.tap.paused():
+            left = iter(loader)
+        while True:
+            with self.tap.paused():
+                batch = next(left, end)
+            if batch is end:
+                return
+            yield batch
+
     def rows(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Rows, and which are valid [n] bool; those that are not are zeros."""
         singly = self._singly(batch)
@@ -102,10 +115,9 @@ class Batches:
             self._seconds.setdefault(singly is not None, seconds)
         self.met |= self.tap.met
         self._origin = self.tap.origin
-        finite = losses.isfinite()
-        valid = rows.isfinite().all(1)
+        valid = finite_rows(rows)
         if self.per == "example":
-            valid &= finite
+            valid &= losses.isfinite()
         if not valid.all():
             self._refuse(valid)
             rows[~valid] = 0
@@ -148,9 +160,9 @@ class Batches:
             losses = self.loss_fn(self.model, batch)
         self.tap.check(losses)
         self._doubt_one(losses)
-        finite = losses.detach().isfinite()
-        if self._on_nonfinite == "raise" and not finite.all():
-            at = int((~finite).nonzero()[0, 0])
+        bad = ~losses.detach().isfinite()
+        if self._on_nonfinite == "raise" and bad.any():
+            at = int(bad.nonzero()[0, 0])
             raise ValueError(_nonfinite("loss", self.seen + at, losses[at].tolist()))
         rows = self.backward(batch, losses, self.keep_graph)
         self.kept = losses if self.keep_graph else None

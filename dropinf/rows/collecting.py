@@ -90,7 +90,7 @@ def collect(
             model, loss_fn, plan, mode, options, segment_ids, loss_scale, on_nonfinite, opened
         )
         checks = Checks(batches) if check else None
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(batches.drawn(loader)):
             if checks is not None:
                 checks.before(number)
             rows, valid = batches.rows(batch)

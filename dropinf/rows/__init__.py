@@ -1,7 +1,7 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
 from dropinf.rows.batches import LossFn
-from dropinf.rows.collecting import collect
+from dropinf.rows.collecting import Collection, collect
 from dropinf.rows.row_passes import (
     PART_BYTES,
     mark_invalid,
@@ -17,6 +17,7 @@ from dropinf.rows.store import RowStore, RowWriter, finite_rows
 
 __all__ = [
     "PART_BYTES",
+    "Collection",
     "LossFn",
     "RowStore",
     "RowWriter",

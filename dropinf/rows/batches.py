@@ -57,16 +57,14 @@ class Batches:
         segment_ids: str | Callable[[Any], Tensor] | None,
         loss_scale: float,
         on_nonfinite: str,
-        opened: contextlib.ExitStack,
     ) -> None:
         self.model, self.loss_fn, self.plan = model, loss_fn, plan
         self.per: str = options.get("per", "example")
-        self._mode, self._options, self._opened = mode, options, opened
+        self._mode, self._options = mode, options
         self._segment_ids, self._on_nonfinite = segment_ids, on_nonfinite
         self.loss_scale = loss_scale
-        self.tap: ActivationsTap | GradsTap = opened.enter_context(
-            capture(model, plan, mode, **options)
-        )
+        self.tap: ActivationsTap | GradsTap = capture(model, plan, mode, **options)
+        self._open = contextlib.ExitStack()
         self.seen = self.num_examples = 0
         self.losses: Tensor | None = None
         self._origin: Tensor | None = None
@@ -83,6 +81,13 @@ class Batches:
         """Where the examples of a batch are."""
         dim = self._options.get("batch_dim")
         return dim if isinstance(dim, int) else 0
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Opens the capture, which may change for another one inside."""
+        with self._open:
+            self._open.enter_context(self.tap)
+            yield
 
     def drawn(self, loader: Iterable) -> Iterator[Any]:
         """The batches of a loader, which runs as without a capture: watched, it would be slow."""
@@ -152,11 +157,10 @@ class Batches:
             if self.per != "example":
                 raise
             warn_user(f"collect: {error}, from here on")
-            self._opened.close()
+            self._open.close()
             self._options = CaptureOptions(**{**self._options, "closed": False})
-            self.tap = self._opened.enter_context(
-                capture(self.model, self.plan, self._mode, **self._options)
-            )
+            self.tap = capture(self.model, self.plan, self._mode, **self._options)
+            self._open.enter_context(self.tap)
             losses = self.loss_fn(self.model, batch)
         self.tap.check(losses)
         self._doubt_one(losses)

@@ -28,7 +28,7 @@ from embed_case import need
 from host_cases import A_LAYER, OF_PLAIN, OPEN, OPENED, Batch, Given, HostCase, cases
 from models import MODELS, loss_fn, losses, resnet18
 from report import PACKAGES, spread, versions
-from torch import Tensor
+from torch import Tensor, nn
 
 import dropinf
 from dropinf.tools.measuring import LeftOut, alternate, loop_of
@@ -135,21 +135,20 @@ def host_contestants() -> dict[str, Callable[..., Timed]]:
 # Whether they compute what they are to.
 
 
-def exact(given: Given, loss_fn: Callable, plan: dropinf.Plan, b: int) -> tuple[Tensor, Tensor]:
-    """Of example b alone, in float64: its row [R], and the gradient of its input."""
-    model = copy.deepcopy(given.model).double()
-    one = Given(model, tuple(t[b : b + 1] for t in as_double(given.batch)))
+def in_double(model: nn.Module, batch: Batch, part: slice) -> tuple[nn.Module, Batch]:
+    """The model and some examples in float64."""
+    given = (t[part].double() if t.is_floating_point() else t[part] for t in batch)
+    return copy.deepcopy(model).double(), tuple(given)
+
+
+def exact_row(model: nn.Module, loss_fn: Callable, batch: Batch, plan: Any, b: int) -> Tensor:
+    """[R] of example b."""
+    model, one = in_double(model, batch, slice(b, b + 1))
     named = dict(model.named_parameters())
     wanted = [named[slot.name] for slot in plan.slots]
-    found = torch.autograd.grad(loss_fn(model, one.batch).sum(), wanted)
+    found = torch.autograd.grad(loss_fn(model, one).sum(), wanted)
     parts = zip(plan.slots, found, strict=True)
-    row = torch.cat([g.flatten()[s.index] * s.scale for s, g in parts])
-    leaf = one.leaf.detach().requires_grad_()
-    return row, torch.autograd.grad(loss_fn(model, (leaf, one.batch[1])).sum(), leaf)[0][0]
-
-
-def as_double(batch: Batch) -> Batch:
-    return tuple(t.double() if t.is_floating_point() else t for t in batch)
+    return torch.cat([g.flatten()[s.index] * s.scale for s, g in parts])
 
 
 def assert_near(found: Tensor, truth: Tensor, name: str) -> None:
@@ -161,16 +160,16 @@ def check(
     name: str, timed: Timed, own: Given, given: Given, loss_fn: Callable, plan: dropinf.Plan
 ) -> None:
     """A contestant, which has `own`, a copy of what is given."""
+    B = len(given.batch[0])
     with timed.inside:
         found = timed.call()
     if name == PLAIN:
-        double = copy.deepcopy(given.model).double()
-        named = {n: p for n, p in double.named_parameters() if p.requires_grad}
-        loss = loss_fn(double, as_double(given.batch)).sum()
-        for n, truth in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
-            assert_near(own.model.get_parameter(n).grad, truth, f"{name}: {n}")
+        double, batch = in_double(given.model, given.batch, slice(None))
+        loss_fn(double, batch).sum().backward()
+        for slot in plan.slots:
+            truth = double.get_parameter(slot.name).grad
+            assert_near(own.model.get_parameter(slot.name).grad, truth, f"{name}: {slot.name}")
         return
-    B = len(given.batch[0])
     if name in PEERS:
         kept, layers = found.shape[1] // R, given.linear()
         if kept != len(layers):
@@ -180,14 +179,21 @@ def check(
         check_peer(name)
         return
     for b in {0, B // 2, B - 1}:
-        row, gradient = exact(given, loss_fn, plan, b)
-        assert_near(found[b], gradient if name == FLOOR else row, f"{name}: {b}")
+        if name == FLOOR:
+            one = Given(*in_double(given.model, given.batch, slice(b, b + 1)))
+            leaf = one.leaf.detach().requires_grad_()
+            loss = loss_fn(one.model, (leaf, one.batch[1])).sum()
+            truth = torch.autograd.grad(loss, leaf)[0][0]
+        else:
+            truth = exact_row(given.model, loss_fn, given.batch, plan, b)
+        assert_near(found[b], truth, f"{name}: {b}")
 
 
 @functools.cache
 def check_peer(name: str) -> None:
     """That its rows are one linear map of the gradients, once on inputs of their own."""
-    passes.check(name, torch.device("cpu"))
+    with contextlib.redirect_stderr(io.StringIO()):
+        passes.check(name, torch.device("cpu"))
 
 
 # Timing.
@@ -275,20 +281,15 @@ def whole(title: str, make: Callable[[], Any], rounds: int) -> dict[str, Any]:
         return lambda: dropinf.collect(model, batches, loss_fn, plan, **options).rows[: len(label)]
 
     def checked(name: str, timed: Timed) -> None:
-        double, b = copy.deepcopy(model).double(), len(label) - 1
-        one = tuple(t[b : b + 1] for t in as_double(batch))
+        b = len(label) - 1
         with timed.inside:
             found = timed.call()[b]
         if name == FLOOR:
+            double, one = in_double(model, batch, slice(b, b + 1))
             leaf = double.embed(one[0]).detach().requires_grad_()
             truth = torch.autograd.grad(losses(double.body(leaf), one[1]).sum(), leaf)[0][0]
         else:
-            named = dict(double.named_parameters())
-            grads = torch.autograd.grad(
-                loss_fn(double, one).sum(), [named[s.name] for s in plan.slots]
-            )
-            parts = zip(plan.slots, grads, strict=True)
-            truth = torch.cat([g.flatten()[s.index] * s.scale for s, g in parts])
+            truth = exact_row(model, loss_fn, batch, plan, b)
         assert_near(found, truth, name)
 
     all_timed = {

@@ -44,7 +44,7 @@ PLAIN, FLOOR = "forward + backward", "forward + input gradient"
 OPACUS = "Opacus + index"
 COLLECT, PROVEN = "dropinf collect, without its proof", "dropinf collect"
 OF_FLOOR = "of forward + input gradient"
-NUM_BATCHES = 4  # of a `collect`
+NUM_BATCHES = 2  # of a `collect`
 
 
 class Timed(NamedTuple):
@@ -246,7 +246,7 @@ def host(title: str, case: HostCase, rounds: int, seconds: float) -> dict[str, A
     try:
         given = case.make()
     except LeftOut as reason:
-        return {"title": title, "left_out": {"all": str(reason)}, "contestants": {}}
+        return {"title": title, "left_out": {"all": str(reason)}, "contestants": {}, "bars": []}
     given.model.eval()
     plan = dropinf.Plan.make(given.model, dropinf.Dropout(r=R))
 
@@ -335,9 +335,9 @@ def measured(
 # What is printed.
 
 
-def page(results: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
+def head(results: dict[str, Any]) -> list[str]:
+    """What was run, where and how."""
+    return [
         f"# What a capture costs the host, {results['date']}",
         "",
         f"{results['machine']}; {results['versions']}; commit {results['commit'] or 'unknown'}.",
@@ -348,27 +348,32 @@ def page(results: dict[str, Any]) -> str:
         f"models). `collect` takes {NUM_BATCHES} batches, of which it proves the first; its times "
         "are of one batch.",
     ]
-    for case in results["cases"]:
-        measures = [m for m in (OF_FLOOR, OF_PLAIN, A_LAYER) if in_table(case, m)]
-        lines += ["", f"## {case['title']}", ""]
-        lines += [row("contestant", "ms", *measures), row(*["---"] * (2 + len(measures)))]
-        for name, found in case["contestants"].items():
-            lines.append(row(name, *(spread(found[m]) for m in ("ms", *measures))))
-        for name, why in case["left_out"].items():
-            lines.append(row(name, f"not run: {why}", *[""] * len(measures)))
-    lines += [
-        "",
-        "## What must hold",
-        "",
-        row("case", "contestant", "measure", "at most", "is", "reached"),
-    ]
+
+
+def table(case: dict[str, Any]) -> list[str]:
+    """The contestants of one case."""
+    measures = [m for m in (OF_FLOOR, OF_PLAIN, A_LAYER) if in_table(case, m)]
+    lines = ["", f"## {case['title']}", ""]
+    lines += [row("contestant", "ms", *measures), row(*["---"] * (2 + len(measures)))]
+    for name, found in case["contestants"].items():
+        values = (spread(found[m]) if m in found else "" for m in ("ms", *measures))
+        lines.append(row(name, *values))
+    for name, why in case["left_out"].items():
+        lines.append(row(name, f"not run: {why}", *[""] * len(measures)))
+    return lines
+
+
+def bars_table(cases: list[dict[str, Any]]) -> list[str]:
+    """What must hold, and whether it does."""
+    lines = ["", "## What must hold", ""]
+    lines.append(row("case", "contestant", "measure", "at most", "is", "reached"))
     lines.append(row(*["---"] * 6))
-    for case in results["cases"]:
-        for bar in case.get("bars", []):
+    for case in cases:
+        for bar in case["bars"]:
             reached = "yes" if bar["found"] <= bar["at_most"] else "**no**"
             values = bar["contestant"], bar["measure"], f"{bar['at_most']:g}", f"{bar['found']:.3g}"
             lines.append(row(case["title"], *values, reached))
-    return "\n".join(lines)
+    return lines
 
 
 def in_table(case: dict[str, Any], measure: str) -> bool:
@@ -390,20 +395,25 @@ def main(arguments: Sequence[str]) -> None:
     logging.disable(logging.WARNING)  # dattri says what it does
     rounds, whole_rounds = (2, 1) if quick else (15, 5)
     models = {"ResNet-18, 32 x 32, B=2": lambda: resnet18(B=2, side=32)} if quick else MODELS
-    found = [host(t, case, rounds, 0 if quick else 0.05) for t, case in cases(quick).items()]
-    found += [whole(title, make, whole_rounds) for title, make in models.items()]
-    results = {
+    seconds = 0 if quick else 0.05
+    runs = [lambda t=t, c=c: host(t, c, rounds, seconds) for t, c in cases(quick).items()]
+    runs += [lambda t=t, m=m: whole(t, m, whole_rounds) for t, m in models.items()]
+    results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(torch.device("cpu")),
         "commit": commit(),
         "versions": ", ".join(versions("dropinf", *PACKAGES, "opacus", "peft")),
         "rounds": rounds,
         "whole_rounds": whole_rounds,
-        "cases": found,
+        "cases": [],
     }
-    print(page(results))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(*head(results), sep="\n", flush=True)
+    for run in runs:  # what was measured is there, whatever ends the rest
+        results["cases"].append(run())
+        print(*table(results["cases"][-1]), sep="\n", flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(*bars_table(results["cases"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import dropinf
 sys.path.append(str(ROOT / "bench"))
 
 import bench_host
+import report
 from bench_host import FLOOR, OF_FLOOR, OPACUS, PLAIN, PROVEN, Timed
 from host_cases import A_LAYER, OPEN, OPENED, cases
 
@@ -54,8 +55,10 @@ def test_quick(tmp_path, monkeypatch, capsys):
         assert found[FLOOR][OF_FLOOR] == [1, 1, 1] and found[FLOOR][A_LAYER] == [0, 0, 0]
         low, high = (found[OPEN]["ms"][i] / found[FLOOR]["ms"][3 - i] for i in (1, 2))
         assert low <= found[OPEN][OF_FLOOR][0] <= high
-        for name in [*found, *left_out]:
-            assert f"\n| {name} | " in printed
+        for name in found:
+            assert f"\n| {name} | {report.spread(found[name]['ms'])} | " in printed
+        for name, why in left_out.items():
+            assert f"\n| {name} | not run: {why} | " in printed
     over = mlp["contestants"][OPEN][A_LAYER][0]
     assert mlp["bars"] == [{"contestant": OPEN, "measure": A_LAYER, "at_most": 40, "found": over}]
     reached = "yes" if over <= 40 else "**no**"

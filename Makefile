@@ -34,6 +34,7 @@ bench: .venv/installed
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
+	$(BIN)/python bench/bench_host.py --json build/host.json
 	$(BIN)/python -m dropinf bench --preset full --out bench/results/microbenchmark
 
 # What became slower since the results that are committed, by ratios; two minutes.

@@ -2,8 +2,8 @@
 
 Attribution tools write a loss or an output for one example, `f(params, example) -> scalar`, around
 `torch.func.functional_call(model, params, ...)`, and vmap it. dropinf wants one ordinary call of
-the model on the batch. So f is vmapped here as well, twice: once to see what it calls the model
-with, and, after the model ran on those of all examples, once with each example's own output.
+the model on the batch. So f is vmapped here as well; where it calls the model, vmap is left for
+that call, which gets the inputs of all examples, and f goes on with each example's own output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.utils._pytree import tree_map_only
 
 _WAY_OUT = "give a function of the whole batch, (model, batch) -> [B], instead"
 
@@ -36,157 +38,119 @@ def batched_outputs(
     """
     if not batch or any(not isinstance(t, Tensor) or not t.dim() for t in batch):
         raise ValueError(f"{where}: a batch must be a sequence of tensors [B, ...]")
-    args, kwargs = _inputs(where, model, function, batch)
-    found, shape = tree_flatten(model(*args, **kwargs))
-    places = [i for i, x in enumerate(found) if isinstance(x, Tensor)]
-    for x in (found[i] for i in places):
-        if not x.dim() or len(x) != len(batch[0]):
-            raise ValueError(
-                f"{where}: the model gives a tensor {list(x.shape)} for {len(batch[0])} examples, "
-                "which must be [B, ...]; a mean or sum over the batch belongs into the function"
-            )
-
-    def one(own: list[Tensor], *example: Tensor) -> Tensor:
-        leaves = list(found)
-        for i, x in zip(places, own, strict=True):
-            leaves[i] = x.unsqueeze(0)
-        with _answering(model, lambda *args, **kwargs: tree_unflatten(leaves, shape)):
-            return function(*example)
-
-    try:
-        outputs = _vmap(one)([found[i] for i in places], *batch)
-    except Exception as error:
-        raise ValueError(
-            f"{where}: the function failed on the model's outputs, as one does that uses the "
-            f"parameters itself ({error}); {_WAY_OUT}"
-        ) from error
-    if outputs.dim() == 2 and outputs.shape[1] == 1:  # a batch of one example's losses
-        outputs = outputs[:, 0]
-    return outputs
-
-
-def check_first(
-    where: str, outputs: Tensor, function: Callable[..., Tensor], batch: Sequence[Tensor]
-) -> None:
-    """Compare example 0's output in the batch with that of the function alone.
-
-    Raises:
-        ValueError: they differ: the model mixes examples, or the function is random.
-    """
-    with torch.no_grad():
-        alone = function(*(t[0] for t in batch)).reshape(())
-    eps = torch.finfo(torch.promote_types(alone.dtype, outputs.dtype)).eps
-    if not torch.allclose(outputs[0].detach(), alone, rtol=eps**0.5, atol=eps**0.5, equal_nan=True):
-        raise ValueError(
-            f"{where}: example 0 has output {float(outputs[0].detach()):.6g} in its batch and "
-            f"{float(alone):.6g} alone; call .eval() on the model, or, where the function is "
-            "random, skip this with check=False"
-        )
-
-
-class _Called(Exception):
-    """Ends a function where it calls the model."""
-
-
-def _inputs(
-    where: str, model: nn.Module, function: Callable[..., Tensor], batch: Sequence[Tensor]
-) -> tuple[Any, Any]:
-    """The whole batch's (args, kwargs) of the model, from the one call that `function` makes."""
-    calls: list[Any] = []
-
-    def asked(*args: Any, **kwargs: Any) -> None:
-        leaves, shape = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-        def keep(tensors: Sequence[Tensor]) -> None:
-            for i, tensor in zip(places, tensors, strict=True):
-                leaves[i] = tensor
-            calls.append(tree_unflatten(leaves, shape))
-
-        _Outside.apply(keep, *(leaves[i] for i in places))
-        raise _Called
-
-    failure = None
-    with _answering(model, asked):
+    call, failure = _Call(where, model, len(batch[0])), None
+    with _answering(model, call):
         try:
-            _vmap(function)(*batch)
-        except _Called:
-            pass
+            outputs = torch.func.vmap(function, randomness="different")(*batch)
         except Exception as error:
+            if call.begun and not call.done:  # the model's own, or says what is wrong already
+                raise
             failure = error
-    if not calls:
+    if not call.done:
         said = "did not call the model" if failure is None else f"failed first ({failure})"
         raise ValueError(
             f"{where}: the function must call the model that the plan is for with data of its "
             f"example, and {said}; {_WAY_OUT}"
         ) from failure
-    args, kwargs = calls[0]
-    for x in tree_leaves((args, kwargs)):
-        if isinstance(x, _Batched):
-            if x.tensor.shape[1:2] != (1,):
-                raise ValueError(
-                    f"{where}: the function must call the model with batches of one, [1, ...], "
-                    f"got {list(x.tensor.shape[1:])}; unsqueeze(0) the example, or {_WAY_OUT}"
-                )
-            if x.tensor.requires_grad:
-                raise ValueError(
-                    f"{where}: the model's input depends on its parameters by another way; "
-                    f"{_WAY_OUT}"
-                )
-    return tree_map(lambda x: x.tensor.flatten(0, 1) if isinstance(x, _Batched) else x, calls[0])
+    if failure is not None:
+        raise ValueError(
+            f"{where}: the function failed on the model's outputs ({failure}); {_WAY_OUT}"
+        ) from failure
+    if outputs.dim() == 2 and outputs.shape[1] == 1:  # a batch of one example's losses
+        outputs = outputs[:, 0]
+    return outputs
 
 
-class _Batched:
-    """[B, *shape]: what was a tensor of `shape` inside vmap."""
+def first_alone(function: Callable[..., Tensor], batch: Sequence[Tensor]) -> Tensor:
+    """The output of `function` for example 0 of a batch, without the others."""
+    with torch.no_grad():
+        return function(*(t[0] for t in batch)).reshape(())
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
+def check_first(where: str, outputs: Tensor, alone: Tensor) -> None:
+    """Compare example 0's output in the batch with that of `first_alone`.
 
-class _Outside(torch.autograd.Function):
-    """Hands tensors of vmap to `keep` as those of the whole batch, which is its vmap rule."""
-
-    @staticmethod
-    def forward(keep: Callable, *tensors: Tensor) -> Tensor:
-        return torch.zeros(())  # no data of the example is among them: nothing is kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, keep: Callable, *tensors: Tensor) -> tuple[Tensor, None]:
-        keep(
-            [
-                t if dim is None else _Batched(t.movedim(dim, 0))
-                for t, dim in zip(tensors, in_dims[1:], strict=True)
-            ]
+    Raises:
+        ValueError: they differ: the model mixes examples, or the function is random.
+    """
+    first = outputs[0].detach()
+    eps = torch.finfo(torch.promote_types(alone.dtype, outputs.dtype)).eps
+    if not torch.allclose(first, alone, rtol=eps**0.5, atol=eps**0.5, equal_nan=True):
+        raise ValueError(
+            f"{where}: example 0 has output {float(first):.6g} in its batch and "
+            f"{float(alone):.6g} alone; call .eval() on the model, or, where the function is "
+            "random, skip this with check=False"
         )
-        return torch.zeros(()), None
+
+
+class _Call:
+    """The one call of the model that a vmapped function makes.
+
+    Attributes:
+        begun: the function has called the model.
+        done: the model has answered.
+    """
+
+    def __init__(self, where: str, model: nn.Module, B: int) -> None:
+        self._where, self._model, self._B = where, model, B
+        self.begun = self.done = False
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        if self.begun:
+            raise ValueError("it calls the model twice for an example")
+        self.begun = True
+        if _functorch.get_dynamic_layer_stack_depth() != 1:
+            raise ValueError(
+                f"{self._where}: the function calls the model inside of a vmap or grad of its own; "
+                f"{_WAY_OUT}"
+            )
+        level = _functorch.current_level()
+        args, kwargs = tree_map_only(Tensor, lambda x: self._whole(x, level), (args, kwargs))
+        with retrieve_current_functorch_interpreter().lower():
+            found = tree_map_only(Tensor, self._of_one, self._model(*args, **kwargs))
+        self.done = True
+        return tree_map_only(Tensor, lambda x: _functorch._add_batch_dim(x, 0, level), found)
+
+    def _whole(self, x: Tensor, level: int) -> Tensor:
+        """[B, ...] of what is [1, ...] for each example."""
+        whole, dim = _functorch._unwrap_batched(x, level)
+        if dim is None:
+            return x
+        if x.shape[:1] != (1,):
+            raise ValueError(
+                f"{self._where}: the function must call the model with batches of one, [1, ...], "
+                f"got {list(x.shape)}; unsqueeze(0) the example, or {_WAY_OUT}"
+            )
+        return whole.movedim(dim, 0).flatten(0, 1)
+
+    def _of_one(self, x: Tensor) -> Tensor:
+        """[B, 1, ...] of an output [B, ...], which is [1, ...] for each example."""
+        if not x.dim() or len(x) != self._B:
+            raise ValueError(
+                f"{self._where}: the model gives a tensor {list(x.shape)} for {self._B} examples, "
+                "which must be [B, ...]; a mean or sum over the batch belongs into the function"
+            )
+        return x.unsqueeze(1)
 
 
 @contextmanager
-def _answering(model: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """While open, the first call of the model is `answer`'s, without its hooks; a second raises.
+def _answering(model: nn.Module, call: _Call) -> Iterator[None]:
+    """While open, a call of the model is `call`'s.
 
-    By its class, where Python looks for __call__: with another forward its hooks would still run.
+    By its class, where Python looks for __call__: with another forward its hooks would run twice.
     """
-    kind, count = type(model), 0
+    kind = type(model)
 
     class Answering(kind):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count > 1:
-                raise ValueError(f"the function calls the model twice for an example; {_WAY_OUT}")
-            return answer(*args, **kwargs)
+            model.__class__ = kind  # it runs as what it is
+            try:
+                return call(args, kwargs)
+            finally:
+                model.__class__ = Answering
 
     model.__class__ = Answering
     try:
         yield
     finally:
         model.__class__ = kind
-
-
-def _vmap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.func.vmap(function, randomness="different")

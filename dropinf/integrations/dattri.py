@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from dropinf.compression import Compression, DropoutProjector, Plan
-from dropinf.integrations.batching import batched_outputs, check_first
+from dropinf.integrations.batching import batched_outputs, check_first, first_alone
 from dropinf.integrations.versions import require
 from dropinf.rows import RowStore, collect
 from dropinf.scoring import scores, self_influence
@@ -147,7 +147,9 @@ class DropinfAttributor(BaseAttributor):
                 TRAKAttributor does.
             mode: see `dropinf.capture`.
             device: where the batches go; the model is there.
-            check: compare the first example of each loader with the task's function alone.
+            check: as of `dropinf.collect`, and compare the first example of a loader with the
+                task's function alone: in `cache`, and of a target function of its own the first
+                time that it is called.
 
         Raises:
             ValueError: layer_name matches no trainable parameter, or comes with a plan.
@@ -165,12 +167,17 @@ class DropinfAttributor(BaseAttributor):
         self.solvers: list[Solver] = []  # one a checkpoint, fitted on `stores`
         self.stores: list[RowStore] = []
         self._cached: DataLoader | None = None
+        self._checked: list[Callable[..., Tensor]] = []  # functions whose rows were checked
 
     def cache(self, full_train_dataloader: DataLoader) -> None:
         """Collect the rows of the full training set at each checkpoint, and fit the solvers."""
         _in_order(full_train_dataloader)
         self._cached = None
-        self.stores = [self._rows(i, full_train_dataloader, "loss") for i in self._checkpoints()]
+        loss = self.task.get_loss_func(flatten=False)
+        self.stores = [
+            self._rows(i, full_train_dataloader, loss, self.check) for i in self._checkpoints()
+        ]
+        self._checked = [loss]
         self.solvers = [self.make_solver().fit(store) for store in self.stores]
         self._cached = full_train_dataloader
 
@@ -188,11 +195,15 @@ class DropinfAttributor(BaseAttributor):
         self._need_cache("attribute")
         _in_order(train_dataloader)
         _in_order(test_dataloader)
+        loss = self.task.get_loss_func(flatten=False)
+        target = self.task.get_target_func(flatten=False)
         mean: Any = 0
         for i in self._checkpoints():
-            queries = self._rows(i, test_dataloader, "target")
+            check = self.check and target not in self._checked
+            queries = self._rows(i, test_dataloader, target, check)
+            self._checked.append(target)
             same = train_dataloader is self._cached
-            store = self.stores[i] if same else self._rows(i, train_dataloader, "loss")
+            store = self.stores[i] if same else self._rows(i, train_dataloader, loss, False)
             mean = mean + scores(queries, store, self.solvers[i]).T / len(self.stores)
         return mean
 
@@ -209,26 +220,31 @@ class DropinfAttributor(BaseAttributor):
         if self._cached is None:
             raise RuntimeError(f"{_NAME}.{call}: call cache(full_train_dataloader) first")
 
-    def _rows(self, checkpoint: int, loader: DataLoader, which: str) -> RowStore:
-        self.task.get_param(checkpoint)  # loads it into the model
+    def _rows(
+        self, checkpoint: int, loader: DataLoader, function: Callable[..., Tensor], check: bool
+    ) -> RowStore:
+        self.task.get_param(checkpoint, layer_split=True)  # loads it into the model, copies nothing
         model = self.task.get_model()
-        get = self.task.get_loss_func if which == "loss" else self.task.get_target_func
-        function, params = get(flatten=False), dict(model.named_parameters())
+        params = dict(model.named_parameters())
 
         def one(*example: Tensor) -> Tensor:
             if self.batch_of_one:
                 example = tuple(t.unsqueeze(0) for t in example)
             return function(params, example)
 
-        def losses(model: nn.Module, batch: Any) -> Tensor:
-            return batched_outputs(_NAME, model, one, [t.to(self.device) for t in batch])
-
-        if self.check:  # outside of the capture, which is not to see a pass of one example
+        alone = []
+        if check:  # outside of the capture, which is not to see a pass of one example
             batch = [t.to(self.device) for t in next(iter(loader))]
-            with torch.no_grad():
-                check_first(_NAME, losses(model, batch), one, batch)
+            alone.append(first_alone(one, batch))
+
+        def losses(model: nn.Module, batch: Any) -> Tensor:
+            outputs = batched_outputs(_NAME, model, one, [t.to(self.device) for t in batch])
+            if alone:
+                check_first(_NAME, outputs, alone.pop())
+            return outputs
+
         return collect(
-            model, loader, losses, self.plan, mode=self.mode, progress=False, check=self.check
+            model, loader, losses, self.plan, mode=self.mode, progress=False, check=check
         )
 
 

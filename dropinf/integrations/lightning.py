@@ -71,16 +71,14 @@ class InfluenceCallback(lightning.Callback):
         self.store = None
         _refuse_training(trainer, self.when)
         if self.when == "during":
-            self._rows = TrainingRows(self.plan, self.path, self.loss_fn, self.options)
+            self._rows = TrainingRows(pl_module, self.plan, self.path, self.loss_fn, self.options)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """The rows of a batch that is on its device, before the step takes it."""
         if self._rows is not None:
-            self._rows.add(
-                pl_module, batch, trainer.global_step, lambda n: self._positions(batch, n)
-            )
+            self._rows.add(batch, trainer.global_step, lambda n: self._positions(batch, n))
 
     def _positions(self, batch: Any, num_rows: int) -> list[int]:
         if self.index is None:

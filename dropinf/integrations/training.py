@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dropinf.compression import Plan
-from dropinf.rows import LossFn, RowStore, RowWriter, collect
+from dropinf.rows import Collection, LossFn, RowStore
 
 
 @contextmanager
@@ -42,41 +41,47 @@ class TrainingRows:
 
     `RowStore.origin` says of each row the training step and the example's position in the data
     set, -1 where that is not known.
+
+    The capture is opened for each batch, and closed when training goes on: open, it would take
+    requires_grad from parameters that are not in the plan, and compiled code from the training.
     """
 
     def __init__(
-        self, plan: Plan, path: str | os.PathLike | None, loss_fn: LossFn, options: dict[str, Any]
+        self,
+        model: nn.Module,
+        plan: Plan,
+        path: str | os.PathLike | None,
+        loss_fn: LossFn,
+        options: dict[str, Any],
     ) -> None:
-        self._plan, self._loss_fn, self._options = plan, loss_fn, options
+        self._model = model
         self._open = ExitStack()  # from here to `close`, over many calls
-        self._writer = self._open.enter_context(RowWriter(plan, path))
+        with torch.enable_grad():
+            self._collection = Collection(model, loss_fn, plan, path, **options)
+        self._open.enter_context(self._collection)
 
-    def add(
-        self, model: nn.Module, batch: Any, step: int, positions: Callable[[int], list[int]]
-    ) -> None:
+    def add(self, batch: Any, step: int, positions: Callable[[int], list[int]]) -> None:
         """The rows of a batch; of several batches in one step, each adds its own.
 
         Args:
-            model: as it is at this step.
             batch: what `loss_fn` takes.
             step: the training step.
             positions: number of rows -> of each, where the data set has its example.
         """
-        options = {"check": self._writer.num_rows == 0, "progress": False} | self._options
-        with undisturbed(model), warnings.catch_warnings():
-            # An expert that no token of one batch met is no news.
-            warnings.filterwarnings("ignore", "collect: no example had a gradient")
-            store = collect(model, [batch], self._loss_fn, self._plan, **options)
-        examples = torch.tensor(positions(len(store)), dtype=torch.int64)
-        origin = torch.stack([torch.full_like(examples, step), examples], 1)
-        self._writer.append(store.rows, store.valid, origin)
+
+        def origin(num_rows: int) -> Tensor:
+            examples = torch.tensor(positions(num_rows), dtype=torch.int64)
+            return torch.stack([torch.full_like(examples, step), examples], 1)
+
+        with undisturbed(self._model), self._collection.capturing():
+            self._collection.add(batch, origin)
 
     def finish(self) -> RowStore:
         """The store of all rows."""
         try:
-            if not self._writer.num_rows:
+            if not self._collection.num_rows:
                 raise ValueError("InfluenceCallback: the training saw no batch, so there is no row")
-            return self._writer.finish()
+            return self._collection.finish()
         finally:
             self.close()
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dropinf.capturing import capture
 from dropinf.compression import Plan
-from dropinf.integrations.batching import batched_outputs, check_first
+from dropinf.integrations.batching import batched_outputs, check_first, first_alone
 from dropinf.integrations.versions import require
 
 require("traker", "0.3")
@@ -122,7 +122,7 @@ class DropoutGradientComputer(AbstractGradientComputer):
             outputs = self._outputs(batch)
             rows = tap.rows(outputs)
         if self.check and self._single():
-            check_first(_NAME, outputs, self._output, batch)
+            check_first(_NAME, outputs, first_alone(self._output, batch))
             self.check = False
         return rows
 

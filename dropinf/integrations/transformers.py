@@ -99,7 +99,7 @@ class InfluenceCallback(transformers.TrainerCallback):
         _refuse_training(args, loader, self.loss_fn, self.when)
         self._loss = self.loss_fn or loss_fn_for(model)
         if self.when == "during":
-            self._rows = TrainingRows(self.plan, self.path, self._loss, self.options)
+            self._rows = TrainingRows(model, self.plan, self.path, self._loss, self.options)
             self._drawn = Drawn(loader, _num_skipped(args, state, loader))
         if not args.torch_compile:  # it would compile the hook into the model
             self._hook = model.register_forward_pre_hook(self._on_batch, with_kwargs=True)
@@ -128,7 +128,7 @@ class InfluenceCallback(transformers.TrainerCallback):
                 _refuse_other_loss(self._loss, batch)
                 refuse_packed(batch)
             if self.when == "during":
-                self._rows.add(model, batch, self._step, self._drawn.positions)
+                self._rows.add(batch, self._step, self._drawn.positions)
             else:
                 self.close()  # one batch is enough, since looking at it waits for the device
         except BaseException:

@@ -1,7 +1,7 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
 from dropinf.rows.batches import LossFn
-from dropinf.rows.collecting import collect
+from dropinf.rows.collecting import Collection, collect
 from dropinf.rows.row_passes import (
     PART_BYTES,
     mark_invalid,
@@ -13,14 +13,16 @@ from dropinf.rows.row_passes import (
     take,
     valid_rows,
 )
-from dropinf.rows.store import RowStore, RowWriter
+from dropinf.rows.store import RowStore, RowWriter, finite_rows
 
 __all__ = [
     "PART_BYTES",
+    "Collection",
     "LossFn",
     "RowStore",
     "RowWriter",
     "collect",
+    "finite_rows",
     "mark_invalid",
     "mean_squares",
     "merged",

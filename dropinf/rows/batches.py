@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -19,6 +19,7 @@ from dropinf.capturing import (
     size_at,
 )
 from dropinf.compression import Plan
+from dropinf.rows.store import finite_rows
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
@@ -56,16 +57,14 @@ class Batches:
         segment_ids: str | Callable[[Any], Tensor] | None,
         loss_scale: float,
         on_nonfinite: str,
-        opened: contextlib.ExitStack,
     ) -> None:
         self.model, self.loss_fn, self.plan = model, loss_fn, plan
         self.per: str = options.get("per", "example")
-        self._mode, self._options, self._opened = mode, options, opened
+        self._mode, self._options = mode, options
         self._segment_ids, self._on_nonfinite = segment_ids, on_nonfinite
         self.loss_scale = loss_scale
-        self.tap: ActivationsTap | GradsTap = opened.enter_context(
-            capture(model, plan, mode, **options)
-        )
+        self.tap: ActivationsTap | GradsTap = capture(model, plan, mode, **options)
+        self._open = contextlib.ExitStack()
         self.seen = self.num_examples = 0
         self.losses: Tensor | None = None
         self._origin: Tensor | None = None
@@ -82,6 +81,25 @@ class Batches:
         """Where the examples of a batch are."""
         dim = self._options.get("batch_dim")
         return dim if isinstance(dim, int) else 0
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Opens the capture, which may change for another one inside."""
+        with self._open:
+            self._open.enter_context(self.tap)
+            yield
+
+    def drawn(self, loader: Iterable) -> Iterator[Any]:
+        """The batches of a loader, which runs as without a capture: watched, it would be slow."""
+        end = object()
+        with self.tap.paused():
+            left = iter(loader)
+        while True:
+            with self.tap.paused():
+                batch = next(left, end)
+            if batch is end:
+                return
+            yield batch
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Rows, and which are valid [n] bool; those that are not are zeros."""
@@ -102,10 +120,9 @@ class Batches:
             self._seconds.setdefault(singly is not None, seconds)
         self.met |= self.tap.met
         self._origin = self.tap.origin
-        finite = losses.isfinite()
-        valid = rows.isfinite().all(1)
+        valid = finite_rows(rows)
         if self.per == "example":
-            valid &= finite
+            valid &= losses.isfinite()
         if not valid.all():
             self._refuse(valid)
             rows[~valid] = 0
@@ -140,17 +157,16 @@ class Batches:
             if self.per != "example":
                 raise
             warn_user(f"collect: {error}, from here on")
-            self._opened.close()
+            self._open.close()
             self._options = CaptureOptions(**{**self._options, "closed": False})
-            self.tap = self._opened.enter_context(
-                capture(self.model, self.plan, self._mode, **self._options)
-            )
+            self.tap = capture(self.model, self.plan, self._mode, **self._options)
+            self._open.enter_context(self.tap)
             losses = self.loss_fn(self.model, batch)
         self.tap.check(losses)
         self._doubt_one(losses)
-        finite = losses.detach().isfinite()
-        if self._on_nonfinite == "raise" and not finite.all():
-            at = int((~finite).nonzero()[0, 0])
+        bad = ~losses.detach().isfinite()
+        if self._on_nonfinite == "raise" and bad.any():
+            at = int(bad.nonzero()[0, 0])
             raise ValueError(_nonfinite("loss", self.seen + at, losses[at].tolist()))
         rows = self.backward(batch, losses, self.keep_graph)
         self.kept = losses if self.keep_graph else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,46 +65,111 @@ def collect(
         ProofError: rows are not what plain autograd gives.
         FileExistsError: there is something at `path`.
     """
-    per = options.get("per", "example")
     if isinstance(loader, torch.utils.data.Dataset) and hasattr(loader, "__getitem__"):
         raise TypeError(
             "collect: a Dataset gives examples, not batches; give "
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
-    if not torch.is_grad_enabled():
-        raise RuntimeError(
-            "collect: gradients are disabled; call it outside of torch.no_grad() and "
-            "torch.inference_mode()"
-        )
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(f"collect: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
-    if (per == "segment") != (segment_ids is not None):
-        raise ValueError("collect: per='segment' and segment_ids= go together")
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
+    given = {
+        "mode": mode,
+        "segment_ids": segment_ids,
+        "loss_scale": loss_scale,
+        "on_nonfinite": on_nonfinite,
+        "check": check,
+    }
+    expected = size if options.get("per", "example") == "example" else 0
     with (
-        contextlib.ExitStack() as opened,
-        RowWriter(plan, path, size if per == "example" else 0) as writer,
+        Collection(model, loss_fn, plan, path, expected, **given, **options) as collection,
+        collection.capturing() as batches,
         _bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
     ):
-        batches = Batches(
-            model, loss_fn, plan, mode, options, segment_ids, loss_scale, on_nonfinite, opened
-        )
-        checks = Checks(batches) if check else None
-        for number, batch in enumerate(loader):
-            if checks is not None:
-                checks.before(number)
-            rows, valid = batches.rows(batch)
-            if checks is not None:
-                checks.after(batch, rows, valid)
-            writer.append(rows, valid, batches.origin())
-            batches.seen += batches.num_examples
+        for batch in batches.drawn(loader):
+            collection.add(batch)
             bar.update(batches.num_examples)
         if not batches.seen:
             raise ValueError("collect: the loader is empty; it gave no batch")
-        unmet = [slot.name for slot in plan.slots if slot.name not in batches.met]
+        return collection.finish()
+
+
+class Collection:
+    """A store in the making: rows of one batch after the other, which are checked as they come.
+
+    A context, that leaves nothing half-written. The capture is open inside of `capturing` alone,
+    again and again if need be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        plan: Plan,
+        path: str | os.PathLike | None = None,
+        expected: int = 0,
+        *,
+        mode: str = "activations",
+        segment_ids: str | Callable[[Any], Tensor] | None = None,
+        loss_scale: float = 1.0,
+        on_nonfinite: str = "raise",
+        check: bool = True,
+        **options: Unpack[CaptureOptions],
+    ) -> None:
+        """`expected` rows, 0 if that is not known; all else as of `collect`."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "collect: gradients are disabled; call it outside of torch.no_grad() and "
+                "torch.inference_mode()"
+            )
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(
+                f"collect: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}"
+            )
+        if (options.get("per", "example") == "segment") != (segment_ids is not None):
+            raise ValueError("collect: per='segment' and segment_ids= go together")
+        self._batches = Batches(
+            model, loss_fn, plan, mode, options, segment_ids, loss_scale, on_nonfinite
+        )
+        self._checks = Checks(self._batches) if check else None
+        self._writer = RowWriter(plan, path, expected)
+        self._number = 0
+
+    def __enter__(self) -> Collection:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return self._writer.num_rows
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[Batches]:
+        """Opens the capture, for `add`."""
+        with self._batches.opened():
+            yield self._batches
+
+    def add(self, batch: Any, origin: Callable[[int], Tensor] | None = None) -> None:
+        """The rows of a batch; `origin` gives [n, 2] of n rows if it is not the rows' own."""
+        checks, batches = self._checks, self._batches
+        if checks is not None:
+            checks.before(self._number)
+        rows, valid = batches.rows(batch)
+        if checks is not None:
+            checks.after(batch, rows, valid)
+        self._writer.append(rows, valid, batches.origin() if origin is None else origin(len(rows)))
+        batches.seen += batches.num_examples
+        self._number += 1
+
+    def finish(self) -> RowStore:
+        """The store."""
+        slots, met = self._batches.plan.slots, self._batches.met
+        unmet = [slot.name for slot in slots if slot.name not in met]
         if unmet:
             warn_user(f"collect: no example had a gradient for {unmet}; their entries are zeros")
-        return writer.finish(None if checks is None else checks.proof)
+        return self._writer.finish(None if self._checks is None else self._checks.proof)
 
 
 def _bar(**options: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.rows.store import RowStore
+from dropinf.rows.store import RowStore, finite_rows
 
 PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
 _PROBED = 32  # rows that show whether products hold in float32
@@ -34,9 +34,9 @@ def valid_rows(
     for start, chunk in store.chunks():
         valid = store.valid[start : start + len(chunk)]
         rows = take(chunk, columns)
-        finite = rows.isfinite().all(1)
-        if not finite[valid].all():
-            at = start + int((~finite & valid).nonzero()[0])
+        bad = ~finite_rows(rows) & valid
+        if bad.any():
+            at = start + int(bad.nonzero()[0])
             raise ValueError(
                 f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
             )
@@ -83,7 +83,7 @@ def solved_for(queries: Tensor, store: RowStore, solve: Callable[[Tensor], Tenso
 
 
 def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
-    solved = solved[queries.isfinite().all(1) & queries.any(1)]
+    solved = solved[finite_rows(queries) & queries.any(1)]
     if not solved.isfinite().all():
         return False
     valid = store.valid.nonzero().flatten()

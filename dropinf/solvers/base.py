@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan, Plan
-from dropinf.rows import RowStore
+from dropinf.rows import RowStore, finite_rows
 from dropinf.solvers.number_range import check_scores
 
 Self = TypeVar("Self", bound="Solver")
@@ -67,7 +67,7 @@ class Solver(ABC):
                 f"{type(self).__name__}.{call}: rows must be [m, {self.plan.width}], "
                 f"got {tuple(rows.shape)}"
             )
-        finite = rows.isfinite().all(1)  # a query that is marked invalid may hold anything
+        finite = finite_rows(rows)  # a query that is marked invalid may hold anything
         if finite.all():
             return solve(rows) if len(rows) else rows.clone()
         solved = torch.full_like(rows, torch.nan)

@@ -11,7 +11,17 @@ import dropinf
 pytest.importorskip("dattri", reason="dattri is not installed: pip install 'dattri==0.3.*'")
 from dattri.algorithm.influence_function import IFAttributorExplicit
 from dattri.task import AttributionTask
-from dattri_cases import M, N, checkpoints, loader, network, own_losses, own_margins, task_of
+from dattri_cases import (
+    M,
+    N,
+    as_dattris,
+    checkpoints,
+    loader,
+    network,
+    own_losses,
+    own_margins,
+    task_of,
+)
 
 from dropinf.integrations.dattri import DropinfAttributor
 
@@ -86,6 +96,46 @@ def test_sign_and_order_are_dattris(layer_name):
     found = ours.attribute(train, queries)
     assert found.shape == expected.shape == (N, M)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(found.abs().max()))
+
+
+def test_what_is_checked():
+    """Each function once: the loss in `cache`, a target of its own where it is first called."""
+    calls = []
+
+    def counted(name, random=False):
+        function = as_dattris(model, own_losses)
+
+        def call(params, data):
+            calls.append(name)
+            return function(params, data) + (torch.rand(()) if random else 0)
+
+        return call
+
+    def made(**functions):
+        task = AttributionTask(model=model, checkpoints=model.state_dict(), **functions)
+        return DropinfAttributor(task, dropinf.Dropout(r=12))
+
+    model, train, queries = network(), loader(N), loader(M)
+    attributor = made(loss_func=counted("loss"), target_func=counted("target"))
+    attributor.cache(train)
+    calls.clear()
+    attributor.attribute(train, queries)
+    assert len(calls) > 1 and set(calls) == {"target"}
+    calls.clear()
+    attributor.attribute(train, queries)
+    assert calls == ["target"]  # for one batch
+    attributor = made(loss_func=counted("loss"))
+    attributor.cache(train)
+    calls.clear()
+    attributor.attribute(train, queries)
+    assert calls == ["loss"]
+    with pytest.raises(ValueError, match="example 0 has output"):
+        made(loss_func=counted("loss", random=True)).cache(train)
+    attributor = made(loss_func=counted("loss"), target_func=counted("target", random=True))
+    attributor.cache(train)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="example 0 has output"):
+            attributor.attribute(train, queries)
 
 
 def test_refused():

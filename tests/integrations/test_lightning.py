@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from places import ROOT
 from torch import nn
+from torch.overrides import _get_current_function_mode
 
 lightning = pytest.importorskip("lightning")
 
 import dropinf  # noqa: E402
+import dropinf.rows.batches  # noqa: E402
 from dropinf.integrations import versions  # noqa: E402
 from dropinf.integrations.lightning import InfluenceCallback  # noqa: E402
 
@@ -124,6 +126,31 @@ def test_during(tmp_path, accumulated):
     wanted = [s for s, n in zip(steps, [2, 2, 2, 1] * 2, strict=True) for _ in range(n)]
     assert callback.store.origin[:, 0].tolist() == wanted
     assert (callback.store.origin[:, 1] == -1).all()
+
+
+def test_training_sees_no_capture(tmp_path, monkeypatch):
+    """One capture for the whole training, which is closed when a step runs."""
+    made = []
+
+    def counted(*given, **options):
+        made.append(dropinf.capture(*given, **options))
+        return made[-1]
+
+    class Watched(Digits):
+        def training_step(self, batch, batch_idx):
+            assert all(p.requires_grad for p in self.parameters())
+            assert _get_current_function_mode() is None and not self._forward_pre_hooks
+            dropinf.capture(self, plan).__enter__().__exit__(None, None, None)
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(dropinf.rows.batches, "capture", counted)
+    model = Watched()
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=20), include="net.3")  # all else is frozen
+    callback = InfluenceCallback(plan, loss_fn, when="during")
+    fit(tmp_path, model, callback)
+    same_as_without(tmp_path, model)
+    assert len(made) == 1
+    assert callback.store.proof.examples == 2  # of batches 0 and 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -138,6 +138,11 @@ REFUSED = {
     "no batch of one": (lambda m, w, b, x, y: m(x[0]).sum(), "batches of one"),
     "no call of the model": (lambda m, w, b, x, y: x.sum(), "did not call the model"),
     "fails before": (lambda m, w, b, x, y: w["nowhere"].sum(), "failed first"),
+    "twice": (lambda m, w, b, x, y: (m(x.unsqueeze(0)) + m(x.unsqueeze(0))).sum(), "twice"),
+    "in a transform": (
+        lambda m, w, b, x, y: torch.func.vmap(lambda x: m(x[None]).sum())(x[None]).sum(),
+        "vmap or grad of its own",
+    ),
     "random": (
         lambda m, w, b, x, y: m(x.unsqueeze(0)).sum() * torch.rand(()),
         "alone; call .eval",
@@ -178,6 +183,41 @@ def test_a_task_that_uses_the_weights_itself():
     (slot,) = (slot for slot in plan.slots if slot.name == "4.weight")
     penalty[slot.entries] = 2 * model[4].weight.detach().flatten()[slot.index]
     torch.testing.assert_close(rows[0], rows[1] + penalty)
+
+
+def test_an_input_made_with_weights():
+    """What the function does before it calls the model is a part of the gradient too."""
+
+    def scaled(m, w, b, x, y):
+        return ImageClassificationModelOutput.get_output(m, w, b, x * w["4.bias"].sum(), y)
+
+    model, batch, task = network(), images(3), Odd(scaled)
+    plan = dropinf.Plan.make(model, dropinf.Full())
+    rows = DropoutGradientComputer(model, task, plan=plan).compute_per_sample_grad(batch)
+    torch.testing.assert_close(rows.float(), own_features(model, task, batch, plan).float())
+
+
+def test_one_call_a_batch():
+    """The function and the model run once on a batch, and the model's own error comes as it is."""
+    calls = []
+
+    def counted(m, w, b, x, y):
+        calls.append("function")
+        return ImageClassificationModelOutput.get_output(m, w, b, x, y)
+
+    def noted(module, args):
+        calls.append(("model", type(module), len(args[0])))
+        if len(args[0]) == 2:
+            raise KeyError("of the model")
+
+    model = network()
+    model.register_forward_pre_hook(noted)
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=8))
+    computer = DropoutGradientComputer(model, Odd(counted), plan=plan, check=False)
+    computer.compute_per_sample_grad(images(3))
+    assert calls == ["function", ("model", nn.Sequential, 3)]
+    with pytest.raises(KeyError, match="of the model"):
+        computer.compute_per_sample_grad(images(2))
 
 
 def test_mixed_examples_are_refused():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES, build, cross_entropy, true_rows
 from torch import nn
+from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf.rows.store
@@ -50,6 +51,23 @@ def test_any_iterable_of_batches(setup):
     """A generator has no length; rows in memory grow."""
     model, loader, plan = setup
     store = gather(model, (batch for batch in loader), plan)
+    assert torch.equal(store.rows, gather(model, loader, plan).rows)
+
+
+def test_loaders_run_outside_of_the_capture(setup):
+    """A loader's own functions are not watched: it opens and draws as without a capture."""
+    model, loader, plan = setup
+    modes = []
+
+    class Noted:
+        def __iter__(self):
+            modes.append(_get_current_function_mode())
+            for batch in loader:
+                modes.append(_get_current_function_mode())
+                yield batch
+
+    store = gather(model, Noted(), plan)
+    assert modes == [None] * (1 + len(loader))
     assert torch.equal(store.rows, gather(model, loader, plan).rows)
 
 
@@ -247,6 +265,16 @@ def test_damaged_stores(setup, tmp_path):
     damaged("plan.json", None, "plan.json")
     with pytest.raises(FileNotFoundError, match="holds no store"):
         RowStore.load(tmp_path / "none")
+
+
+def test_rows_whose_sum_is_beyond_float32(setup):
+    """They are finite all the same; inf - inf is not."""
+    plan = setup[2]
+    rows = torch.full((3, plan.width), 3e38)
+    assert torch.equal(RowStore(rows, plan).rows, rows)
+    rows[1, :2] = torch.tensor([torch.inf, -torch.inf])
+    with pytest.raises(ValueError, match="row 1 is not finite"):
+        RowStore(rows, plan)
 
 
 def test_store_of_rows(setup):

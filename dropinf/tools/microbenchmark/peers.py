@@ -36,6 +36,7 @@ class Work(NamedTuple):
         loss_fn: (model, batch) -> [B], one loss per example.
         earliest: a small parameter before or in the first linear layer, whose gradient passes all.
         side: the square root of the entries of each layer.
+        layers: names of the modules to keep; None: all that the peer takes.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Work(NamedTuple):
     loss_fn: Callable[[nn.Module, Batch], Tensor]
     earliest: nn.Parameter
     side: int
+    layers: list[str] | None = None
 
 
 @contextmanager
@@ -95,6 +97,7 @@ def dattri(method: str, work: Work) -> Call:
     folder = tempfile.TemporaryDirectory()  # for its metadata, some lines of JSON
     attributor = kind(
         task,
+        None if work.layers is None else [f"model.{name}" for name in work.layers],
         hessian="Identity",
         proj_dim=work.side**2,
         offload="none",
@@ -124,11 +127,13 @@ def bergson(work: Work) -> Call:
     from bergson import GradientProcessor, IndexConfig, InMemoryCollector
     from datasets import Dataset
 
-    model.device = batch[0].device  # it asks the model for it, as a transformers model
+    if not hasattr(model, "device"):  # as transformers' models have it, whom it asks for it
+        model.device = batch[0].device
     at = list(range(len(batch[0])))
     collector = InMemoryCollector(
         model=model,
         data=Dataset.from_dict({"at": at}),
+        target_modules=None if work.layers is None else set(work.layers),
         cfg=IndexConfig(run_path="", projection_dim=work.side),
         processor=GradientProcessor(projection_dim=work.side),
     )

@@ -142,9 +142,9 @@ def measure(
         "budget": preset.budget,
         "rounds": preset.rounds,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(device),
+        "machine": machine(device),
         "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _commit(),
+        "commit": commit(),
         "settings": settings,
     }
 
@@ -252,7 +252,8 @@ def _peaks(
         return dict(zip(names, pool.map(of, names), strict=True))
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """The device, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -275,7 +276,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the checkout that the package is in, if it is in one."""
     command = ["git", "-C", str(Path(dropinf.__file__).parent), "describe", "--always", "--dirty"]
     try:

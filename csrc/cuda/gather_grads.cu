@@ -1,8 +1,8 @@
 // gather_grads on CUDA: a thread an entry. The L base pointers travel as kernel arguments, so that
 // nothing is copied to the device first and a CUDA graph can replay the launch.
 //
-// Floor at L=200, r=1024: an index of 8 bytes, a sector of 32 and a float out, 9 MB, 2 µs at
-// 4.3 TB/s; a launch takes longer (predicted, not measured).
+// Floor at L=200, r=1024: an index of 8 bytes, a weight of 4, a sector of 32 and a float out, 10
+// MB, 2 µs at 4.3 TB/s; a launch takes longer (predicted, not measured).
 
 #include "cuda/common.cuh"
 #include "cuda/gather_grads.cuh"

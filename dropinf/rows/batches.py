@@ -120,9 +120,13 @@ class Batches:
             self._seconds.setdefault(singly is not None, seconds)
         self.met |= self.tap.met
         self._origin = self.tap.origin
-        valid = finite_rows(rows)
+        # Behind the backward pass, so that a device is waited for once.
+        finite, valid = losses.isfinite(), finite_rows(rows)
+        if self._on_nonfinite == "raise" and not finite.all():
+            at = int((~finite).nonzero()[0, 0])
+            raise ValueError(_nonfinite("loss", self.seen + at, losses[at].tolist()))
         if self.per == "example":
-            valid &= losses.isfinite()
+            valid &= finite
         if not valid.all():
             self._refuse(valid)
             rows[~valid] = 0
@@ -164,10 +168,6 @@ class Batches:
             losses = self.loss_fn(self.model, batch)
         self.tap.check(losses)
         self._doubt_one(losses)
-        bad = ~losses.detach().isfinite()
-        if self._on_nonfinite == "raise" and bad.any():
-            at = int(bad.nonzero()[0, 0])
-            raise ValueError(_nonfinite("loss", self.seen + at, losses[at].tolist()))
         rows = self.backward(batch, losses, self.keep_graph)
         self.kept = losses if self.keep_graph else None
         return rows, losses.detach()

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dropinf import Dropout, Full, Plan, Sketch, capture
+from dropinf import Dropout, Full, Plan, Sketch, capture, collect
+from dropinf.capturing import ActivationsTap
 
 # What reads numbers of a tensor, or has a result whose shape depends on them.
 READS = {
@@ -105,3 +106,25 @@ def test_waiting_is_seen():
         torch.ones(3, device="meta") + torch.ones(3).to("meta")
         bool(torch.ones(3).sum() > 1)
     assert {"ones", "_to_copy", "_local_scalar_dense"} <= set(waits.found)
+
+
+def test_collect_reads_its_flags_behind_the_backward_pass(monkeypatch):
+    model, rows_of, between = mlp(), ActivationsTap.rows, []
+    plan = Plan.make(model, Dropout(r=13))
+    batches = [(torch.randn(3, 6),) for _ in range(3)]
+    with Waits("cpu") as waits:
+
+        def loss_fn(model, batch):
+            losses = squares(model, batch)
+            waits.found.clear()
+            return losses
+
+        def rows(tap, losses, **options):
+            found = rows_of(tap, losses, **options)
+            between.append(list(waits.found))
+            return found
+
+        monkeypatch.setattr(ActivationsTap, "rows", rows)
+        collect(model, batches, loss_fn, plan, check=False, progress=False)
+    assert between[1:] == [[], []]  # the first makes what is kept
+    assert "_local_scalar_dense" in waits.found

@@ -92,7 +92,8 @@ void CallTable::add(const py::object& func, const py::tuple& args, const py::dic
 struct Calls {
   PyObject_HEAD PyObject* closing;  // with the methods `called` and `plausible`
   PyObject* known;
-  PyObject* special;
+  PyObject* special;     // functions of which every call is shown
+  PyObject* describing;  // functions that no parameter meets data in
   PyObject* tap;
   PyObject* forward_ad;  // the module, whose _current_level says whether it is in use
   PyObject* probe;
@@ -259,6 +260,11 @@ PyObject* call_function(PyObject* self_object, PyObject* packed, PyObject*) {
     if (known == nullptr && kwargs != nullptr) known = first_known(self, kwargs);
     if (PyErr_Occurred() != nullptr) throw python_error();
     shown = known != nullptr;
+    if (shown) {
+      const int describes = PySet_Contains(self.describing, func);
+      if (describes < 0) throw python_error();
+      shown = describes == 0;
+    }
   }
   if (!shown) return PyObject_Call(func, args, kwargs);
   if (known != nullptr && !self.shows_all) {
@@ -283,10 +289,10 @@ PyObject* call_function(PyObject* self_object, PyObject* packed, PyObject*) {
 
 int init(PyObject* self_object, PyObject* args, PyObject*) {
   Calls& self = *reinterpret_cast<Calls*>(self_object);
-  PyObject *closing, *table, *known, *special, *tap, *probe;
+  PyObject *closing, *table, *known, *special, *describing, *tap, *probe;
   int froze;
-  if (!PyArg_ParseTuple(args, "OOO!OOOp", &closing, &table, &PyDict_Type, &known, &special, &tap,
-                        &probe, &froze)) {
+  if (!PyArg_ParseTuple(args, "OOO!OOOOp", &closing, &table, &PyDict_Type, &known, &special,
+                        &describing, &tap, &probe, &froze)) {
     return -1;
   }
   self.forward_ad = PyImport_ImportModule("torch.autograd.forward_ad");
@@ -296,6 +302,7 @@ int init(PyObject* self_object, PyObject* args, PyObject*) {
   self.closing = Py_NewRef(closing);
   self.known = Py_NewRef(known);
   self.special = Py_NewRef(special);
+  self.describing = Py_NewRef(describing);
   self.tap = Py_NewRef(tap);
   self.probe = Py_NewRef(probe);
   self.froze = froze != 0;
@@ -310,6 +317,7 @@ int traverse(PyObject* self_object, visitproc visit, void* arg) {
   Py_VISIT(self.table_object);
   Py_VISIT(self.known);
   Py_VISIT(self.special);
+  Py_VISIT(self.describing);
   Py_VISIT(self.tap);
   Py_VISIT(self.probe);
   return 0;
@@ -321,6 +329,7 @@ int clear(PyObject* self_object) {
   Py_CLEAR(self.table_object);
   Py_CLEAR(self.known);
   Py_CLEAR(self.special);
+  Py_CLEAR(self.describing);
   Py_CLEAR(self.tap);
   Py_CLEAR(self.probe);
   Py_CLEAR(self.forward_ad);

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_iter
@@ -21,6 +22,30 @@ def swap(values: Any, by_id: dict[int, Tensor]) -> Any:
     if type(values) is dict and values:
         return {key: swap(v, by_id) for key, v in values.items()}
     return values
+
+
+# Functions that tell of a tensor, whatever its numbers are.
+DESCRIBING: frozenset[Callable] = frozenset(
+    [
+        *(
+            getattr(Tensor, name).__get__
+            for name in (
+                *("device", "dtype", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_nested"),
+                *("is_quantized", "is_sparse", "layout", "ndim", "requires_grad", "shape"),
+            )
+        ),
+        *(
+            getattr(Tensor, name)
+            for name in (
+                *("size", "dim", "numel", "nelement", "stride", "element_size", "storage_offset"),
+                *("is_floating_point", "is_complex", "is_contiguous", "get_device", "__len__"),
+            )
+        ),
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+    ]
+)
 
 
 @dataclass

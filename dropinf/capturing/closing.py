@@ -23,7 +23,15 @@ from torch.overrides import (
     _push_mode,
 )
 
-from dropinf.capturing.call_args import Meeting, in_place, name_of, named, swap, tensors_of
+from dropinf.capturing.call_args import (
+    DESCRIBING,
+    Meeting,
+    in_place,
+    name_of,
+    named,
+    swap,
+    tensors_of,
+)
 from dropinf.capturing.checkpoints import Region, cut_off, region
 from dropinf.capturing.extension import CPP
 from dropinf.capturing.graph import FormSite, Operand, Passes, SpreadSite, with_output
@@ -87,7 +95,8 @@ class Closing(TorchFunctionMode):
         self._calls: Any = None
         if CPP is not None:
             known = self._sources.known
-            self._calls = CPP.Calls(self, kept.table, known, _SHOWN, tap, tap.probe, froze)
+            watched = self, kept.table, known, _SHOWN, DESCRIBING, tap, tap.probe, froze
+            self._calls = CPP.Calls(*watched)
             # Found before the method, which is the same for every call.
             self.__torch_function__ = self._calls
 
@@ -103,6 +112,8 @@ class Closing(TorchFunctionMode):
 
     def called(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a function that the model calls."""
+        if func in DESCRIBING:
+            return func(*args, **kwargs)
         if func in _GRADIENTS:
             return self._tap.gradients(func, args, kwargs)
         if not torch.is_grad_enabled() and self.froze:

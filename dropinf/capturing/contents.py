@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dropinf.compression import unwrap
+from dropinf.compression import peeled, refuse_replicas
 
 
 class Contents:
@@ -24,31 +24,33 @@ class Contents:
 
     def __init__(self, given: nn.Module, op: str = "capture") -> None:
         self._given = given
-        model = self.model = unwrap(op, given)
-        found: dict[nn.Module, None] = {}
-        self._places: list[tuple[str, nn.Module]] = []
+        model = self.model = peeled(op, given)
+        places: list[tuple[str, nn.Module]] = []
         waiting = [("", model)]
         while waiting:
             prefix, module = waiting.pop()
-            found[module] = None
-            self._places.append((prefix, module))
-            waiting += [
-                (f"{prefix}{name}.", child)
-                for name, child in reversed(module._modules.items())
-                if child is not None
-            ]
-        self.modules = list(found)
+            places.append((prefix, module))
+            for name, child in module._modules.items():
+                if child is not None:
+                    waiting.append((f"{prefix}{name}.", child))
+        self.modules = list(dict.fromkeys([module for _, module in places]))
+        self._kinds = set(map(type, self.modules))
+        refuse_replicas(op, self._kinds)
         fsdp = sys.modules.get("torch.distributed.fsdp")  # without it there are none
-        self.sharded: list[Any] = (
-            [m for m in self.modules if isinstance(m, fsdp.FSDPModule)] if fsdp else []
-        )
+        self.sharded: list[Any] = self._of_kind(fsdp.FSDPModule) if fsdp else []
         self.reshard()
         self.parameters = {
             prefix + name: p
-            for prefix, module in self._places
+            for prefix, module in places
+            if module._parameters
             for name, p in module._parameters.items()
             if p is not None
         }
+
+    def _of_kind(self, kind: type) -> list[Any]:
+        if not any(issubclass(k, kind) for k in self._kinds):
+            return []
+        return [module for module in self.modules if isinstance(module, kind)]
 
     def everything(self) -> list[Tensor]:
         """The parameters, each once."""
@@ -56,7 +58,8 @@ class Contents:
 
     def buffers(self) -> list[Tensor]:
         """The buffers."""
-        return [b for m in self.modules for b in m._buffers.values() if b is not None]
+        holders = [m._buffers for m in self.modules if m._buffers]
+        return [b for buffers in holders for b in buffers.values() if b is not None]
 
     def refuse_offloaded(self) -> None:
         """Raise if weights are elsewhere; a model that is on the meta device as a whole will do.
@@ -88,6 +91,7 @@ class Contents:
             module = (
                 module.module if isinstance(module, DistributedDataParallel) else module._orig_mod
             )
-        for module in (*around, *self.modules):
+        inside = self._of_kind(DistributedDataParallel)
+        for module in (*around, *inside):
             if isinstance(module, DistributedDataParallel):
                 undo.enter_context(module.no_sync())

@@ -4,7 +4,15 @@ from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademache
 from dropinf.compression.dropout import Dropout, Full
 from dropinf.compression.entry_map import DenseProjection, SignedSums, by_entry
 from dropinf.compression.grid import FactoredDropout
-from dropinf.compression.plan import Compression, LayerPlan, ParamPlan, Plan, unwrap
+from dropinf.compression.plan import (
+    Compression,
+    LayerPlan,
+    ParamPlan,
+    Plan,
+    peeled,
+    refuse_replicas,
+    unwrap,
+)
 from dropinf.compression.projections import Kron
 from dropinf.compression.projector import DropoutProjector
 from dropinf.compression.sketch import Sketch
@@ -28,5 +36,7 @@ __all__ = [
     "SignedSums",
     "Sketch",
     "by_entry",
+    "peeled",
+    "refuse_replicas",
     "unwrap",
 ]

@@ -307,18 +307,17 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
         TypeError: it is no module.
         ValueError: a part of it is a DataParallel.
     """
+    inside = peeled(op, model)
+    refuse_replicas(op, set(map(type, model.modules())))
+    return inside
+
+
+def peeled(op: str, model: nn.Module) -> nn.Module:
+    """`unwrap`, without a look inside."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{op}: the model must be a torch.nn.Module, got {type(model).__name__}; give the "
             "module whose parameters are meant, and call what wraps it in loss_fn"
-        )
-    waiting = [model]
-    while waiting and not isinstance(waiting[-1], nn.DataParallel):
-        waiting += [m for m in waiting.pop()._modules.values() if m is not None]
-    if waiting:
-        raise ValueError(
-            f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "
-            "be captured; give the model inside it (.module), or use DistributedDataParallel"
         )
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -327,6 +326,15 @@ def unwrap(op: str, model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def refuse_replicas(op: str, kinds: set[type]) -> None:
+    """Raise if there is a DataParallel among the classes of a model's modules."""
+    if any(issubclass(kind, nn.DataParallel) for kind in kinds):
+        raise ValueError(
+            f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "
+            "be captured; give the model inside it (.module), or use DistributedDataParallel"
+        )
 
 
 def _slots(

@@ -21,115 +21,35 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from embed_case import need
-from host_cases import A_LAYER, OF_PLAIN, OPEN, OPENED, Batch, Given, HostCase, cases
+from host_cases import (
+    A_LAYER,
+    FLOOR,
+    OF_FLOOR,
+    OF_PLAIN,
+    OPEN,
+    PLAIN,
+    Batch,
+    Given,
+    HostCase,
+    cases,
+)
+from host_contestants import OPACUS, PEERS, R, Timed, contestants
+from host_page import bars_table, head, table
 from models import MODELS, loss_fn, losses, resnet18
-from report import PACKAGES, spread, versions
+from report import PACKAGES, versions
 from torch import Tensor, nn
 
 import dropinf
-from dropinf.tools.measuring import LeftOut, alternate, loop_of
-from dropinf.tools.measuring import spread as spread_of
+from dropinf.tools.measuring import LeftOut, alternate, loop_of, spread
 from dropinf.tools.microbenchmark import passes
-from dropinf.tools.microbenchmark.peers import PEERS, Work
 from dropinf.tools.microbenchmark.sweep import commit, machine
 
-SIDE = 8
-R = SIDE * SIDE  # of a layer, of all contestants
 WHOLE_R = 1024
-PLAIN, FLOOR = "forward + backward", "forward + input gradient"
-OPACUS = "Opacus + index"
 COLLECT, PROVEN = "dropinf collect, without its proof", "dropinf collect"
-OF_FLOOR = "of forward + input gradient"
 NUM_BATCHES = 2  # of a `collect`
-
-
-class Timed(NamedTuple):
-    """A call, and the context that it is made in, which is not timed."""
-
-    call: Callable[[], Any]
-    inside: Any = contextlib.nullcontext()
-
-
-# Contestants: a model of one's own, its loss -> what is timed.
-
-
-def plain(given: Given, loss_fn: Callable, plan: dropinf.Plan) -> Timed:
-    def call() -> None:
-        given.model.zero_grad(set_to_none=True)
-        loss_fn(given.model, given.batch).sum().backward()
-
-    return Timed(call)
-
-
-def input_gradient(given: Given, loss_fn: Callable, plan: dropinf.Plan) -> Timed:
-    given.model.requires_grad_(False)
-    _, label = given.batch
-
-    def call() -> Tensor:
-        leaf = given.leaf.detach().requires_grad_()
-        loss = loss_fn(given.model, (leaf, label)).sum()
-        return torch.autograd.grad(loss, leaf)[0]
-
-    return Timed(call)
-
-
-def rows_open(given: Given, loss_fn: Callable, plan: dropinf.Plan) -> Timed:
-    tap = dropinf.capture(given.model, plan)
-    return Timed(lambda: tap.rows(loss_fn(given.model, given.batch)), tap)
-
-
-def rows_opened(given: Given, loss_fn: Callable, plan: dropinf.Plan) -> Timed:
-    def call() -> Tensor:
-        with dropinf.capture(given.model, plan) as tap:
-            return tap.rows(loss_fn(given.model, given.batch))
-
-    return Timed(call)
-
-
-def opacus(given: Given, loss_fn: Callable, plan: dropinf.Plan) -> Timed:
-    """Its gradients of each example, which it forms, at the plan's coordinates."""
-    need("opacus")
-    from opacus.grad_sample import GradSampleModule
-
-    wrapped = GradSampleModule(given.model.train(), loss_reduction="sum")  # no hooks in eval mode
-    named = dict(given.model.named_parameters())
-    loss_fn(wrapped, given.batch).sum().backward()
-    for slot in plan.slots:
-        shape = list(named[slot.name].grad_sample.shape)
-        if shape != [len(given.batch[0]), *slot.shape]:
-            raise LeftOut(f"gives {shape} for {slot.name!r}, not a gradient of each example")
-    wrapped.zero_grad(set_to_none=True)
-
-    def call() -> Tensor:
-        loss_fn(wrapped, given.batch).sum().backward()
-        rows = [named[s.name].grad_sample.flatten(1)[:, s.index] * s.scale for s in plan.slots]
-        wrapped.zero_grad(set_to_none=True)
-        return torch.cat(rows, 1)
-
-    return Timed(call)
-
-
-def peer(name: str) -> Callable[..., Timed]:
-    def contestant(given: Given, loss_fn: Callable, plan: dropinf.Plan) -> Timed:
-        x, label = given.batch
-        if name == "Bergson" and x.is_floating_point() and x.dim() == 2:
-            x = x[:, None]  # it takes [B, T, I] alone
-        layers = given.linear()
-        earliest = given.model.get_parameter(f"{layers[0]}.weight")
-        work = Work(given.model, (x, label), loss_fn, earliest, SIDE, layers)
-        quiet = contextlib.redirect_stderr(io.StringIO())  # bars of progress
-        return Timed(PEERS[name](work), quiet)
-
-    return contestant
-
-
-def host_contestants() -> dict[str, Callable[..., Timed]]:
-    ours = {PLAIN: plain, FLOOR: input_gradient, OPEN: rows_open, OPENED: rows_opened}
-    return {**ours, OPACUS: opacus, **{name: peer(name) for name in PEERS}}
 
 
 # Whether they compute what they are to.
@@ -258,7 +178,7 @@ def host(title: str, case: HostCase, rounds: int, seconds: float) -> dict[str, A
 
         return make
 
-    found = contest(title, {n: maker(c, n) for n, c in host_contestants().items()}, rounds, seconds)
+    found = contest(title, {n: maker(c, n) for n, c in contestants().items()}, rounds, seconds)
     return measured(title, found, len(plan.blocks), case.bars)
 
 
@@ -310,78 +230,26 @@ def measured(
     title: str, found: dict[str, Any], num_layers: int, bars: dict[str, tuple[str, float]] | None
 ) -> dict[str, Any]:
     """[median, smallest, largest] over the rounds, of times and of ratios within a round."""
-    seconds, contestants = found["seconds"], {}
+    seconds, by_name = found["seconds"], {}
     for name, times in seconds.items():
-        contestants[name] = {"ms": spread_of([1e3 * s for s in times])}
+        by_name[name] = {"ms": spread([1e3 * s for s in times])}
         for measure, other in ((OF_FLOOR, FLOOR), (OF_PLAIN, PLAIN)):
             if other in seconds:
                 ratios = [a / b for a, b in zip(times, seconds[other], strict=True)]
-                contestants[name][measure] = spread_of(ratios)
+                by_name[name][measure] = spread(ratios)
         over = [1e6 * (a - b) / num_layers for a, b in zip(times, seconds[FLOOR], strict=True)]
-        contestants[name][A_LAYER] = spread_of(over)
+        by_name[name][A_LAYER] = spread(over)
     held = [
-        {"contestant": n, "measure": m, "at_most": most, "found": contestants[n][m][0]}
+        {"contestant": n, "measure": m, "at_most": most, "found": by_name[n][m][0]}
         for n, (m, most) in (bars or {}).items()
     ]
     return {
         "title": title,
         "layers": num_layers,
-        "contestants": contestants,
+        "contestants": by_name,
         "left_out": found["left_out"],
         "bars": held,
     }
-
-
-# What is printed.
-
-
-def head(results: dict[str, Any]) -> list[str]:
-    """What was run, where and how."""
-    return [
-        f"# What a capture costs the host, {results['date']}",
-        "",
-        f"{results['machine']}; {results['versions']}; commit {results['commit'] or 'unknown'}.",
-        "",
-        "Contestants alternate in one process; figures are medians over "
-        f"{results['rounds']} rounds ({results['whole_rounds']} of whole models), with the "
-        f"smallest and largest. Ratios are within a round. r={R} a layer ({WHOLE_R} of whole "
-        f"models). `collect` takes {NUM_BATCHES} batches, of which it proves the first; its times "
-        "are of one batch.",
-    ]
-
-
-def table(case: dict[str, Any]) -> list[str]:
-    """The contestants of one case."""
-    measures = [m for m in (OF_FLOOR, OF_PLAIN, A_LAYER) if in_table(case, m)]
-    lines = ["", f"## {case['title']}", ""]
-    lines += [row("contestant", "ms", *measures), row(*["---"] * (2 + len(measures)))]
-    for name, found in case["contestants"].items():
-        values = (spread(found[m]) if m in found else "" for m in ("ms", *measures))
-        lines.append(row(name, *values))
-    for name, why in case["left_out"].items():
-        lines.append(row(name, f"not run: {why}", *[""] * len(measures)))
-    return lines
-
-
-def bars_table(cases: list[dict[str, Any]]) -> list[str]:
-    """What must hold, and whether it does."""
-    lines = ["", "## What must hold", ""]
-    lines.append(row("case", "contestant", "measure", "at most", "is", "reached"))
-    lines.append(row(*["---"] * 6))
-    for case in cases:
-        for bar in case["bars"]:
-            reached = "yes" if bar["found"] <= bar["at_most"] else "**no**"
-            values = bar["contestant"], bar["measure"], f"{bar['at_most']:g}", f"{bar['found']:.3g}"
-            lines.append(row(case["title"], *values, reached))
-    return lines
-
-
-def in_table(case: dict[str, Any], measure: str) -> bool:
-    return any(measure in found for found in case["contestants"].values())
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -405,6 +273,8 @@ def main(arguments: Sequence[str]) -> None:
         "versions": ", ".join(versions("dropinf", *PACKAGES, "opacus", "peft")),
         "rounds": rounds,
         "whole_rounds": whole_rounds,
+        "r": [R, WHOLE_R],
+        "collected": NUM_BATCHES,
         "cases": [],
     }
     print(*head(results), sep="\n", flush=True)

@@ -10,6 +10,10 @@ from models import losses
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
+PLAIN, FLOOR = "forward + backward", "forward + input gradient"
+OPEN, OPENED = "dropinf rows, in an open capture", "dropinf capture, opened each time"
+OF_PLAIN, OF_FLOOR = f"of {PLAIN}", f"of {FLOOR}"
+A_LAYER = "µs a layer over the input gradient's"
 
 
 class Given(NamedTuple):
@@ -109,10 +113,6 @@ def lora(num_layers: int) -> Given:
         init_lora_weights=False,
     )  # not zeros, of which half of the gradients would be zero
     return Given(peft.get_peft_model(model, config), batch)
-
-
-OPEN, OPENED = "dropinf rows, in an open capture", "dropinf capture, opened each time"
-A_LAYER, OF_PLAIN = "µs a layer over the input gradient's", "of forward + backward"
 
 
 def cases(quick: bool) -> dict[str, HostCase]:

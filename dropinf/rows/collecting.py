@@ -71,16 +71,21 @@ def collect(
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
-    given = {
-        "mode": mode,
-        "segment_ids": segment_ids,
-        "loss_scale": loss_scale,
-        "on_nonfinite": on_nonfinite,
-        "check": check,
-    }
     expected = size if options.get("per", "example") == "example" else 0
     with (
-        Collection(model, loss_fn, plan, path, expected, **given, **options) as collection,
+        Collection(
+            model,
+            loss_fn,
+            plan,
+            path,
+            expected,
+            mode=mode,
+            segment_ids=segment_ids,
+            loss_scale=loss_scale,
+            on_nonfinite=on_nonfinite,
+            check=check,
+            **options,
+        ) as collection,
         collection.capturing() as batches,
         _bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
     ):

@@ -13,9 +13,11 @@ import dropinf
 sys.path.append(str(ROOT / "bench"))
 
 import bench_host
+import host_contestants
 import report
-from bench_host import FLOOR, OF_FLOOR, OPACUS, PLAIN, PROVEN, Timed
-from host_cases import A_LAYER, OPEN, OPENED, cases
+from bench_host import PROVEN
+from host_cases import A_LAYER, FLOOR, OF_FLOOR, OPEN, OPENED, PLAIN, cases
+from host_contestants import OPACUS, Timed, contestants
 
 MLP, CNN = "MLP of width 64, 5 layers, B=16", "CNN, 3 convolutions and a head, B=16"
 
@@ -38,7 +40,8 @@ def ones(work):
 
 def test_quick(tmp_path, monkeypatch, capsys):
     """Every contestant is timed or has its reason, and ratios are of the times."""
-    monkeypatch.setattr(bench_host, "PEERS", {"Bergson": refusing, "short": ones})
+    for module in (bench_host, host_contestants):
+        monkeypatch.setattr(module, "PEERS", {"Bergson": refusing, "short": ones})
     monkeypatch.setattr(bench_host, "check_peer", lambda name: None)
     few = {title: cases(quick=True)[title] for title in (MLP, CNN)}
     monkeypatch.setattr(bench_host, "cases", lambda quick: few)
@@ -74,7 +77,7 @@ def test_wrong_results_are_not_timed(title, name):
     given = case.make()
     plan = dropinf.Plan.make(given.model, dropinf.Dropout(r=bench_host.R))
     own = given.copied()
-    timed = bench_host.host_contestants()[name](own, case.loss_fn, plan)
+    timed = contestants()[name](own, case.loss_fn, plan)
     bench_host.check(name, timed, own, given, case.loss_fn, plan)
 
     def call():

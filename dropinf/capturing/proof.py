@@ -93,7 +93,7 @@ def plain_rows(
         def take(p: Tensor) -> None:
             if id(p) in slot_of:
                 slot = slot_of[id(p)]
-                row[slot.entries] += entries_of(slot, p.grad.to(dtype) / factor).to(row)
+                row[slot.entries] += entries_of(slot, p.grad, factor).to(row)
 
         for number, factor in enumerate(factors):
             row = torch.zeros(plan.width, dtype=dtype, device=losses.device)
@@ -104,9 +104,10 @@ def plain_rows(
     return losses.detach(), rows
 
 
-def entries_of(slot: ParamPlan, grad: Tensor) -> Tensor:
-    """The entries of one gradient of a parameter."""
-    values = grad.reshape(1, -1)[:, slot.index.to(grad.device)] * slot.scale
+def entries_of(slot: ParamPlan, grad: Tensor, factor: float) -> Tensor:
+    """The entries of one gradient of a parameter, of which `factor` is taken out."""
+    values = grad.reshape(1, -1)[:, slot.index.to(grad.device)]
+    values = values.to(torch.promote_types(grad.dtype, torch.float32)) / factor * slot.scale
     return (values if slot.entry_map is None else slot.entry_map(values))[0]
 
 

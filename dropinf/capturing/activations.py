@@ -86,7 +86,14 @@ class ActivationsTap(Tap):
         self._batch: torch.Size | None = None
         handle = self.model.register_forward_pre_hook(Entered(self), prepend=True, with_kwargs=True)
         undo.callback(handle.remove)
+        self._compiled = None
         if "torch._dynamo" in sys.modules:  # compiled code would bypass the mode
+            from dropinf.capturing.compiled import compiled_forward
+
+            if self._per == "example" and not sharded:
+                self._compiled = compiled_forward(self.given, self.model)
+            if self._compiled is not None:
+                self._compiled.attach(self, self._closing, undo)
             eager(undo)
         undo.enter_context(self._closing)  # last in and first out: it must not see the rest
 
@@ -157,7 +164,8 @@ class ActivationsTap(Tap):
             self.sharded,
         )
         try:
-            run.run(retain_graph)
+            with self._compiled.passes() if self._compiled else contextlib.nullcontext():
+                run.run(retain_graph)
         finally:
             self._backward = None
         self._closing.refuse_cut_off(entries.touched)
@@ -165,6 +173,8 @@ class ActivationsTap(Tap):
             raise _unconnected()
         self.met |= entries.touched
         self.passes = run.passes
+        if self._compiled is not None:
+            self._compiled.judge(self.passes_said())
         self._note_paths(run, entries, len(losses))
         for slot in self.plan.slots:
             # Did not meet this batch.

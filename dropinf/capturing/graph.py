@@ -181,12 +181,14 @@ class Operand(torch.autograd.Function):
         return None, None, None, None, None
 
 
-_NODES = (Output._backward_cls, Operand._backward_cls)
+# Nodes that have a site; and nodes with an `inside` that says where the walk goes on past them.
+SITES: set[type] = {Output._backward_cls, Operand._backward_cls}
+INSIDES: set[type] = set()
 
 
 def site_of(node: Any) -> Site | None:
     """The site that a node of the graph is of."""
-    return node.site if type(node) in _NODES else None
+    return node.site if type(node) in SITES else None
 
 
 def edge_of(t: Tensor) -> Edge | None:

@@ -36,6 +36,16 @@ class NotClosedError(RuntimeError):
         )
 
 
+class NotCompiledError(RuntimeError):
+    """A batch that compiled code cannot take; the capture runs the model as written from now on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "rows: a gradient of a gradient goes through compiled code, which torch.compile does "
+            "not support; run the model on this batch again in this capture, as collect does"
+        )
+
+
 class Tap:
     """One opened capture: the plan's parameters found in the model.
 

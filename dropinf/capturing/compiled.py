@@ -12,17 +12,20 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.exc import TorchDynamoException
 from torch.overrides import _get_current_function_mode_stack
 
 from dropinf.capturing.checkpoints import region
 from dropinf.capturing.closing import Closing, transformed
-from dropinf.capturing.compiled_graph import CompiledGraph
+from dropinf.capturing.compiled_graph import CompiledGraph, NotInGraphError
 from dropinf.capturing.tap import _EAGER, NotCompiledError
+from dropinf.compression import Plan
 from dropinf.user_warning import warn_user
 
 _NUMBERS = itertools.count()
@@ -35,6 +38,8 @@ class Capture(Protocol):
 
     given: nn.Module
     model: nn.Module
+    plan: Plan
+    parameters: Sequence[torch.Tensor]
     probe: torch.Tensor
 
     def entered(self, args: Any, kwargs: Any) -> None:
@@ -57,18 +62,20 @@ class CompiledForward:
         self.context, self.why, self.used = context, "", False
         self._tap: Capture | None = None
         self._closing: Closing | None = None
+        self._refused: dict[Any, str] = {}  # what was tracked in which training mode -> why
         # A name of its own, by which torch.compile knows what shapes it was called with.
         code = _forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")
         self._run = torch.compile(
             types.FunctionType(code, _forward.__globals__),
             backend=self._compile,
-            fullgraph=context.fullgraph,
+            fullgraph=True,  # nobody would see what is between two graphs
             dynamic=context._dynamic,
         )
 
     def attach(self, tap: Capture, closing: Closing, undo: contextlib.ExitStack) -> None:
         """Be what calls the model, until `undo`."""
-        self._tap, self._closing, self.why, self.used = tap, closing, "", False
+        self._tap, self._closing, self.used = tap, closing, False
+        self.why = self._refused.get(self._key(), "")
         owner, name = _place(tap.given, tap.model)
         plain = owner.__dict__[name]
 
@@ -76,9 +83,14 @@ class CompiledForward:
             if self.why or not self._free(tap.model):
                 return plain(*args, **kwargs)
             tap.entered(args, kwargs)
-            with tap.paused(), torch.compiler.set_stance("default"), _unhooked(tap.model):
+            try:
+                with tap.paused(), torch.compiler.set_stance("default"), _unhooked(tap.model):
+                    results = self._run(tap.model, args, kwargs)
                 self.used = True
-                return self._run(tap.model, args, kwargs)
+                return results
+            except TorchDynamoException as error:  # before anything has run
+                self._give_up(_reason(error))
+            return plain(*args, **kwargs)
 
         owner.__dict__[name] = forward
 
@@ -111,12 +123,12 @@ class CompiledForward:
         self.used = False
 
     def _give_up(self, why: str) -> None:
-        if not self.why:
-            self.why = why
-            warn_user(
-                "capture: the compiled model runs as written in this capture from here on, as in "
-                f"compiled code there is no closed form for {why}"
-            )
+        self.why = why
+        if self._refused.setdefault(self._key(), why) is why:
+            warn_user(f"capture: the compiled model is captured as written, because of {why}")
+
+    def _key(self) -> Any:
+        return frozenset(slot.name for slot in self._tap.plan.slots), self._tap.model.training
 
     def _free(self, model: nn.Module) -> bool:
         """Whether nothing stands between the capture and the compiler."""
@@ -127,27 +139,28 @@ class CompiledForward:
             and modes[0] is self._closing
             and not any(hooks)
             and len(model._forward_pre_hooks) == 1  # the capture's own
+            and all(self._closing.asked(p) is not None for p in self._tap.parameters)
             and region() is None
             and not transformed()
         )
 
     def _compile(self, module: fx.GraphModule, inputs: list[Any]) -> Callable:
-        """What torch.compile calls with each graph."""
-        from torch._dynamo.eval_frame import innermost_backend
-
+        """What torch.compile calls with the graph."""
         compiler = innermost_backend(self.context.callback)
         graph = CompiledGraph(module, inputs, self._closing, compiler)
-
-        def run(*inputs: Any) -> Any:
-            if graph.refused:
-                self._give_up(graph.refused)
-            return graph(self._tap, self._closing, *inputs)
-
-        return run
+        return lambda *inputs: graph(self._tap, self._closing, *inputs)
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no graph, in few words."""
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, NotInGraphError):
+        return str(inner)
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def compiled_forward(given: nn.Module, model: nn.Module) -> CompiledForward | None:

@@ -9,7 +9,6 @@ around it is fused as if it were not.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -42,7 +41,6 @@ class GraphCall:
         sites: its sites, by number.
         edges: of the inputs that carry a gradient.
         number: what the compiled code knows it by.
-        moved: why its inputs are not what they were before, if so.
     """
 
     def __init__(
@@ -53,22 +51,47 @@ class GraphCall:
         sites: Sequence[FormSite],
         edges: Sequence[Edge],
     ) -> None:
-        self.tap, self.sites = tap, [copy.copy(site) for site in sites]
-        self.edges, self.number, self.moved = edges, torch.tensor(next(_NUMBERS)), ""
+        self.tap, self.sites = tap, sites
+        self.edges, self.number = edges, torch.tensor(next(_NUMBERS))
         self._graph, self._shapes = graph, shapes
         _CALLS[int(self.number)] = self
 
     def owners(self, outs: list[Owners | None], T: int | None, found: Any) -> Sequence[Owners]:
         """The walk has come to its results: those of its inputs; its sites are `found`."""
-        if self.moved:
-            found.owners.update(dict.fromkeys(self.sites, self.moved))
-            return [self.moved] * len(self.edges)
         inside, given, opaque = self._graph.owners(self._shapes, outs, T)
         found.opaque = found.opaque or opaque
         for site, owners in zip(self.sites, inside, strict=True):
             if owners is not None:
-                found.owners[site] = owners
+                found.owners.setdefault(site, owners)
         return given
+
+
+class Unseen:
+    """To the walk, a call that it meets from behind, past its results."""
+
+    edges: Sequence[Edge] = ()
+
+    def __init__(self, call: GraphCall) -> None:
+        self._call = call
+
+    def owners(self, outs: Any, T: int | None, found: Any) -> Sequence[Owners]:
+        """Nothing is known of its sites."""
+        lost = "compiled code that writes to what it is given, or whose results share memory"
+        found.owners.update(dict.fromkeys(self._call.sites, lost))
+        return ()
+
+
+class Probe(torch.autograd.Function):
+    """The tap's probe, for one call, which lives as long as the graph does."""
+
+    @staticmethod
+    def forward(ctx: Any, probe: Tensor, call: GraphCall) -> Tensor:
+        ctx.inside = Unseen(call)
+        return probe.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Tapped(torch.autograd.Function):
@@ -112,12 +135,10 @@ class Results(torch.autograd.Function):
 
 
 SITES.add(Tapped._backward_cls)
-INSIDES.add(Results._backward_cls)
+INSIDES.update((Results._backward_cls, Probe._backward_cls))
 
 
-def tapped(
-    y: Tensor, x: Tensor, probe: Tensor, call: Tensor, graph: int, number: int
-) -> Tensor:
+def tapped(y: Tensor, x: Tensor, probe: Tensor, call: Tensor, graph: int, number: int) -> Tensor:
     """What stands in a graph behind a call of a parameter."""
     walked = GRAPHS.get(graph)
     with torch._C.DisableTorchFunction():

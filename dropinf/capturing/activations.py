@@ -86,7 +86,7 @@ class ActivationsTap(Tap):
         self._batch: torch.Size | None = None
         handle = self.model.register_forward_pre_hook(Entered(self), prepend=True, with_kwargs=True)
         undo.callback(handle.remove)
-        self._compiled = None
+        self._compiled = None  # what calls the model, if torch.compile was given all of it
         if "torch._dynamo" in sys.modules:  # compiled code would bypass the mode
             from dropinf.capturing.compiled import compiled_forward
 
@@ -210,6 +210,10 @@ class ActivationsTap(Tap):
             yield
         finally:
             self._closing.__enter__()
+
+    def as_written(self) -> contextlib.AbstractContextManager:
+        """Inside, a compiled model runs as written."""
+        return super().as_written() if self._compiled is None else self._compiled.as_written()
 
     # What the sites and the mode ask.
 

@@ -101,6 +101,15 @@ class CompiledForward:
         undo.callback(put_back)
 
     @contextlib.contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Inside, the model is not compiled."""
+        before, self.why = self.why, "asked for"
+        try:
+            yield
+        finally:
+            self.why = before
+
+    @contextlib.contextmanager
     def passes(self) -> Iterator[None]:
         """Inside, backward passes run, which may keep the graph.
 
@@ -112,7 +121,7 @@ class CompiledForward:
                 yield
         except RuntimeError as error:
             if self.used and "double backward" in str(error):
-                self.why = "a gradient of a gradient"
+                self.why, self.used = "a gradient of a gradient", False
                 raise NotCompiledError() from error
             raise
 

@@ -66,7 +66,7 @@ def input_gradient(model: nn.Module, given: nn.Module, x: Tensor) -> Callable[[]
 
 
 def measure(make: Callable[[], tuple[nn.Module, Tensor]]) -> dict[str, float]:
-    """Milliseconds: medians of rounds in which all alternate."""
+    """Milliseconds of the one thread: medians of rounds in which all alternate."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, x = make()
@@ -81,9 +81,9 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor]]) -> dict[str, float]:
     def timed(name: str, call: Callable[[], Tensor], rounds: int) -> None:
         call()
         for _ in range(rounds):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+            times.setdefault(name, []).append((time.process_time() - start) * 1e3)
 
     for _ in range(ROUNDS):
         model.requires_grad_(False)

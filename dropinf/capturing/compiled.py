@@ -142,16 +142,17 @@ class CompiledForward:
     def _free(self, model: nn.Module) -> bool:
         """Whether nothing stands between the capture and the compiler."""
         modes = _get_current_function_mode_stack()
-        hooks = (model._forward_hooks, model._backward_hooks, model._backward_pre_hooks)
-        return (
-            len(modes) == 1
-            and modes[0] is self._closing
-            and not any(hooks)
-            and len(model._forward_pre_hooks) == 1  # the capture's own
-            and all(self._closing.asked(p) is not None for p in self._tap.parameters)
-            and region() is None
-            and not transformed()
-        )
+        if len(modes) != 1 or modes[0] is not self._closing:
+            return False
+        with torch._C.DisableTorchFunction():
+            own = any((model._forward_hooks, model._backward_hooks, model._backward_pre_hooks))
+            return (
+                not own
+                and len(model._forward_pre_hooks) == 1  # the capture's
+                and all(self._closing.asked(p) is not None for p in self._tap.parameters)
+                and region() is None
+                and not transformed()
+            )
 
     def _compile(self, module: fx.GraphModule, inputs: list[Any]) -> Callable:
         """What torch.compile calls with the graph."""

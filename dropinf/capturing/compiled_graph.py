@@ -64,7 +64,8 @@ class CompiledGraph:
         self._put_sites(module, inputs, closing)
         GRAPHS[self._key] = self
         self._sited = _copied(module)  # compilers change what they are given
-        extra = [torch.zeros((), requires_grad=True), torch.tensor(0)]
+        probe = torch.zeros((), requires_grad=True, device=self._device)
+        extra = [probe, torch.tensor(0)]
         with torch._functorch.config.patch(donated_buffer=False):  # the graph may be kept
             self._run = compiler(module, [*inputs, *extra])
 
@@ -72,10 +73,12 @@ class CompiledGraph:
         """The results, in a capture."""
         sources = {i: closing.detached(inputs[i]) for i in self._tracked}
         sites = [kept.site(sources) for kept in self._sites]
-        shapes = (_autocast(tap.probe.device), *(_shape(inputs[i]) for i in self._data))
+        shapes = (_autocast(self._device), *(_shape(inputs[i]) for i in self._data))
         edges = [edge_of(t) for t in _carrying(inputs[i] for i in self._data)]
         call = GraphCall(tap, self, shapes, sites, edges)
-        return _of_call(call, self._run(*inputs, Probe.apply(tap.probe, call), call.number))
+        return _of_call(
+            call, self._run(*inputs, Probe.apply(tap.probe, call, self._device), call.number)
+        )
 
     # The walk.
 
@@ -132,6 +135,10 @@ class CompiledGraph:
         graph = module.graph
         given = [n for n in graph.nodes if n.op == "placeholder"]
         tracked = {given[i]: i for i in self._tracked}
+        devices = {inputs[i].device for i in self._tracked}
+        if len(devices) > 1:
+            raise NotInGraphError("parameters on several devices")
+        self._device = next(iter(devices), torch.device("cpu"))
         names = {node: closing.asked(inputs[i]) for node, i in tracked.items()}
         for node, i in tracked.items():
             if type(inputs[i]) is not nn.Parameter:

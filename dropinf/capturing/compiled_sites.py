@@ -85,13 +85,13 @@ class Probe(torch.autograd.Function):
     """The tap's probe, for one call, which lives as long as the graph does."""
 
     @staticmethod
-    def forward(ctx: Any, probe: Tensor, call: GraphCall) -> Tensor:
-        ctx.inside = Unseen(call)
-        return probe.clone()
+    def forward(ctx: Any, probe: Tensor, call: GraphCall, device: torch.device) -> Tensor:
+        ctx.inside, ctx.device = Unseen(call), probe.device
+        return probe.new_zeros((), device=device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return torch.zeros((), device=ctx.device), None, None  # without a copy from a GPU
 
 
 class Tapped(torch.autograd.Function):
@@ -172,9 +172,9 @@ def _write_rows(x: Tensor, dy: Tensor, number: Tensor, site: int) -> Tensor:
     else:
         with torch._C.DisableTorchFunction():
             writer.write(call.sites[site], x, dy)
-    return dy.new_zeros(())
+    return dy.new_zeros((), dtype=torch.float32)
 
 
 @torch.library.impl(_LIBRARY, "write_rows", "Meta")
 def _written(x: Tensor, dy: Tensor, call: Tensor, site: int) -> Tensor:
-    return dy.new_empty(())
+    return dy.new_empty((), dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Rows of compiled models, beside the compiled model's own forward and input gradient, and both
 uncompiled: `python bench/bench_compiled.py`, in some minutes, most of which torch.compile takes.
 
-Frozen parameters let plain autograd form no weight gradient and keep no layer inputs, as capture does.
+Frozen parameters let plain autograd form no weight gradient and keep no layer inputs, as capture
+does.
 """
 
 from __future__ import annotations

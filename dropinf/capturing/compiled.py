@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 from torch._dynamo.eval_frame import innermost_backend
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.overrides import _get_current_function_mode_stack
 
 from dropinf.capturing.checkpoints import region
@@ -88,9 +88,14 @@ class CompiledForward:
                     results = self._run(tap.model, args, kwargs)
                 self.used = True
                 return results
-            except TorchDynamoException as error:  # before anything has run
-                self._give_up(_reason(error))
-            return plain(*args, **kwargs)
+            except (
+                TorchDynamoException,
+                FailOnRecompileLimitHit,
+            ) as error:  # before anything has run
+                why = _reason(error)
+            results = plain(*args, **kwargs)  # or the error is the model's own
+            self._give_up(why)
+            return results
 
         owner.__dict__[name] = forward
 
@@ -170,6 +175,8 @@ def _reason(error: Exception) -> str:
     inner = getattr(error, "inner_exception", None)
     if isinstance(inner, NotInGraphError):
         return str(inner)
+    if isinstance(error, FailOnRecompileLimitHit):
+        return "more sizes of batches than torch._dynamo.config.recompile_limit"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 

@@ -8,6 +8,7 @@ import copy
 import gc
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -353,6 +354,17 @@ def test_several_passes_before_the_rows():
     check(Net(COMPILED["plain"]).double(), data(), True, both)
 
 
+def test_rows_in_another_thread():
+    """Where no mode shows the walk what functions do."""
+    model, (x, *_) = Net(COMPILED["constants on both sides"]).double(), data()
+    plan, given = Plan.make(model, Full()), torch.compile(model, backend=Counted())
+    truth = autograd_rows(model, lambda b: squares(model, x)[b], plan, len(x))
+    with capture(given, plan) as tap, ThreadPoolExecutor() as threads:
+        rows = threads.submit(tap.rows, squares(given, x)).result()
+    assert_exact(rows, truth)
+    assert set(plan.paths.values()) == {"closed form"}
+
+
 def test_parameters_that_are_left_out():
     model = Net(COMPILED["a layer called twice"]).double()
     plan, _ = check(model, data(), True, exclude=["k"])
@@ -527,6 +539,31 @@ def test_hooks_of_ones_own_are_run():
         with quiet(), capture(given, plan) as tap:
             assert_exact(tap.rows(squares(given, x)), truth)
     assert backend.ran == 0
+
+
+def test_sizes_without_end():
+    """More graphs than torch.compile makes: the model is captured as written from there on."""
+    model = Net(COMPILED["plain"]).double()
+    plan, backend = Plan.make(model, Full()), Counted()
+    given = torch.compile(model, backend=backend, dynamic=False)
+    for T in range(2, 13):
+        x = torch.randn(3, T, 3, dtype=torch.float64)
+        with quiet(), capture(given, plan) as tap:
+            rows = tap.rows(squares(given, x))
+        with capture(model, plan) as tap:
+            torch.testing.assert_close(rows, tap.rows(squares(model, x)))
+    assert backend.ran == backend.compiled == torch._dynamo.config.recompile_limit
+
+
+def test_an_error_of_the_model_is_its_own():
+    model, (x, *_) = Net(COMPILED["plain"]).double(), data()
+    plan, backend = Plan.make(model, Full()), Counted()
+    given = torch.compile(model, backend=backend)
+    with capture(given, plan) as tap:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            given(x[..., :2])
+        tap.rows(squares(given, x))
+    assert backend.ran == 1
 
 
 def test_two_models_in_captures_at_once():

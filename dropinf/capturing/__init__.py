@@ -7,12 +7,13 @@ from dropinf.capturing.keeping import keeps_examples
 from dropinf.capturing.modes import capture
 from dropinf.capturing.proof import Proof, ProofError, Prover, alone_in_its_row, verify
 from dropinf.capturing.snapshot import Snapshot
-from dropinf.capturing.tap import NotClosedError
+from dropinf.capturing.tap import NotClosedError, NotCompiledError
 
 __all__ = [
     "ActivationsTap",
     "GradsTap",
     "NotClosedError",
+    "NotCompiledError",
     "Proof",
     "ProofError",
     "Prover",

@@ -85,7 +85,14 @@ class ActivationsTap(Tap):
         self._batch: torch.Size | None = None
         handle = self.model.register_forward_pre_hook(Entered(self), prepend=True, with_kwargs=True)
         undo.callback(handle.remove)
+        self._compiled = None  # what calls the model, if torch.compile was given all of it
         if "torch._dynamo" in sys.modules:  # compiled code would bypass the mode
+            from dropinf.capturing.compiled import compiled_forward
+
+            if self._per == "example" and not self.sharded:
+                self._compiled = compiled_forward(self.given, self.model)
+            if self._compiled is not None:
+                self._compiled.attach(self, self._closing, undo)
             eager(undo)
         undo.enter_context(self._closing)  # last in and first out: it must not see the rest
 
@@ -139,8 +146,10 @@ class ActivationsTap(Tap):
             run, entries = self._backward_of(losses, segment_ids)
         self._backward = run
         self._closing.show_all(True)
+        compiled = contextlib.nullcontext() if self._compiled is None else self._compiled.passes()
         try:
-            run.run(retain_graph)
+            with compiled:
+                run.run(retain_graph)
         finally:
             self._backward = None
             self._closing.show_all(False)
@@ -169,6 +178,8 @@ class ActivationsTap(Tap):
             raise _unconnected()
         self.met |= entries.touched
         self.passes = run.reading.passes
+        if self._compiled is not None:
+            self._compiled.judge(self.passes_said())
         self._note_paths(run.reading, entries, run.num_losses)
         for slot in self.plan.slots:
             # Did not meet this batch.
@@ -205,6 +216,10 @@ class ActivationsTap(Tap):
             yield
         finally:
             self._closing.__enter__()
+
+    def as_written(self) -> contextlib.AbstractContextManager:
+        """Inside, a compiled model runs as written."""
+        return super().as_written() if self._compiled is None else self._compiled.as_written()
 
     # What the sites and the mode ask.
 

@@ -118,7 +118,7 @@ class Closing(TorchFunctionMode):
             return self._tap.gradients(func, args, kwargs)
         if not torch.is_grad_enabled() and self.froze:
             self._note_cut_off(tensors_of(args, kwargs))
-        if not torch.is_grad_enabled() or _transformed():
+        if not torch.is_grad_enabled() or transformed():
             return func(*args, **kwargs)
         tensors = tensors_of(args, kwargs)
         sources = {}
@@ -143,6 +143,13 @@ class Closing(TorchFunctionMode):
         _pop_mode()
         for mode in reversed(above):
             _push_mode(mode)
+
+    def detached(self, t: Tensor) -> Source | None:
+        """The parameter behind a tensor, of which a site has a copy from here on."""
+        source = self._source(t)
+        if source is not None:
+            self._closed.update(map(id, source.leaves))
+        return source
 
     def asked(self, t: Tensor) -> str | None:
         """The parameter behind a tensor whose gradient is asked for, or hooked."""
@@ -368,7 +375,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, str, torch.dtype))
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether functions are being transformed: vmap, grad, jvp, forward-mode derivatives."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -209,12 +209,18 @@ def with_output(tap: Passes, site: FormSite, shared: Any, x: Tensor, y: Tensor) 
     return CPP.attach_site(shared, tap, tap.probe, x, y)
 
 
-_NODES = (Output._backward_cls, Operand._backward_cls, *([CPP.SiteNode] if CPP else []))
+# Nodes that have a site; and nodes with an `inside` that says where the walk goes on past them.
+SITES: set[type] = {
+    Output._backward_cls,
+    Operand._backward_cls,
+    *([] if CPP is None else [CPP.SiteNode]),
+}
+INSIDES: set[type] = set()
 
 
 def site_of(node: Any) -> Site | None:
     """The site that a node of the graph is of."""
-    return node.site if type(node) in _NODES else None
+    return node.site if type(node) in SITES else None
 
 
 def edge_of(t: Tensor) -> Edge | None:

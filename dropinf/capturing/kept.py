@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dropinf.capturing.extension import CPP
-from dropinf.capturing.graph import HOOKED, LIKE, FormSite, Site, site_of
+from dropinf.capturing.graph import HOOKED, INSIDES, LIKE, FormSite, Site, site_of
 from dropinf.capturing.index_rules import as_index
 from dropinf.capturing.owner_rules import read_of
 from dropinf.capturing.owners import Owners
@@ -180,7 +180,7 @@ def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options:
 def _untold(node: Any) -> bool:
     """Whether there is more to a node than its class, shapes and what rules read."""
     notes = node.metadata
-    return HOOKED in notes or LIKE in notes
+    return HOOKED in notes or LIKE in notes or type(node) in INSIDES
 
 
 def _told(site: Site | None) -> tuple | None:

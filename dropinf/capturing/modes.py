@@ -54,7 +54,7 @@ def capture(
 
     Args:
         model: the model that `plan` was made for, or one with the same names and shapes; may be
-            compiled or wrapped in DistributedDataParallel.
+            compiled, and then stays so where it can, or wrapped in DistributedDataParallel.
         plan: the coordinates to keep.
         mode: "activations" samples inside one batched backward pass, from each layer's input and
             output gradient. "grads" gathers from the gradients of the parameters, one backward pass

@@ -35,6 +35,17 @@ class NotClosedError(RuntimeError):
         )
 
 
+class NotCompiledError(RuntimeError):
+    """A batch that compiled code cannot take; the capture runs the model as written from now on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "rows: the losses hold a gradient of a gradient, which torch.compile does not support; "
+            "run the model on this batch again, which is captured as written from here on, as "
+            "collect does"
+        )
+
+
 class Tap:
     """One opened capture: the plan's parameters found in the model.
 
@@ -109,6 +120,10 @@ class Tap:
                 )
             _OPEN.update(mine)
         undo.callback(_OPEN.difference_update, mine)
+
+    def as_written(self) -> contextlib.AbstractContextManager:
+        """Inside, a compiled model runs as written."""
+        return contextlib.nullcontext()
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise TypeError("capture: an open capture cannot be copied; make another for the copy")

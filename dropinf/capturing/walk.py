@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from dropinf.capturing.alignment import RULES
-from dropinf.capturing.graph import HOOKED, LIKE, Edge, site_of
+from dropinf.capturing.graph import HOOKED, INSIDES, LIKE, Edge, site_of
 from dropinf.capturing.keeping import keeps
 from dropinf.capturing.owner_rules import Call
 from dropinf.capturing.owners import Array, Owners, merged, varying
@@ -86,6 +86,8 @@ def _edges(node: Any) -> Sequence[Edge]:
     site = site_of(node)
     if site is not None:
         return site.edges(node)
+    if type(node) in INSIDES:
+        return node.inside.edges
     like = node.metadata.get(LIKE)
     return node.next_functions if like is None else (like[0],)
 
@@ -142,6 +144,8 @@ def _arguments(
         owners = _first(outs) if lost is None else lost
         owners = found.owners[node] = owners if isinstance(owners, str) else site.taken(owners, T)
         return [site.given(owners) for _ in edges]
+    if type(node) in INSIDES:
+        return node.inside.owners(outs if lost is None else [lost] * len(outs), T, found)
     name, function = _kind(type(node))
     if lost is not None:
         _note_function(node, function, outs, [lost] * len(edges), found)

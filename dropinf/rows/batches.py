@@ -14,6 +14,7 @@ from dropinf.capturing import (
     ActivationsTap,
     GradsTap,
     NotClosedError,
+    NotCompiledError,
     capture,
     example_at,
     size_at,
@@ -138,7 +139,8 @@ class Batches:
 
     def row_of(self, batch: Any, b: int) -> Tensor:
         """[R] of example b of a batch."""
-        rows = self.backward(batch, self.loss_fn(self.model, batch))
+        with self.tap.as_written():  # not compiled anew for a batch of one
+            rows = self.backward(batch, self.loss_fn(self.model, batch))
         return _of_example(rows, b, self.tap.origin)
 
     def of_example(self, rows: Tensor, b: int) -> Tensor:
@@ -166,6 +168,13 @@ class Batches:
             self.tap = capture(self.model, self.plan, self._mode, **self._options)
             self._open.enter_context(self.tap)
             losses = self.loss_fn(self.model, batch)
+        try:
+            return self._backward_of(batch, losses)
+        except NotCompiledError as error:  # the tap does not compile again
+            warn_user(f"collect: {error}")
+            return self._backward_of(batch, self.loss_fn(self.model, batch))
+
+    def _backward_of(self, batch: Any, losses: Tensor) -> tuple[Tensor, Tensor]:
         self.tap.check(losses)
         self._doubt_one(losses)
         rows = self.backward(batch, losses, self.keep_graph)

@@ -266,6 +266,7 @@ FORMS: dict[Callable, Callable[..., Iterator[Form]]] = {
     F.conv_transpose3d: _conv_transpose,
     F.layer_norm: norms.layer_norm,
     F.rms_norm: norms.rms_norm,
+    torch.rms_norm: norms.rms_norm,
     F.group_norm: norms.group_norm,
     F.instance_norm: norms.instance_norm,
     F.batch_norm: norms.batch_norm,

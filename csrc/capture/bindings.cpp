@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "calls.h"
+#include "compiled_call.h"
 #include "site_node.h"
 #include "trace.h"
 #include "writes.h"
@@ -65,6 +66,9 @@ void init_capture(py::module_& m) {
                           const at::Tensor& probe, const at::Tensor& x, const at::Tensor& y) {
     return SiteNode::attach(std::move(site), safe(tap), probe, x, y);
   });
+  py::class_<CompiledCall, std::shared_ptr<CompiledCall>>(m, "CompiledCall")
+      .def(py::init<int64_t>())
+      .def("silent", &CompiledCall::silent);
   py::class_<Trace>(m, "Trace")
       .def(py::init<const at::Tensor&, const py::dict&>())
       .def_property_readonly("signature", &Trace::signature)
@@ -73,6 +77,11 @@ void init_capture(py::module_& m) {
       .def("__len__", &Trace::num_nodes)
       .def("node", &Trace::node)
       .def("begin", &Trace::begin)
+      .def("begin_call",
+           [](Trace& trace, const std::shared_ptr<CompiledCall>& call,
+              const std::vector<std::shared_ptr<Writes>>& writes) {
+             trace.begin_call(call, {writes.begin(), writes.end()});
+           })
       .def("started", &Trace::started)
       .def("silent", &Trace::silent)
       .def("end", &Trace::end);

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <typeinfo>
 #include <unordered_map>
+#include <utility>
 
 namespace dropinf {
 namespace {
@@ -102,6 +103,7 @@ Trace::Trace(const at::Tensor& losses, const py::dict& numbers) {
         known &= known_size.has_value();
         add(known_size.value_or(-1));
       }
+      add(static_cast<int64_t>(c10::typeMetaToScalarType(metadata.options().dtype())));
       add(-7);
     }
   }
@@ -130,6 +132,12 @@ std::vector<bool> Trace::begin(const at::Tensor& rows, const std::vector<bool>& 
   return will;
 }
 
+void Trace::begin_call(const std::shared_ptr<CompiledCall>& call,
+                       std::vector<std::shared_ptr<const Writes>> writes) {
+  calls_.push_back(call);
+  call->begin(&pass_, std::move(writes));
+}
+
 std::vector<int64_t> Trace::silent() const {
   std::vector<int64_t> found;
   for (size_t k = 0; k < sites_.size(); ++k) {
@@ -143,6 +151,8 @@ void Trace::end() {
     site->pass = nullptr;
     site->place = -1;
   }
+  for (const auto& call : calls_) call->end();
+  calls_.clear();
   pass_.rows = at::Tensor();
   pass_.tasks.clear();
 }

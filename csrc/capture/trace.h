@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "compiled_call.h"
 #include "site_node.h"
 
 namespace dropinf {
@@ -31,6 +33,9 @@ class Trace {
 
   // Have the sites that `may_write` write into `rows` in a pass; returns which of them will.
   std::vector<bool> begin(const at::Tensor& rows, const std::vector<bool>& may_write);
+  // The same for the sites of a call of compiled code, each with what it writes or nothing.
+  void begin_call(const std::shared_ptr<CompiledCall>& call,
+                  std::vector<std::shared_ptr<const Writes>> writes);
   // The pass, or a part of it, has this number in autograd.
   void started(int task) { pass_.tasks.push_back(task); }
   // The sites among those that wrote nothing.
@@ -43,6 +48,7 @@ class Trace {
   std::vector<int64_t> site_places_;  // among the nodes
   std::vector<int64_t> in_python_;
   std::string signature_;
+  std::vector<std::shared_ptr<CompiledCall>> calls_;
   Pass pass_;
 };
 

@@ -16,7 +16,7 @@ from dropinf.capturing.call_args import argument
 from dropinf.capturing.checkpoints import Region, reentrant, runs_again
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.graph import FormSite, of_one
-from dropinf.capturing.kept import Kept, Record
+from dropinf.capturing.kept import Kept, Record, calls_in
 from dropinf.capturing.owners import Array
 from dropinf.capturing.passes import taken
 from dropinf.capturing.reading import A_PASS, Reading
@@ -58,6 +58,7 @@ class Backward:
         self._found = Found()
         self._trace: Any = None
         self._record: Record | None = None
+        self._calls: list[Any] = []  # of compiled code
         self._all = False  # sites write in the passes of one loss, whatever was found of them
         self._b: int | None = None
         self._tasks: set[int] = set()
@@ -111,7 +112,7 @@ class Backward:
             self.reading = record.reading.copy()
         self._trace = trace  # by which nodes are found as long as it lives
         if record is not None and record.written:
-            self._record = record
+            self._record, self._calls = record, calls_in(trace)
 
     def _told(self) -> bool:
         """Whether a pass is told what it is for, so that it forms nothing else.
@@ -146,6 +147,8 @@ class Backward:
             ones = torch.ones_like(losses)
         if writes:
             self._trace.begin(self._entries.rows, self._record.writing)
+            for call, of in zip(self._calls, self._record.inside, strict=True):
+                self._trace.begin_call(call.native, of)
         try:
             _BACKWARD(losses, ones, retain_graph=retain_graph, inputs=inputs)
             if writes:
@@ -158,12 +161,11 @@ class Backward:
 
     def _note_written(self) -> None:
         """The parameters whose sites wrote by themselves."""
-        silent = self._trace.silent()
-        written = set(self._record.written)
-        for k in silent:
-            site = self._trace.sites[k].site
-            written.difference_update(slot.name for slot in site.slots)
-        self._entries.touched |= written
+        silent = [self._trace.sites[k] for k in self._trace.silent()]
+        for call in self._calls:
+            silent += [call.sites[k] for k in call.native.silent()]
+        idle = {slot.name for node in silent for slot in node.site.slots}
+        self._entries.touched |= self._record.written - idle
 
     def _started(self, grad: Tensor) -> None:
         task = torch._C._current_graph_task_id()

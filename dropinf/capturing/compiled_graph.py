@@ -32,7 +32,14 @@ from dropinf.capturing.compiled_sites import (
     ids_of,
     tapped,
 )
-from dropinf.capturing.compiled_uses import Use, example, function_of, hides_code, use_of
+from dropinf.capturing.compiled_uses import (
+    Use,
+    example,
+    function_of,
+    hides_code,
+    sizes_of,
+    use_of,
+)
 from dropinf.capturing.graph import FormSite, Passes, Site, SpreadSite, edge_of
 from dropinf.capturing.notes import NOTES
 from dropinf.capturing.owners import NONE, Array, Owners
@@ -65,6 +72,8 @@ class CompiledGraph:
             i for i, t in enumerate(inputs) if isinstance(t, nn.Parameter) and t.requires_grad
         ]
         self._sites: list[_Kept] = []
+        self._sources: Mapping[int, Source] | None = None  # of the last call, and its sites
+        self._made: list[Site] = []
         self._found: dict[tuple, Inside] = {}
         self._walked: dict[int, Site] | None = None
         module = _copied(module)
@@ -80,13 +89,23 @@ class CompiledGraph:
     def __call__(self, tap: Passes, closing: Closing, *inputs: Any) -> Any:
         """The results, in a capture."""
         sources = {i: closing.detached(inputs[i]) for i in self._tracked}
-        sites = [SiteCall(kept.site(sources)) for kept in self._sites]
+        sites = [
+            SiteCall(site, kept.x_shape, kept.y)
+            for site, kept in zip(self._sites_of(sources), self._sites, strict=True)
+        ]
         shapes = (_autocast(self._device), *(_shape(inputs[i]) for i in self._data))
         edges = [edge_of(t) for t in _carrying(inputs[i] for i in self._data)]
         call = GraphCall(tap, self, shapes, sites, edges)
         return _of_call(
             call, self._run(*inputs, Probe.apply(tap.probe, call, self._device), call.number)
         )
+
+    def _sites_of(self, sources: Mapping[int, Source]) -> list[Site]:
+        """The sites of calls with these sources."""
+        if self._sources is None or any(self._sources[i] is not s for i, s in sources.items()):
+            self._sources = sources
+            self._made = [kept.site(sources) for kept in self._sites]
+        return self._made
 
     # The walk.
 
@@ -199,7 +218,8 @@ class CompiledGraph:
         if use.form is None:  # filled up with ones
             own = example(use.roles[0]).shape
             shape = torch.Size((1,) * (example(site).dim() - len(own)) + own)
-        self._sites.append(_Kept(use.name, use.form, roles, shape))
+        x_shape = () if use.x is None else sizes_of(example(use.x))
+        self._sites.append(_Kept(use.name, use.form, roles, shape, x_shape, _shape(example(site))))
 
 
 class _Kept(NamedTuple):
@@ -209,12 +229,15 @@ class _Kept(NamedTuple):
         name, form: as of `Use`.
         roles: the number of each role -> the input that its parameter is.
         shape: of a parameter that is expanded, filled up with ones.
+        x_shape, y: of the input and the result, as they were when the graph was made.
     """
 
     name: str
     form: Form | None
     roles: dict[int, int]
     shape: torch.Size | None
+    x_shape: Sequence[int]
+    y: _Shape
 
     def site(self, sources: Mapping[int, Source] | None, x: Tensor | None = None) -> Site:
         """That of one call; one without sources says no more than where owners go."""
@@ -242,14 +265,14 @@ class Inside(NamedTuple):
 class _Shape(NamedTuple):
     """What is known of a tensor without its data."""
 
-    size: torch.Size
+    shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
 
     def tensor(self) -> Tensor:
-        t = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return t.requires_grad_(self.requires_grad)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dropinf.capturing.extension import CPP
 from dropinf.capturing.graph import INSIDES, SITES, Edge, Passes, Site
 from dropinf.capturing.owners import Owners
 
@@ -35,10 +36,16 @@ class Walked(Protocol):
 
 
 class SiteCall:
-    """One call of a site in compiled code: to the walk and the backward pass, its node."""
+    """One call of a site in compiled code: to the walk and the backward pass, its node.
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    Attributes:
+        site: the site.
+        shape: of its input when the graph was made, whose last dimensions do not change.
+        dy: the same of its output, with dtype and device.
+    """
+
+    def __init__(self, site: Site, shape: Sequence[int], dy: Any) -> None:
+        self.site, self.shape, self.dy = site, shape, dy
 
 
 class GraphCall:
@@ -48,6 +55,8 @@ class GraphCall:
         sites: its sites, by number.
         edges: of the inputs that carry a gradient.
         number: what the compiled code knows it by.
+        native: what its sites do in C++, if there is such.
+        told: what tells it from others, for a walk.
     """
 
     def __init__(
@@ -61,7 +70,13 @@ class GraphCall:
         self.tap, self.sites = tap, sites
         self.edges, self.number = edges, torch.tensor(next(_NUMBERS))
         self._graph, self._shapes = graph, shapes
-        _CALLS[int(self.number)] = self
+        number = int(self.number)
+        self.native = None if CPP is None else CPP.CompiledCall(number)
+        _CALLS[number] = self
+
+    @property
+    def told(self) -> tuple:
+        return self._graph, self._shapes, *(node.site for node in self.sites)
 
     def owners(self, outs: list[Owners | None], T: int | None, found: Any) -> Sequence[Owners]:
         """The walk has come to its results: those of its inputs; its sites are `found`."""
@@ -77,6 +92,8 @@ class Unseen:
     """To the walk, a call that it meets from behind, past its results."""
 
     edges: Sequence[Edge] = ()
+    sites: Sequence[SiteCall] = ()
+    told = ()
 
     def __init__(self, call: GraphCall) -> None:
         self._call = call
@@ -160,17 +177,10 @@ def ids_of(ids: Tensor, wide: Tensor) -> Tensor:
 
 GRAPHS: weakref.WeakValueDictionary[int, Walked] = weakref.WeakValueDictionary()
 
-_LIBRARY = torch.library.Library("dropinf", "FRAGMENT")
-# A recorded CUDA graph would not come back to Python.
-_LIBRARY.define(
-    "write_rows(Tensor x, Tensor dy, Tensor call, int site) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
 
-
-@torch.library.impl(_LIBRARY, "write_rows", "CompositeExplicitAutograd")
-def _write_rows(x: Tensor, dy: Tensor, number: Tensor, site: int) -> Tensor:
-    call = _CALLS.get(int(number))
+def write_in_python(x: Tensor, dy: Tensor, number: int, site: int) -> None:
+    """A site has its input and its gradient, and does not write by itself."""
+    call = _CALLS.get(number)
     if call is None:
         raise RuntimeError("capture: a backward pass of what was computed in a capture, after it")
     writer = call.tap.writer_now()
@@ -179,9 +189,20 @@ def _write_rows(x: Tensor, dy: Tensor, number: Tensor, site: int) -> Tensor:
     else:
         with torch._C.DisableTorchFunction():
             writer.write(call.sites[site], x, dy)
-    return dy.new_zeros((), dtype=torch.float32)
 
 
-@torch.library.impl(_LIBRARY, "write_rows", "Meta")
-def _written(x: Tensor, dy: Tensor, call: Tensor, site: int) -> Tensor:
-    return dy.new_empty((), dtype=torch.float32)
+if CPP is None:  # as csrc/capture/compiled_call.cpp has it
+    _LIBRARY = torch.library.Library("dropinf", "FRAGMENT")
+    _LIBRARY.define(
+        "write_rows(Tensor x, Tensor dy, Tensor call, int site) -> Tensor",
+        tags=(torch.Tag.cudagraph_unsafe,),
+    )
+
+    @torch.library.impl(_LIBRARY, "write_rows", "CompositeExplicitAutograd")
+    def _write_rows(x: Tensor, dy: Tensor, call: Tensor, site: int) -> Tensor:
+        write_in_python(x, dy, int(call), site)
+        return dy.new_zeros((), dtype=torch.float32)
+
+    @torch.library.impl(_LIBRARY, "write_rows", "Meta")
+    def _written(x: Tensor, dy: Tensor, call: Tensor, site: int) -> Tensor:
+        return dy.new_empty((), dtype=torch.float32)

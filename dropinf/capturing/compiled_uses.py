@@ -147,19 +147,19 @@ def _other(node: fx.Node, one: fx.Node) -> fx.Node | None:
     other = node.args[0] if node.args[1] is one else node.args[1]
     if not isinstance(other, fx.Node) or not isinstance(example(other), Tensor):
         return None
-    size = _sizes(example(node))
-    return other if _sizes(example(other)) == size != _sizes(example(one)) else None
+    size = sizes_of(example(node))
+    return other if sizes_of(example(other)) == size != sizes_of(example(one)) else None
 
 
 def _carries(node: fx.Node) -> bool:
     return example(node).requires_grad
 
 
-def _sizes(t: Tensor) -> tuple[int, ...]:
+def sizes_of(t: Tensor) -> tuple[int, ...]:
     """The size as it was when the graph was made."""
     return tuple(s if isinstance(s, int) else s.node.hint for s in t.shape)
 
 
 def _concrete(t: Tensor) -> Tensor:
     """Of this size."""
-    return torch.empty(_sizes(t), dtype=t.dtype, device="meta")
+    return torch.empty(sizes_of(t), dtype=t.dtype, device="meta")

@@ -93,7 +93,7 @@ class FormSite(Site):
         coordinates = [role.coordinates for _, role in self.targets]
         self.reads = not all(isinstance(c, Bias) and c.i > 0 for c in coordinates)
         self.prepared_for: tuple | None = None  # dtype and device of dy, to write by themselves
-        self.writes = False  # whether they do
+        self.writes: Any = None  # what they then write, None if that takes Python
 
     @property
     def kind(self) -> tuple:

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dropinf.capturing.extension import CPP
-from dropinf.capturing.graph import HOOKED, INSIDES, LIKE, FormSite, Site, site_of
+from dropinf.capturing.graph import HOOKED, INSIDES, LIKE, FormSite, site_of
 from dropinf.capturing.index_rules import as_index
 from dropinf.capturing.owner_rules import read_of
 from dropinf.capturing.owners import Owners
@@ -35,21 +35,23 @@ class Record:
 
     Attributes:
         owners: of each site that has a node in C++, in the order of a trace.
-        in_python: of each node that Python made, or has notes on: its site, as `_told` has it, and
-            the owners if it is one.
+        in_python: of each node that Python made, or has notes on, what tells it from others; and
+            the owners of its site, or of the sites inside of it, if it has some.
         reads: number of each node of which rules read more, and (attribute, value) of what.
         leaves: numbers of the parameters that are leaves past the sites, and their owners.
         reading: what follows for the parameters.
         writing: of each site that has a node in C++: whether the node writes by itself.
+        inside: of each call of compiled code: what its sites write by themselves.
         written: the parameters of those, which nothing else writes.
     """
 
     owners: Sequence[Owners]
-    in_python: Sequence[tuple[tuple | None, Owners | None]]
+    in_python: Sequence[tuple[tuple | None, Owners | list[Owners | None] | None]]
     reads: Sequence[tuple[int, Sequence[tuple[str, Any]]]]
     leaves: Sequence[tuple[int, Owners]]
     reading: Reading
     writing: Sequence[bool]
+    inside: Sequence[Sequence[Any]]
     written: frozenset[str]
 
 
@@ -104,7 +106,7 @@ class Kept:
             return None
         for i, (told, _) in zip(trace.in_python, record.in_python, strict=True):
             node = trace.node(i)
-            if _untold(node) or _told(site_of(node)) != told:
+            if _untold(node) or _told(node) != told:
                 return None
         for i, read in record.reads:
             node = trace.node(i)
@@ -115,13 +117,18 @@ class Kept:
 
     def found(self, trace: Any, record: Record) -> Found:
         """What a walk would find."""
-        nodes = zip(trace.in_python, record.in_python, strict=True)
         leaves = ((self.parameters[number], owners) for number, owners in record.leaves)
-        return Found(
-            {trace.node(i): owners for i, (_, owners) in nodes if owners is not None},
-            {id(leaf): (leaf, owners) for leaf, owners in leaves},
-            recorded=record.owners,
+        found = Found(
+            leaves={id(leaf): (leaf, owners) for leaf, owners in leaves}, recorded=record.owners
         )
+        for i, (_, owners) in zip(trace.in_python, record.in_python, strict=True):
+            node = trace.node(i)
+            if isinstance(owners, list):
+                inside = zip(node.inside.sites, owners, strict=True)
+                found.owners.update((call, o) for call, o in inside if o is not None)
+            elif owners is not None:
+                found.owners[node] = owners
+        return found
 
     def remember(
         self,
@@ -129,7 +136,7 @@ class Kept:
         T: int | None,
         found: Found,
         reading: Reading,
-        writes: Callable[[Sequence[Any]], Sequence[bool]],
+        writes: Callable[[Sequence[Any]], Sequence[Any]],
     ) -> Record | None:
         """Keep what a walk found; None where it may depend on more than a record has."""
         python = [trace.node(i) for i in trace.in_python]
@@ -146,17 +153,22 @@ class Kept:
             for key, (_, owners) in found.leaves.items()
             if key in self.numbers
         ]
-        sites = trace.sites
-        writing = writes(sites)
-        written = [node.site for node, alone in zip(sites, writing, strict=True) if alone]
+        sites, calls = trace.sites, calls_in(trace)
+        writing = [of is not None for of in writes(sites)]
+        inside = [writes(call.sites) for call in calls]
+        every = [*zip(sites, writing, strict=True)]
+        for call, of in zip(calls, inside, strict=True):
+            every += zip(call.sites, (one is not None for one in of), strict=True)
+        written = {slot.name for node, alone in every if alone for slot in node.site.slots}
         record = Record(
             [found.owners[node] for node in sites],
-            [(_told(site_of(node)), found.owners.get(node)) for node in python],
+            [(_told(node), _owners_at(node, found)) for node in python],
             [(number[node], tuple(read.items())) for node, read in reads.items()],
             leaves,
             reading.copy(),
             writing,
-            frozenset(slot.name for site in written for slot in site.slots),
+            inside,
+            frozenset(written),
         )
         while len(self._records) >= _MAX_RECORDS:
             del self._records[next(iter(self._records))]
@@ -180,15 +192,30 @@ def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options:
 def _untold(node: Any) -> bool:
     """Whether there is more to a node than its class, shapes and what rules read."""
     notes = node.metadata
-    return HOOKED in notes or LIKE in notes or type(node) in INSIDES
+    return HOOKED in notes or LIKE in notes
 
 
-def _told(site: Site | None) -> tuple | None:
-    """What tells a site in Python from others, for a walk."""
+def _told(node: Any) -> tuple | None:
+    """What tells a node that Python made from others of its class, for a walk."""
+    if type(node) in INSIDES:
+        return node.inside.told
+    site = site_of(node)
     if site is None:
         return None
     sources = [(type(source), *(s.name for s in source.slots)) for source, _ in site.targets]
     return type(site), site.name, *sources
+
+
+def _owners_at(node: Any, found: Found) -> Owners | list[Owners | None] | None:
+    if type(node) in INSIDES:
+        return [found.owners.get(call) for call in node.inside.sites]
+    return found.owners.get(node)
+
+
+def calls_in(trace: Any) -> list[Any]:
+    """The calls of compiled code in a graph."""
+    nodes = map(trace.node, trace.in_python)
+    return [node.inside for node in nodes if type(node) in INSIDES and node.inside.sites]
 
 
 def _to_keep(value: Any) -> Any:

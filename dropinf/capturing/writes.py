@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dropinf import ops
+from dropinf.capturing.compiled_sites import SiteCall
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.extension import CPP
 from dropinf.capturing.graph import FormSite
@@ -32,19 +33,24 @@ _OPS = {
 
 def writing_of(
     found: Found, slot_of: Mapping[int, ParamPlan], entries: Entries, nodes: Sequence[Any]
-) -> list[bool]:
-    """Of each node in C++, whether it writes by itself: alone, and in the order of the rows."""
-    if entries.map.T is not None or entries.rows.dtype != torch.float32:
-        return [False] * len(nodes)
+) -> list[Any]:
+    """Of each node of a site, what it writes by itself, alone and in the order of the rows.
+
+    None of those for which Python writes.
+    """
+    if CPP is None or entries.map.T is not None or entries.rows.dtype != torch.float32:
+        return [None] * len(nodes)
     writers = Counter(slot.name for node in found.owners for slot in node.site.slots)
     writers.update(slot_of[key].name for key in found.leaves if key in slot_of)
     one = entries.map.num_rows == 1
 
-    def writes(node: Any) -> bool:
-        site, owners = node.site, found.owners[node]
+    def writes(node: Any) -> Any:
+        site, owners = node.site, found.owners.get(node)
         alone = all(writers[slot.name] == 1 for slot in site.slots)
+        if owners is None or not alone or not isinstance(site, FormSite):
+            return None
         in_order = one or _in_order(site.form, owners, entries.map.num_rows)
-        return alone and in_order and _prepared(site, node, entries)
+        return _prepared(site, node, entries) if in_order else None
 
     return [writes(node) for node in nodes]
 
@@ -59,13 +65,15 @@ def _in_order(form: Form, owners: Owners, B: int) -> bool:
     )
 
 
-def _prepared(site: FormSite, node: Any, entries: Entries) -> bool:
-    """Whether the site's nodes have what they need to write gradients like this one's."""
-    dy = node._input_metadata[0]
+def _prepared(site: FormSite, node: Any, entries: Entries) -> Any:
+    """What the site's nodes write of gradients like this one's; None if that takes Python."""
+    inside = isinstance(node, SiteCall)
+    dy = node.dy if inside else node._input_metadata[0]
     if (dy.dtype, dy.device) != site.prepared_for:
         site.prepared_for = dy.dtype, dy.device
-        writes = _writes(site, node.shape, dy.shape, dy.dtype, dy.device, entries)
-        node.shared.writes, site.writes = writes, writes is not None
+        site.writes = _writes(site, node.shape, dy.shape, dy.dtype, dy.device, entries)
+        if not inside:
+            node.shared.writes = site.writes
     return site.writes
 
 

@@ -88,10 +88,8 @@ class CompiledForward:
                     results = self._run(tap.model, args, kwargs)
                 self.used = True
                 return results
-            except (
-                TorchDynamoException,
-                FailOnRecompileLimitHit,
-            ) as error:  # before anything has run
+            # Before anything has run.
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 why = _reason(error)
             results = plain(*args, **kwargs)  # or the error is the model's own
             self._give_up(why)
@@ -192,7 +190,9 @@ def compiled_forward(given: nn.Module, model: nn.Module) -> CompiledForward | No
         return None
     owner, name = place
     made = owner.__dict__[name]
-    context = inspect.getclosurevars(made).nonlocals.get("self") if callable(made) else None
+    context = (
+        inspect.getclosurevars(made).nonlocals.get("self") if inspect.isfunction(made) else None
+    )
     if not all(hasattr(context, name) for name in ("callback", "fullgraph", "_dynamic")):
         return None
     stance = _EAGER[0].prev if _EAGER else torch._dynamo.eval_frame._stance

@@ -168,9 +168,11 @@ class CompiledGraph:
             raise NotInGraphError("parameters on several devices")
         self._device = next(iter(devices), torch.device("cpu"))
         names = {node: closing.asked(inputs[i]) for node, i in tracked.items()}
-        for node, i in tracked.items():
-            if type(inputs[i]) is not nn.Parameter:
-                raise NotInGraphError(f"{names[node]!r}, a {type(inputs[i]).__name__}")
+        for t in inputs:
+            if isinstance(t, Tensor) and (
+                type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided
+            ):
+                raise NotInGraphError(f"an input of type {type(t).__name__}, {t.layout}")
         for node in graph.nodes:
             if hides_code(node):
                 raise NotInGraphError(f"what is inside of {node.name}")
@@ -282,9 +284,9 @@ def _shape(t: Any) -> Any:
     return _Shape(t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
 
 
-def _autocast(device: torch.device) -> tuple[str, torch.dtype, bool]:
+def _autocast(device: torch.device) -> tuple[str, torch.dtype, bool, bool]:
     kind = device.type
-    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False
 
 
 class _Noting(TorchFunctionMode):
@@ -306,10 +308,11 @@ def _of_call(call: GraphCall, results: Sequence[Any]) -> list[Any]:
     if not carrying:
         return results
     memory = {t.untyped_storage()._cdata for t in carrying}
-    if len(memory) < len(carrying):  # a write into one is to be seen in both
-        return results
-    marked = iter(Results.apply(call, *carrying))
-    return [next(marked) if _carries(t) else t for t in results]
+    if len(memory) < len(carrying) or any(t.is_leaf or t._is_view() for t in carrying):
+        return results  # what is written into one is seen in another
+    with torch.autograd._unsafe_preserve_version_counter(tuple(carrying)):
+        Results.apply(call, *carrying)
+    return results
 
 
 def _carries(t: Any) -> bool:

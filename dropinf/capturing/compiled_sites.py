@@ -145,13 +145,14 @@ class Tapped(torch.autograd.Function):
 
 
 class Results(torch.autograd.Function):
-    """The results of a compiled graph, as they are; the walk goes on from here to its inputs."""
+    """The results of a compiled graph themselves; the walk goes on from here to its inputs."""
 
     @staticmethod
     def forward(ctx: Any, call: GraphCall, *results: Tensor) -> tuple[Tensor, ...]:
         ctx.inside = call
         ctx.set_materialize_grads(False)
-        return tuple(t.data for t in results)  # not views: they may be written to
+        ctx.mark_dirty(*results)  # not copies or views, which differ where they are written to
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -349,6 +349,21 @@ def test_whose_rows_depend_on_the_order_of_the_losses():
     check(Net(COMPILED["plain"]).double(), data(), True, turned)
 
 
+def test_results_that_are_written_to():
+    """By the loss: as in plain code, also where what is written to is needed."""
+
+    def written(model, x):
+        y = model(x)
+        y[:, 0] = 0
+        return y.mul_(2).pow(2).flatten(1).sum(1)
+
+    check(Net(COMPILED["plain"]).double(), data(), True, written)
+    model, (x, *_) = Net(lambda s, x: s.k(s.l(x)).tanh()).double(), data()
+    plan, given = Plan.make(model, Full()), torch.compile(model, backend=Counted())
+    with capture(given, plan) as tap, pytest.raises(RuntimeError, match="inplace operation"):
+        tap.rows(written(given, x))
+
+
 def test_several_passes_before_the_rows():
     both = lambda model, x: squares(model, x) + squares(model, x.flip(0)).flip(0)  # noqa: E731
     check(Net(COMPILED["plain"]).double(), data(), True, both)

@@ -7,6 +7,7 @@ some, has the same owners. A pass that differs in any of it is walked again.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from dropinf.capturing.sources import View
 from dropinf.capturing.walk import Found
 from dropinf.compression import ParamPlan, Plan
 
-_MAX_RECORDS = 64  # of graphs: batches of many lengths have one each
+_MAX_RECORDS = 512  # of graphs, some 30 KB each: every length of a batch's texts has one
 _MAX_READ = 1 << 16  # elements of an index or a mask that a record keeps
 
 
@@ -101,9 +102,11 @@ class Kept:
 
     def recall(self, trace: Any, T: int | None) -> Record | None:
         """What a walk over such a graph found."""
-        record = self._records.get((T, trace.signature))
+        key = _key(trace, T)
+        record = self._records.pop(key, None)
         if record is None:
             return None
+        self._records[key] = record  # behind those that were asked for before
         for i, (told, _) in zip(trace.in_python, record.in_python, strict=True):
             node = trace.node(i)
             if _untold(node) or _told(node) != told:
@@ -172,7 +175,7 @@ class Kept:
         )
         while len(self._records) >= _MAX_RECORDS:
             del self._records[next(iter(self._records))]
-        self._records[T, trace.signature] = record
+        self._records[_key(trace, T)] = record
         return record
 
 
@@ -187,6 +190,11 @@ def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options:
     if kept is None or any(a is not b for a, b in zip(kept.parameters, parameters, strict=True)):
         kept = of_plan[options] = Kept(parameters, plan.slots)
     return kept
+
+
+def _key(trace: Any, T: int | None) -> tuple:
+    """Of a graph; its signature may be long, and 128 bits of it do not meet by chance."""
+    return T, hashlib.blake2b(trace.signature, digest_size=16).digest()
 
 
 def _untold(node: Any) -> bool:

@@ -317,3 +317,15 @@ def test_rows_equal_autograd_by_known_calls():
         )
         truth = true_rows(case, model.double(), wide, plan)
         assert (rows - truth).norm() <= 1e-5 * truth.norm(), case.name
+
+
+def test_many_lengths(monkeypatch):
+    """Each is walked once, as long as they are not too many; the oldest goes first."""
+    monkeypatch.setattr(kept, "_MAX_RECORDS", 3)
+    made, model = walks(monkeypatch), mlp()
+    plan = Plan.make(model, Full())
+    with capture(model, plan) as tap:
+        for T in (1, 2, 3, 1, 2, 3, 4, 1, 3, 4, 2):
+            rows = tap.rows(squares(model, (torch.randn(2, T, 4),)))
+            assert rows.shape == (2, plan.width)
+    assert [len(starts[0][0]) for starts, _ in made] == [2] * 6  # 1, 2, 3, then 4, 1 and 2 again

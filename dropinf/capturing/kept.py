@@ -47,7 +47,7 @@ class Record:
     """
 
     owners: Sequence[Owners]
-    in_python: Sequence[tuple[tuple | None, Owners | list[Owners | None] | None]]
+    in_python: Sequence[tuple[tuple, Owners | list[Owners | None] | None]]
     reads: Sequence[tuple[int, Sequence[tuple[str, Any]]]]
     leaves: Sequence[tuple[int, Owners]]
     reading: Reading
@@ -203,13 +203,13 @@ def _untold(node: Any) -> bool:
     return HOOKED in notes or LIKE in notes
 
 
-def _told(node: Any) -> tuple | None:
-    """What tells a node that Python made from others of its class, for a walk."""
+def _told(node: Any) -> tuple:
+    """What tells a node that Python made, or has notes on, from others, for a walk."""
     if type(node) in INSIDES:
         return node.inside.told
     site = site_of(node)
     if site is None:
-        return None
+        return (type(node),)  # held, so that no other class can be in its place
     sources = [(type(source), *(s.name for s in source.slots)) for source, _ in site.targets]
     return type(site), site.name, *sources
 

@@ -22,9 +22,8 @@ namespace dropinf {
 namespace {
 
 TORCH_LIBRARY_FRAGMENT(DROPINF_LIBRARY, m) {
-  define(
-      m,
-      "gather_grads(Tensor?[] grads, Tensor[] indices, Tensor?[] weights, Tensor(a!) out) -> ()");
+  define(m,
+         "gather_grads(Tensor?[] grads, Tensor[] indices, Tensor? weights, Tensor(a!) out) -> ()");
 }
 
 // A tensor in a list, as one whose memory holds its numbers. Negated and conjugate views, and zeros
@@ -37,29 +36,24 @@ at::Tensor resolved(const at::Tensor& tensor) {
 // The gradients of gather_grads, with the tensors that the entries point into.
 struct GatherCall {
   std::vector<at::Tensor> kept, positions;
-  std::vector<at::Tensor> weights;  // [L], or empty where no layer has any
   std::vector<GradEntries> layers;
   // [L + 1] of each layer's terms among those of all sums, where an empty sum counts as a zero.
   std::vector<int64_t> offsets;
 };
 
 GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                       const c10::List<std::optional<at::Tensor>>& weights, const at::Tensor& out) {
+                       const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   const int64_t L = indices.size();
   TORCH_CHECK_VALUE(static_cast<int64_t>(grads.size()) == L,
                     "gather_grads: grads and indices must be equally long, got ", grads.size(),
                     " and ", L);
-  const bool any_weights = !weights.empty();
-  TORCH_CHECK_VALUE(!any_weights || static_cast<int64_t>(weights.size()) == L,
-                    "gather_grads: weights must be none or ", L, ", got ", weights.size());
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 1,
                     "gather_grads: out must be float32 [R], got ", out.scalar_type(), " ",
                     out.sizes());
   GatherCall call;
-  auto& [kept, positions, kept_weights, layers, offsets] = call;
+  auto& [kept, positions, layers, offsets] = call;
   kept.resize(L), positions.resize(L), layers.resize(L), offsets.resize(L + 1);
-  if (any_weights) kept_weights.resize(L);
-  int64_t R = 0;
+  int64_t R = 0, N = 0;
   for (int64_t l = 0; l < L; ++l) {
     TORCH_CHECK_VALUE(
         indices[l].scalar_type() == at::kLong && (indices[l].dim() == 1 || indices[l].dim() == 2),
@@ -70,15 +64,8 @@ GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::Te
     entries.idx = index.const_data_ptr<int64_t>();
     entries.r = index.sizes()[0];
     entries.s = index.dim() == 2 ? index.sizes()[1] : 1;
-    const std::optional<at::Tensor> weight = any_weights ? weights.get(l) : std::nullopt;
-    if (weight && weight->defined()) {
-      TORCH_CHECK_VALUE(weight->scalar_type() == at::kFloat && weight->sizes() == index.sizes(),
-                        "gather_grads: weights[", l, "] must be float32 ", index.sizes(), ", got ",
-                        weight->scalar_type(), " ", weight->sizes());
-      kept_weights[l] = resolved(*weight).contiguous();
-      entries.weights = kept_weights[l].const_data_ptr<float>();
-    }
     R += entries.r;
+    N += entries.r * entries.s;
     offsets[l + 1] = offsets[l] + entries.r * std::max<int64_t>(entries.s, 1);
     std::optional<at::Tensor> grad = grads.get(l);
     if (!grad || !grad->defined()) continue;
@@ -103,7 +90,12 @@ GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::Te
                     " entries of all indices, got ", out.numel());
   float* data = out.mutable_data_ptr<float>();
   const int64_t out_stride = out.stride(0);
+  const float* packed = weights_of("gather_grads", weights, {N});
   for (GradEntries& entries : layers) {
+    if (packed) {
+      entries.weights = packed;
+      packed += entries.r * entries.s;
+    }
     entries.out = data;
     entries.out_stride = out_stride;
     data += entries.r * out_stride;
@@ -117,7 +109,7 @@ GatherCall gather_call(const c10::List<std::optional<at::Tensor>>& grads, at::Te
 int64_t entries_before(int64_t n, int64_t s) { return s <= 1 ? n : (n + s - 1) / s; }
 
 void gather_grads_cpu(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                      const c10::List<std::optional<at::Tensor>>& weights, const at::Tensor& out) {
+                      const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   const GatherCall call = gather_call(grads, indices, weights, out);
   const std::vector<int64_t>& offsets = call.offsets;
   const int64_t L = call.layers.size();
@@ -144,13 +136,13 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("gather_grads", &gather_gra
 #ifdef DROPINF_CUDA
 
 void gather_grads_cuda(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList indices,
-                       const c10::List<std::optional<at::Tensor>>& weights, const at::Tensor& out) {
+                       const std::optional<at::Tensor>& weights, const at::Tensor& out) {
   const char* const op = "gather_grads";
   const c10::cuda::CUDAGuard guard(out.device());
   GatherCall call = gather_call(grads, indices, weights, out);
   check_devices(op, out, call.positions);
   check_devices(op, out, call.kept);
-  check_devices(op, out, call.weights);
+  if (weights) check_devices(op, out, {*weights});
   for (size_t l = 0; l < call.layers.size(); ++l) {
     GradEntries& entries = call.layers[l];
     if (entries.num_dims <= cuda::kMaxDims) continue;

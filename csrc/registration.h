@@ -21,8 +21,12 @@
 
 namespace dropinf {
 
-// The fake of every op: they return nothing, and write into tensors whose shapes are known.
+// The fake of every op: they return nothing, and write into tensors whose shapes are known. One
+// input on meta is enough to come here; an output with memory is then one that stays unwritten.
 inline void do_nothing(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::IValue& last = stack->back();
+  TORCH_CHECK_VALUE(!last.isTensor() || last.toTensor().is_meta(), op.schema().name(),
+                    ": all tensors must be on ", last.toTensor().device(), ", got one on meta");
   torch::jit::drop(*stack, op.schema().arguments().size());
 }
 

@@ -27,13 +27,24 @@ template <typename E>
 bool gather(const GradEntries& entries, int64_t k_begin, int64_t k_end) {
   const E* data = static_cast<const E*>(entries.data);
   bool in_range = true;
-  for (int64_t k = k_begin; k < k_end; ++k) {
-    const bool good = static_cast<uint64_t>(entries.idx[k]) < static_cast<uint64_t>(entries.numel);
-    in_range &= good;
-    const int64_t position = good ? entries.idx[k] : 0;
-    entries.out[k * entries.out_stride] = to_float(data[offset_of(entries, position)]);
+  // Short, with nothing in it of what is the same for all: then more misses are under way at once.
+  const auto loop = [&](const auto& offset) {
+    const int64_t* idx = entries.idx;
+    const uint64_t numel = entries.numel;
+    const int64_t stride = entries.out_stride;
+    float* out = entries.out + k_begin * stride;
+    for (int64_t k = k_begin; k < k_end; ++k, out += stride) {
+      const bool good = static_cast<uint64_t>(idx[k]) < numel;
+      in_range &= good;
+      *out = to_float(data[offset(good ? idx[k] : 0)]);
+    }
+  };
+  if (entries.num_dims == 0) {
+    loop([](int64_t position) { return position; });
+  } else {
+    loop([&](int64_t position) { return offset_of(entries, position); });
   }
-  // Apart, for the loop above has more misses at a time the shorter it is.
+  // Apart, which keeps that loop short.
   float* out = entries.out + k_begin * entries.out_stride;
   if (entries.weights) weigh(entries.weights + k_begin, k_end - k_begin, out, entries.out_stride);
   return in_range;

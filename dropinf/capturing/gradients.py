@@ -26,17 +26,28 @@ class GradsTap(Tap):
     def _attach(self, undo: contextlib.ExitStack) -> None:
         if self._unfreeze:
             only_these_require_grad(self.parameters, self.contents.everything(), undo)
-        self._indices, self._weights = [], []
+        weighted = any(
+            slot.scale != 1 or isinstance(slot.entry_map, SignedSums) for slot in self.plan.slots
+        )
+        self._indices, parts = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
-            index, weights = slot.index, None
-            wide = torch.promote_types(p.dtype, torch.float32)
+            index, signs = slot.index, torch.ones(()).expand(len(slot.index))
             if isinstance(slot.entry_map, SignedSums):
                 numbers, signs = slot.entry_map.groups
-                index, weights = index[numbers], signs.to(wide) * slot.scale
-            elif slot.scale != 1:
-                weights = torch.full((len(index),), slot.scale, dtype=wide)
+                index = index[numbers]
             self._indices.append(index.to(p.device))
-            self._weights.append(None if weights is None else weights.to(p.device))
+            if weighted:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                parts.append(signs.to(wide).flatten() * slot.scale)
+        self._packed: Tensor | None = None  # the weights of all parameters,
+        self._weights: list[Tensor | None] = [None] * len(self._indices)  # and of each
+        if parts:
+            self._packed = torch.cat(parts).to(self._indices[0].device)
+            views = self._packed.split([len(part) for part in parts])
+            self._weights = [
+                view.to(index.device, part.dtype)  # the view, unless the parameters are not alike
+                for view, index, part in zip(views, self._indices, parts, strict=True)
+            ]
         self._used = Used(self.contents, undo)
 
     def rows(
@@ -66,7 +77,7 @@ class GradsTap(Tap):
             if l is None:
                 return
             slot = self.plan.slots[l]
-            part = self._entries([l], [p.grad], loss_scale)
+            part = self._entries([l], [p.grad], self._weights[l], loss_scale)
             rows[current, slot.entries] += part.to(rows.device)
             self.met.add(slot.name)
             self.plan.paths[slot.name] = ".grad"
@@ -94,7 +105,10 @@ class GradsTap(Tap):
                 "use tap.rows(losses)"
             )
         slots, grads = self.plan.slots, [p.grad for p in self.parameters]
-        entries = self._entries(range(len(slots)), grads, loss_scale)
+        weights = self._packed
+        if weights is not None and all(g is None or g.dtype != torch.float64 for g in grads):
+            weights = weights.float()  # wider only if of float64 parameters without a gradient
+        entries = self._entries(range(len(slots)), grads, weights, loss_scale)
         if not self.plan.has_entry_maps:
             return entries
         row = entries.new_zeros(self.plan.width)  # parameters add to entries that they share
@@ -104,7 +118,11 @@ class GradsTap(Tap):
 
     @torch.no_grad()  # a backward pass with create_graph=True leaves gradients that require grad
     def _entries(
-        self, numbers: Sequence[int], grads: Sequence[Tensor | None], loss_scale: float
+        self,
+        numbers: Sequence[int],
+        grads: Sequence[Tensor | None],
+        weights: Tensor | None,
+        loss_scale: float,
     ) -> Tensor:
         """The entries of the parameters of these numbers, side by side, of their gradients."""
         slots = [self.plan.slots[l] for l in numbers]
@@ -115,11 +133,6 @@ class GradsTap(Tap):
             ]
             parts = zip(slots, wide, strict=True)
             return torch.cat([s.entry_map(g.reshape(1, -1) / loss_scale)[0] for s, g in parts])
-        weights = [self._weights[l] for l in numbers]
-        entries = ops.gather_grads(
-            grads,
-            [self._indices[l] for l in numbers],
-            weights=[None if g is None else w for g, w in zip(grads, weights, strict=True)],
-            backend=self.backend,
-        )
+        indices = [self._indices[l] for l in numbers]
+        entries = ops.gather_grads(grads, indices, weights=weights, backend=self.backend)
         return entries if loss_scale == 1 else entries / loss_scale

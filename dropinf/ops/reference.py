@@ -65,9 +65,9 @@ def factored_outer(
     num_columns = sum(
         t.shape[2] if index is None else len(index) for t, index in ((dy, o_idx), (x, i_idx))
     )
-    zeros = None if weights is None else weights == 0
-    if zeros is not None and _readable(zeros) and not zeros.any():
-        zeros = None  # a pass less
+    any_zeros = weights is not None
+    if any_zeros and _readable(weights):
+        any_zeros = int(weights.count_nonzero()) < weights.numel()  # the cheapest test
     step = max(1, _MAX_ELEMENTS // max(1, T * num_columns))
     for start in range(0, B, step):
         part = slice(start, start + step)
@@ -76,11 +76,12 @@ def factored_outer(
             for t, index in ((dy, o_idx), (x, i_idx))
         )
         entries = torch.bmm(left.mT, right).flatten(1)
-        if weights is not None:
-            entries.mul_(weights)
-        if zeros is not None:
-            entries.masked_fill_(zeros, 0.0)
-        out[part] = entries
+        if weights is None:
+            out[part] = entries
+            continue
+        torch.mul(entries, weights, out=out[part])
+        if any_zeros:
+            out[part].masked_fill_(weights == 0, 0.0)
     return out
 
 
@@ -170,19 +171,20 @@ def sampled_conv(
 def gather_grads(
     grads: Sequence[Tensor | None],
     indices: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
+    weights: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """out = cat of sum_j weights[l][k, j] * grads[l].flatten()[indices[l][k, j]], in order of j.
+    """out = cat of sum_j weights_l[k, j] * grads[l].flatten()[indices[l][k, j]], in order of j.
 
-    Indices and weights are [r_l, s_l], or [r_l], which is s_l = 1. A gradient of None is zeros.
-    `weights` is L long, or empty where no layer has any.
+    Indices are [r_l, s_l], or [r_l], which is s_l = 1. A gradient of None is zeros. `weights` are
+    the weights_l of those shapes, flattened, in one.
     """
     start = 0
-    all_weights = weights or [None] * len(indices)
+    sizes = [index.numel() for index in indices]
+    all_weights = [None] * len(sizes) if weights is None else weights.split(sizes)
     for grad, index, weight in zip(grads, indices, all_weights, strict=True):
-        if index.dim() not in (1, 2) or (weight is not None and weight.shape != index.shape):
-            raise ValueError("gather_grads: indices must be [r] or [r, s], and weights as they are")
+        if index.dtype != torch.int64 or index.dim() not in (1, 2):
+            raise ValueError("gather_grads: indices must be int64 [r] or [r, s]")
         if grad is not None and grad.requires_grad and torch.is_grad_enabled():
             raise ValueError("gather_grads: a gradient requires grad")
         entries = out[start : start + len(index)]

@@ -106,6 +106,40 @@ def test_row_after_a_backward_pass_that_can_be_derived(backend):
     model.zero_grad()
 
 
+def test_row_of_two_dtypes():
+    """Weights are as wide as the gradients that are there."""
+    model = nn.ModuleDict({"narrow": nn.Linear(7, 5), "wide": nn.Linear(7, 5).double()})
+    x = torch.randn(4, 7)
+    plan = Plan.make(model, Dropout(r=9))
+    slots = {slot.name: slot for slot in plan.slots}
+    assert all(slot.scale != 1 for slot in plan.slots if slot.r)
+
+    def part(p, slot):
+        return slot.scale * (
+            torch.zeros(slot.r) if p.grad is None else p.grad.flatten()[slot.index]
+        )
+
+    with capture(model, plan, "grads") as tap:
+        for name, inputs, dtype in (
+            ("narrow", x, torch.float32),
+            ("wide", x.double(), torch.float64),
+        ):
+            model[name](inputs).square().sum().backward()
+            row = tap.row()
+            truth = torch.cat(
+                [part(p, slots[n]) for n, p in model.named_parameters() if n in slots]
+            )
+            assert row.dtype == dtype and row.any()
+            torch.testing.assert_close(row, truth.to(dtype), rtol=1e-6, atol=0)
+        losses = sum(
+            model[n](x.to(t)).square().sum(1).double()
+            for n, t in (("narrow", torch.float32), ("wide", torch.float64))
+        )
+        model.zero_grad()
+        rows = tap.rows(losses)
+    torch.testing.assert_close(rows.sum(0).double(), truth.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_unused_parameter_is_zeros():
     class Unused(nn.Module):
         def __init__(self):

@@ -43,7 +43,7 @@ index = torch.arange(5, dtype=torch.int32)
 ops.sampled_outer(x, dy, index, index, None, False, [], out)
 torch.testing.assert_close(out, torch.einsum("bto,bti->boi", dy, x)[:, index.long(), index.long()])
 grad, index, out = torch.randn(9), torch.arange(9), torch.empty(9)
-ops.gather_grads([grad], [index], [], out)
+ops.gather_grads([grad], [index], None, out)
 assert torch.equal(out, grad)
 """
 

@@ -39,6 +39,11 @@ def some_zeros(generator, *shape):
     return weights * torch.randint(4, shape, generator=generator).clamp(max=1)
 
 
+def packed(weights, dtype=torch.float32):
+    """As the op takes them; the rest of this file has them by layer."""
+    return torch.cat([weight.flatten().to(dtype) for weight in weights])
+
+
 def summed(dtype=torch.float32):
     """`buffers` with weighted sums of 0 to 7 coordinates in all layers but one."""
     grads, _ = buffers(dtype)
@@ -49,7 +54,7 @@ def summed(dtype=torch.float32):
         for g, shape in zip(grads, shapes, strict=True)
     ]
     weights = [some_zeros(generator, *shape) for shape in shapes]
-    indices[1], weights[1] = indices[1].flatten(), None
+    indices[1], weights[1] = indices[1].flatten(), weights[1].flatten()
     return grads, indices, weights
 
 
@@ -58,7 +63,6 @@ def exact_sums(grads, indices, weights):
     parts = []
     for g, i, weight in zip(grads, indices, weights, strict=True):
         picked = torch.zeros(i.shape).double() if g is None else g.double().flatten()[i]
-        weight = torch.ones(i.shape) if weight is None else weight
         parts.append((picked * weight.double()).reshape(len(i), -1).sum(1))
     return torch.cat(parts)
 
@@ -68,7 +72,7 @@ def assert_sums(out, grads, indices, weights):
     sizes = exact_sums(
         [None if g is None else g.abs() for g in grads],
         indices,
-        [None if weight is None else weight.abs() for weight in weights],
+        [weight.abs() for weight in weights],
     )
     terms = torch.cat([torch.full((len(i),), i[:1].numel()) for i in indices])
     assert_within(out, exact_sums(grads, indices, weights), (terms + 1) * EPS32 * sizes)
@@ -78,13 +82,13 @@ def assert_sums(out, grads, indices, weights):
 def test_gather_grads(backend, dtype):
     grads, indices = buffers(dtype)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(len(i), generator=generator) for i in indices]
     R = sum(len(i) for i in indices)
+    weights = torch.randn(R, generator=generator)
     row = torch.full((R + 6,), torch.nan)
     out = ops.gather_grads(
         grads, indices, weights=weights, out=row[2 : 2 + R], backend=backend.name
     )
-    assert torch.equal(out, exact(grads, indices).float() * torch.cat(weights))  # one rounding
+    assert torch.equal(out, exact(grads, indices).float() * weights)  # one rounding
     assert row[:2].isnan().all() and row[2 + R :].isnan().all()
 
 
@@ -123,7 +127,7 @@ def test_weighted_sums(backend, dtype):
     out = ops.gather_grads(
         grads,
         indices,
-        weights=weights,
+        weights=packed(weights),
         out=row[2 : 2 + 2 * R : 2],
         backend=backend.name,
     )
@@ -139,10 +143,9 @@ def test_weighted_sums_of_any_layout(backend):
     grads[5] = torch.randn(31).bfloat16().expand(17, 31)
     grads[6] = grads[6].half().to(memory_format=torch.channels_last)
     indices[5] = indices[5].T.contiguous().T
-    weights[4] = None
-    weights[6] = weights[6].repeat_interleave(2, 1)[:, ::2]
-    assert not indices[5].is_contiguous() and not weights[6].is_contiguous()
-    out = ops.gather_grads(grads, indices, weights=weights, backend=backend.name)
+    gaps = packed(weights).repeat_interleave(2)[::2]
+    assert not indices[5].is_contiguous() and not gaps.is_contiguous()
+    out = ops.gather_grads(grads, indices, weights=gaps, backend=backend.name)
     assert_sums(out, grads, indices, weights)
     assert not out[[0, 1, 2, 3, 4, 15, 16, 17, 18, 19]].any()  # no coordinates, no gradient
 
@@ -165,20 +168,20 @@ def test_sums_in_order(backend):
         parts.append(torch.from_numpy(sums))
     truth = torch.cat(parts)
     for _ in numbers_of_threads():
-        out = ops.gather_grads(grads, indices, weights=weights, backend=backend.name)
+        out = ops.gather_grads(grads, indices, weights=packed(weights), backend=backend.name)
         assert torch.equal(out, truth)
 
 
 def test_many_weighted_layers(backend):
-    """More than one CUDA launch takes, sums and single ones by turns, with weights and without."""
+    """More than one CUDA launch takes, sums and single ones by turns."""
     generator = torch.Generator().manual_seed(0)
     grads = list(torch.randn(1500, 7, generator=generator))
     indices = [
         torch.randint(7, (2, 3) if l % 3 else (2,), generator=generator) for l in range(1500)
     ]
-    weights = [None if l % 5 else some_zeros(generator, *i.shape) for l, i in enumerate(indices)]
+    weights = [some_zeros(generator, *i.shape) for i in indices]
     grads[4] = None
-    out = ops.gather_grads(grads, indices, weights=weights, backend=backend.name)
+    out = ops.gather_grads(grads, indices, weights=packed(weights), backend=backend.name)
     assert_sums(out, grads, indices, weights)
 
 
@@ -191,48 +194,38 @@ def test_zeros_leave_out(backend, strided):
     if strided:
         grad = grad.T.contiguous().T
     out = ops.gather_grads(
-        [grad, None], [index, index], weights=[weights] * 2, backend=backend.name
+        [grad, None], [index, index], weights=packed([weights] * 2), backend=backend.name
     )
     assert torch.equal(out, torch.tensor([1.0, -6.0, 0.0, 0.0, 0.0, 0.0]))
 
 
 def test_sums_in_float64():
     grads, indices, weights = summed(torch.float64)
-    out = ops.gather_grads(grads, indices, weights=weights)
-    assert out.dtype == torch.float64
     truth = exact_sums(grads, indices, weights)
-    torch.testing.assert_close(out, truth, rtol=1e-14, atol=1e-14)
+    for dtype in (torch.float32, torch.float64):
+        out = ops.gather_grads(grads, indices, weights=packed(weights, dtype))
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out, truth, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize(
     "indices, weights, message",
     [
-        (torch.zeros(2, 3), [], "weights must be as long as indices, 1, got 0; None stands"),
+        (torch.zeros(2, 3), torch.ones(5), r"weights must be \(6,\), got \(5,\)"),
+        (torch.zeros(2, 3), torch.ones(2, 3), r"weights must be \(6,\), got \(2, 3\)"),
+        (torch.zeros(()), None, r"indices\[0\] must be \[r\] or \[r, s\], got \(\)"),
         (torch.zeros(2, 3, 1), None, r"indices\[0\] must be \[r\] or \[r, s\], got \(2, 3, 1\)"),
+        (torch.zeros(2), torch.ones(2).half(), "weights must be torch.float32 on cpu"),
+        (torch.zeros(2), torch.ones(2).double(), "weights must be torch.float32 on cpu"),
         (
-            torch.zeros(2),
-            [torch.ones(2, 1)],
-            r"weights\[0\] must have the shape \(2,\) of its indices, got \(2, 1\)",
+            torch.zeros(2, 3),
+            torch.ones(6, device="meta"),
+            r"weights must be torch.float32 on cpu, got torch.float32 \(6,\) on meta",
         ),
         (
             torch.zeros(2, 3),
-            [torch.ones(1, 3)],
-            r"weights\[0\] must have the shape \(2, 3\) of its indices, got \(1, 3\)",
-        ),
-        (
-            torch.zeros(2, 3),
-            [torch.ones(2, 3).half()],
-            r"weights\[0\] must be torch.float32 on cpu",
-        ),
-        (
-            torch.zeros(2, 3),
-            [torch.ones(2, 3, device="meta")],
-            r"weights\[0\] must be torch.float32 on cpu, got torch.float32 \(2, 3\) on meta",
-        ),
-        (
-            torch.zeros(2, 3),
-            [torch.ones(2, 3).requires_grad_()],
-            r"weights\[0\] requires grad, and the op has no derivative",
+            torch.ones(6).requires_grad_(),
+            "weights requires grad, and the op has no derivative",
         ),
     ],
     ids=str,
@@ -251,6 +244,12 @@ def test_bad_weights(grad, indices, weights, message):
         ([torch.zeros(3)], [torch.zeros(2, 1, 1).long()], r"indices\[0\] must be \[r\]"),
         ([torch.zeros(3).long()], [torch.tensor([0])], r"grads\[0\] must be floating point"),
         ([torch.zeros(3, device="meta")], [torch.tensor([0])], r"grads\[0\] must be torch.float32"),
+        ([None], [torch.tensor([0], device="meta").int()], r"indices\[0\] must be torch.int64"),
+        (
+            [torch.zeros(3)] * 2,
+            [torch.tensor([0]), torch.tensor([0], device="meta")],
+            r"indices\[1\] must be torch.int64 on cpu",
+        ),
         ([torch.zeros(3).to_sparse()], [torch.tensor([0])], "sparse=False"),
     ],
     ids=str,
@@ -301,7 +300,7 @@ def test_index_of_what_is_left_out(backend, index, strided, shape):
     at.view(-1)[3], weights.view(-1)[3] = index, 0
 
     def run():
-        return ops.gather_grads([grad], [at], weights=[weights], backend=backend.name)
+        return ops.gather_grads([grad], [at], weights=weights.flatten(), backend=backend.name)
 
     if backend.name in dispatch.GPU_BACKENDS:
         assert not run().any()
@@ -314,7 +313,8 @@ def test_index_of_what_is_left_out(backend, index, strided, shape):
 def test_opcheck(weighted):
     if dropinf.backends()["cpu"] != "available":
         pytest.skip(dropinf.backends()["cpu"])
-    grads, indices, weights = summed() if weighted else (*buffers(), ())
+    grads, indices, weights = summed() if weighted else (*buffers(), None)
+    weights = packed(weights) if weighted else None
     grads[1] = None
     out = torch.zeros(sum(len(i) for i in indices))
     torch.use_deterministic_algorithms(False)

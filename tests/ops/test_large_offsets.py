@@ -122,7 +122,7 @@ def test_gather_grads(backend):
     assert torch.equal(out, torch.cat([flat[index], matrix.flatten()]).float())
     assert out.all()
     pairs = [index[[0, 2, 1, 2]].reshape(2, 2), torch.arange(14).reshape(7, 2)]
-    weights = [torch.tensor([1.0, -1.0]).expand_as(pair) for pair in pairs]
+    weights = torch.tensor([1.0, -1.0]).repeat(9)
     out = ops.gather_grads([flat, matrix], pairs, weights=weights, backend=backend.name)
     values = (flat[pairs[0]], matrix.flatten()[pairs[1]])
     assert torch.equal(out, torch.cat([v[:, 0].float() - v[:, 1].float() for v in values]))

@@ -54,7 +54,7 @@ def calls():
         "gather_grads": {
             "grads": [randn(3, 4), randn(7)],
             "indices": [torch.tensor([[0, 5]]), torch.tensor([3])],
-            "weights": [torch.tensor([[1.5, -1.0]]), None],
+            "weights": torch.tensor([1.5, -1.0, 0.5]),
         },
         "gram": {"rows": randn(6, 4), "offsets": (0, 2, 4)},
         "damped_cholesky": {"matrices": PACKED, "offsets": (0, 2, 4), "rows": randn(3, 4)},

@@ -1,5 +1,7 @@
 """Weights of entries: the same laws for every op that takes them, on every backend."""
 
+import math
+
 import pytest
 import torch
 from conftest import BACKENDS
@@ -76,11 +78,12 @@ every = pytest.mark.parametrize("name, backend", PAIRS, indirect=["backend"])
 
 
 def run(op, arguments, weights, backend=None):
-    """[B, r], also of the one gradient of gather_grads."""
+    """[B, r], also of the one gradient of gather_grads, whose weights are packed."""
     if op != "gather_grads":
         return getattr(ops, op)(**arguments, weights=weights, backend=backend)
     given = {name: [value] for name, value in arguments.items()}
-    weights = None if weights is None else [weights]
+    if weights is not None and weights.shape == arguments["indices"].shape:
+        weights = weights.flatten()
     return ops.gather_grads(**given, weights=weights, backend=backend)[None]
 
 
@@ -142,7 +145,9 @@ def test_zeros_leave_out(backend, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_weights(name):
     op, arguments, shape = case(name)
-    of = f"{op}: weights" + (r"\[0\]" if op == "gather_grads" else "")
+    of = f"{op}: weights"
+    if op == "gather_grads":
+        shape = (math.prod(shape),)  # packed
     for weights, message in (
         (torch.ones(3, *shape[1:]), rf"{of} must .*\({shape[0]},.*got \(3,"),
         (torch.ones(*shape, 1), f"{of} must "),

@@ -18,7 +18,7 @@ inline Case gather(const Pools& pools, int64_t L, int64_t numel, int64_t r) {
     for (const int64_t n : positions(r, numel)) at.push_back((n + 7919 * l) % numel);
   }
   const Device<int64_t> idx(at);
-  const std::vector<float> factors = weights(r);
+  const std::vector<float> factors = weights(L * r);
   const Device<float> device_weights(factors), out(L * r);
 
   Case it;
@@ -34,7 +34,7 @@ inline Case gather(const Pools& pools, int64_t L, int64_t numel, int64_t r) {
       grad.dtype = DType::kBFloat16;
       grad.numel = numel;
       grad.idx = idx.data() + l * r;
-      grad.weights = device_weights.data();
+      grad.weights = device_weights.data() + l * r;
       grad.r = r, grad.s = 1;
       grad.out = out.data() + l * r, grad.out_stride = 1;
     }
@@ -42,7 +42,7 @@ inline Case gather(const Pools& pools, int64_t L, int64_t numel, int64_t r) {
   };
   it.wrong = [=, &pool] {
     return compare(out.on_host(), 1, 0,
-                   [&](int64_t n) { return factors[n % r] * pool[n / r * numel + at[n]]; });
+                   [&](int64_t n) { return factors[n] * pool[n / r * numel + at[n]]; });
   };
   return it;
 }

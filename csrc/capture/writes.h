@@ -20,7 +20,7 @@ struct EntryRun {
 };
 
 // What a function does to its input before the op takes it.
-enum class Native { kOuter, kLayerNorm, kRmsNorm, kEmbedding, kConv };
+enum class Native { kOuter, kLayerNorm, kRmsNorm, kEmbedding, kConv, kBatchNorm };
 
 // Dimension 0 of x and dy, or of both unflattened, must be the B examples in order.
 struct Writes {
@@ -33,6 +33,7 @@ struct Writes {
   int64_t padding_id;                        // of an embedding, -1 for none
   std::vector<std::vector<int64_t>> window;  // of a convolution: kernel, stride, padding, dilation
   int64_t groups;                            // of a convolution
+  std::optional<at::Tensor> mean, var;       // of a batch norm
   std::vector<EntryRun> runs;
 
   bool takes(const at::Tensor& dy) const {

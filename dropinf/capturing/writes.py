@@ -28,6 +28,7 @@ _OPS = {
     "rms_norm": "sampled_outer",
     "embedding": "sampled_embedding",
     "conv": "sampled_conv",
+    "batch_norm": "sampled_conv",
 }
 
 

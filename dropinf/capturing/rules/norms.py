@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dropinf import ops
 from dropinf.capturing.rules.forms import (
     OUTER,
     Bias,
@@ -25,25 +26,50 @@ from dropinf.capturing.rules.forms import (
 )
 
 
-def _channel_sums(
+def _channel_sums(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
+    """[N, C, T]: sums over T of x * dy in channel o (i = 0), or of dy alone (i = 1).
+
+    As of a convolution with one weight and one bias for each channel.
+    """
+    one, none = (1,), (0,)
+    return ops.sampled_conv(
+        x,
+        dy,
+        o_idx,
+        i_idx,
+        kernel_size=one,
+        stride=one,
+        padding=none,
+        dilation=one,
+        groups=x.shape[1],
+        bias=True,
+        **options,
+    )
+
+
+def _sums_by_statistics(
     x: Tensor,
     dy: Tensor,
     o_idx: Tensor,
     i_idx: Tensor,
     *,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
     weights: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
-    rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """[N, C, T]: sums over T of x * dy in channel o (i = 0), or of dy alone (i = 1).
+    """`_channel_sums` of x normalised by statistics, without a normalised copy of x.
 
     There are so few channels that all their sums are formed, and then picked from. No weight is 0.
     """
-    total, product = dy.sum(2), (x * dy).sum(2)
-    if rescale is not None:
-        product = rescale(product, total)
-    C = total.shape[1]
+    C = x.shape[1]
+    every = torch.arange(2 * C, dtype=torch.int32, device=x.device)
+    sums = _channel_sums(x, dy, every // 2, every % 2, backend=backend)
+    product, total = sums[:, 0::2], sums[:, 1::2]
+    # sum dy * (x - mean) / std
+    product = (product - mean.to(total) * total) * (var.to(total) + eps).rsqrt()
     entries = torch.cat([product, total], 1).index_select(1, o_idx + C * i_idx)
     if weights is not None:
         entries.mul_(weights)
@@ -162,12 +188,9 @@ def batch_norm(
             "BatchNorm in train mode mixes the examples of a batch; call .eval() on it"
         )
 
-    def rescale(product: Tensor, total: Tensor) -> Tensor:
-        # sum dy * (x - mean) / std, without the normalised copy of x.
-        mean, var = running_mean.to(total), running_var.to(total)
-        return (product - mean * total) * (var + eps).rsqrt()
-
-    yield _channels(input, _both_wide, weight, bias, partial(_channel_sums, rescale=rescale))
+    statistics = {"mean": running_mean, "var": running_var, "eps": eps}
+    op, native = partial(_sums_by_statistics, **statistics), ("batch_norm", statistics)
+    yield _channels(input, _both_wide, weight, bias, op, native)
 
 
 def prelu(input: Tensor, weight: Tensor) -> Iterator[Form]:
@@ -196,6 +219,7 @@ def _channels(
     weight: Tensor | None,
     bias: Tensor | None,
     op: Callable[..., Tensor] = _channel_sums,
+    native: tuple[str, dict[str, Any]] | None = None,
 ) -> Form:
     """A scale and a shift for every channel, dimension 1."""
 
@@ -206,7 +230,7 @@ def _channels(
         )
 
     roles = roles_of(op, (weight, Bias(0)), (bias, Bias(1)))
-    return Form(x, roles, features=None, prepare=with_positions)
+    return Form(x, roles, features=None, prepare=with_positions, native=native)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ void init_capture(py::module_& m) {
     return SiteNode::attach(std::move(site), safe(tap), probe, x, y);
   });
   py::class_<Trace>(m, "Trace")
-      .def(py::init<const at::Tensor&, const py::dict&>())
+      .def(py::init<const at::Tensor&, const py::dict&, const py::object&>())
       .def_property_readonly("signature", &Trace::signature)
       .def_property_readonly("in_python", &Trace::in_python)
       .def_property_readonly("sites", &Trace::sites)

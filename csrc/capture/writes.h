@@ -35,8 +35,9 @@ struct Writes {
   int64_t groups;                            // of a convolution
   std::vector<EntryRun> runs;
 
-  bool takes(const at::Tensor& dy) const {
-    return dy.scalar_type() == dtype && dy.device() == device && dy.numel() > 0;
+  bool takes(const at::Tensor& dy, const at::Tensor& rows) const {
+    return dy.scalar_type() == dtype && dy.device() == device && dy.numel() > 0 &&
+           rows.scalar_type() == at::kFloat && rows.device() == device;
   }
 
   // Overwrites the columns of `rows` [B, R], float32.

@@ -10,13 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from dropinf.capturing.extension import CPP
-from dropinf.capturing.graph import HOOKED, LIKE, FormSite, Site, site_of
+from dropinf.capturing.graph import HOOKED, LIKE, FormSite, Passes, Site, site_of
 from dropinf.capturing.index_rules import as_index
 from dropinf.capturing.owner_rules import read_of
 from dropinf.capturing.owners import Owners
@@ -90,11 +91,11 @@ class Kept:
         if self.table is not None:
             self.table.clear()
 
-    def trace(self, losses: Tensor) -> Any:
+    def trace(self, losses: Tensor, tap: Passes) -> Any:
         """What the graph of the losses looks like; None if that cannot be told."""
         if CPP is None:
             return None
-        trace = CPP.Trace(losses, self.numbers)
+        trace = CPP.Trace(losses, self.numbers, tap)
         return trace if trace.signature else None
 
     def recall(self, trace: Any, T: int | None) -> Record | None:

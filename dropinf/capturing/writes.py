@@ -31,20 +31,28 @@ _OPS = {
 
 
 def writing_of(
-    found: Found, slot_of: Mapping[int, ParamPlan], entries: Entries, nodes: Sequence[Any]
+    found: Found,
+    slot_of: Mapping[int, ParamPlan],
+    entries: Entries,
+    nodes: Sequence[Any],
 ) -> list[bool]:
     """Of each node in C++, whether it writes by itself: alone, and in the order of the rows."""
     if entries.map.T is not None or entries.rows.dtype != torch.float32:
         return [False] * len(nodes)
     writers = Counter(slot.name for node in found.owners for slot in node.site.slots)
     writers.update(slot_of[key].name for key in found.leaves if key in slot_of)
-    one = entries.map.num_rows == 1
+    B = entries.map.num_rows
+
+    def in_order(node: Any) -> bool:
+        form, owners = node.site.form, found.owners[node]
+        if form.features is None and node._input_metadata[0].shape[0] != B:
+            return False  # several images of one example
+        return B == 1 or _in_order(form, owners, B)
 
     def writes(node: Any) -> bool:
-        site, owners = node.site, found.owners[node]
+        site = node.site
         alone = all(writers[slot.name] == 1 for slot in site.slots)
-        in_order = one or _in_order(site.form, owners, entries.map.num_rows)
-        return alone and in_order and _prepared(site, node, entries)
+        return alone and in_order(node) and _prepared(site, node, entries)
 
     return [writes(node) for node in nodes]
 

@@ -178,6 +178,18 @@ def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options:
     return kept
 
 
+def _may_hold_the_model(p: Tensor) -> bool:
+    """Whether hooks or attributes of a parameter may lead back to its model."""
+    if p._backward_hooks or p._post_accumulate_grad_hooks:
+        return True
+    plain = (bool, int, float, str, type(None))
+    return any(not isinstance(value, plain) for value in vars(p).values())
+
+
+def _itself(p: Tensor) -> Tensor:
+    return p
+
+
 def _untold(node: Any) -> bool:
     """Whether there is more to a node than its class, shapes and what rules read."""
     notes = node.metadata

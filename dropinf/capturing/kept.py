@@ -60,7 +60,8 @@ class Kept:
     Attributes:
         parameters: the plan's, in the model.
         slot_of: id of each -> its place in the plan.
-        sources: id of each -> a reference to it, and what it is to those who meet it.
+        sources: id of each -> a reference to it, and what it is to those who meet it; not a weak
+            one, for which torch.utils.swap_tensors would refuse the parameter.
         numbers: id of each -> its number.
         table: calls that sites were made for.
         shared: functions and parameters whose results turned out to be shared by examples.
@@ -70,7 +71,7 @@ class Kept:
         self.parameters = parameters
         self.slot_of = {id(p): slot for p, slot in zip(parameters, slots, strict=True)}
         self.sources = {
-            id(p): (weakref.ref(p), (View.of(slot, p), None))
+            id(p): (partial(_itself, p), (View.of(slot, p), None))
             for p, slot in zip(parameters, slots, strict=True)
         }
         self.numbers = {id(p): number for number, p in enumerate(parameters)}
@@ -171,6 +172,9 @@ _KEPT = weakref.WeakKeyDictionary()
 
 def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options: tuple) -> Kept:
     """What earlier captures of the model left, if its parameters are the same ones still."""
+    if any(map(_may_hold_the_model, parameters)):
+        _KEPT.pop(model, None)  # or the model would be held by what is kept of it
+        return Kept(parameters, plan.slots)
     of_plan = _KEPT.setdefault(model, weakref.WeakKeyDictionary()).setdefault(plan, {})
     kept = of_plan.get(options)
     if kept is None or any(a is not b for a, b in zip(kept.parameters, parameters, strict=True)):
@@ -220,9 +224,11 @@ def _same(value: Any, kept: Any) -> bool:
         return type(value) is int and value == kept
     if isinstance(kept, np.ndarray):
         if isinstance(value, Tensor):
-            fits = tuple(value.shape) == kept.shape
-            return fits and np.array_equal(as_index(value.detach()), kept)
-        return isinstance(value, np.ndarray) and np.array_equal(value, kept)
+            if tuple(value.shape) != kept.shape:
+                return False
+            value = as_index(value.detach())
+        alike = isinstance(value, np.ndarray) and value.dtype == kept.dtype  # ones, or a mask
+        return alike and np.array_equal(value, kept)
     if isinstance(kept, (list, tuple)):
         return (
             type(value) is type(kept) and len(value) == len(kept) and all(map(_same, value, kept))

@@ -73,7 +73,7 @@ void init_capture(py::module_& m) {
       .def(py::init<int64_t>())
       .def("silent", &CompiledCall::silent);
   py::class_<Trace>(m, "Trace")
-      .def(py::init<const at::Tensor&, const py::dict&>())
+      .def(py::init<const at::Tensor&, const py::dict&, const py::object&>())
       .def_property_readonly("signature", &Trace::signature)
       .def_property_readonly("in_python", &Trace::in_python)
       .def_property_readonly("sites", &Trace::sites)

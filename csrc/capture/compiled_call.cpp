@@ -90,7 +90,7 @@ void CompiledCall::begin(const Pass* pass, std::vector<std::shared_ptr<const Wri
 bool CompiledCall::write(int64_t site, const at::Tensor& x, const at::Tensor& dy) {
   if (pass_ == nullptr || at::GradMode::is_enabled() || !pass_->is_running()) return false;
   const auto& writes = writes_.at(site);
-  if (writes == nullptr || wrote_[site] || !writes->takes(dy)) return false;
+  if (writes == nullptr || wrote_[site] || !writes->takes(dy, pass_->rows)) return false;
   writes->write(x, dy, pass_->rows);
   wrote_[site] = true;
   return true;

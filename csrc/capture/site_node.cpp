@@ -56,6 +56,10 @@ PyObject* get_shared(PyObject* self, void*) {
   return pybind11::cast(node_of(self)->site).release().ptr();
 }
 
+PyObject* get_tap(PyObject* self, void*) {
+  return Py_NewRef(node_of(self)->tap.ptr(getPyInterpreter()));
+}
+
 PyObject* get_place(PyObject* self, void*) { return PyLong_FromLongLong(node_of(self)->place); }
 
 PyObject* get_saved(PyObject* self, void*) {
@@ -137,7 +141,7 @@ variable_list SiteNode::apply(variable_list&& grads) {
   const at::Tensor& dy = grads[0];
   if (!dy.defined()) return variable_list(3);
   const bool writes = pass != nullptr && !at::GradMode::is_enabled() && pass->is_running() &&
-                      site->writes != nullptr && site->writes->takes(dy);
+                      site->writes != nullptr && site->writes->takes(dy, pass->rows);
   if (!writes) {
     return in_python(*this, pointer_to<NodePtr, Node>(this), dy);
   }
@@ -156,6 +160,7 @@ PyTypeObject* init_site_nodes() {
       THP_FUNCTION_DEFAULT_PROPERTIES,
       {"site", get_site, nullptr, nullptr, nullptr},
       {"shared", get_shared, nullptr, nullptr, nullptr},
+      {"tap", get_tap, nullptr, nullptr, nullptr},
       {"place", get_place, nullptr, nullptr, nullptr},
       {"saved_tensors", get_saved, nullptr, nullptr, nullptr},
       {"shape", get_shape, nullptr, nullptr, nullptr},

@@ -51,14 +51,15 @@ class SiteNode : public torch::autograd::Node {
   const std::vector<int64_t> shape;  // of the input
   const bool reads;
   torch::autograd::SavedVariable x;
-  int64_t place = -1;          // among the sites of the trace it was last in
-  const Pass* pass = nullptr;  // in which it writes by itself
-  bool wrote = false;          // in that pass
+  const void* trace = nullptr;  // the last one that it was in, as long as that one lives
+  int64_t place = -1;           // among the sites of it
+  const Pass* pass = nullptr;   // in which it writes by itself
+  bool wrote = false;           // in that pass
 };
 
 constexpr int kProbe = 0, kInput = 1, kFunction = 2;  // a node's edges
 
-// Gives nodes of this class a Python type with `site`, `shared`, `place`, `saved_tensors`,
+// Gives nodes of this class a Python type with `site`, `shared`, `tap`, `place`, `saved_tensors`,
 // `shape`.
 PyTypeObject* init_site_nodes();
 

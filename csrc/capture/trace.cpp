@@ -1,5 +1,6 @@
 #include "trace.h"
 
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/python_anomaly_mode.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
@@ -41,7 +42,7 @@ bool made_by_python(const Node& node) {
 
 }  // namespace
 
-Trace::Trace(const at::Tensor& losses, const py::dict& numbers) {
+Trace::Trace(const at::Tensor& losses, const py::dict& numbers, const py::object& tap) {
   Writer add(signature_);
   std::unordered_map<Node*, int64_t> place;
   const auto number = [&](const NodePtr& node) {
@@ -58,11 +59,13 @@ Trace::Trace(const at::Tensor& losses, const py::dict& numbers) {
     const auto& edges = node.next_edges();
     size_t first = 0, last = edges.size();
     if (site != nullptr) {
+      site->trace = this;  // even if an earlier one, of a pass that failed, is still there
       site->place = static_cast<int64_t>(sites_.size());
       sites_.push_back(site);
       site_places_.push_back(static_cast<int64_t>(i));
       add(-1);
       add(site->site->kind);
+      add(site->tap.ptr(getPyInterpreter()) == tap.ptr());
       first = kInput, last = kInput + 1;  // past the function itself
     } else if (auto* const leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(&node)) {
       add(-2);
@@ -148,6 +151,8 @@ std::vector<int64_t> Trace::silent() const {
 
 void Trace::end() {
   for (SiteNode* const site : sites_) {
+    if (site->trace != this) continue;
+    site->trace = nullptr;
     site->pass = nullptr;
     site->place = -1;
   }

@@ -16,8 +16,9 @@ namespace dropinf {
 
 class Trace {
  public:
-  // `numbers` has the number of each parameter, by its id.
-  Trace(const at::Tensor& losses, const pybind11::dict& numbers);
+  // `numbers` has the number of each parameter, by its id. Sites of another tap than this one may
+  // be in the graph, which is another graph then.
+  Trace(const at::Tensor& losses, const pybind11::dict& numbers, const pybind11::object& tap);
   ~Trace() { end(); }
   Trace(const Trace&) = delete;
   Trace& operator=(const Trace&) = delete;

@@ -36,8 +36,9 @@ struct Writes {
   std::optional<at::Tensor> mean, var;       // of a batch norm
   std::vector<EntryRun> runs;
 
-  bool takes(const at::Tensor& dy) const {
-    return dy.scalar_type() == dtype && dy.device() == device && dy.numel() > 0;
+  bool takes(const at::Tensor& dy, const at::Tensor& rows) const {
+    return dy.scalar_type() == dtype && dy.device() == device && dy.numel() > 0 &&
+           rows.scalar_type() == at::kFloat && rows.device() == device;
   }
 
   // Overwrites the columns of `rows` [B, R], float32.

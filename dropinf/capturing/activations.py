@@ -168,7 +168,7 @@ class ActivationsTap(Tap):
             rows.zero_()  # parameters add to entries that they share
         entries = Entries(rows, row_map, self.backend, self.plan.prepared)
         everything = self._used.everything()
-        given = losses, entries, self._slot_of, self.probe, everything, self.sharded, self._kept
+        given = losses, entries, self._slot_of, self, everything, self.sharded, self._kept
         return Backward(*given), entries
 
     def _finished(self, run: Backward, entries: Entries) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dropinf.capturing.call_args import argument
 from dropinf.capturing.checkpoints import Region, reentrant, runs_again
 from dropinf.capturing.entries import Entries
-from dropinf.capturing.graph import FormSite, of_one
+from dropinf.capturing.graph import FormSite, Passes, of_one
 from dropinf.capturing.kept import Kept, Record, calls_in
 from dropinf.capturing.owners import Array
 from dropinf.capturing.passes import taken
@@ -43,14 +43,14 @@ class Backward:
         losses: Tensor,
         entries: Entries,
         slot_of: Mapping[int, ParamPlan],
-        probe: Tensor,
+        tap: Passes,
         everything: Sequence[Tensor],
         sharded: bool,
         kept: Kept,
     ) -> None:
         """`everything` is all parameters of the model, which `sharded` gathers for each forward."""
         self._losses, self._entries, self._slot_of = losses, entries, slot_of
-        self._probe, self._everything, self._sharded = probe, everything, sharded
+        self._tap, self._everything, self._sharded = tap, everything, sharded
         self._kept, self._T = kept, entries.map.T
         self.num_losses = len(losses)
         self._one = self.num_losses == 1 and self._T is None  # whose is everything
@@ -99,12 +99,13 @@ class Backward:
     def _read(self) -> None:
         """Find out whose what is: as it was for such a graph, or by a walk."""
         losses, T = self._losses, self._T
-        trace = None if self._sharded else self._kept.trace(losses)
+        trace = None if self._sharded else self._kept.trace(losses, self._tap)
         record = None if trace is None else self._kept.recall(trace, T)
         if record is None:
             self._found = walk([(losses, _seeds(losses, T))], T)
+            ours = self._only_ours()
             self.reading.add(self._found, self._slot_of, self._one)
-            if trace is not None:
+            if trace is not None and ours:
                 writing = partial(writing_of, self._found, self._slot_of, self._entries)
                 record = self._kept.remember(trace, T, self._found, self.reading, writing)
         else:
@@ -113,6 +114,18 @@ class Backward:
         self._trace = trace  # by which nodes are found as long as it lives
         if record is not None and record.written:
             self._record, self._calls = record, calls_in(trace)
+
+    def _only_ours(self) -> bool:
+        """Whether all sites are of this capture; those of others write nothing.
+
+        Raises:
+            RuntimeError: some are of a capture that is closed.
+        """
+        others = [node for node in self._found.owners if node.tap is not self._tap]
+        for node in others:
+            node.tap.refuse_outside()
+            del self._found.owners[node]
+        return not others
 
     def _told(self) -> bool:
         """Whether a pass is told what it is for, so that it forms nothing else.
@@ -132,11 +145,11 @@ class Backward:
     def _all_losses(self, retain_graph: bool) -> None:
         self._b = None
         with contextlib.nullcontext() if self._told() else taken(self._leaves(), self._take):
-            self._pass(self._losses, retain_graph, [self._probe] if self._told() else None)
+            self._pass(self._losses, retain_graph, [self._tap.probe] if self._told() else None)
 
     def _one_loss(self, b: int, retain_graph: bool) -> None:
         self._b = b
-        inputs = [*self._leaves(), *([self._probe] if self.reading.lost or self._all else [])]
+        inputs = [*self._leaves(), *([self._tap.probe] if self.reading.lost or self._all else [])]
         self._pass(self._losses[b], retain_graph, inputs if self._told() else None)
 
     def _pass(self, losses: Tensor, retain_graph: bool, inputs: list[Tensor] | None) -> None:

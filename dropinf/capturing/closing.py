@@ -309,18 +309,18 @@ class Closing(TorchFunctionMode):
         )
         parameters = [role.tensor for _, role in site.targets]
         plain = {Tensor, torch.nn.Parameter}
-        rest = [
-            value
-            for value in (*met.args, *met.kwargs.values())
-            if value is not x and not any(value is p for p in parameters)
-        ]
+        values = (*met.args, *met.kwargs.values())
+        rest = [v for v in values if v is not x and not any(v is p for p in parameters)]
         if not whole or any(type(t) not in plain for t in met.tensors):
             return
-        if all(isinstance(value, Tensor) or _is_plain(value) for value in rest):
+        once = sum(v is x for v in values) == 1
+        # A tensor without dimensions may be read as a number, and be another one later.
+        if once and all(v.dim() if isinstance(v, Tensor) else _is_plain(v) for v in rest):
             form = site.form
             features = 0 if form.features is None else form.features[0] + form.experts
-            args = met.func, met.args, met.kwargs, x, parameters, features, form.flat, shared
-            self._kept.table.add(*args)
+            args, kwargs = swap(met.args, {}), swap(met.kwargs, {})  # lists of its own
+            call = met.func, args, kwargs, x, parameters, features, form.flat, shared
+            self._kept.table.add(*call)
 
     def _form(self, met: Meeting) -> Form | None:
         try:
@@ -370,7 +370,7 @@ class Closing(TorchFunctionMode):
 
 def _is_plain(value: Any) -> bool:
     """Whether a value is what it was if it compares equal."""
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list, torch.Size):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (int, float, str, torch.dtype))
 

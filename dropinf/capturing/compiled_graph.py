@@ -90,7 +90,7 @@ class CompiledGraph:
         """The results, in a capture."""
         sources = {i: closing.detached(inputs[i]) for i in self._tracked}
         sites = [
-            SiteCall(site, kept.x_shape, kept.y)
+            SiteCall(tap, site, kept.x_shape, kept.y)
             for site, kept in zip(self._sites_of(sources), self._sites, strict=True)
         ]
         shapes = (_autocast(self._device), *(_shape(inputs[i]) for i in self._data))

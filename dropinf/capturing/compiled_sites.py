@@ -39,13 +39,13 @@ class SiteCall:
     """One call of a site in compiled code: to the walk and the backward pass, its node.
 
     Attributes:
-        site: the site.
+        tap, site: as of a node.
         shape: of its input when the graph was made, whose last dimensions do not change.
         dy: the same of its output, with dtype and device.
     """
 
-    def __init__(self, site: Site, shape: Sequence[int], dy: Any) -> None:
-        self.site, self.shape, self.dy = site, shape, dy
+    def __init__(self, tap: Passes, site: Site, shape: Sequence[int], dy: Any) -> None:
+        self.tap, self.site, self.shape, self.dy = tap, site, shape, dy
 
 
 class GraphCall:

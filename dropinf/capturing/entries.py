@@ -144,7 +144,7 @@ class Entries:
     def _rows_at(self, rows: Array) -> Rows:
         if np.array_equal(rows, np.arange(self.map.num_rows)):
             return slice(None)
-        return torch.from_numpy(np.ascontiguousarray(rows))
+        return torch.from_numpy(np.array(rows))
 
     def _pull_lookup(self, source: Lookup, shape: torch.Size, grads: Tensor, owners: Array) -> bool:
         """Whether the looked-up rows are the last dimension of the data, and could be written."""

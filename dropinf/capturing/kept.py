@@ -11,13 +11,14 @@ import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from dropinf.capturing.extension import CPP
-from dropinf.capturing.graph import HOOKED, INSIDES, LIKE, FormSite, site_of
+from dropinf.capturing.graph import HOOKED, INSIDES, LIKE, FormSite, Passes, site_of
 from dropinf.capturing.index_rules import as_index
 from dropinf.capturing.owner_rules import read_of
 from dropinf.capturing.owners import Owners
@@ -62,7 +63,8 @@ class Kept:
     Attributes:
         parameters: the plan's, in the model.
         slot_of: id of each -> its place in the plan.
-        sources: id of each -> a reference to it, and what it is to those who meet it.
+        sources: id of each -> a reference to it, and what it is to those who meet it; not a weak
+            one, for which torch.utils.swap_tensors would refuse the parameter.
         numbers: id of each -> its number.
         table: calls that sites were made for.
         shared: functions and parameters whose results turned out to be shared by examples.
@@ -72,7 +74,7 @@ class Kept:
         self.parameters = parameters
         self.slot_of = {id(p): slot for p, slot in zip(parameters, slots, strict=True)}
         self.sources = {
-            id(p): (weakref.ref(p), (View.of(slot, p), None))
+            id(p): (partial(_itself, p), (View.of(slot, p), None))
             for p, slot in zip(parameters, slots, strict=True)
         }
         self.numbers = {id(p): number for number, p in enumerate(parameters)}
@@ -93,11 +95,11 @@ class Kept:
         if self.table is not None:
             self.table.clear()
 
-    def trace(self, losses: Tensor) -> Any:
+    def trace(self, losses: Tensor, tap: Passes) -> Any:
         """What the graph of the losses looks like; None if that cannot be told."""
         if CPP is None:
             return None
-        trace = CPP.Trace(losses, self.numbers)
+        trace = CPP.Trace(losses, self.numbers, tap)
         return trace if trace.signature else None
 
     def recall(self, trace: Any, T: int | None) -> Record | None:
@@ -185,6 +187,9 @@ _KEPT = weakref.WeakKeyDictionary()
 
 def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options: tuple) -> Kept:
     """What earlier captures of the model left, if its parameters are the same ones still."""
+    if any(map(_may_hold_the_model, parameters)):
+        _KEPT.pop(model, None)  # or the model would be held by what is kept of it
+        return Kept(parameters, plan.slots)
     of_plan = _KEPT.setdefault(model, weakref.WeakKeyDictionary()).setdefault(plan, {})
     kept = of_plan.get(options)
     if kept is None or any(a is not b for a, b in zip(kept.parameters, parameters, strict=True)):
@@ -195,6 +200,18 @@ def kept_of(model: nn.Module, plan: Plan, parameters: Sequence[Tensor], options:
 def _key(trace: Any, T: int | None) -> tuple:
     """Of a graph; its signature may be long, and 128 bits of it do not meet by chance."""
     return T, hashlib.blake2b(trace.signature, digest_size=16).digest()
+
+
+def _may_hold_the_model(p: Tensor) -> bool:
+    """Whether hooks or attributes of a parameter may lead back to its model."""
+    if p._backward_hooks or p._post_accumulate_grad_hooks:
+        return True
+    plain = (bool, int, float, str, type(None))
+    return any(not isinstance(value, plain) for value in vars(p).values())
+
+
+def _itself(p: Tensor) -> Tensor:
+    return p
 
 
 def _untold(node: Any) -> bool:
@@ -242,9 +259,11 @@ def _same(value: Any, kept: Any) -> bool:
         return type(value) is int and value == kept
     if isinstance(kept, np.ndarray):
         if isinstance(value, Tensor):
-            fits = tuple(value.shape) == kept.shape
-            return fits and np.array_equal(as_index(value.detach()), kept)
-        return isinstance(value, np.ndarray) and np.array_equal(value, kept)
+            if tuple(value.shape) != kept.shape:
+                return False
+            value = as_index(value.detach())
+        alike = isinstance(value, np.ndarray) and value.dtype == kept.dtype  # ones, or a mask
+        return alike and np.array_equal(value, kept)
     if isinstance(kept, (list, tuple)):
         return (
             type(value) is type(kept) and len(value) == len(kept) and all(map(_same, value, kept))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 Value = TypeVar("Value")
+Reference = Callable[[], Tensor | None]
 
 
 class Marks(Generic[Value]):
@@ -18,9 +19,9 @@ class Marks(Generic[Value]):
         known: id of each tensor that has one -> a reference to it, and the value.
     """
 
-    def __init__(self, known: Mapping[int, tuple[weakref.ref, Value]] | None = None) -> None:
+    def __init__(self, known: Mapping[int, tuple[Reference, Value]] | None = None) -> None:
         """From what is known elsewhere of tensors that outlive this."""
-        self.known: dict[int, tuple[weakref.ref, Value]] = dict(known or {})
+        self.known: dict[int, tuple[Reference, Value]] = dict(known or {})
 
     def get(self, tensor: Tensor) -> Value | None:
         """The tensor's value, None if it has none."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,9 +31,17 @@ def write(args: tuple, kwargs: dict, y: Any) -> None:
     """Where a value was written, which the node of a write into a part does not say."""
     x, index = args[:2]
     if x.requires_grad and type(x.grad_fn).__name__ == "CopySlices":
-        x.grad_fn.metadata[WRITTEN] = tree_map(
-            lambda i: as_index(i.detach().clone()) if isinstance(i, Tensor) else i, index
-        )
+        x.grad_fn.metadata[WRITTEN] = tree_map(_as_it_is, index)
+
+
+def _as_it_is(index: Any) -> Any:
+    """An index that stays what it is when what it was made of is written to."""
+    if isinstance(index, Tensor):
+        return as_index(index.detach().clone())
+    if isinstance(index, slice):
+        ends = index.start, index.stop, index.step
+        return slice(*(i if i is None else operator.index(i) for i in ends))
+    return index.copy() if isinstance(index, np.ndarray) else index
 
 
 def lengths(args: tuple, kwargs: dict, y: Tensor) -> None:

@@ -43,15 +43,22 @@ def writing_of(
         return [None] * len(nodes)
     writers = Counter(slot.name for node in found.owners for slot in node.site.slots)
     writers.update(slot_of[key].name for key in found.leaves if key in slot_of)
-    one = entries.map.num_rows == 1
+    B = entries.map.num_rows
+
+    def in_order(node: Any, owners: Owners) -> bool:
+        form = node.site.form
+        if B > 1:
+            return _in_order(form, owners, B)
+        # Without features, not where one example has several images, or may have.
+        inside = isinstance(node, SiteCall)
+        return form.features is not None or (not inside and node._input_metadata[0].shape[0] == 1)
 
     def writes(node: Any) -> Any:
         site, owners = node.site, found.owners.get(node)
         alone = all(writers[slot.name] == 1 for slot in site.slots)
         if owners is None or not alone or not isinstance(site, FormSite):
             return None
-        in_order = one or _in_order(site.form, owners, entries.map.num_rows)
-        return _prepared(site, node, entries) if in_order else None
+        return _prepared(site, node, entries) if in_order(node, owners) else None
 
     return [writes(node) for node in nodes]
 

@@ -26,7 +26,7 @@ void in_python(const at::Tensor& x, const at::Tensor& dy, int64_t number, int64_
   pybind11::gil_scoped_acquire gil;
   static PyObject* write = nullptr;
   if (write == nullptr) {
-    THPObjectPtr module(PyImport_ImportModule("dropinf.capturing.compiled_sites"));
+    THPObjectPtr module(PyImport_ImportModule("dropinf.capturing.compiled.sites"));
     if (module) write = PyObject_GetAttrString(module.get(), "write_in_python");
   }
   THPObjectPtr input(THPVariable_Wrap(x)), gradient(THPVariable_Wrap(dy));

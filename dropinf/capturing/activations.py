@@ -87,7 +87,7 @@ class ActivationsTap(Tap):
         undo.callback(handle.remove)
         self._compiled = None  # what calls the model, if torch.compile was given all of it
         if "torch._dynamo" in sys.modules:  # compiled code would bypass the mode
-            from dropinf.capturing.compiled import compiled_forward
+            from dropinf.capturing.compiled.forward import compiled_forward
 
             if self._per == "example" and not self.sharded:
                 self._compiled = compiled_forward(self.given, self.model)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dropinf import ops
-from dropinf.capturing.compiled_sites import SiteCall
+from dropinf.capturing.compiled.sites import SiteCall
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.extension import CPP
 from dropinf.capturing.graph import FormSite

@@ -1,7 +1,7 @@
 """A graph of torch.compile, with a site at each call in which a tracked parameter meets data.
 
 The compiler hands over straight-line code, whose inputs are parameters and data. If a parameter is
-used in a way that `compiled_uses` does not know, or something hides code of its own, the graph is
+used in a way that `uses` does not know, or something hides code of its own, the graph is
 refused, before it has run.
 
 Whose the positions are inside is read by the walk, as everywhere, from the same code run on shapes
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropinf.capturing.call_args import named
 from dropinf.capturing.closing import Closing
-from dropinf.capturing.compiled_sites import (
+from dropinf.capturing.compiled.sites import (
     GRAPHS,
     GraphCall,
     Probe,
@@ -32,7 +32,7 @@ from dropinf.capturing.compiled_sites import (
     ids_of,
     tapped,
 )
-from dropinf.capturing.compiled_uses import (
+from dropinf.capturing.compiled.uses import (
     Use,
     example,
     function_of,

@@ -1,7 +1,7 @@
 """Models under torch.compile, which stay compiled inside a capture.
 
 What torch.compile was told compiles the model once more, for captures alone, so that nothing that
-was compiled before is used or lost; `compiled_graph` puts the sites in. Where it cannot, the model
+was compiled before is used or lost; `graph` puts the sites in. Where it cannot, the model
 is captured as written, which is said once.
 """
 
@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from dropinf.capturing.checkpoints import region
 from dropinf.capturing.closing import Closing, transformed
-from dropinf.capturing.compiled_graph import CompiledGraph, NotInGraphError
+from dropinf.capturing.compiled.graph import CompiledGraph, NotInGraphError
 from dropinf.capturing.tap import _EAGER, NotCompiledError
 from dropinf.compression import Plan
 from dropinf.user_warning import warn_user

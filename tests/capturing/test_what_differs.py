@@ -243,6 +243,18 @@ def test_rows_inside_of_a_pass():
         assert_exact(found, model, plan, loss_fn)
 
 
+def test_a_part_of_no_elements():
+    """What is made of a parameter may be empty, where several losses are of one example."""
+
+    def call(x, weight, layer):
+        return torch.cat([x * weight, F.linear(x[1:] * (2 * weight)[1:], layer)])
+
+    model = Calling(call, (1, 6), (6, 6))
+    x = torch.randn(1, 6)
+    plan = Plan.make(model, Dropout(r=5))
+    assert_same(model, plan, lambda: squares(model, (x,)).repeat_interleave(2), lambda: None)
+
+
 def captured(model):
     plan = Plan.make(model, Full())
     with capture(model, plan) as tap:

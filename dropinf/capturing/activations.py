@@ -144,15 +144,15 @@ class ActivationsTap(Tap):
         """
         with torch._C.DisableTorchFunction():
             run, entries = self._backward_of(losses, segment_ids)
-        self._backward = run
+        around, self._backward = self._backward, run  # a pass whose hook calls this
         self._closing.show_all(True)
         compiled = contextlib.nullcontext() if self._compiled is None else self._compiled.passes()
         try:
             with compiled:
                 run.run(retain_graph)
         finally:
-            self._backward = None
-            self._closing.show_all(False)
+            self._backward = around
+            self._closing.show_all(around is not None)
         with torch._C.DisableTorchFunction():
             rows = self._finished(run, entries)
             return rows if loss_scale == 1 else rows.div_(loss_scale)

@@ -138,7 +138,7 @@ class Entries:
                 _item_gradient(i, items, shape, by_item, dims, own)
                 for i in range(some.start, some.stop)
             ]
-            for view, entries in source.pull(torch.stack(whole).reshape(-1, *base)):
+            for view, entries in source.pull(torch.stack(whole).reshape(len(whole), *base)):
                 self.add(view, entries, _part(at, some))
 
     def _rows_at(self, rows: Array) -> Rows:

@@ -225,6 +225,36 @@ def test_a_pass_that_failed_is_freed_in_a_later_one():
     assert_exact(rows, model, plan, loss_fn)
 
 
+def test_rows_inside_of_a_pass():
+    """A hook that takes the rows of another graph leaves the pass around it as it was."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x = torch.randn(3, 4)
+    plan, inner = Plan.make(model, Full()), []
+
+    def loss_fn():
+        return squares(lambda x: Interrupting.apply(model(x)), (x,))
+
+    with capture(model, plan) as tap:
+        losses = squares(model, (x,))
+        Interrupting.call = lambda: inner.append(tap.rows(losses))
+        rows = [tap.rows(loss_fn()), *inner]
+    Interrupting.call = lambda: None
+    for found in rows:
+        assert_exact(found, model, plan, loss_fn)
+
+
+def test_a_part_of_no_elements():
+    """What is made of a parameter may be empty, where several losses are of one example."""
+
+    def call(x, weight, layer):
+        return torch.cat([x * weight, F.linear(x[1:] * (2 * weight)[1:], layer)])
+
+    model = Calling(call, (1, 6), (6, 6))
+    x = torch.randn(1, 6)
+    plan = Plan.make(model, Dropout(r=5))
+    assert_same(model, plan, lambda: squares(model, (x,)).repeat_interleave(2), lambda: None)
+
+
 def captured(model):
     plan = Plan.make(model, Full())
     with capture(model, plan) as tap:

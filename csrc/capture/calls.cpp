@@ -254,19 +254,20 @@ PyObject* call_function(PyObject* self_object, PyObject* packed, PyObject*) {
   const int special = PySet_Contains(self.special, func);
   if (special < 0) throw python_error();
   PyObject* known = nullptr;
-  bool shown = special == 1 || (!grad && self.froze);
-  if (!shown && grad) {
+  bool shown = !grad && (special == 1 || self.froze);
+  if (grad) {
     known = first_known(self, args);
     if (known == nullptr && kwargs != nullptr) known = first_known(self, kwargs);
     if (PyErr_Occurred() != nullptr) throw python_error();
     shown = known != nullptr;
-    if (shown) {
+    if (shown && special == 0) {
       const int describes = PySet_Contains(self.describing, func);
       if (describes < 0) throw python_error();
       shown = describes == 0;
     }
   }
-  if (!shown) return PyObject_Call(func, args, kwargs);
+  const bool noted = grad && special == 1 && !shown;
+  if (!shown && !noted) return PyObject_Call(func, args, kwargs);
   if (known != nullptr && !self.shows_all) {
     const auto found = self.table->calls.find(known);
     if (found != self.table->calls.end() && is_plain_autograd(self)) {
@@ -280,7 +281,7 @@ PyObject* call_function(PyObject* self_object, PyObject* packed, PyObject*) {
     }
   }
   THPObjectPtr empty(kwargs == nullptr ? PyDict_New() : nullptr);
-  THPObjectPtr called(PyObject_GetAttrString(self.closing, "called"));
+  THPObjectPtr called(PyObject_GetAttrString(self.closing, noted ? "noted" : "called"));
   if (!called) throw python_error();
   return PyObject_CallFunctionObjArgs(called.get(), func, args,
                                       kwargs == nullptr ? empty.get() : kwargs, nullptr);

@@ -129,11 +129,23 @@ class Closing(TorchFunctionMode):
         met = Meeting(func, args, kwargs, tensors, sources) if sources else None
         y = func(*args, **kwargs) if met is None else self._meet(met)
         if func in NOTES:
-            with torch._C.DisableTorchFunction():
-                NOTES[func](args, kwargs, y)
-                if NOTES[func] is HOOK and (func is not _GRAD_FN or y is not None):
-                    self.hooked(args[0])
+            self._note(func, args, kwargs, y)
         return y
+
+    def noted(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a function that is given no parameter, and leaves more behind than its node says."""
+        if func in _GRADIENTS:
+            return self._tap.gradients(func, args, kwargs)
+        y = func(*args, **kwargs)
+        if torch.is_grad_enabled() and not transformed():
+            self._note(func, args, kwargs, y)
+        return y
+
+    def _note(self, func: Callable, args: tuple, kwargs: dict, y: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            NOTES[func](args, kwargs, y)
+            if NOTES[func] is HOOK and (func is not _GRAD_FN or y is not None):
+                self.hooked(args[0])
 
     def __exit__(self, *_: Any) -> None:
         """Leave the stack of modes, wherever it is there: captures may be closed in any order."""

@@ -57,7 +57,7 @@ class TrainingRows:
         self._model = model
         self._open = ExitStack()  # from here to `close`, over many calls
         with torch.enable_grad():
-            self._collection = Collection(model, loss_fn, plan, path, **options)
+            self._collection = Collection(model, loss_fn, plan, path, trained=True, **options)
         self._open.enter_context(self._collection)
 
     def add(self, batch: Any, step: int, positions: Callable[[int], list[int]]) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropinf.compression import Plan
-from dropinf.integrations.drawn import Drawn
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
 from dropinf.integrations.versions import require
-from dropinf.rows import RowStore, collect
+from dropinf.rows import Drawn, RowStore, collect
 
 require("transformers", "5", tested="5.23")
 

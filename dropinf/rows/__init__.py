@@ -2,6 +2,8 @@
 
 from dropinf.rows.batches import LossFn
 from dropinf.rows.collecting import Collection, collect
+from dropinf.rows.drawn import Drawn
+from dropinf.rows.lock import LockedError
 from dropinf.rows.row_passes import (
     PART_BYTES,
     mark_invalid,
@@ -13,11 +15,14 @@ from dropinf.rows.row_passes import (
     take,
     valid_rows,
 )
-from dropinf.rows.store import RowStore, RowWriter, finite_rows
+from dropinf.rows.store import RowStore, finite_rows
+from dropinf.rows.writing import RowWriter
 
 __all__ = [
     "PART_BYTES",
     "Collection",
+    "Drawn",
+    "LockedError",
     "LossFn",
     "RowStore",
     "RowWriter",

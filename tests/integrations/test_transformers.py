@@ -16,12 +16,12 @@ from zoo import GROUPED, IDS, SMALL, build_as  # noqa: E402
 
 import dropinf  # noqa: E402
 from dropinf.integrations import transformers_losses, versions  # noqa: E402
-from dropinf.integrations.drawn import Drawn  # noqa: E402
 from dropinf.integrations.transformers import (  # noqa: E402
     InfluenceCallback,
     causal_lm_loss,
     loss_fn_for,
 )
+from dropinf.rows import Drawn  # noqa: E402
 
 T5 = {
     "decoder_start_token_id": 0,

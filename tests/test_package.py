@@ -271,6 +271,20 @@ def test_readme_solvers(tmp_path, monkeypatch):
     assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)
 
 
+def test_readme_stores(tmp_path, monkeypatch):
+    """And those on rows on disk."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    plan, asked = namespace["plan"], namespace["asked"]
+    namespace["rows"] = torch.randn(2, plan.width)
+    asked.append(torch.zeros(1, plan.width), ids=[500])
+    namespace["more"] = asked[500]
+    exec(next(block for block in others if "RowStore.join" in block), namespace)
+    assert len(namespace["joint"]) == 103 and namespace["ids"].max() < 100
+
+
 def test_warnings_point_at_the_user(recwarn):
     """At the line that called the package, however deep inside of it the warning was made."""
     plan = dropinf.Plan.make(torch.nn.Linear(4, 1, bias=False), dropinf.Full())

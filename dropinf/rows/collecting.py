@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from dropinf.capturing import Proof
 from dropinf.compression import Plan
 from dropinf.rows.batches import Batches, CaptureOptions, LossFn
 from dropinf.rows.checks import Checks
@@ -169,7 +170,8 @@ class Collection:
         self._options = _shaping(model, mode, segment_ids, loss_scale, options)
         self._state: dict[str, Any] | None = None  # as it was written last
         self._unmet = {slot.name for slot in plan.slots}
-        self._told: tuple[int | None, int] = None, 0
+        self._before = Proof()  # of a store that is gone on with
+        self._told = 0, 0
         self._named: bool | None = None  # whether origins tell the ids
         self._number = 0
 
@@ -203,8 +205,9 @@ class Collection:
         self._batches.seen = self.past.examples
         if "unmet" in state:
             self._unmet = {name for name in self._unmet if name in state["unmet"]}
+        self._before = proof_in(state)
         if self._checks is not None:
-            self._checks.proof = proof_in(state)
+            self._checks.proof = self._before
 
     @property
     def past(self) -> Past:
@@ -276,12 +279,10 @@ class Collection:
 
     def _news(self) -> dict[str, Any]:
         """What the journal says of the collection so far, the same object while that stays so."""
-        proof = None if self._checks is None else self._checks.proof
-        now = (None if proof is None else proof.examples), len(self._unmet)
+        proof = self._before if self._checks is None else self._checks.proof
+        now = proof.examples, len(self._unmet)
         if self._state is None or now != self._told:
-            self._state = {"unmet": sorted(self._unmet)}
-            if proof is not None:
-                self._state["proof"] = proof.saved()
+            self._state = {"unmet": sorted(self._unmet), "proof": proof.saved()}
             self._told = now
         return self._state
 

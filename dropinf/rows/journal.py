@@ -172,17 +172,19 @@ class Journal:
     """Writes one, and keeps it short."""
 
     def __init__(self, path: Path, header: Header, found: Found | None = None) -> None:
-        """Begin a file, or go on behind what was found in it."""
+        """Go on behind what was found in a file, None for one that was just begun."""
         self._path, self._header = path, header
         extent = Extent() if found is None else found.extent
         self._told = _told(extent)
         self._lines = 1 if found is None else found.lines
-        if found is None:
-            with appearing(path) as new:
-                new.write_bytes(sealed(asdict(header)) + b"\n")
         self._file = _opened(path)
         if found is not None:
             os.ftruncate(self._file, found.num_bytes)
+
+    @staticmethod
+    def begin(path: Path, header: Header) -> None:
+        """Write the first line of a new file."""
+        path.write_bytes(sealed(asdict(header)) + b"\n")
 
     def append(self, extent: Extent) -> None:
         """One more line, which is on the disk when this returns."""

@@ -42,7 +42,9 @@ class PartWriter:
         self.path, self.header = path, header
         self.extent = Extent() if found is None else found.extent
         if found is None:
-            path.mkdir()
+            with appearing(path) as new:
+                new.mkdir()
+                Journal.begin(new / "journal.jsonl", header)
         self._journal = Journal(path / "journal.jsonl", header, found)
         names = ["rows.bin"]
         names += [IDS_FILES[header.ids]] if header.ids else []

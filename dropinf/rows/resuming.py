@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,12 +179,13 @@ class Source:
 def _checksum(batch: Any) -> int:
     """Of the tensors, numbers and strings in a batch."""
     crc = 0
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
         if isinstance(leaf, Tensor):
-            plain = leaf.detach().cpu().contiguous()
-            crc = zlib.crc32(f"{plain.dtype} {tuple(plain.shape)}".encode(), crc)
-            if plain.numel() and not plain.is_complex():
-                crc = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(f"{leaf.dtype} {tuple(leaf.shape)}".encode(), crc)
+            plain = leaf.layout == torch.strided and not (leaf.is_meta or leaf.is_complex())
+            if plain and leaf.numel():
+                numbers = leaf.detach().cpu().contiguous().reshape(-1)
+                crc = zlib.crc32(numbers.view(torch.uint8).numpy(), crc)
         elif isinstance(leaf, str | int | float | bytes):
             crc = zlib.crc32(repr(leaf).encode(), crc)
     return crc

@@ -104,9 +104,10 @@ class RowStore:
         store._take(plan, parts, path)
         store.about = about
         if not store.finished:
+            how = ", and collect(..., path=, resume=True) goes on behind them"
             warn_user(
-                f"RowStore.load: {path} is not finished; these are its first {n} rows, and "
-                "collect(..., path=, resume=True) goes on behind them"
+                f"RowStore.load: {path} is not finished; these are its first {n} rows"
+                + ("" if about.weights is None else how)
             )
         return store
 

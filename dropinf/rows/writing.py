@@ -146,10 +146,10 @@ class RowWriter:
             n = sum(len(Part.open(path, self._plan.width)) for path in part_paths(where))
         except (ValueError, OSError):
             n = 0
-        warn_user(
-            f"collect: stopped; the first {n} rows are in {where}, and "
-            f"collect(..., path={str(where)!r}, resume=True) goes on behind them"
-        )
+        how = f"collect(..., path={str(where)!r}, resume=True) goes on behind them"
+        if self.about.weights is None:
+            how = "RowStore.load opens them"  # of a training, which is not gone on with here
+        warn_user(f"collect: stopped; the first {n} rows are in {where}, and {how}")
 
     def append(
         self,

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from dropinf import Dropout, Plan, RowStore, collect
-from dropinf.rows import LockedError, part_writer
+from dropinf.rows import LockedError, RowWriter, part_writer
 from dropinf.rows.lock import Lock
 
 FILES = ("rows.bin", "ids.bin")
@@ -91,6 +92,52 @@ def test_kills(processes, whole, tmp_path):
 @pytest.mark.more
 def test_many_kills(processes, whole, tmp_path):
     assert at_random_moments(processes, whole, tmp_path, 30) >= 15
+
+
+@pytest.mark.parametrize("cut", [1, 60, 0])
+def test_torn_ends(whole, tmp_path, monkeypatch, cut):
+    """What lies behind the last whole line is not there, for a reader and for the next writer."""
+    path = tmp_path / "rows"
+    with (
+        pytest.raises(OSError, match="gone"),
+        pytest.warns(UserWarning, match="the first 63 rows"),
+    ):
+        gather(path, fails_at=64)
+    part = path / "part-000000"
+    for name in FILES:
+        with (part / name).open("ab") as file:
+            file.write(b"what a dying writer left" * 1000)
+    journal = part / "journal.jsonl"
+    text = journal.read_bytes()
+    *_, last = text[:-1].split(b"\n")
+    # Half of the next line, of the last one, or a whole line of zeros.
+    journal.write_bytes(
+        text[: -len(last) + cut] if cut > 1 else text + last[:50] + b"\n" * (not cut)
+    )
+    with pytest.warns(UserWarning, match="not finished"):
+        store = RowStore.load(path)
+    assert len(store) == (60 if cut > 1 else 63)
+    assert torch.equal(store.rows, RowStore.load(whole).rows[: len(store)])
+    assert store.ids.tolist() == list(range(len(store)))
+    gather(path, True)
+    assert_same(path, whole)
+
+
+def test_a_kill_before_the_first_rows(whole, tmp_path):
+    """A store without parts, or with one that has nothing yet."""
+    for name, keep in (("none", False), ("empty", True)):
+        path = tmp_path / name / "rows"
+        shutil.copytree(whole, path)
+        part = path / "part-000000"
+        first = (part / "journal.jsonl").read_bytes().split(b"\n")[0]
+        shutil.rmtree(part)
+        if keep:
+            part.mkdir()
+            (part / "journal.jsonl").write_bytes(first + b"\n")
+        with pytest.raises(ValueError, match="holds no rows yet; collect"):
+            RowStore.load(path)
+        gather(path, True)
+        assert_same(path, whole)
 
 
 def test_sigterm(processes, whole, tmp_path):
@@ -412,6 +459,14 @@ def test_two_writers(tmp_path):
     with pytest.raises(FileExistsError, match=rf"being written by process {os.getpid()} on host"):
         go_on(tmp_path, net, plan, resume=False)
     lock.release()
+
+    begin = [RowWriter(plan, tmp_path / "new") for _ in range(2)]
+    rows, valid = torch.zeros(1, plan.width), torch.ones(1, dtype=torch.bool)
+    with begin[0] as first, begin[1] as second:  # neither has made anything yet
+        first.append(rows, valid)
+        with pytest.raises(FileExistsError, match=rf"being written by process {os.getpid()} on"):
+            second.append(rows, valid)
+        assert len(first.finish()) == 1
 
     dead = subprocess.Popen(["true"])
     dead.wait()

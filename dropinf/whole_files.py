@@ -39,5 +39,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot do it for those
+            raise
     finally:
         os.close(descriptor)

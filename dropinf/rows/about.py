@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def read_about(path: Path) -> tuple[int, str, About]:
     return width, fingerprint, About(weights, passing, options, first)
 
 
-def load_proof(saved: Any) -> Proof:
+def _load_proof(saved: Any) -> Proof:
     """A proof as a journal has it.
 
     Raises:
@@ -114,6 +115,18 @@ def load_proof(saved: Any) -> Proof:
         raise ValueError(
             f"RowStore: the proof in the journal is damaged ({type(error).__name__}); {_REMEDY}"
         ) from None
+
+
+def proof_of(states: Iterable[dict[str, Any]]) -> Proof:
+    """What was compared in all parts, by what their journals say of the collection."""
+    proof = Proof()
+    for state in states:
+        if "proof" in state:
+            own = _load_proof(state["proof"])
+            proof.examples += own.examples
+            proof.layers |= own.layers
+            proof.largest = max(proof.largest, own.largest)
+    return proof
 
 
 def _refuse_old(file: Path) -> None:

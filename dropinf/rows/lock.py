@@ -89,6 +89,12 @@ class Lock:
                 os.link(new, self._file)
             except FileExistsError:
                 return False
+            except OSError:  # of a file system without links
+                try:
+                    with self._file.open("x") as file:
+                        file.write(new.read_text())
+                except FileExistsError:
+                    return False
         return True
 
     def _holder(self) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dropinf.compression import Plan
 from dropinf.manifest import field, read_manifest, read_regular
 from dropinf.rows.ids import Ids, decoded, kind_of
 from dropinf.rows.journal import Extent, Found, Header, read_journal
@@ -184,6 +185,44 @@ class Part:
                 )
             self._unverified.discard(number)
         return rows
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """[n] whether all entries of a row are finite.
+
+    The terms of a finite sum are, and a sum is one read of the rows where isfinite makes copies.
+    """
+    sums = rows.sum(1).isfinite()
+    return sums if sums.all() else rows.isfinite().all(1)
+
+
+def checked_part(
+    op: str,
+    plan: Plan,
+    rows: Tensor,
+    valid: Tensor | None,
+    origin: Tensor | None,
+    ids: Ids | None,
+) -> Part:
+    """A part in memory of what somebody gave.
+
+    Raises:
+        ValueError: it does not fit the plan or itself, or a valid row is not finite.
+    """
+    if rows.dim() != 2 or rows.shape[1] != plan.width or not rows.is_floating_point():
+        raise ValueError(
+            f"{op}: rows must be floating point [n, {plan.width}] under this plan, "
+            f"got {rows.dtype} {tuple(rows.shape)}"
+        )
+    for what, given in (("valid", valid), ("origin", origin), ("ids", ids)):
+        if given is not None and len(given) != len(rows):
+            raise ValueError(f"{op}: {what} must have one for each of {len(rows)} rows")
+    part = Part(rows, valid, ids, origin)
+    for start, chunk in part.chunks():
+        bad = ~finite_rows(chunk) & part.valid[start : start + len(chunk)].to(chunk.device)
+        if bad.any():
+            raise ValueError(f"{op}: row {start + int(bad.nonzero()[0])} is not finite")
+    return part
 
 
 def restored(kind: type[T], fields: dict[str, Any]) -> T:

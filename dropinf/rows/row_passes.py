@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.rows.store import RowStore, finite_rows
+from dropinf.rows.part import finite_rows
+from dropinf.rows.store import RowStore
 
 PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
 _PROBED = 32  # rows that show whether products hold in float32

@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.capturing import Proof
 from dropinf.compression import Plan
 from dropinf.rows import ids as id_lists
 from dropinf.rows.about import (
     About,
-    load_proof,
     part_name,
     part_paths,
+    proof_of,
     read_about,
     write_about,
 )
 from dropinf.rows.ids import Ids, as_ids
 from dropinf.rows.lock import Lock
-from dropinf.rows.part import Part, restored
+from dropinf.rows.part import Part, checked_part, restored
 from dropinf.rows.part_writer import write_part
 from dropinf.user_warning import warn_user
 from dropinf.whole_files import appearing
@@ -66,13 +65,13 @@ class RowStore:
             ValueError: the rows do not have the plan's width, or a valid one is not finite.
         """
         ids = None if ids is None else as_ids("RowStore", ids)
-        self._take(plan, [_checked_part("RowStore", plan, rows, valid, origin, ids)])
+        self._take(plan, [checked_part("RowStore", plan, rows, valid, origin, ids)])
 
     def _take(self, plan: Plan, parts: Sequence[Part], path: Path | None = None) -> None:
         self.plan, self.path, self._parts = plan, path, list(parts)
         self.about = About()
         self.valid = parts[0].valid if len(parts) == 1 else torch.cat([p.valid for p in parts])
-        self.proof = _proof_of(parts)
+        self.proof = proof_of([part.extent.state for part in parts])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RowStore:
@@ -164,7 +163,7 @@ class RowStore:
             LockedError: another process writes this store.
         """
         given = None if ids is None else as_ids("RowStore.append", ids)
-        part = _checked_part("RowStore.append", self.plan, rows, valid, origin, given)
+        part = checked_part("RowStore.append", self.plan, rows, valid, origin, given)
         mine = str(self.dtype), self._kind, self.origin is not None
         theirs = str(rows.dtype), id_lists.kind_of(given), origin is not None
         if mine != theirs:
@@ -324,7 +323,8 @@ class RowStore:
             ValueError: a chunk on disk does not have its checksum.
         """
         positions = torch.as_tensor(positions).to("cpu", torch.int64)
-        found = torch.empty(len(positions), self.plan.width, dtype=self.dtype)
+        rows = self._parts[0].rows
+        found = rows.new_empty(len(positions), self.plan.width)
         first = 0
         for part in self._parts:
             here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
@@ -342,6 +342,8 @@ class RowStore:
         Raises:
             ValueError: something is damaged.
         """
+        if self.path is not None:
+            Plan.load(self.path, read_about(self.path)[0])
         for part in self._parts:
             if part.path is not None:
                 again = Part.open(part.path, self.plan.width)
@@ -354,51 +356,6 @@ class RowStore:
         size = f"{len(self)} rows of width {self.plan.width}"
         so_far = "" if self.finished else " so far"
         return f"RowStore({size} {where}{so_far}, plan {self.plan.fingerprint}, {self.proof})"
-
-
-def finite_rows(rows: Tensor) -> Tensor:
-    """[n] whether all entries of a row are finite.
-
-    The terms of a finite sum are, and a sum is one read of the rows where isfinite makes copies.
-    """
-    sums = rows.sum(1).isfinite()
-    return sums if sums.all() else rows.isfinite().all(1)
-
-
-def _checked_part(
-    op: str,
-    plan: Plan,
-    rows: Tensor,
-    valid: Tensor | None,
-    origin: Tensor | None,
-    ids: Ids | None,
-) -> Part:
-    if rows.dim() != 2 or rows.shape[1] != plan.width or not rows.is_floating_point():
-        raise ValueError(
-            f"{op}: rows must be floating point [n, {plan.width}] under this plan, "
-            f"got {rows.dtype} {tuple(rows.shape)}"
-        )
-    for what, given in (("valid", valid), ("origin", origin), ("ids", ids)):
-        if given is not None and len(given) != len(rows):
-            raise ValueError(f"{op}: {what} must have one for each of {len(rows)} rows")
-    part = Part(rows, valid, ids, origin)
-    for start, chunk in part.chunks():
-        bad = ~finite_rows(chunk) & part.valid[start : start + len(chunk)].to(chunk.device)
-        if bad.any():
-            raise ValueError(f"{op}: row {start + int(bad.nonzero()[0])} is not finite")
-    return part
-
-
-def _proof_of(parts: Sequence[Part]) -> Proof:
-    proof = Proof()
-    for part in parts:
-        saved = part.extent.state.get("proof")
-        if saved is not None:
-            own = load_proof(saved)
-            proof.examples += own.examples
-            proof.layers |= own.layers
-            proof.largest = max(proof.largest, own.largest)
-    return proof
 
 
 def _opened(path: Path, lengths: Sequence[int], invalid: Tensor) -> RowStore:

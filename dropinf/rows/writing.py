@@ -15,7 +15,6 @@ from dropinf.compression import Plan
 from dropinf.rows import ids as id_lists
 from dropinf.rows.about import (
     About,
-    load_proof,
     part_name,
     part_paths,
     read_about,
@@ -225,11 +224,6 @@ class RowWriter:
             self._part.close()
         self._lock.release()
         self._finished = True
-
-
-def proof_in(state: dict[str, Any]) -> Proof:
-    """What was compared before."""
-    return load_proof(state["proof"]) if "proof" in state else Proof()
 
 
 def _of_examples(part: Part) -> Ids | None:

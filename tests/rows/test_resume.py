@@ -444,6 +444,21 @@ def test_what_is_said():
         assert "does not say which examples it draws" in unknown and "ids=" in unknown
 
 
+def test_a_lock_without_links(tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", no_links)
+    locks = [Lock(tmp_path) for _ in range(2)]
+    locks[0].acquire("test")
+    with pytest.raises(LockedError, match=f"process {os.getpid()} on this host"):
+        locks[1].acquire("test")
+    locks[0].release()
+    locks[1].acquire("test")
+    locks[1].release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_writers(tmp_path):
     net, plan = begun(tmp_path)
     path = tmp_path / "rows"

@@ -30,8 +30,8 @@ def bench_collect_into_a_directory(timed, tmp_path, monkeypatch, seconds):
     """To reach: 0.97 of the speed of memory, with the journal and what waits for the disk."""
     monkeypatch.setattr(part_writer, "_FLUSH_SECONDS", seconds)
     model = mlp()
-    plan = dropinf.Plan.make(model, dropinf.Dropout(r=R))
-    data = TensorDataset(torch.randn(4096, 784), torch.randint(10, (4096,)))
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=256))
+    data = TensorDataset(torch.randn(8192, 784), torch.randint(10, (8192,)))
     paths = (tmp_path / str(i) for i in itertools.count())
 
     def collect(path=None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -129,13 +128,16 @@ def positions_of(ids: Ids | None, n: int, wanted: Ids) -> Tensor:
     """
     if ids is None:
         ids = torch.arange(n)
-    places: dict[Any, list[int]] = defaultdict(list)
     asked = listed(wanted)
-    among = set(asked)
-    for position, one in enumerate(listed(ids)):
-        if one in among:
-            places[one].append(position)
+    places: dict[Any, list[int]] = {one: [] for one in asked}
+    if isinstance(ids, Tensor) and isinstance(wanted, Tensor):
+        for position in torch.isin(ids, wanted).nonzero().flatten().tolist():
+            places[int(ids[position])].append(position)
+    else:
+        for position, one in enumerate(listed(ids)):
+            if one in places:
+                places[one].append(position)
     for one in asked:
-        if one not in places:
+        if not places[one]:
             raise KeyError(f"RowStore: no row has the id {one!r}")
     return torch.tensor([i for one in asked for i in places[one]], dtype=torch.int64)

@@ -119,6 +119,10 @@ def test_torn_ends(whole, tmp_path, monkeypatch, cut):
     assert len(store) == (60 if cut > 1 else 63)
     assert torch.equal(store.rows, RowStore.load(whole).rows[: len(store)])
     assert store.ids.tolist() == list(range(len(store)))
+    with pytest.raises(OSError, match="gone"), pytest.warns(UserWarning, match="the first 99 rows"):
+        gather(path, True, fails_at=100)
+    with pytest.warns(UserWarning, match="not finished"):
+        assert torch.equal(RowStore.load(path).rows, RowStore.load(whole).rows[:99])
     gather(path, True)
     assert_same(path, whole)
 

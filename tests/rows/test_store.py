@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dropinf import Dropout, Full, Plan, RowStore, collect, scores, self_influen
 from dropinf.manifest import sealed
 from dropinf.rows import RowWriter
 from dropinf.solvers import Cholesky, Identity
+from dropinf.whole_files import appearing
 
 PLAN = Plan.make(nn.Linear(6, 1, bias=False), Full())
 
@@ -197,6 +199,17 @@ def test_what_lies_beside_survives(tmp_path):
     umask = os.umask(0o022)
     os.umask(umask)
     assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_appears_meanwhile_survives(tmp_path, make):
+    path = tmp_path / "rows"
+    with pytest.raises(FileExistsError, match="rows exists by now"), appearing(path) as new:
+        new.mkdir()
+        (new / "rows.bin").touch()
+        make(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+    assert path.is_file() or not list(path.iterdir())
 
 
 def test_weights(tmp_path):

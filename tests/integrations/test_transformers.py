@@ -323,6 +323,7 @@ def noting(plan=None):
 def assert_positions(store, trainer):
     """The rows' examples are the texts that the Trainer had."""
     texts = Texts().texts
+    assert torch.equal(store.ids, store.origin[:, 1])
     assert [texts[i] for i in store.origin[:, 1].tolist()] == trainer.texts
 
 

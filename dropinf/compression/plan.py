@@ -257,6 +257,11 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""
+        with appearing(Path(path), replace=True) as new:
+            new.write_bytes(self.saved())
+
+    def saved(self) -> bytes:
+        """What `save` writes."""
         kind = type(self.compression).__name__
         content = {
             "format": _FORMAT,
@@ -266,8 +271,7 @@ class Plan:
             "width": self.width,
             "fingerprint": self.fingerprint,
         }
-        with appearing(Path(path), replace=True) as new:
-            new.write_bytes(sealed(content, indent=1))
+        return sealed(content, indent=1)
 
     @classmethod
     def load(cls, path: str | os.PathLike, width: int | None = None) -> Plan:

@@ -12,7 +12,6 @@ from typing import Any
 from dropinf import manifest
 from dropinf.capturing import Proof
 from dropinf.compression import Plan
-from dropinf.whole_files import sync
 
 _FORMAT = "dropinf rows 2"
 _REMEDY = "collect it again"
@@ -54,8 +53,8 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def write_about(path: Path, plan: Plan, about: About) -> None:
-    """Write plan.json and store.json into a new directory."""
-    plan.save(path / "plan.json")
+    """Write plan.json and store.json into a new directory, which its maker syncs."""
+    (path / "plan.json").write_bytes(plan.saved())
     content = {
         "format": _FORMAT,
         "width": plan.width,
@@ -66,7 +65,6 @@ def write_about(path: Path, plan: Plan, about: About) -> None:
         "first": about.first,
     }
     (path / "store.json").write_bytes(manifest.sealed(content, indent=1))
-    sync(path / "store.json")
 
 
 def read_about(path: Path) -> tuple[int, str, About]:

@@ -50,7 +50,7 @@ def save_solver(
         with (new / "factors.bin").open("wb") as file:
             for group in groups:
                 crc = write(file, group.read(), crc)
-        plan.save(new / "plan.json")
+        (new / "plan.json").write_bytes(plan.saved())
         content = {
             "format": _FORMAT,
             "kind": kind,

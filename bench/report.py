@@ -18,6 +18,8 @@ NAMES = {
     "bench_damped_cholesky": "damped_cholesky, float32, 16 right-hand sides; r, layers; what: {}",
     "bench_ragged_cholesky": "damped_cholesky, 200 layers of all sizes: {}",
     "bench_gram": "gram, 50 layers, n=512; r of each: {}",
+    "bench_collect_into_a_directory": "collect, an MLP, 3 kB a row, into a directory: {}",
+    "bench_topk_over_a_store": "topk, 50,000 rows of 1,024 on disk; queries: {}",
     "bench_whole_model": "a whole model, r=1024 a layer: {}",
     "bench_whole_model_memory": "memory of one step of a whole model: {}",
     "bench_embed": "{}",

@@ -16,7 +16,7 @@ from dropinf.compression import (
     Sketch,
 )
 from dropinf.ops import BackendError, backends
-from dropinf.rows import RowStore, collect
+from dropinf.rows import LockedError, RowStore, collect
 from dropinf.scoring import ensemble, influence, scores, self_influence, topk
 from dropinf.solvers import choose_damping
 
@@ -32,6 +32,7 @@ __all__ = [
     "Full",
     "Gaussian",
     "LoGra",
+    "LockedError",
     "Plan",
     "ProofError",
     "Rademacher",

@@ -181,7 +181,7 @@ ROOMS = [
     ["scoring"],
     ["integrations", "tools"],
 ]
-LEAVES = ("text_table", "user_warning")
+LEAVES = ("manifest", "text_table", "user_warning", "whole_files")
 
 
 def room_of(module):
@@ -269,6 +269,20 @@ def test_readme_solvers(tmp_path, monkeypatch):
     assert namespace["many"].shape == (4, 20, 100) and namespace["own"].shape == (100,)
     assert namespace["mean"].shape == namespace["error"].shape == (20, 100)
     assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)
+
+
+def test_readme_stores(tmp_path, monkeypatch):
+    """And those on rows on disk."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    plan, asked = namespace["plan"], namespace["asked"]
+    namespace["rows"] = torch.randn(2, plan.width)
+    asked.append(torch.zeros(1, plan.width), ids=[500])
+    namespace["more"] = asked[500]
+    exec(next(block for block in others if "RowStore.join" in block), namespace)
+    assert len(namespace["joint"]) == 103 and namespace["ids"].max() < 100
 
 
 def test_warnings_point_at_the_user(recwarn):

@@ -14,6 +14,7 @@ from torch import nn
 import dropinf
 from dropinf import __main__ as command_line
 from dropinf import text_table
+from dropinf.manifest import sealed
 from dropinf.tools.microbenchmark import check
 from dropinf.tools.microbenchmark import main as microbenchmark
 
@@ -43,7 +44,8 @@ def plan_with(names, tmp_path):
     for layer, name in zip(saved["layers"], names, strict=True):
         layer[0] = name
     saved["types"][0] = RED
-    path.write_text(json.dumps(saved))
+    del saved["crc32"]
+    path.write_bytes(sealed(saved))
     return dropinf.Plan.load(path)
 
 
@@ -128,6 +130,8 @@ def test_kind_of_a_saved_solver(tmp_path):
     solver = dropinf.solvers.Cholesky().fit(dropinf.RowStore(torch.randn(40, plan.width), plan))
     solver.save(tmp_path / "solver")
     file = tmp_path / "solver" / "solver.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "kind": RED}))
+    saved = {**json.loads(file.read_text()), "kind": RED}
+    del saved["crc32"]
+    file.write_bytes(sealed(saved))
     with pytest.raises(ValueError, match=r"holds a \\x1b\[31m; use"):
         dropinf.solvers.Cholesky.load(tmp_path / "solver")

@@ -253,8 +253,7 @@ def order(
     backend: str | None,
 ) -> bank_schedule.StagedOrder | None:
     """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
-    on_cuda = device.type == "cuda" and bank_schedule.AVAILABLE
-    if not on_cuda or op not in _PRODUCTS or backend not in (None, "cuda"):
+    if not _on_cuda(device) or op not in _PRODUCTS or backend not in (None, "cuda"):
         return None
     if coordinates.orders is None or element_size > 4:  # float64 is for `reference` alone
         return None
@@ -264,3 +263,7 @@ def order(
             coordinates.o_idx, coordinates.i_idx, *key[1:], bias=_PRODUCTS[op]
         )
     return coordinates.orders[key]
+
+
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda" and bank_schedule.AVAILABLE

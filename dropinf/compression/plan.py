@@ -24,13 +24,19 @@ from dropinf.compression.entry_map import EntryMap
 from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.parts import Part
 from dropinf.compression.sketch import Sketch
+from dropinf.manifest import field, read_manifest, reason, sealed
 from dropinf.text_table import print_table
+from dropinf.whole_files import appearing
 
 Compression = (
     Dropout | Sketch | FactoredDropout | Full | Gaussian | Rademacher | SJLT | FJLT | LoGra
 )
 _COMPRESSIONS = {c.__name__: c for c in get_args(Compression)}
-_FORMAT = "dropinf plan 1"
+_FORMAT = "dropinf plan 2"
+_REMEDY = "make the plan again, with Plan.make"
+MOST_ENTRIES = 1 << 27  # of a plan in a file: their positions take 1 GiB
+_MOST = 1 << 48  # parameters of a layer
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -251,46 +257,61 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""
+        with appearing(Path(path), replace=True) as new:
+            new.write_bytes(self.saved())
+
+    def saved(self) -> bytes:
+        """What `save` writes."""
         kind = type(self.compression).__name__
-        text = json.dumps(
-            {
-                "format": _FORMAT,
-                "compression": {"kind": kind, **asdict(self.compression)},
-                "layers": self._layers,
-                "types": self._types,
-                "fingerprint": self.fingerprint,
-            },
-            indent=1,
-            default=int,  # a numpy integer given as r or seed
-        )
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(text)
-        partial.replace(path)
+        content = {
+            "format": _FORMAT,
+            "compression": {"kind": kind, **asdict(self.compression)},
+            "layers": self._layers,
+            "types": self._types,
+            "width": self.width,
+            "fingerprint": self.fingerprint,
+        }
+        return sealed(content, indent=1)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Plan:
+    def load(cls, path: str | os.PathLike, width: int | None = None) -> Plan:
         """Read a plan from its file, or from the directory of a `RowStore`.
+
+        Args:
+            path: of the file or directory.
+            width: R that it must have; None takes any.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or not a plan.
+            ValueError: the file is damaged or not a plan, or its rows have another width.
         """
         file = Path(path)
         if file.is_dir():
             file = file / "plan.json"
-        text = file.read_text()
+        if not os.path.lexists(file):
+            raise FileNotFoundError(f"Plan.load: there is no {file}")
+        saved = read_manifest("Plan.load", file, _REMEDY)
         try:
-            saved = json.loads(text)
-            compression = dict(saved["compression"])
+            if field(saved, "format", str) != _FORMAT:
+                raise ValueError(f"'format' is not {_FORMAT!r}")
+            told = field(saved, "width", int, 1, MOST_ENTRIES)
+            if width not in (None, told):
+                raise ValueError(f"rows under it have width {told}, not {width}")
+            layers = _layers(field(saved, "layers", list))
+            compression = dict(field(saved, "compression", dict))
             kind = _COMPRESSIONS[compression.pop("kind")]
-            plan = cls(saved["layers"], kind(**compression), saved.get("types"))
-            whole = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Plan.load: {file} is damaged or not a plan: {error!r}") from error
-        if not whole:
+            chosen = kind(**compression)
+            _refuse_large(chosen, layers, told)
+            types = field(saved, "types", list)
+            if len(types) != len(layers) or not all(isinstance(kind, str) for kind in types):
+                raise ValueError("'types' must be a name for each layer")
+            plan = cls(layers, chosen, types)
+            if field(saved, "fingerprint", str) != plan.fingerprint or plan.width != told:
+                raise ValueError("its coordinates do not have its fingerprint")
+        except _DAMAGE as error:
             raise ValueError(
-                f"Plan.load: {file} is damaged: its coordinates do not have its fingerprint"
-            )
+                f"Plan.load: {file} is damaged or not a plan: {reason(error)}; {_REMEDY}"
+            ) from None
         return plan
 
     def __repr__(self) -> str:
@@ -298,6 +319,38 @@ class Plan:
             f"Plan({self.compression}, {len(self.blocks)} layers, width {self.width}, "
             f"fingerprint {self.fingerprint})"
         )
+
+
+def _layers(saved: list[Any]) -> list[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+    """The layers in a file.
+
+    Raises:
+        ValueError: they are none.
+    """
+    layers = []
+    for name, params in saved:
+        shapes = [(p, tuple(shape)) for p, shape in params]
+        for p, shape in shapes:
+            whole = all(type(size) is int and 0 < size <= _MOST for size in shape)
+            if not isinstance(p, str) or not whole or math.prod(shape) > _MOST:
+                raise ValueError("a parameter has no name, or no size")
+        if not isinstance(name, str) or not shapes:
+            raise ValueError("a layer has no name, or no parameters")
+        layers.append((name, shapes))
+    return layers
+
+
+def _refuse_large(compression: Compression, layers: Sequence[Any], width: int) -> None:
+    """Raise before a plan is made that has more entries than its file says."""
+    bare = [(name, [shape for _, shape in params]) for name, params in layers]
+    sizes = [sum(map(math.prod, shapes)) for _, shapes in bare]
+    entries = sum(sizes) if isinstance(compression, Full) else sum(entries_of(compression, bare))
+    positions = entries if isinstance(compression, Dropout | FactoredDropout) else sum(sizes)
+    if isinstance(compression, Sketch):
+        positions = min(positions, entries * compression.s)
+    grids = isinstance(compression, FactoredDropout | LoGra)  # which may have fewer than asked for
+    if (entries != width and not grids) or positions > MOST_ENTRIES:
+        raise ValueError(f"{entries} entries were asked for, where rows have {width}")
 
 
 def unwrap(op: str, model: nn.Module) -> nn.Module:

@@ -36,7 +36,8 @@ class InfluenceCallback(lightning.Callback):
         path: a directory to make for the rows; None keeps them in memory.
         when: "after" collects every example of the training data set once, in its order, when
             training has ended; "during" collects each batch as it comes, with the weights of that
-            step, and `store.origin` [n, 2] says the step and the example, -1 without `index`.
+            step, and `store.origin` [n, 2] says the step and the example, -1 without `index`;
+            with it, that is the row's id too.
         index: batch -> [B] integers, the positions of its examples in the data set, which has to
             give them with each example, since Lightning does not say what its loaders drew.
         options: of `dropinf.collect`: mode, on_nonfinite, check, backend, batch_dim.
@@ -105,7 +106,7 @@ class InfluenceCallback(lightning.Callback):
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Drop the rows of a training that stopped with an error."""
+        """Close the rows of a training that stopped with an error; `path` has those so far."""
         if self._rows is not None:
             self._rows.close()
             self._rows = None

@@ -40,7 +40,7 @@ class TrainingRows:
     """Rows of one batch after the other, each with the weights that the model has just then.
 
     `RowStore.origin` says of each row the training step and the example's position in the data
-    set, -1 where that is not known.
+    set, -1 where that is not known; ids are those positions, if the first batch knows its own.
 
     The capture is opened for each batch, and closed when training goes on: open, it would take
     requires_grad from parameters that are not in the plan, and compiled code from the training.
@@ -57,7 +57,7 @@ class TrainingRows:
         self._model = model
         self._open = ExitStack()  # from here to `close`, over many calls
         with torch.enable_grad():
-            self._collection = Collection(model, loss_fn, plan, path, **options)
+            self._collection = Collection(model, loss_fn, plan, path, trained=True, **options)
         self._open.enter_context(self._collection)
 
     def add(self, batch: Any, step: int, positions: Callable[[int], list[int]]) -> None:
@@ -86,5 +86,5 @@ class TrainingRows:
             self.close()
 
     def close(self) -> None:
-        """Leave nothing half-written."""
+        """Leave a store of the rows so far, if there is a path."""
         self._open.close()

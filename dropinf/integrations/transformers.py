@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropinf.compression import Plan
-from dropinf.integrations.drawn import Drawn
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
 from dropinf.integrations.versions import require
-from dropinf.rows import RowStore, collect
+from dropinf.rows import Drawn, RowStore, collect
 
 require("transformers", "5", tested="5.23")
 
@@ -62,8 +61,9 @@ class InfluenceCallback(transformers.TrainerCallback):
             training has ended; "during" collects each batch as it comes, with the weights of that
             step, and `store.origin` [n, 2] says the step and the example, as its position in the
             data set. That is -1 where it is not known: an `IterableDataset`, a collator that
-            makes more or fewer examples. A training that stops with an error leaves no rows;
-            `close` takes the callback off its model then.
+            makes more or fewer examples; where it is known, it is the row's id too. Of a training
+            that stops with an error, `path` has the rows so far; `close` takes the callback off its
+            model then.
         options: of `dropinf.collect`: mode, on_nonfinite, check, backend, batch_dim.
 
     Attributes:
@@ -153,7 +153,7 @@ class InfluenceCallback(transformers.TrainerCallback):
             self.store = collect(model, loader, self._loss, self.plan, self.path, **self.options)
 
     def close(self) -> None:
-        """Take the callback off the model; rows that are not finished are dropped."""
+        """Take the callback off the model; rows in memory that are not finished are dropped."""
         if self._hook is not None:
             self._hook.remove()
         if self._rows is not None:

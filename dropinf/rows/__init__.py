@@ -1,7 +1,11 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
 from dropinf.rows.batches import LossFn
-from dropinf.rows.collecting import Collection, collect
+from dropinf.rows.collecting import collect
+from dropinf.rows.collection import Collection
+from dropinf.rows.drawn import Drawn
+from dropinf.rows.lock import LockedError
+from dropinf.rows.part import finite_rows
 from dropinf.rows.row_passes import (
     PART_BYTES,
     mark_invalid,
@@ -13,11 +17,14 @@ from dropinf.rows.row_passes import (
     take,
     valid_rows,
 )
-from dropinf.rows.store import RowStore, RowWriter, finite_rows
+from dropinf.rows.store import RowStore
+from dropinf.rows.writing import RowWriter
 
 __all__ = [
     "PART_BYTES",
     "Collection",
+    "Drawn",
+    "LockedError",
     "LossFn",
     "RowStore",
     "RowWriter",

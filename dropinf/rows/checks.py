@@ -39,6 +39,10 @@ class Checks:
         """What was compared with plain autograd."""
         return self._prover.proof
 
+    @proof.setter
+    def proof(self, before: Proof) -> None:
+        self._prover.proof = before
+
     def before(self, number: int) -> None:
         """Batch `number` comes next: whether it is to be compared, on all ranks alike."""
         tap, per = self._batches.tap, self._batches.per

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.rows.store import RowStore, finite_rows
+from dropinf.rows.part import finite_rows
+from dropinf.rows.store import RowStore
 
 PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
 _PROBED = 32  # rows that show whether products hold in float32
@@ -87,7 +88,7 @@ def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
     if not solved.isfinite().all():
         return False
     valid = store.valid.nonzero().flatten()
-    rows = store.rows[valid[:: max(1, len(valid) // _PROBED)][:_PROBED]]
+    rows = store.at(valid[:: max(1, len(valid) // _PROBED)][:_PROBED])
     shape = len(solved), len(rows)
     exact, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for x, g in zip(solved.split(1 << 16, 1), rows.split(1 << 16, 1), strict=True):

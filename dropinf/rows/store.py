@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.capturing import Proof
 from dropinf.compression import Plan
-
-_FORMAT = "dropinf rows 1"
-_CHUNK_BYTES = 1 << 24  # of one checksum, and of one step over the store
+from dropinf.rows import ids as id_lists
+from dropinf.rows.about import (
+    About,
+    part_name,
+    part_paths,
+    proof_of,
+    read_about,
+    write_about,
+)
+from dropinf.rows.ids import Ids, as_ids
+from dropinf.rows.lock import Lock
+from dropinf.rows.part import Part, checked_part, restored
+from dropinf.rows.part_writer import write_part
+from dropinf.user_warning import warn_user
+from dropinf.whole_files import appearing
 
 
 class RowStore:
     """Rows [n, R] of n examples, made by `collect`, and which of them are valid.
 
-    A directory holds plan.json, rows.bin (the rows, row-major, little-endian) and store.json
-    (their number, dtype, invalid positions, and a CRC-32 for each chunk of rows).
+    A directory holds plan.json, store.json, and parts, each written by one process in one go: its
+    rows (row-major, little-endian), their ids, and a journal of how far they go. All of it is under
+    checksums. A store that is still being written can be opened as far as it is flushed.
 
     Attributes:
         plan: the plan that made the rows.
         path: the directory, or None for a store in memory.
         valid: [n] bool; an invalid row (a loss or gradient that was not finite) is zeros.
-        origin: [n, 2] int64, of rows per token or segment the example (in the loader's order) and
-            the token or segment; of rows that a callback took during training, the step and the
-            example's position in the data set; None if every row is an example in order.
+        weights: fingerprint of the weights that made the rows, None if that is not known.
+        finished: whether all that was to be collected is there.
         proof: on how many examples, over which layers, `collect` compared rows with plain autograd.
     """
 
@@ -43,95 +50,259 @@ class RowStore:
         plan: Plan,
         valid: Tensor | None = None,
         origin: Tensor | None = None,
+        ids: Any = None,
     ) -> None:
         """A store in memory around `rows`, float32 or float64.
+
+        Args:
+            rows: [n, R].
+            plan: that made them.
+            valid: [n] bool, None if all are.
+            origin: [n, 2], see `origin`.
+            ids: n integers or strings; None if a row is known by its position.
 
         Raises:
             ValueError: the rows do not have the plan's width, or a valid one is not finite.
         """
-        if rows.dim() != 2 or rows.shape[1] != plan.width or not rows.is_floating_point():
-            raise ValueError(
-                f"RowStore: rows must be floating point [n, {plan.width}] under this plan, "
-                f"got {rows.dtype} {tuple(rows.shape)}"
-            )
-        self.plan = plan
-        self.path: Path | None = None
-        self.valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
-        self.origin = origin
-        self.proof = Proof()
-        self._rows = rows
-        self._checksums: list[int] = []  # of chunks not verified yet
-        for start, chunk in self.chunks():
-            bad = ~finite_rows(chunk) & self.valid[start : start + len(chunk)]
-            if bad.any():
-                raise ValueError(f"RowStore: row {start + int(bad.nonzero()[0])} is not finite")
+        ids = None if ids is None else as_ids("RowStore", ids)
+        self._take(plan, [checked_part("RowStore", plan, rows, valid, origin, ids)])
+
+    def _take(self, plan: Plan, parts: Sequence[Part], path: Path | None = None) -> None:
+        self.plan, self.path, self._parts = plan, path, list(parts)
+        self.about = About()
+        self.valid = parts[0].valid if len(parts) == 1 else torch.cat([p.valid for p in parts])
+        self.proof = proof_of([part.extent.state for part in parts])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RowStore:
         """Open a directory; rows are read, and their checksums compared, as they are used.
+
+        A store that is not finished is opened as far as it goes, and that is said.
 
         Raises:
             FileNotFoundError: there is no store at `path`.
             ValueError: the store is damaged or truncated.
         """
         path = Path(path)
-        if not (path / "store.json").is_file():
-            raise FileNotFoundError(f"RowStore.load: {path} holds no store (no store.json in it)")
-        plan = Plan.load(path)
-        try:
-            saved = json.loads((path / "store.json").read_text())
-            n, dtype = int(saved["n"]), np.dtype(saved["dtype"])
-            checksums = list(saved["crc32"])
-            valid = torch.ones(n, dtype=torch.bool)
-            valid[saved["invalid"]] = False
-            if len(checksums) != -(-n // _rows_per_chunk(plan.width, dtype.itemsize)):
-                raise ValueError("the number of checksums is wrong")
-            proof = Proof.load(saved["proof"]) if "proof" in saved else Proof()
-            known = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"RowStore.load: {path}/store.json is damaged: {error!r}") from error
-        if not known:
+        width, fingerprint, about = read_about(path)
+        parts = [Part.open(part, width) for part in part_paths(path)]
+        n = sum(map(len, parts))
+        if not n:
+            raise ValueError(
+                f"RowStore.load: {path} holds no rows yet; collect(..., path=, resume=True) goes on"
+            )
+        # By now rows of this width are there, so that the plan is not larger than it should be.
+        plan = Plan.load(path, width)
+        if fingerprint != plan.fingerprint:
             raise ValueError(
                 f"RowStore.load: {path}/store.json and plan.json do not belong together"
             )
-        origin = None
-        if (path / "origin.npy").is_file():
-            origin = torch.from_numpy(np.load(path / "origin.npy"))
-            if origin.shape != (n, 2) or zlib.crc32(origin.numpy()) != saved.get("origin_crc32"):
-                raise ValueError(f"RowStore.load: {path}/origin.npy is damaged")
-        elif "origin_crc32" in saved:
-            raise ValueError(f"RowStore.load: {path}/origin.npy is missing")
-        file = path / "rows.bin"
-        wanted = n * plan.width * dtype.itemsize
-        there = file.stat().st_size if file.is_file() else 0
-        if there != wanted:
-            raise ValueError(
-                f"RowStore.load: {file} is truncated or damaged: {there} bytes instead of {wanted}"
-            )
+        if len({(p.header.dtype, p.header.ids, p.header.origin) for p in parts}) > 1:
+            raise ValueError(f"RowStore.load: the parts of {path} are of different kinds")
         store = cls.__new__(cls)
-        store.plan, store.path, store.origin = plan, path, origin
-        store.proof = proof
-        # Copy on write: torch warns about tensors on read-only memory.
-        rows = np.memmap(file, dtype, "c", shape=(n, plan.width))
-        store._rows = torch.from_numpy(rows)
-        store._checksums = checksums
-        store.valid = valid
+        store._take(plan, parts, path)
+        store.about = about
+        if not store.finished:
+            how = ", and collect(..., path=, resume=True) goes on behind them"
+            warn_user(
+                f"RowStore.load: {path} is not finished; these are its first {n} rows"
+                + ("" if about.weights is None else how)
+            )
         return store
 
+    @classmethod
+    def join(cls, stores: Sequence[RowStore]) -> RowStore:
+        """The rows of one store after the other; nothing is copied.
+
+        Raises:
+            ValueError: they are of different plans, weights or dtypes, or share an id.
+        """
+        if not stores:
+            raise ValueError("RowStore.join: no stores were given")
+        first, parts = stores[0], []
+        for number, store in enumerate(stores):
+            for what, mine, theirs in (
+                ("plan", first.plan.fingerprint, store.plan.fingerprint),
+                ("weights", first.weights, store.weights),
+                ("dtype", first.dtype, store.dtype),
+                ("ids", first._kind, store._kind),
+                ("origin", first.origin is None, store.origin is None),
+            ):
+                if mine != theirs:
+                    raise ValueError(
+                        f"RowStore.join: store {number} has other {what} than the first one "
+                        f"({theirs!r}, not {mine!r}); join stores that were made alike"
+                    )
+            parts += store._parts
+        joint = cls.__new__(cls)
+        joint._take(first.plan, parts)
+        joint.valid = torch.cat([store.valid for store in stores])
+        joint.about = About(first.weights, first.about.passing, first.about.options)
+        own = [id_lists.distinct(store._ids) for store in stores]
+        twice = None if own[0] is None else id_lists.first_twice(id_lists.joined(own))
+        if twice is not None:
+            raise ValueError(
+                f"RowStore.join: id {twice!r} is in two of the stores; collect them with ids= that "
+                "tell their examples apart"
+            )
+        return joint
+
+    def append(
+        self, rows: Tensor, ids: Any = None, valid: Tensor | None = None, origin: Any = None
+    ) -> None:
+        """Add rows as a part of their own, on the disk too if the store is a directory.
+
+        Args:
+            rows: [k, R] under the same plan, weights and dtype.
+            ids: k integers or strings, which must not be here yet; needed if the store has ids.
+            valid: [k] bool, None if all are.
+            origin: [k, 2] integers, needed if the store has them.
+
+        Raises:
+            ValueError: they do not belong here.
+            LockedError: another process writes this store.
+        """
+        given = None if ids is None else as_ids("RowStore.append", ids)
+        part = checked_part("RowStore.append", self.plan, rows, valid, origin, given)
+        mine = str(self.dtype), self._kind, self.origin is not None
+        theirs = str(rows.dtype), id_lists.kind_of(given), origin is not None
+        if mine != theirs:
+            raise ValueError(
+                f"RowStore.append: rows must be of (dtype, ids, origin) {mine}, got {theirs}"
+            )
+        if given is not None:
+            fresh = given if origin is None else id_lists.distinct(given)
+            twice = id_lists.first_twice(id_lists.joined([id_lists.distinct(self._ids), fresh]))
+            if twice is not None:
+                raise ValueError(f"RowStore.append: the store has rows of id {twice!r} already")
+        if self.path is not None:
+            part = self._written(part)
+        self._parts.append(part)
+        self.valid = torch.cat([self.valid, part.valid])
+
+    def _written(self, part: Part) -> Part:
+        lock = Lock(self.path)
+        lock.acquire("RowStore.append")
+        try:
+            found = part_paths(self.path)
+            if len(found) != len(self._parts):
+                raise ValueError(
+                    f"RowStore.append: {self.path} has other parts than when it was opened; load "
+                    "it again"
+                )
+            path = self.path / part_name(len(found))
+            with appearing(path) as new:
+                write_part(new, [(part.rows, part.valid, part.ids, part.origin)])
+            return Part.open(path, self.plan.width)
+        finally:
+            lock.release()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the rows to a new directory, which appears whole or not at all.
+
+        Raises:
+            FileExistsError: there is something at `path`.
+        """
+        path = Path(path)
+        if os.path.lexists(path):
+            raise FileExistsError(f"RowStore.save: {path} exists; remove it, or give another path")
+        with appearing(path) as new:
+            new.mkdir()
+            write_about(new, self.plan, self.about)
+            done = [part.extent for part in self._parts]
+            examples, batches = (sum(getattr(e, w) for e in done) for w in ("examples", "batches"))
+            write_part(new / part_name(0), self._pieces(), self.proof, examples, batches)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor, Ids | None, Tensor | None]]:
+        ids, origin = self._ids, self.origin
+        for start, chunk in self.chunks():
+            at = slice(start, start + len(chunk))
+            own = None if ids is None else ids[at]
+            yield chunk, self.valid[at], own, None if origin is None else origin[at]
+
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, ids: Any) -> RowStore:
+        """The rows of some ids, one or many, in memory; of tokens all those of an example.
+
+        Raises:
+            KeyError: an id is not here.
+        """
+        wanted = as_ids("RowStore", ids)
+        at = id_lists.positions_of(self._ids, len(self), wanted)
+        own = id_lists.picked(self.ids, at)
+        origin = None if self.origin is None else self.origin[at]
+        found = RowStore(self.at(at), self.plan, self.valid[at], origin, own)
+        found.about = About(self.weights, self.about.passing, self.about.options)
+        return found
+
+    def __reduce__(self) -> Any:
+        if self.path is None:
+            return restored, (RowStore, self.__dict__)
+        invalid = (~self.valid).nonzero().flatten()
+        return _opened, (self.path.absolute(), [len(part) for part in self._parts], invalid)
+
+    @property
+    def weights(self) -> str | None:
+        """Fingerprint of the weights that made the rows, None if that is not known."""
+        return self.about.weights
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that was to be collected is there."""
+        return all(part.finished for part in self._parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self._parts[0].rows.dtype
+
+    @property
+    def _kind(self) -> str:
+        return self._parts[0].header.ids
+
+    @property
+    def _ids(self) -> Ids | None:
+        return id_lists.joined([part.ids for part in self._parts])
+
+    @property
+    def ids(self) -> Ids:
+        """Of each row: [n] int64, or n strings.
+
+        Of a loader that tells what it draws, positions in the data set; what `ids=` gave; or else
+        positions in the order in which examples came.
+        """
+        ids = self._ids
+        return torch.arange(len(self)) if ids is None else ids
+
+    @property
+    def origin(self) -> Tensor | None:
+        """[n, 2] int64, or None if every row is an example in order.
+
+        Of rows per token or segment the example (in the loader's order) and the token or segment;
+        of rows that a callback took during training, the step and the example's position in the
+        data set.
+        """
+        if not self._parts[0].header.origin:
+            return None
+        return torch.cat([part.origin for part in self._parts])
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the rows."""
-        return self._rows.numel() * self._rows.element_size()
+        return len(self) * self.plan.width * self.dtype.itemsize
 
     @property
     def rows(self) -> Tensor:
-        """[n, R] all rows, verified; of a directory, memory-mapped: writing changes no file."""
+        """[n, R] all rows, verified; of one part on disk, memory-mapped: writing changes no file.
+
+        Of several parts, a copy in memory; `chunks` and `at` make none of all.
+        """
         for _ in self.chunks():
             pass
-        return self._rows
+        rows = [part.rows for part in self._parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """The rows in order, as (position of the first, [c, R]) of about 16 MiB each.
@@ -139,147 +310,62 @@ class RowStore:
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
-        step = _rows_per_chunk(self.plan.width, self._rows.element_size())
-        for number, start in enumerate(range(0, len(self), step)):
-            chunk = self._rows[start : start + step]
-            if self._checksums and self._checksums[number] is not None:
-                if zlib.crc32(chunk.numpy()) != self._checksums[number]:
-                    raise ValueError(
-                        f"RowStore: {self.path}/rows.bin is damaged in rows {start} to "
-                        f"{start + len(chunk) - 1}; collect it again"
-                    )
-                self._checksums[number] = None
-            yield start, chunk
+        first = 0
+        for part in self._parts:
+            for start, chunk in part.chunks():
+                yield first + start, chunk
+            first += len(part)
+
+    def at(self, positions: Tensor | Sequence[int]) -> Tensor:
+        """[k, R] the rows at these positions, verified; a copy.
+
+        Raises:
+            ValueError: a chunk on disk does not have its checksum.
+        """
+        positions = torch.as_tensor(positions).to("cpu", torch.int64)
+        rows = self._parts[0].rows
+        found = rows.new_empty(len(positions), self.plan.width)
+        first = 0
+        for part in self._parts:
+            here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
+            inside = positions[here] - first
+            for number in (inside // part.chunk_rows).unique().tolist():
+                part.chunk(number)
+            if len(here):
+                found[here] = part.rows[inside]
+            first += len(part)
+        return found
+
+    def verify(self) -> None:
+        """Read everything and compare its checksums anew.
+
+        Raises:
+            ValueError: something is damaged.
+        """
+        if self.path is not None:
+            Plan.load(self.path, read_about(self.path)[0])
+        for part in self._parts:
+            if part.path is not None:
+                again = Part.open(part.path, self.plan.width)
+                for _ in again.chunks():
+                    pass
+                _ = again.ids, again.origin
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else f"in {self.path}"
         size = f"{len(self)} rows of width {self.plan.width}"
-        return f"RowStore({size} {where}, plan {self.plan.fingerprint}, {self.proof})"
+        so_far = "" if self.finished else " so far"
+        return f"RowStore({size} {where}{so_far}, plan {self.plan.fingerprint}, {self.proof})"
 
 
-class RowWriter:
-    """Appends rows and makes the store: a directory appears whole, or not at all.
-
-    Inside the `with`, a directory is written beside its place, as PATH.partial; `finish` moves it
-    there, and leaving without `finish` removes it.
-    """
-
-    def __init__(self, plan: Plan, path: str | os.PathLike | None, expected: int = 0) -> None:
-        """`expected` rows are allocated at once in memory; more may come, or fewer.
-
-        Raises:
-            FileExistsError: there is something at `path`.
-        """
-        self._plan = plan
-        self._path = None if path is None else Path(path)
-        self._expected = expected
-        self._rows: Tensor | None = None  # in memory, with room to grow
-        self._valid: list[Tensor] = []
-        self._origin: list[Tensor] = []
-        self._checksums: list[int] = []
-        self._unsummed = b""
-        self._dtype: torch.dtype | None = None
-        self._file = None
-        self.num_rows = 0
-        if self._path is not None:
-            if self._path.exists():
-                raise FileExistsError(
-                    f"collect: {self._path} exists; load it with RowStore.load, remove it, or "
-                    "give another path"
-                )
-            self._partial = self._path.with_name(self._path.name + ".partial")
-
-    def __enter__(self) -> RowWriter:
-        if self._path is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)  # of a process that was killed
-            self._partial.mkdir(parents=True)
-            self._file = (self._partial / "rows.bin").open("wb")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def append(self, rows: Tensor, valid: Tensor, origin: Tensor | None = None) -> None:
-        """Add rows [B, R], which of them are valid [B] bool, and their origin [B, 2]."""
-        if origin is not None:
-            self._origin.append(origin.cpu())
-        rows, first, last = rows.detach().cpu(), self.num_rows, self.num_rows + len(rows)
-        self._valid.append(valid.cpu())
-        self._dtype = rows.dtype
-        if self._file is not None:
-            data = np.ascontiguousarray(rows.numpy(), rows.numpy().dtype.newbyteorder("<"))
-            self._file.write(data.tobytes())
-            self._add_checksums(data.tobytes())
-        else:
-            if self._rows is None:
-                self._rows = rows.new_empty(max(self._expected, len(rows)), rows.shape[1])
-            if last > len(self._rows):
-                grown = self._rows.new_empty(max(last, 2 * len(self._rows)), rows.shape[1])
-                grown[:first] = self._rows[:first]
-                self._rows = grown
-            self._rows[first:last] = rows
-        self.num_rows = last
-
-    def finish(self, proof: Proof | None = None) -> RowStore:
-        """The store of all rows; a directory is in its place now."""
-        proof = Proof() if proof is None else proof
-        valid = torch.cat(self._valid)
-        origin = torch.cat(self._origin) if self._origin else None
-        if self._file is None:
-            store = RowStore(self._rows[: self.num_rows], self._plan, valid, origin)
-            store.proof = proof
-            return store
-        if self._unsummed:
-            self._checksums.append(zlib.crc32(self._unsummed))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._plan.save(self._partial / "plan.json")
-        known = {}
-        if origin is not None:
-            np.save(self._partial / "origin.npy", origin.numpy())
-            known["origin_crc32"] = zlib.crc32(origin.numpy())
-        (self._partial / "store.json").write_text(
-            json.dumps(
-                {
-                    **known,
-                    "format": _FORMAT,
-                    "n": self.num_rows,
-                    "dtype": f"<f{self._dtype.itemsize}",
-                    "fingerprint": self._plan.fingerprint,
-                    "invalid": (~valid).nonzero().flatten().tolist(),
-                    "crc32": self._checksums,
-                    "proof": proof.saved(),
-                }
-            )
-        )
-        self._partial.rename(self._path)
-        return RowStore.load(self._path)
-
-    def _add_checksums(self, data: bytes) -> None:
-        chunk = _rows_per_chunk(self._plan.width, self._dtype.itemsize)
-        chunk *= self._plan.width * self._dtype.itemsize
-        self._unsummed += data
-        while len(self._unsummed) >= chunk:
-            self._checksums.append(zlib.crc32(self._unsummed[:chunk]))
-            self._unsummed = self._unsummed[chunk:]
-
-
-def finite_rows(rows: Tensor) -> Tensor:
-    """[n] whether all entries of a row are finite.
-
-    The terms of a finite sum are, and a sum is one read of the rows where isfinite makes copies.
-    """
-    sums = rows.sum(1).isfinite()
-    return sums if sums.all() else rows.isfinite().all(1)
-
-
-def _rows_per_chunk(width: int, itemsize: int) -> int:
-    return max(1, _CHUNK_BYTES // (width * itemsize))
+def _opened(path: Path, lengths: Sequence[int], invalid: Tensor) -> RowStore:
+    """A store that was pickled as its path: the rows that it had then."""
+    width, _, about = read_about(path)
+    paths = part_paths(path)[: len(lengths)]
+    parts = [Part.open(part, width, n) for part, n in zip(paths, lengths, strict=True)]
+    store = RowStore.__new__(RowStore)
+    store._take(Plan.load(path, width), parts, path)
+    store.about = about
+    store.valid[:] = True
+    store.valid[invalid] = False
+    return store

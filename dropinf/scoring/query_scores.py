@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,14 @@ from dropinf.rows import (
 from dropinf.solvers import Cholesky, Solver
 
 
-def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool = False) -> Tensor:
+def scores(
+    queries: RowStore,
+    store: RowStore,
+    solver: Solver,
+    *,
+    relative: bool = False,
+    weights: str = "same",
+) -> Tensor:
     """scores[q, i] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l: the influence of example i on query q.
 
     Positive: more of training example i lowers query q's loss. Solves for the m queries, never for
@@ -35,47 +42,58 @@ def scores(queries: RowStore, store: RowStore, solver: Solver, *, relative: bool
         relative: divide by the square root of each training example's self-influence, so that
             outliers with large gradients do not come first for every query (RelatIF, arXiv
             2003.11630, section 4.2, l-relative influence); this does solve for the training rows.
+        weights: "any" takes rows of other weights than the queries' or the solver's, which are an
+            error otherwise.
 
     Returns:
-        [m, n] in the rows' dtype; NaN where the query or the training row is invalid.
+        [m, n] in the rows' dtype, of the ids `queries.ids` and `store.ids`; NaN where the query or
+        the training row is invalid.
 
     Raises:
-        ValueError: the three were not made under the same plan, a self-influence is negative, or a
-            score is beyond the range of the rows' dtype.
+        ValueError: the three were not made under the same plan or weights, a self-influence is
+            negative, or a score is beyond the range of the rows' dtype.
     """
-    solver.check_plans("scores", queries, store)
+    solver.check_plans("scores", queries, store, weights)
     solved = solved_for(queries.rows, store, solver.solve)
     result = products(solved, store).to(queries.rows.dtype)
-    factors = _factors("scores", store, solver, relative)
+    factors = _factors("scores", store, solver, relative, weights)
     if factors is not None:
         result *= factors
     valid = queries.valid[:, None], store.valid
-    solver.check_scores("scores", result, valid, lambda q, i: (solved[q], store.rows[i]))
+    solver.check_scores("scores", result, valid, lambda q, i: (solved[q], store.at([i])[0]))
     return mark_invalid(result, queries, store)
 
 
 def topk(
-    queries: RowStore, store: RowStore, solver: Solver, k: int = 10, *, relative: bool = False
-) -> tuple[Tensor, Tensor]:
+    queries: RowStore,
+    store: RowStore,
+    solver: Solver,
+    k: int = 10,
+    *,
+    relative: bool = False,
+    weights: str = "same",
+    ids: bool = False,
+) -> tuple[Tensor, Any]:
     """The k training examples of largest score for each query, without forming [m, n].
 
     Args:
-        queries, store, solver, relative: as in `scores`.
+        queries, store, solver, relative, weights: as in `scores`.
         k: 1 to the number of valid training rows.
+        ids: return ids of training examples for their positions: [m, k] int64, or lists of strings.
 
     Returns:
         values [m, k], largest first, and indices [m, k] int64, positions in the store. Invalid
-        training rows are never among them; an invalid query has NaN and -1.
+        training rows are never among them; an invalid query has NaN and -1 (for a string, None).
 
     Raises:
         ValueError: as in `scores`, or k is out of range.
     """
-    solver.check_plans("topk", queries, store)
+    solver.check_plans("topk", queries, store, weights)
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
     solved = solved_for(queries.rows, store, solver.solve)
-    factors = _factors("topk", store, solver, relative)
+    factors = _factors("topk", store, solver, relative, weights)
     values = solved.new_full((len(queries), k), -torch.inf)
     indices = torch.full((len(queries), k), -1, device=solved.device)
     for start, chunk in store.chunks():
@@ -92,18 +110,18 @@ def topk(
     values = values.to(queries.rows.dtype)
     valid = (queries.valid[:, None],)
     solver.check_scores(
-        "topk", values, valid, lambda q, at: (solved[q], store.rows[indices[q, at]])
+        "topk", values, valid, lambda q, at: (solved[q], store.at(indices[q, at : at + 1])[0])
     )
     values[~queries.valid] = torch.nan
     indices[~queries.valid] = -1
-    return values, indices
+    return values, _ids_at(store, indices, queries.valid) if ids else indices
 
 
-def self_influence(store: RowStore, solver: Solver) -> Tensor:
+def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") -> Tensor:
     """[n]: scores[i, i] of every training example, without forming [n, n].
 
     Large for what a model fits with few other examples: memorised, mislabelled, rare. Solves for
-    all n rows, some at a time.
+    all n rows, some at a time; `weights` is as in `scores`.
 
     Returns:
         [n] in the rows' dtype; NaN where the row is invalid.
@@ -112,7 +130,7 @@ def self_influence(store: RowStore, solver: Solver) -> Tensor:
         ValueError: store and solver were not made under the same plan, or a self-influence is
             beyond the range of the rows' dtype.
     """
-    solver.check_plans("self_influence", store, store)
+    solver.check_plans("self_influence", store, store, weights)
     parts = []
     for rows in valid_rows(store):
         solved = solved_for(rows, store, solver.solve)
@@ -135,7 +153,10 @@ class Ensemble(NamedTuple):
 
 
 def ensemble(
-    parts: Iterable[tuple[RowStore, RowStore, Solver]], *, relative: bool = False
+    parts: Iterable[tuple[RowStore, RowStore, Solver]],
+    *,
+    relative: bool = False,
+    weights: str = "same",
 ) -> Ensemble:
     """Scores averaged over checkpoints and masks, with error bars.
 
@@ -145,7 +166,7 @@ def ensemble(
     Args:
         parts: (queries, store, solver) of each checkpoint and mask, for the same queries and
             training examples in the same order; a generator makes them one at a time.
-        relative: as in `scores`.
+        relative, weights: as in `scores`; each part has weights of its own.
 
     Returns:
         mean [m, n], and error [m, n], the standard error of that mean: the standard deviation over
@@ -157,7 +178,7 @@ def ensemble(
     """
     count, mean, squares = 0, torch.empty(0), torch.empty(0)
     for queries, store, solver in parts:
-        found = scores(queries, store, solver, relative=relative)
+        found = scores(queries, store, solver, relative=relative, weights=weights)
         if count == 0:
             mean, squares = torch.zeros_like(found), torch.zeros_like(found)
         if found.shape != mean.shape:
@@ -208,14 +229,25 @@ def influence(
     return scores(queries, store, Cholesky(damping).fit(store))
 
 
-def _factors(op: str, store: RowStore, solver: Solver, relative: bool) -> Tensor | None:
+def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:
+    own = store.ids
+    if isinstance(own, Tensor):
+        found = own[indices.cpu()]
+        found[~valid] = -1
+        return found
+    return [[own[i] if i >= 0 else None for i in row] for row in indices.tolist()]
+
+
+def _factors(
+    op: str, store: RowStore, solver: Solver, relative: bool, weights: str
+) -> Tensor | None:
     """[n] factors of the training rows' scores, None for one each."""
     if not relative:
         parts = [solver.scale(chunk) for _, chunk in store.chunks()]
         return None if not parts or parts[0] is None else torch.cat(parts)
-    if solver.scale(store.rows[:1]) is not None:
+    if solver.scale(store.at([0])) is not None:
         raise ValueError(f"{op}: relative=True with cosine=True would normalise twice; take one")
-    own = self_influence(store, solver)
+    own = self_influence(store, solver, weights=weights)
     if (own < 0).any():
         at = int((own < 0).nonzero()[0])
         raise ValueError(

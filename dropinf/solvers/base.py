@@ -22,10 +22,12 @@ class Solver(ABC):
     Attributes:
         plan: of the rows it was fitted on; None before `fit`.
         store: what it was fitted on; None before `fit`, and for a solver that was loaded.
+        weights: fingerprint of those that made the rows of the fit, None if it is not known.
     """
 
     plan: Plan | None = None
     store: RowStore | None = None
+    weights: str | None = None
 
     def fit(self: Self, store: RowStore) -> Self:
         """Learn from the valid rows of `store`.
@@ -40,7 +42,7 @@ class Solver(ABC):
             )
         self.plan = self.store = None  # an error leaves it unfitted, not half of the one before
         self._fit(store, n)
-        self.plan, self.store = store.plan, store
+        self.plan, self.store, self.weights = store.plan, store, store.weights
         return self
 
     def solve(self, rows: Tensor) -> Tensor:
@@ -85,8 +87,15 @@ class Solver(ABC):
         """Raise if a score is beyond the range of its dtype: see `number_range.check_scores`."""
         check_scores(op, self.plan, found, valid, at)
 
-    def check_plans(self, op: str, queries: RowStore, store: RowStore | None) -> None:
-        """Raise unless this, queries and store (None: that of the fit) are of one plan."""
+    def check_plans(
+        self, op: str, queries: RowStore, store: RowStore | None, weights: str = "same"
+    ) -> None:
+        """Raise unless this, queries and store (None: that of the fit) are of one plan.
+
+        And of one model's weights, as far as these are known, unless `weights` is "any".
+        """
+        if weights not in ("same", "any"):
+            raise ValueError(f"{op}: weights must be 'same' or 'any', got {weights!r}")
         if self.plan is None:
             raise RuntimeError(f"{op}: the solver was not fitted; call fit(store) first")
         fitted = self.plan.fingerprint
@@ -102,6 +111,17 @@ class Solver(ABC):
                 f"{op}: the solver was fitted under plan {fitted}, the store was made under "
                 f"{made}; fit it on rows of the store's plan"
             )
+
+        if weights == "any":
+            return
+        there = self.weights if store is None else store.weights
+        for who, own in (("the queries were", queries.weights), ("the solver was", self.weights)):
+            if None not in (own, there) and own != there:
+                how = "fitted on rows of" if who == "the solver was" else "made with"
+                raise ValueError(
+                    f"{op}: {who} {how} weights {own}, the store's rows with {there}; collect both "
+                    "with one model, or say weights='any'"
+                )
 
     @abstractmethod
     def _fit(self, store: RowStore, n: int) -> None: ...

@@ -152,7 +152,11 @@ class Cholesky(Solver):
         return solved
 
     def sweep(
-        self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
+        self,
+        dampings: Sequence[float],
+        queries: RowStore,
+        store: RowStore | None = None,
+        weights: str = "same",
     ) -> Tensor:
         """Scores at k dampings for the price of about one: see `Eigen.sweep`.
 
@@ -161,7 +165,7 @@ class Cholesky(Solver):
         Returns:
             [k, m, n], equal to the scores of k solvers fitted with those dampings.
         """
-        self.check_plans(f"{type(self).__name__}.sweep", queries, store)
+        self.check_plans(f"{type(self).__name__}.sweep", queries, store, weights)
         if self.store is None:
             name = type(self).__name__
             raise ValueError(
@@ -169,7 +173,7 @@ class Cholesky(Solver):
             )
         if self._decomposed is None:
             self._decomposed = self._eigen(absolute=self.absolute).fit(self.store)
-        return self._decomposed.sweep(dampings, queries, store)
+        return self._decomposed.sweep(dampings, queries, store, weights)
 
     def condition(self) -> list[float]:
         """An estimate of each layer's condition number λ_max / λ_min of F_l + λ_l, from below.
@@ -210,7 +214,9 @@ class Cholesky(Solver):
         """
         self._need_fit("save")
         options = {"damping": self.damping, "absolute": self.absolute}
-        save_solver(type(self).__name__, path, self.plan, options, self._order, self._groups)
+        save_solver(
+            type(self).__name__, path, self.plan, self.weights, options, self._order, self._groups
+        )
 
     @classmethod
     def load(
@@ -235,7 +241,7 @@ class Cholesky(Solver):
         blocks = solver._blocks(saved.plan)
         groups = saved.groups(blocks, in_memory=max_bytes)
         solver._set(blocks, groups)
-        solver.plan, solver.store = saved.plan, store
+        solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
         return solver
 
     def _need_fit(self, what: str) -> None:

@@ -146,7 +146,11 @@ class Eigen(Solver):
                 )
 
     def sweep(
-        self, dampings: Sequence[float], queries: RowStore, store: RowStore | None = None
+        self,
+        dampings: Sequence[float],
+        queries: RowStore,
+        store: RowStore | None = None,
+        weights: str = "same",
     ) -> Tensor:
         """Scores at k dampings, from one decomposition and one pass over the store.
 
@@ -154,6 +158,7 @@ class Eigen(Solver):
             dampings: k of them, each as in `Cholesky`.
             queries: m rows under the plan of the fit.
             store: n training rows to score; None is the store of the fit.
+            weights: as in `dropinf.scores`.
 
         Returns:
             [k, m, n], each as `dropinf.scores` makes it.
@@ -163,7 +168,7 @@ class Eigen(Solver):
         """
         store = self.store if store is None else store
         op = f"{type(self).__name__}.sweep"
-        self.check_plans(op, queries, store)
+        self.check_plans(op, queries, store, weights)
         solved = [
             solved_for(queries.rows, store, partial(self.solve_at, damping=damping))
             for damping in dampings
@@ -171,5 +176,5 @@ class Eigen(Solver):
         found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
         found = found.to(queries.rows.dtype)
         valid = queries.valid[:, None], store.valid
-        self.check_scores(op, found, valid, lambda k, q, i: (solved[k][q], store.rows[i]))
+        self.check_scores(op, found, valid, lambda k, q, i: (solved[k][q], store.at([i])[0]))
         return mark_invalid(found, queries, store)

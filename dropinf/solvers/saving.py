@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dropinf.compression import LayerPlan, Plan
+from dropinf.manifest import field, integers, read_manifest, reason, sealed
 from dropinf.rows import RowStore
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
@@ -20,8 +20,11 @@ from dropinf.solvers.factor_file import FileTensor, crc_of, write
 from dropinf.solvers.group import Group, Layer, Setting
 from dropinf.solvers.primal import Primal
 from dropinf.text_table import printable
+from dropinf.whole_files import appearing
 
-_FORMAT = "dropinf cholesky 1"
+_FORMAT = "dropinf cholesky 2"
+_REMEDY = "fit and save it again"
+_LAMBDA = fields(Layer)[3].name  # which is no ASCII
 _FORMS = {form.form: form for form in (Primal, Dual)}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -30,51 +33,45 @@ def save_solver(
     kind: str,
     path: str | os.PathLike,
     plan: Plan,
+    weights: str | None,
     options: dict[str, Any],
     blocks: Sequence[LayerPlan],
     groups: Sequence[Group],
 ) -> None:
     """Write a directory, which appears whole or not at all."""
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{kind}.save: {path} exists; remove it, or give another path")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
     order = {block: l for l, block in enumerate(blocks)}
     setting = groups[0].setting
-    try:
+    with appearing(path) as new:
+        new.mkdir()
         crc = 0
-        with (partial / "factors.bin").open("wb") as file:
+        with (new / "factors.bin").open("wb") as file:
             for group in groups:
                 crc = write(file, group.read(), crc)
-        plan.save(partial / "plan.json")
-        text = json.dumps(
-            {
-                "format": _FORMAT,
-                "kind": kind,
-                "fingerprint": plan.fingerprint,
-                "options": options,
-                "n": setting.n,
-                "dtype": _name(setting.dtype),
-                "part_bytes": setting.part_bytes,
-                "groups": [
-                    {
-                        "form": group.form,
-                        "dtype": _name(group.setting.dtype),
-                        "blocks": [order[block] for block in group.blocks],
-                        "layers": [asdict(layer) for layer in group.layers],
-                    }
-                    for group in groups
-                ],
-                "crc32": crc,
-            },
-            indent=1,
-        )
-        (partial / "solver.json").write_text(text)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (new / "plan.json").write_bytes(plan.saved())
+        content = {
+            "format": _FORMAT,
+            "kind": kind,
+            "fingerprint": plan.fingerprint,
+            "weights": weights,
+            "options": options,
+            "n": setting.n,
+            "dtype": _name(setting.dtype),
+            "part_bytes": setting.part_bytes,
+            "groups": [
+                {
+                    "form": group.form,
+                    "dtype": _name(group.setting.dtype),
+                    "blocks": [order[block] for block in group.blocks],
+                    "layers": [asdict(layer) for layer in group.layers],
+                }
+                for group in groups
+            ],
+            "factors_crc32": crc,
+        }
+        (new / "solver.json").write_bytes(sealed(content, indent=1))
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ class Saved:
     """What `load_solver` found, checked."""
 
     plan: Plan
+    weights: str | None
     options: dict[str, Any]
     setting: Setting
     file: Path
@@ -89,14 +87,24 @@ class Saved:
 
     def groups(self, blocks: Sequence[LayerPlan], in_memory: int | None) -> list[Group]:
         """The groups, with their factors in memory if they are of at most `in_memory` bytes."""
+        damaged = ValueError(
+            f"{self.setting.op}.load: {self.file.parent}/solver.json is damaged: its layers are "
+            f"not those of plan.json; {_REMEDY}"
+        )
+        if {l for *_, members, _ in self.parts for l in members} != set(range(len(blocks))):
+            raise damaged
         groups, start = [], 0
         for form, dtype, members, layers in self.parts:
             group = form([blocks[l] for l in members], replace(self.setting, dtype=dtype))
             group.layers = layers
+            if [layer.r for layer in layers] != [blocks[l].r for l in members]:
+                raise damaged
             size, dtype = group.size()
             group.factors = FileTensor(self.file, start, size, dtype)
             start += size * dtype.itemsize
             groups.append(group)
+        if start != self.file.stat().st_size:
+            raise damaged
         if in_memory is None or start <= in_memory:
             for group in groups:
                 group.factors = group.read()
@@ -111,23 +119,36 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
         ValueError: it is damaged, of another class, or the store is not the one it needs.
     """
     path = Path(path)
-    if not (path / "solver.json").is_file():
+    if not os.path.lexists(path / "solver.json"):
         raise FileNotFoundError(f"{kind}.load: {path} holds no solver (no solver.json in it)")
+    saved = read_manifest(f"{kind}.load", path / "solver.json", _REMEDY)
     plan = Plan.load(path)
     try:
-        saved = json.loads((path / "solver.json").read_text())
-        options = saved["options"]
-        known = saved["format"] == _FORMAT and saved["fingerprint"] == plan.fingerprint
+        if field(saved, "format", str) != _FORMAT:
+            raise ValueError(f"'format' is not {_FORMAT!r}")
+        known = field(saved, "fingerprint", str) == plan.fingerprint
+        weights = saved.get("weights")
+        if weights is not None:
+            weights = field(saved, "weights", str)
+        options = field(saved, "options", dict)
         damping = Damping(kind, **options)
-        dtype = _DTYPES[saved["dtype"]]
-        setting = Setting(kind, damping, dtype, int(saved["n"]), int(saved["part_bytes"]))
+        dtype = _DTYPES[field(saved, "dtype", str)]
+        n, part_bytes = (field(saved, key, int, 1, 1 << 62) for key in ("n", "part_bytes"))
+        setting = Setting(kind, damping, dtype, n, part_bytes)
         parts = [
-            (_FORMS[g["form"]], _DTYPES[g["dtype"]], g["blocks"], _layers(g["layers"]))
-            for g in saved["groups"]
+            (
+                _FORMS[field(group, "form", str)],
+                _DTYPES[field(group, "dtype", str)],
+                integers(group, "blocks", 0, 1 << 31),
+                _layers(field(group, "layers", list)),
+            )
+            for group in field(saved, "groups", list)
         ]
-        crc, of_kind = saved["crc32"], saved["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{kind}.load: {path}/solver.json is damaged: {error!r}") from error
+        crc, of_kind = field(saved, "factors_crc32", int), field(saved, "kind", str)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{kind}.load: {path}/solver.json is damaged: {reason(error)}; {_REMEDY}"
+        ) from None
     if not known:
         raise ValueError(f"{kind}.load: {path}/solver.json and plan.json do not belong together")
     if of_kind != kind:
@@ -145,12 +166,35 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
                 f"{kind}.load: the solver was fitted on {setting.n} valid rows under plan "
                 f"{plan.fingerprint}, the store has {found[1]} under {found[0]}"
             )
-    return Saved(plan, options, setting, file, parts)
+        if None not in (store.weights, weights) and store.weights != weights:
+            raise ValueError(
+                f"{kind}.load: the solver was fitted on rows of weights {weights}, the store has "
+                f"rows of {store.weights}; give the store that it was fitted on"
+            )
+    return Saved(plan, weights, options, setting, file, parts)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layers(saved: list[dict[str, Any]]) -> list[Layer]:
-    return [Layer(**{**layer, "failed_pivots": tuple(layer["failed_pivots"])}) for layer in saved]
+def _layers(saved: list[Any]) -> list[Layer]:
+    layers = []
+    for layer in saved:
+        field(layer, "r", int, 1, 1 << 48)
+        field(layer, "exponent", int, -(1 << 20), 1 << 20)
+        if not 0 <= field(layer, _LAMBDA, float) < math.inf or len(layer) != len(fields(Layer)):
+            raise ValueError("a layer has no damping")
+        layers.append(
+            Layer(
+                field(layer, "name", str),
+                layer["r"],
+                field(layer, "form", str),
+                layer[_LAMBDA],
+                tuple(integers(layer, "failed_pivots", 0, 1 << 48)),
+                layer["exponent"],
+            )
+        )
+        if layer["form"] not in (*_FORMS, "zero"):
+            raise ValueError("a layer has an unknown form")
+    return layers

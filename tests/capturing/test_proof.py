@@ -255,21 +255,6 @@ def test_the_store_says_what_was_compared(tmp_path):
     assert torch.equal(plain.rows, store.rows[:5])
 
 
-def test_a_store_from_before_the_proof(tmp_path):
-    """store.json has no word of it."""
-    import json
-
-    model, batches, loss_fn = transformer()
-    plan = Plan.make(model, Dropout(r=20))
-    store = collect(model, batches, loss_fn, plan, path=tmp_path / "rows", progress=False)
-    file = tmp_path / "rows" / "store.json"
-    saved = json.loads(file.read_text())
-    del saved["proof"]
-    file.write_text(json.dumps(saved))
-    old = RowStore.load(tmp_path / "rows")
-    assert old.proof.examples == 0 and torch.equal(old.rows, store.rows)
-
-
 def test_tokens():
     """The sum of an example's rows is its gradient."""
     model, batches, loss_fn = transformer()

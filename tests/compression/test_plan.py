@@ -20,6 +20,7 @@ from dropinf import (
     Rademacher,
     Sketch,
 )
+from dropinf.manifest import sealed
 
 
 def mlp():
@@ -121,18 +122,23 @@ def test_numpy_numbers_are_saved(tmp_path):
 def test_damaged_plans(tmp_path):
     path = tmp_path / "plan"
     Plan.make(mlp(), Dropout(r=7)).save(path)
-    text = path.read_text()
+    text = path.read_bytes()
     saved = json.loads(text)
+    del saved["crc32"]
+    assert sealed(saved, indent=1) == text
     for damaged in (
         text[:-20],
-        "[]",
-        "{}",
-        text.replace("Dropout", "Nonsense"),
-        text.replace('"seed": 0', '"seed": 1'),
-        text.replace("dropinf plan 1", "dropinf plan 0"),
-        json.dumps({**saved, "compression": {**saved["compression"], "r": 0}}),
+        b"[]",
+        b"{}",
+        text.replace(b"Dropout", b"Nonsense"),
+        text.replace(b'"seed": 0', b'"seed": 1'),
+        sealed({**saved, "format": "dropinf plan 1"}),
+        sealed({**saved, "compression": {**saved["compression"], "kind": "Nonsense"}}),
+        sealed({**saved, "compression": {**saved["compression"], "seed": 1}}),
+        sealed({**saved, "compression": {**saved["compression"], "r": 0}}),
+        sealed({**saved, "width": saved["width"] + 1}),
     ):
-        path.write_text(damaged)
+        path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"Plan.load: .*damaged"):
             Plan.load(path)
     with pytest.raises(FileNotFoundError):

@@ -163,9 +163,35 @@ def test_index(tmp_path, workers):
     path = tmp_path / "rows"
     callback = InfluenceCallback(plan, loss_fn, path, "during", index=lambda batch: batch[2])
     fit(tmp_path, model, callback, loader=loader)
-    examples = dropinf.RowStore.load(path).origin[:, 1]
+    store = dropinf.RowStore.load(path)
+    examples = store.origin[:, 1]
+    assert torch.equal(store.ids, examples) and len(store[3]) == 2  # epochs
     assert torch.equal(x[examples], torch.cat(model.seen))
     assert sorted(examples.tolist()) == sorted(2 * [*range(7)])
+
+
+def test_a_training_that_stops(tmp_path):
+    """The rows so far are where they were to be."""
+
+    class Stopping(Digits):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    model, path = Stopping(), tmp_path / "rows"
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=2))
+    callback = InfluenceCallback(plan, loss_fn, path, "during")
+    with (
+        pytest.raises(ZeroDivisionError),
+        pytest.warns(
+            UserWarning, match=r"the first 7 rows are in .*, and RowStore\.load opens them"
+        ),
+    ):
+        fit(tmp_path, model, callback)
+    with pytest.warns(UserWarning, match="is not finished; these are its first 7 rows$"):
+        store = dropinf.RowStore.load(path)
+    assert store.origin[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3] and store.weights is None
 
 
 def test_refuses(tmp_path):

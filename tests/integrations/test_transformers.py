@@ -16,12 +16,12 @@ from zoo import GROUPED, IDS, SMALL, build_as  # noqa: E402
 
 import dropinf  # noqa: E402
 from dropinf.integrations import transformers_losses, versions  # noqa: E402
-from dropinf.integrations.drawn import Drawn  # noqa: E402
 from dropinf.integrations.transformers import (  # noqa: E402
     InfluenceCallback,
     causal_lm_loss,
     loss_fn_for,
 )
+from dropinf.rows import Drawn  # noqa: E402
 
 T5 = {
     "decoder_start_token_id": 0,
@@ -323,6 +323,7 @@ def noting(plan=None):
 def assert_positions(store, trainer):
     """The rows' examples are the texts that the Trainer had."""
     texts = Texts().texts
+    assert torch.equal(store.ids, store.origin[:, 1])
     assert [texts[i] for i in store.origin[:, 1].tolist()] == trainer.texts
 
 

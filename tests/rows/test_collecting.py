@@ -1,6 +1,5 @@
 """collect and RowStore: every example's row, in memory or a directory, or nothing at all."""
 
-import json
 import re
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader, TensorDataset
 
-import dropinf.rows.store
+import dropinf.rows.part
 from dropinf import Dropout, Full, Plan, RowStore, collect
 
 MLP = CASES[0]
@@ -40,7 +39,9 @@ def test_collect(setup, mode, on_disk, tmp_path):
     assert store.num_bytes == truth.numel() * 8
     assert torch.equal(torch.cat([chunk for _, chunk in store.chunks()]), store.rows)
     if on_disk:
-        assert sorted(p.name for p in path.iterdir()) == ["plan.json", "rows.bin", "store.json"]
+        assert sorted(p.name for p in path.iterdir()) == ["part-000000", "plan.json", "store.json"]
+        files = ["ids.bin", "journal.jsonl", "part.json", "rows.bin"]
+        assert sorted(p.name for p in (path / "part-000000").iterdir()) == files
         assert [p.name for p in path.parent.iterdir()] == ["rows"]
         again = RowStore.load(path)
         assert torch.equal(again.rows, store.rows)
@@ -73,7 +74,7 @@ def test_loaders_run_outside_of_the_capture(setup):
 
 def test_many_chunks(setup, tmp_path, monkeypatch):
     model, loader, plan = setup
-    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", 4 * plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 4 * plan.width * 8)
     store = gather(model, loader, plan, path=tmp_path / "rows")
     assert [len(chunk) for _, chunk in store.chunks()] == [4, 4, 4, 4, 4, 3]
     assert [start for start, _ in store.chunks()] == [0, 4, 8, 12, 16, 20]
@@ -127,12 +128,10 @@ def test_nonfinite(setup, of, mode, batch_size, tmp_path):
     path = tmp_path / "rows"
     with pytest.raises(ValueError, match=f"the {of} of example 7 .*on_nonfinite='skip'"):
         gather(model, poisoned, plan, path=path, mode=mode)
-    assert not list(tmp_path.iterdir())
-
     clean = gather(model, loader, plan, mode=mode)
     for store in (
         gather(model, poisoned, plan, mode=mode, on_nonfinite="skip"),
-        gather(model, poisoned, plan, mode=mode, on_nonfinite="skip", path=path),
+        gather(model, poisoned, plan, mode=mode, on_nonfinite="skip", path=path, resume=True),
         RowStore.load(path),
     ):
         assert (~store.valid).nonzero().flatten().tolist() == [7, 16]
@@ -199,23 +198,6 @@ def test_bad_input(setup, tmp_path):
     assert len(RowStore.load(path)) == 23  # what was there is whole
 
 
-def test_interrupted_collection_leaves_nothing(setup, tmp_path):
-    model, loader, plan = setup
-
-    def interrupted():
-        yield from loader
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gather(model, interrupted(), plan, path=tmp_path / "rows")
-    assert not list(tmp_path.iterdir())
-    # What a killed process left behind is in nobody's way.
-    (tmp_path / "rows.partial").mkdir()
-    (tmp_path / "rows.partial" / "rows.bin").write_bytes(b"half")
-    assert len(gather(model, loader, plan, path=tmp_path / "rows")) == 23
-    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
-
-
 def test_parameter_that_never_met_data_is_reported(setup):
     model, loader, _ = setup
     model = nn.ModuleDict({"used": model, "spare": nn.Linear(3, 2).double()})
@@ -229,42 +211,6 @@ def test_parameter_that_never_met_data_is_reported(setup):
                 model, loader, loss_fn, Plan.make(model, Full()), mode=mode, progress=False
             )
         assert not store.rows[:, -8:].any() and store.rows[:, :-8].any()
-
-
-def test_damaged_stores(setup, tmp_path):
-    model, loader, plan = setup
-    path = tmp_path / "rows"
-    gather(model, loader, plan, path=path)
-    whole = {p.name: p.read_bytes() for p in path.iterdir()}
-    meta = json.loads(whole["store.json"])
-
-    def damaged(name, content, match):
-        for file, data in whole.items():
-            (path / file).write_bytes(data)
-        if content is None:
-            (path / name).unlink()
-        else:
-            (path / name).write_bytes(content)
-        with pytest.raises((ValueError, FileNotFoundError), match=match):
-            _ = RowStore.load(path).rows
-
-    flipped = bytearray(whole["rows.bin"])
-    flipped[1000] ^= 1
-    damaged("rows.bin", bytes(flipped), "rows.bin is damaged in rows 0 to 22")
-    damaged("rows.bin", whole["rows.bin"][:-1], "truncated or damaged: .* bytes instead of")
-    damaged("rows.bin", whole["rows.bin"] + b"x", "truncated or damaged")
-    damaged("rows.bin", None, "truncated or damaged: 0 bytes")
-    damaged("store.json", whole["store.json"][:-9], "store.json is damaged")
-    damaged("store.json", b"{}", "store.json is damaged")
-    damaged("store.json", None, "holds no store")
-    damaged("store.json", json.dumps({**meta, "n": 22}).encode(), "truncated or damaged")
-    damaged("store.json", json.dumps({**meta, "crc32": []}).encode(), "store.json is damaged")
-    damaged("store.json", json.dumps({**meta, "invalid": [23]}).encode(), "store.json is damaged")
-    damaged("store.json", json.dumps({**meta, "fingerprint": "0"}).encode(), "belong together")
-    damaged("plan.json", whole["plan.json"][:-9], "plan.json is damaged")
-    damaged("plan.json", None, "plan.json")
-    with pytest.raises(FileNotFoundError, match="holds no store"):
-        RowStore.load(tmp_path / "none")
 
 
 def test_rows_whose_sum_is_beyond_float32(setup):

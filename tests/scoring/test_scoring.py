@@ -7,8 +7,8 @@ from cases import CASES, build, example
 from conftest import EPS32, assert_within
 from score_cases import formula, plan_of, stores
 
+import dropinf.rows.part
 import dropinf.rows.row_passes
-import dropinf.rows.store
 from dropinf import (
     Full,
     RowStore,
@@ -99,7 +99,7 @@ def test_identity():
 
 def test_invalid_rows_do_not_count(monkeypatch):
     store, queries = stores(40, 6, 5, 50)
-    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", 7 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 7 * store.plan.width * 8)
     valid = torch.ones(40, dtype=torch.bool)
     valid[[0, 9, 33]] = False
     rows = store.rows.clone()
@@ -121,7 +121,7 @@ def test_invalid_rows_do_not_count(monkeypatch):
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
 def test_topk_equals_sorted_scores(k, rows_a_chunk, monkeypatch):
     store, queries = stores(40, 6, 5, 9)
-    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", rows_a_chunk * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", rows_a_chunk * store.plan.width * 8)
     solver = Cholesky().fit(store)
     values, indices = topk(queries, store, solver, k)
     all_scores = scores(queries, store, solver)
@@ -133,7 +133,7 @@ def test_topk_equals_sorted_scores(k, rows_a_chunk, monkeypatch):
 @pytest.mark.parametrize("n, sizes", [(40, (5, 17)), (9, (5, 60))], ids=["r x r", "n x n"])
 def test_self_influence_and_relative_scores(n, sizes, monkeypatch):
     store, queries = stores(n, 6, *sizes)
-    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", 3 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 3 * store.plan.width * 8)
     monkeypatch.setattr(dropinf.rows.row_passes, "PART_BYTES", 7 * store.plan.width * 8)
     valid = torch.ones(n, dtype=torch.bool)
     valid[4] = False

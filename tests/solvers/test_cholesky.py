@@ -9,8 +9,9 @@ import pytest
 import torch
 from score_cases import plan_of, stores
 
-import dropinf.rows.store
+import dropinf.rows.part
 from dropinf import RowStore, ops, scores
+from dropinf.manifest import sealed
 from dropinf.rows import RowWriter
 from dropinf.solvers import Cholesky, Full
 from dropinf.solvers.factor_file import FileTensor
@@ -127,7 +128,7 @@ def test_memory_bound(where, dtype, tmp_path, monkeypatch):
     """Layers in several groups, factors in a file: the answers of one group in memory."""
     store, _ = mixed(dtype=dtype)
     monkeypatch.setattr(
-        dropinf.rows.store, "_CHUNK_BYTES", 4 * store.plan.width * store.rows.itemsize
+        dropinf.rows.part, "CHUNK_BYTES", 4 * store.plan.width * store.rows.itemsize
     )
     if where == "disk":
         store = on_disk(store, tmp_path / "rows")
@@ -159,7 +160,7 @@ def test_memory_bound(where, dtype, tmp_path, monkeypatch):
 
 def test_invalid_rows_in_both_forms(tmp_path, monkeypatch):
     store, _ = mixed()
-    monkeypatch.setattr(dropinf.rows.store, "_CHUNK_BYTES", 4 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 4 * store.plan.width * 8)
     valid = torch.ones(30, dtype=torch.bool)
     valid[[0, 1, 2, 3, 17]] = False
     rows = store.rows.clone()
@@ -428,7 +429,8 @@ def test_load_refuses(tmp_path):
         Cholesky.load(path, store)
     saved = json.loads(text)
     saved["fingerprint"] = "0" * 16
-    (path / "solver.json").write_text(json.dumps(saved))
+    del saved["crc32"]
+    (path / "solver.json").write_bytes(sealed(saved))
     with pytest.raises(ValueError, match="do not belong together"):
         Cholesky.load(path, store)
 

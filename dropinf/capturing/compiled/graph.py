@@ -175,7 +175,7 @@ class CompiledGraph:
                 raise NotInGraphError(f"an input of type {type(t).__name__}, {t.layout}")
         for node in graph.nodes:
             if hides_code(node):
-                raise NotInGraphError(f"what is inside of {node.name}")
+                raise NotInGraphError(f"what is inside of {node.name!r}")
         with graph.inserting_after(given[-1]):
             call = graph.placeholder("dropinf_call")
             probe = graph.placeholder("dropinf_probe")

@@ -1,0 +1,70 @@
+"""Collecting into a directory beside into memory; top-k over a store beside one read of it, and
+beside torch.mm and topk."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dropinf
+from dropinf.rows import part_writer
+
+N, R = 50_000, 1024  # 205 MB
+
+
+def mlp():
+    torch.manual_seed(0)
+    sizes = [784, 2048, 1024, 10]
+    layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in itertools.pairwise(sizes)]
+    return nn.Sequential(*itertools.chain.from_iterable(layers))
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("seconds", [5.0, 0.0], ids=["a flush every 5 s", "a flush a batch"])
+def bench_collect_into_a_directory(timed, tmp_path, monkeypatch, seconds):
+    """To reach: 0.97 of the speed of memory, with the journal and what waits for the disk."""
+    monkeypatch.setattr(part_writer, "_FLUSH_SECONDS", seconds)
+    model = mlp()
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=256))
+    data = TensorDataset(torch.randn(2048, 784), torch.randint(10, (2048,)))
+    paths = (tmp_path / str(i) for i in itertools.count())
+
+    def collect(path=None):
+        loader = DataLoader(data, batch_size=128)
+        return dropinf.collect(model, loader, loss_fn, plan, path, progress=False)
+
+    contestants = {"directory": lambda: collect(next(paths)), "memory": collect}
+    to_reach = {"memory": (0.97, None)} if seconds else {}
+    timed(contestants, "directory", to_reach, rounds=5, settle=True)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A store of N rows on disk, in the page cache, verified."""
+    plan = dropinf.Plan.make(nn.Linear(R, 1, bias=False), dropinf.Full())
+    path = tmp_path_factory.mktemp("store") / "rows"
+    dropinf.RowStore(torch.randn(N, R), plan).save(path)
+    store = dropinf.RowStore.load(path)
+    _ = store.rows
+    return store
+
+
+@pytest.mark.parametrize("m", [1, 256])
+def bench_topk_over_a_store(timed, stored, m):
+    """To reach: 0.8 of the bandwidth of one read at one query, level with torch at 256."""
+    queries = dropinf.RowStore(torch.randn(m, R), stored.plan)
+    solver, rows = dropinf.solvers.Identity().fit(stored), stored.rows
+    contestants = {
+        "dropinf.topk": lambda: dropinf.topk(queries, stored, solver, 10),
+        "torch.mm and topk": lambda: torch.mm(queries.rows, rows.T).topk(10),
+    }
+    to_reach = {"torch.mm and topk": (1, None)}
+    if m == 1:
+        contestants["one read (sum)"] = rows.sum
+        to_reach = {"one read (sum)": (0.8, None)}
+    timed(contestants, "dropinf.topk", to_reach, rounds=5)

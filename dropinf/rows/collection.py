@@ -1,0 +1,219 @@
+"""Collection: a store in the making, rows of one batch after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from dropinf.capturing import Proof
+from dropinf.compression import Plan
+from dropinf.rows.about import proof_of
+from dropinf.rows.batches import Batches, CaptureOptions, LossFn
+from dropinf.rows.checks import Checks
+from dropinf.rows.ids import picked
+from dropinf.rows.resuming import Past, Source
+from dropinf.rows.store import RowStore
+from dropinf.rows.weights import Weights
+from dropinf.rows.writing import RowWriter
+from dropinf.user_warning import warn_user
+
+
+class Collection:
+    """A store in the making: rows of one batch after the other, which are checked as they come.
+
+    A context, that leaves a store that can be gone on with. The capture is open inside of
+    `capturing` alone, again and again if need be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        plan: Plan,
+        path: str | os.PathLike | None = None,
+        expected: int = 0,
+        *,
+        resume: bool = False,
+        trained: bool = False,
+        mode: str = "activations",
+        segment_ids: str | Callable[[Any], Tensor] | None = None,
+        loss_scale: float = 1.0,
+        on_nonfinite: str = "raise",
+        check: bool = True,
+        **options: Unpack[CaptureOptions],
+    ) -> None:
+        """`expected` rows, 0 if that is not known; all else as of `collect`.
+
+        Of a model that is `trained` meanwhile, weights have no fingerprint.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "collect: gradients are disabled; call it outside of torch.no_grad() and "
+                "torch.inference_mode()"
+            )
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(
+                f"collect: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}"
+            )
+        if (options.get("per", "example") == "segment") != (segment_ids is not None):
+            raise ValueError("collect: per='segment' and segment_ids= go together")
+        self._batches = Batches(
+            model, loss_fn, plan, mode, options, segment_ids, loss_scale, on_nonfinite
+        )
+        self._checks = Checks(self._batches) if check else None
+        self._writer = RowWriter(plan, path, expected, resume=resume)
+        self._weights = None if trained else Weights(model, plan)
+        self._options = _shaping(model, mode, segment_ids, loss_scale, options)
+        self._state: dict[str, Any] | None = None  # as it was written last
+        self._unmet = {slot.name for slot in plan.slots}
+        self._before = Proof()  # of a store that is gone on with
+        self._told = 0, 0
+        self._named: bool | None = None  # whether origins tell the ids
+        self._number = 0
+
+    def __enter__(self) -> Collection:
+        self._writer.__enter__()
+        if self._writer.goes_on:
+            try:
+                self._go_on()
+            except BaseException:
+                self._writer.leave()
+                raise
+        return self
+
+    def _go_on(self) -> None:
+        about, state = self._writer.about, self._writer.state
+        where = self._writer.path
+        if self._options != about.options:
+            keys = sorted(self._options.keys() | about.options.keys())
+            key = next(k for k in keys if self._options.get(k) != about.options.get(k))
+            raise ValueError(
+                f"collect: the rows in {where} were collected with {key}="
+                f"{about.options.get(key)!r}, not {self._options.get(key)!r}; resume as they were "
+                "collected, or give another path"
+            )
+        own = None if self._weights is None else self._weights.fingerprint(about.passing)
+        if own != about.weights:
+            raise ValueError(
+                f"collect: the rows in {where} were made with weights {about.weights}, and the "
+                f"model has {own}; load those weights, or give another path"
+            )
+        self._batches.seen = self.past.examples
+        if "unmet" in state:
+            self._unmet = {name for name in self._unmet if name in state["unmet"]}
+        self._before = proof_of([state])
+        if self._checks is not None:
+            self._checks.proof = self._before
+
+    @property
+    def past(self) -> Past:
+        """What the store has that is gone on with."""
+        return self._writer.past
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return self._writer.num_rows
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[Batches]:
+        """Opens the capture, for `add`."""
+        with self._batches.opened():
+            yield self._batches
+
+    def add(
+        self,
+        batch: Any,
+        origin: Callable[[int], Tensor] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        """The rows of a batch.
+
+        Args:
+            batch: what `loss_fn` takes.
+            origin: number of rows -> [n, 2], if it is not the rows' own, and the ids in its second
+                column.
+            source: what knows the ids.
+        """
+        checks, batches = self._checks, self._batches
+        if checks is not None:
+            checks.before(self._number)
+        rows, valid = batches.rows(batch)
+        if checks is not None:
+            checks.after(batch, rows, valid)
+        own, ids = batches.origin(), None
+        if source is not None:
+            with batches.tap.paused():
+                ids = source.ids(batches.num_examples)
+            if ids is not None and own is not None:
+                ids = picked(ids, own[:, 0] - batches.seen)
+        elif origin is not None:
+            own = origin(len(rows))
+            if self._named is None:
+                self._named = bool((own[:, 1] >= 0).all())
+            ids = own[:, 1] if self._named else None
+        if not self._writer.num_rows:
+            self._describe(source)
+        self._unmet -= batches.met
+        self._writer.append(rows, valid, own, ids, batches.num_examples, self._news())
+        batches.seen += batches.num_examples
+        self._number += 1
+
+    def _describe(self, source: Source | None) -> None:
+        """Know the weights, now that a pass has shown which buffers it changes."""
+        about = self._writer.about
+        about.options = self._options
+        if self._weights is not None:
+            with self._batches.tap.paused():
+                about.passing = self._weights.passing()
+                about.weights = self._weights.fingerprint(about.passing)
+        if source is not None:
+            about.first = source.first(self._batches.num_examples)
+
+    def _news(self) -> dict[str, Any]:
+        """What the journal says of the collection so far, the same object while that stays so."""
+        proof = self._before if self._checks is None else self._checks.proof
+        now = proof.examples, len(self._unmet)
+        if self._state is None or now != self._told:
+            self._state = {"unmet": sorted(self._unmet), "proof": proof.saved()}
+            self._told = now
+        return self._state
+
+    def finish(self) -> RowStore:
+        """The store."""
+        slots = self._batches.plan.slots
+        unmet = [slot.name for slot in slots if slot.name in self._unmet]
+        if unmet:
+            warn_user(f"collect: no example had a gradient for {unmet}; their entries are zeros")
+        return self._writer.finish(None if self._checks is None else self._checks.proof)
+
+
+def _shaping(
+    model: nn.Module,
+    mode: str,
+    segment_ids: object,
+    loss_scale: float,
+    options: CaptureOptions,
+) -> dict[str, Any]:
+    """The options on which rows depend, as JSON has them."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    shaping = {
+        "mode": mode,
+        "loss_scale": loss_scale,
+        "segments": segment_ids is not None,
+        "training": any(module.training for module in model.modules()),
+        "autocast": None if cast is None else str(cast),
+        **options,
+    }
+    return json.loads(json.dumps(shaping, default=str))

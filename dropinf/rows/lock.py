@@ -1,0 +1,152 @@
+"""A lock that says who holds it: host, pid, and when that process started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dropinf.manifest import field, read_regular
+from dropinf.text_table import printable
+from dropinf.user_warning import warn_user
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+class LockedError(RuntimeError):
+    """Another process writes here."""
+
+
+class Lock:
+    """The file `lock` in a directory, from `acquire` to `release`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._held = False
+
+    def acquire(self, op: str) -> None:
+        """Take it, from a process that is gone if need be, which is said.
+
+        Raises:
+            LockedError: another process holds it, or may hold it.
+        """
+        while not self._made():
+            with _alone(self.directory):
+                holder = self._holder()
+                if holder is None:
+                    continue
+                host, pid = holder["host"], holder["pid"]
+                if host != _host():
+                    raise LockedError(
+                        f"{op}: {self.directory} is being written by process {pid} on host "
+                        f"{printable(host)}; if that process is gone, remove {self._file}"
+                    )
+                if _started(pid) == holder["start"]:
+                    raise LockedError(
+                        f"{op}: {self.directory} is being written by process {pid} on this host "
+                        f"({printable(host)}); wait for it, or give another path"
+                    )
+                self._file.unlink()
+            warn_user(
+                f"{op}: process {pid} on this host, which wrote {self.directory}, is gone; its "
+                "lock is taken over"
+            )
+        self._held = True
+
+    def release(self) -> None:
+        """Leave it to others."""
+        if self._held:
+            self._held = False
+            with contextlib.suppress(FileNotFoundError):
+                self._file.unlink()
+
+    def holder(self) -> str | None:
+        """Who holds it, for people; None if nobody does."""
+        found = self._holder()
+        if found is None:
+            return None
+        return f"process {found['pid']} on host {printable(found['host'])}"
+
+    @property
+    def _file(self) -> Path:
+        return self.directory / "lock"
+
+    def _made(self) -> bool:
+        """Make the file whole, by a link; False if there is one."""
+        own = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
+        with tempfile.TemporaryDirectory(prefix=".lock-", dir=self.directory) as beside:
+            new = Path(beside) / "lock"
+            new.write_text(json.dumps(own))
+            try:
+                os.link(new, self._file)
+            except FileExistsError:
+                return False
+            except OSError:  # of a file system without links
+                try:
+                    with self._file.open("x") as file:
+                        file.write(new.read_text())
+                except FileExistsError:
+                    return False
+        return True
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Who holds it; None if it was released by now."""
+        try:
+            found = json.loads(read_regular(self._file, 4096))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+            start = found.get("start")
+            if start is not None and type(start) is not int:
+                raise ValueError("'start' is no integer")
+            host = field(found, "host", str)
+            return {"host": host, "pid": field(found, "pid", int, 1, 2**31 - 1), "start": start}
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise LockedError(
+                f"{self._file} does not say who holds it ({error}); if nobody does, remove it"
+            ) from None
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _started(pid: int) -> int | None:
+    """When a process of this host started, in ticks of its clock; -1 if there is none.
+
+    None where that cannot be known, though there is one.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return -1
+    except PermissionError:
+        pass
+    try:
+        # Behind the name, which may hold anything: the state, and start time as the 20th.
+        after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return -1 if after[0] in "ZX" else int(after[19])
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """No other process of this host takes a stale lock over meanwhile."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a network's file system may not have it
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

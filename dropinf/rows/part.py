@@ -1,0 +1,273 @@
+"""A part of a store: the rows that one process wrote, in memory or in a directory.
+
+A directory `part-000000` has rows.bin (row-major, so that [n, R] is one memory map), ids.bin or
+ids.jsonl, origin.bin, journal.jsonl, which says how far they go, and part.json once it is finished.
+What lies in the files behind the journal's last line is not there for a reader, and the next writer
+writes over it.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dropinf.compression import Plan
+from dropinf.manifest import field, read_manifest, read_regular
+from dropinf.rows.ids import Ids, decoded, kind_of
+from dropinf.rows.journal import Extent, Found, Header, read_journal
+
+T = TypeVar("T")
+
+PART_FORMAT = "dropinf part 2"
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64)}
+CHUNK_BYTES = 1 << 24  # of one checksum, and of one step over the store
+_REMEDY = "collect it again"
+IDS_FILES = {"integers": "ids.bin", "strings": "ids.jsonl"}
+_MOST_BYTES = 1 << 40  # of ids or origin
+
+
+class Part:
+    """Rows [n, R] that follow each other.
+
+    Attributes:
+        path: the directory, None in memory.
+        header, extent: see `journal`; of a part in memory without checksums.
+        rows: [n, R], not verified.
+        valid: [n] bool.
+        finished: whether no more rows come.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        valid: Tensor | None = None,
+        ids: Ids | None = None,
+        origin: Tensor | None = None,
+    ) -> None:
+        """A part in memory."""
+        self.path: Path | None = None
+        self.rows, self.finished = rows, True
+        self.valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
+        self._ids, self._origin = ids, origin
+        step = rows_per_chunk(rows.shape[1], rows.element_size())
+        name = str(rows.dtype).removeprefix("torch.")
+        self.header = Header(name, rows.shape[1], step, kind_of(ids), origin is not None)
+        self.extent = Extent(rows=len(rows), examples=len(rows))
+        self._all = rows
+        self._unverified: set[int] = set()  # numbers of chunks
+
+    @classmethod
+    def open(cls, path: Path, width: int, num_rows: int | None = None) -> Part:
+        """A directory; a part that is still being written, as far as it is flushed.
+
+        Args:
+            path: the directory.
+            width: R.
+            num_rows: so many of its rows, None for all.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        finished, found = read_part(path)
+        header, extent = found.header, found.extent
+        if header.width != width:
+            raise ValueError(f"RowStore: {path} holds rows of width {header.width}, not {width}")
+        n = extent.rows if num_rows is None else min(num_rows, extent.rows)
+        dtype = DTYPES[header.dtype]
+        file, wanted = path / "rows.bin", extent.rows * width * dtype.itemsize
+        there = _size(file)
+        if there < wanted or (finished and there > wanted):
+            raise ValueError(
+                f"RowStore: {file} is truncated or damaged: {there} bytes instead of {wanted}; "
+                f"{_REMEDY}"
+            )
+        part = cls.__new__(cls)
+        part.path, part.header, part.extent, part.finished = path, header, extent, finished
+        if wanted:
+            # Copy on write: torch warns about tensors on read-only memory.
+            mapped = np.memmap(file, np.uint8, "c", shape=(wanted,))
+            part._all = torch.from_numpy(mapped).view(dtype).view(-1, width)
+        else:
+            part._all = torch.empty(0, width, dtype=dtype)
+        part.rows = part._all[:n]
+        part.valid = torch.ones(extent.rows, dtype=torch.bool)
+        part.valid[extent.invalid] = False
+        part.valid = part.valid[:n]
+        part._ids = part._origin = None
+        part._unverified = set(range(len(extent.chunks)))
+        return part
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> Any:
+        if self.path is None:
+            return restored, (Part, self.__dict__)
+        return Part.open, (self.path.absolute(), self.header.width, len(self))
+
+    @property
+    def ids(self) -> Ids | None:
+        """Of each row, None if its position is all that is known.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        if self._ids is None and self.header.ids:
+            data = self._read(
+                IDS_FILES[self.header.ids], self.extent.ids_bytes, self.extent.ids_crc32
+            )
+            try:
+                self._ids = decoded(data, self.header.ids, self.extent.rows)[: len(self)]
+            except ValueError as error:
+                raise ValueError(f"RowStore: the ids in {self.path} are damaged: {error}") from None
+        return self._ids
+
+    @property
+    def origin(self) -> Tensor | None:
+        """[n, 2] int64, or None.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        if self._origin is None and self.header.origin:
+            data = self._read("origin.bin", 16 * self.extent.rows, self.extent.origin_crc32)
+            numbers = np.frombuffer(data, "<i8").astype(np.int64)
+            self._origin = torch.from_numpy(numbers).view(-1, 2)[: len(self)]
+        return self._origin
+
+    def _read(self, name: str, num_bytes: int, crc32: int) -> bytes:
+        file = self.path / name
+        try:
+            data = read_regular(file, _MOST_BYTES)
+        except (FileNotFoundError, ValueError) as error:
+            why = "it is missing" if isinstance(error, FileNotFoundError) else error
+            raise ValueError(f"RowStore: {file} is damaged: {why}; {_REMEDY}") from None
+        whole = len(data) == num_bytes or (len(data) > num_bytes and not self.finished)
+        if not whole or zlib.crc32(data[:num_bytes]) != crc32:
+            raise ValueError(f"RowStore: {file} is damaged; {_REMEDY}")
+        return data[:num_bytes]
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The rows in order, as (position of the first, [c, R]), verified.
+
+        Raises:
+            ValueError: a chunk on disk does not have its checksum.
+        """
+        step = self.chunk_rows
+        for start in range(0, len(self), step):
+            yield start, self.chunk(start // step)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk."""
+        if self.path is not None:
+            return self.header.chunk_rows
+        return rows_per_chunk(self.header.width, self.rows.element_size())
+
+    def chunk(self, number: int) -> Tensor:
+        """One of them."""
+        start = number * self.chunk_rows
+        stop = min(start + self.chunk_rows, len(self))
+        rows = self.rows[start:stop]
+        if number in self._unverified:
+            whole = self._all[start : start + self.chunk_rows]
+            if zlib.crc32(bytes_of(whole)) != self.extent.chunks[number]:
+                raise ValueError(
+                    f"RowStore: {self.path}/rows.bin is damaged in rows {start} to {stop - 1}; "
+                    f"{_REMEDY}"
+                )
+            self._unverified.discard(number)
+        return rows
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """[n] whether all entries of a row are finite.
+
+    The terms of a finite sum are, and a sum is one read of the rows where isfinite makes copies.
+    """
+    sums = rows.sum(1).isfinite()
+    return sums if sums.all() else rows.isfinite().all(1)
+
+
+def checked_part(
+    op: str,
+    plan: Plan,
+    rows: Tensor,
+    valid: Tensor | None,
+    origin: Tensor | None,
+    ids: Ids | None,
+) -> Part:
+    """A part in memory of what somebody gave.
+
+    Raises:
+        ValueError: it does not fit the plan or itself, or a valid row is not finite.
+    """
+    if rows.dim() != 2 or rows.shape[1] != plan.width or not rows.is_floating_point():
+        raise ValueError(
+            f"{op}: rows must be floating point [n, {plan.width}] under this plan, "
+            f"got {rows.dtype} {tuple(rows.shape)}"
+        )
+    for what, given in (("valid", valid), ("origin", origin), ("ids", ids)):
+        if given is not None and len(given) != len(rows):
+            raise ValueError(f"{op}: {what} must have one for each of {len(rows)} rows")
+    part = Part(rows, valid, ids, origin)
+    for start, chunk in part.chunks():
+        bad = ~finite_rows(chunk) & part.valid[start : start + len(chunk)].to(chunk.device)
+        if bad.any():
+            raise ValueError(f"{op}: row {start + int(bad.nonzero()[0])} is not finite")
+    return part
+
+
+def restored(kind: type[T], fields: dict[str, Any]) -> T:
+    """An object as it was pickled."""
+    made = kind.__new__(kind)
+    made.__dict__.update(fields)
+    return made
+
+
+def read_part(path: Path) -> tuple[bool, Found]:
+    """Whether the part is finished, and its journal."""
+    # First, since the journal of a part that is finished changes no more.
+    finished = os.path.lexists(path / "part.json")
+    manifest = read_manifest("RowStore", path / "part.json", _REMEDY) if finished else {}
+    file = path / "journal.jsonl"
+    try:
+        found = read_journal(file)
+        header = found.header
+        if header.dtype not in DTYPES:
+            raise ValueError(f"'dtype' is none of {', '.join(DTYPES)}")
+        row_bytes = header.width * DTYPES[header.dtype].itemsize
+        if header.chunk_rows > 1 and header.chunk_rows * row_bytes > 1 << 26:
+            raise ValueError("'chunk_rows' is out of range")
+        if finished:
+            told = field(manifest, "format", str), field(manifest, "rows", int)
+            told += field(manifest, "journal_bytes", int), field(manifest, "journal_crc32", int)
+            text = found.text
+            if told != (PART_FORMAT, found.extent.rows, len(text), zlib.crc32(text)):
+                raise ValueError("it does not belong to part.json")
+    except FileNotFoundError:
+        raise ValueError(f"RowStore: {file} is missing; {_REMEDY}") from None
+    except ValueError as error:
+        raise ValueError(f"RowStore: {file} is damaged: {error}; {_REMEDY}") from None
+    return finished, found
+
+
+def _size(file: Path) -> int:
+    """Bytes of a regular file, else 0."""
+    return file.stat().st_size if file.is_file() else 0
+
+
+def bytes_of(rows: Tensor) -> memoryview:
+    """The rows as bytes, little-endian as all machines are that torch runs on."""
+    return memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def rows_per_chunk(width: int, itemsize: int) -> int:
+    return max(1, CHUNK_BYTES // (width * itemsize))

@@ -37,6 +37,7 @@ from dropinf.capturing.extension import CPP
 from dropinf.capturing.graph import FormSite, Operand, Passes, SpreadSite, with_output
 from dropinf.capturing.hints import Constants, Hints
 from dropinf.capturing.kept import Kept
+from dropinf.capturing.known_calls import add_known
 from dropinf.capturing.marks import Marks
 from dropinf.capturing.notes import NOTES
 from dropinf.capturing.notes import hook as HOOK
@@ -307,32 +308,10 @@ class Closing(TorchFunctionMode):
             lambda x: bare.run({id(_INPUT): x}),
         )
         shared = self._kept.shared_by_nodes(site)
-        if shared is not None:
-            self._know(met, site, shared, x)
+        again = region() is not None or self._tap.runs_again() is not None
+        if shared is not None and not again:
+            add_known(self._kept.table, met, site, shared, x)
         return with_output(self._tap, site, shared, x, y)
-
-    def _know(self, met: Meeting, site: FormSite, shared: Any, x: Tensor) -> None:
-        """Have calls like this one run without Python from now on, if they are nothing special."""
-        if region() is not None or self._tap.runs_again() is not None:
-            return
-        whole = all(
-            isinstance(source, View) and source.parameter is role.tensor
-            for source, role in site.targets
-        )
-        parameters = [role.tensor for _, role in site.targets]
-        plain = {Tensor, torch.nn.Parameter}
-        values = (*met.args, *met.kwargs.values())
-        rest = [v for v in values if v is not x and not any(v is p for p in parameters)]
-        if not whole or any(type(t) not in plain for t in met.tensors):
-            return
-        once = sum(v is x for v in values) == 1
-        # A tensor without dimensions may be read as a number, and be another one later.
-        if once and all(v.dim() if isinstance(v, Tensor) else _is_plain(v) for v in rest):
-            form = site.form
-            features = 0 if form.features is None else form.features[0] + form.experts
-            args, kwargs = swap(met.args, {}), swap(met.kwargs, {})  # lists of its own
-            call = met.func, args, kwargs, x, parameters, features, form.flat, shared
-            self._kept.table.add(*call)
 
     def _form(self, met: Meeting) -> Form | None:
         try:
@@ -378,13 +357,6 @@ class Closing(TorchFunctionMode):
         value = value.clone() if in_place(met.func) else value  # may be of what is written to
         site = SpreadSite(named(met.func), [(source, None)], own)
         return Operand.apply(self._tap, site, self._probe, value, shape)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is what it was if it compares equal."""
-    if type(value) in (tuple, list, torch.Size):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (int, float, str, torch.dtype))
 
 
 def transformed() -> bool:

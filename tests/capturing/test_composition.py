@@ -245,9 +245,9 @@ def test_segment_rows(tmp_path):
         assert_exact(store.rows, truth)
         assert store.origin.tolist() == origin and len(store) == 6
     assert RowStore.load(path).origin.tolist() == origin
-    (path / "origin.npy").unlink()
-    with pytest.raises(ValueError, match=r"origin\.npy is missing"):
-        RowStore.load(path)
+    (path / "part-000000" / "origin.bin").unlink()
+    with pytest.raises(ValueError, match=r"origin\.bin is damaged: it is missing"):
+        RowStore.load(path).origin
 
 
 def test_segments_are_not_compared():

@@ -62,9 +62,9 @@ PACKAGES = sorted({*find_packages(include=["dropinf", "dropinf.*"]), "dropinf.tr
 
 def extension(no_cuda: str) -> CppExtension:
     """With the CUDA kernels if `no_cuda`, the reason to leave them out, is empty."""
-    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/capture/*.cpp")]
+    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), "csrc/capture/bindings.cpp"]
     common = {
-        "depends": sorted(glob("csrc/**/*.*h", recursive=True)),
+        "depends": sorted([*glob("csrc/**/*.*h", recursive=True), *glob("csrc/capture/*.cpp")]),
         "include_dirs": [os.path.abspath("csrc")],
         "extra_link_args": LINK_FLAGS,
     }

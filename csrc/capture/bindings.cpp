@@ -91,3 +91,10 @@ void init_capture(py::module_& m) {
 }
 
 }  // namespace dropinf
+
+// One translation unit, as torch's headers for Python take 13 s to compile in each.
+#include "calls.cpp"
+#include "compiled_call.cpp"
+#include "site_node.cpp"
+#include "trace.cpp"
+#include "writes.cpp"

@@ -118,7 +118,20 @@ void sampled_conv_cpu(const at::Tensor& x, const at::Tensor& dy, const at::Tenso
   check_range("sampled_conv", "o_idx", o_idx, args.O, "O=", args.O);
   check_range("sampled_conv", "i_idx", i_idx, args.I + bias,
               "C / groups * prod(kernel_size)=", args.I, bias ? " and the bias" : "");
-  run_sampled_conv(args);
+  if (out.numel() == 0) return;
+  if (dy.numel() == 0) {
+    out.zero_();
+    return;
+  }
+  const int64_t r = args.r;
+  const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
+  at::parallel_for(0, args.B * r, grain(call->entry_ns), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / r, k = begin % r, count = std::min(r - k, end - begin);
+      call->entries(b, k, k + count);
+      begin += count;
+    }
+  });
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_conv", &sampled_conv_cpu); }
@@ -146,30 +159,5 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {
 #endif  // DROPINF_CUDA
 
 }  // namespace
-
-#ifndef DROPINF_CUDA_ON_HOST
-
-void run_sampled_conv(const SampledConvArgs& args) {
-  const int64_t r = args.r;
-  if (args.B == 0 || r == 0) return;
-  const int64_t* const size = args.dy_size;
-  if (size[0] * size[1] * size[2] == 0) {
-    for (int64_t b = 0; b < args.B; ++b) {
-      for (int64_t k = 0; k < r; ++k)
-        args.out[b * args.out_stride_b + k * args.out_stride_k] = 0.0f;
-    }
-    return;
-  }
-  const std::unique_ptr<const SampledConv> call = SampledConv::make(args);
-  at::parallel_for(0, args.B * r, grain(call->entry_ns), [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t b = begin / r, k = begin % r, count = std::min(r - k, end - begin);
-      call->entries(b, k, k + count);
-      begin += count;
-    }
-  });
-}
-
-#endif  // DROPINF_CUDA_ON_HOST
 
 }  // namespace dropinf

@@ -47,10 +47,4 @@ class SampledConv {
   virtual void entries(int64_t b, int64_t k_begin, int64_t k_end) const = 0;
 };
 
-// A call on the CPU, shared out over torch's threads. Nothing is checked: all pointers are to what
-// the arguments say of them, groups divides C and O, kernel_size, stride and dilation are from 1 on
-// and padding from 0, 0 <= o_idx < O and 0 <= i_idx < I + bias everywhere, and out overlaps nothing
-// else. B, r and dy_size may be 0. Rows whose last stride is not 1 cost several times as much.
-void run_sampled_conv(const SampledConvArgs& args);
-
 }  // namespace dropinf

@@ -67,7 +67,9 @@ void sampled_embedding_cpu(const at::Tensor& ids, const at::Tensor& dy, const at
                     "sampled_embedding: i_idx must be sorted");
   TORCH_CHECK_INDEX(args.r == 0 || args.i_idx[0] >= 0,
                     "sampled_embedding: i_idx is out of range, it has negative tokens");
-  run_sampled_embedding(args);
+  if (out.numel() == 0) return;
+  at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
+                   [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_embedding", &sampled_embedding_cpu); }
@@ -93,15 +95,5 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {
 #endif  // DROPINF_CUDA
 
 }  // namespace
-
-#ifndef DROPINF_CUDA_ON_HOST
-
-void run_sampled_embedding(const SampledEmbeddingArgs& args) {
-  if (args.r == 0) return;
-  at::parallel_for(0, args.B, grain(kSearchNs * args.T + kZeroNs * args.r),
-                   [&](int64_t begin, int64_t end) { sampled_embedding_rows(args, begin, end); });
-}
-
-#endif  // DROPINF_CUDA_ON_HOST
 
 }  // namespace dropinf

@@ -28,9 +28,4 @@ struct SampledEmbeddingArgs {
 // out[b_begin:b_end].
 void sampled_embedding_rows(const SampledEmbeddingArgs& args, int64_t b_begin, int64_t b_end);
 
-// A call on the CPU, shared out over torch's threads. Nothing is checked: all pointers are to what
-// the arguments say of them, i_idx is rising and from 0 on, 0 <= o_idx < O, and out overlaps
-// nothing else. Any size may be 0.
-void run_sampled_embedding(const SampledEmbeddingArgs& args);
-
 }  // namespace dropinf

@@ -102,7 +102,12 @@ void sampled_outer_cpu(const at::Tensor& x, const at::Tensor& dy, const at::Tens
   check_range("sampled_outer", "o_idx", o_idx, args.O, "O=", args.O);
   check_range("sampled_outer", "i_idx", i_idx, args.I + bias, "I=", args.I,
               bias ? " and the bias column" : "");
-  run_sampled_outer(args);
+  if (out.numel() == 0) return;
+  if (args.T == 0 || args.s == 0) {
+    out.zero_();
+    return;
+  }
+  run(*SampledOuter::make(args), args);
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_outer", &sampled_outer_cpu); }
@@ -167,21 +172,5 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {
 #endif  // DROPINF_CUDA
 
 }  // namespace
-
-#ifndef DROPINF_CUDA_ON_HOST
-
-void run_sampled_outer(const SampledOuterArgs& args) {
-  if (args.T == 0 || args.s == 0) {
-    for (int64_t b = 0; b < args.B; ++b) {
-      for (int64_t k = 0; k < args.r; ++k) {
-        args.out[b * args.out_stride_b + k * args.out_stride_k] = 0.0f;
-      }
-    }
-  } else if (args.B > 0 && args.r > 0) {
-    run(*SampledOuter::make(args), args);
-  }
-}
-
-#endif  // DROPINF_CUDA_ON_HOST
 
 }  // namespace dropinf

@@ -50,9 +50,4 @@ class SampledOuter {
   virtual void finish(int64_t b, int64_t k_begin, int64_t k_end, float* sums) const = 0;
 };
 
-// A call on the CPU, shared out over torch's threads. Nothing is checked: all pointers are to what
-// the arguments say of them, 0 <= o_idx < O and 0 <= i_idx < I + bias everywhere, and out overlaps
-// nothing else. Any size may be 0.
-void run_sampled_outer(const SampledOuterArgs& args);
-
 }  // namespace dropinf

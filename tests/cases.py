@@ -52,6 +52,18 @@ class ScaleKernel(torch.autograd.Function):
         return dy * w, (dy * x).flatten(0, -2).sum(0)
 
 
+class Flipping(torch.autograd.Function):
+    """Goes through the examples in the other order, which its node does not say."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.flip(0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.flip(0)
+
+
 class Twice(nn.Module):
     """One layer called twice, and one whose output is changed in place."""
 

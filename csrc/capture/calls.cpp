@@ -85,12 +85,14 @@ void CallTable::add(const py::object& func, const py::tuple& args, const py::dic
   for (const auto& [name, value] : kwargs) {
     add(py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(value));
   }
+  if (first == nullptr) return;
   auto& same = calls[first];
-  if (first != nullptr && same.size() < kMaxCalls) same.push_back(std::move(call));
+  if (same.size() < kMaxCalls) same.push_back(std::move(call));
 }
 
 struct Calls {
-  PyObject_HEAD PyObject* closing;  // with the methods `called` and `plausible`
+  PyObject_HEAD           // which ends in its own semicolon
+      PyObject* closing;  // with the methods `called`, `noted` and `plausible`
   PyObject* known;
   PyObject* special;     // functions of which every call is shown
   PyObject* describing;  // functions that no parameter meets data in

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, assert_exact, build, true_rows
+from cases import CASES, Flipping, assert_exact, build, true_rows
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
@@ -233,16 +233,6 @@ def with_hook(s, x):
     return s.k(y)
 
 
-class Turned(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.flip(0)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy.flip(0)
-
-
 def shared_memory(s, x):
     y = s.k(s.l(x).tanh())
     return y, y.view(len(y), -1)
@@ -287,7 +277,7 @@ REFUSED = {
     "a weight on the left": lambda s, x: s.k(s.l(x)) * s.k.weight.sum(0),
     "a branch on data": lambda s, x: s.k(s.l(x).flip(0)) if x.sum() > 0 else s.k(s.l(x)),
     "a hook": with_hook,
-    "a Function of one's own": lambda s, x: s.k(Turned.apply(s.l(x))),
+    "a Function of one's own": lambda s, x: s.k(Flipping.apply(s.l(x))),
     "a checkpoint": lambda s, x: checkpoint(lambda y: s.k(y).tanh(), s.l(x), use_reentrant=False),
 }
 # What the walk finds; such a batch takes passes, later ones are as written.

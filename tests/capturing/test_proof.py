@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Transformer, build, cross_entropy, squares
+from cases import CASES, Flipping, Transformer, build, cross_entropy, squares
 from torch import nn
 
 import dropinf
@@ -57,18 +57,6 @@ def test_every_compression(compression):
     model, (batch,), loss_fn = transformer()
     found = verify(model, batch, loss_fn, Plan.make(model, compression))
     assert found.examples == 1 and found.largest < 1e-10
-
-
-class Flipping(torch.autograd.Function):
-    """What a wrong declaration hides."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.flip(0)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy.flip(0)
 
 
 class Kernel(nn.Module):

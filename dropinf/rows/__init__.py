@@ -5,7 +5,7 @@ from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.lock import LockedError
-from dropinf.rows.part import finite_rows
+from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
     PART_BYTES,
     mark_invalid,
@@ -14,7 +14,6 @@ from dropinf.rows.row_passes import (
     products,
     put,
     solved_for,
-    take,
     valid_rows,
 )
 from dropinf.rows.store import RowStore

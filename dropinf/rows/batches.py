@@ -20,7 +20,7 @@ from dropinf.capturing import (
     size_at,
 )
 from dropinf.compression import Plan
-from dropinf.rows.part import finite_rows
+from dropinf.rows.packing import finite_rows
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes

@@ -36,6 +36,7 @@ def collect(
     loss_scale: float = 1.0,
     on_nonfinite: str = "raise",
     check: bool = True,
+    dtype: torch.dtype | None = None,
     **options: Unpack[CaptureOptions],
 ) -> RowStore:
     """The rows of every example of a loader, in its order.
@@ -66,6 +67,9 @@ def collect(
         check: compare rows with plain autograd of the same batch, on the first batch and then ever
             more seldom (`RowStore.proof` says on how many examples), and an example of the first
             batch that has two with its row when it goes through the model alone.
+        dtype: in which rows are kept: torch.float32, bfloat16, float16 or int8, and read as float32
+            again; None is that in which they are computed. float16 and int8 have a scale for each
+            row and layer, so that nothing is beyond their range.
         options: per=, batch_dim=, closed= and backend= of `capture`. Of a row of tokens or
             segments, `RowStore.origin` says the example and the token or segment.
 
@@ -101,6 +105,7 @@ def collect(
             loss_scale=loss_scale,
             on_nonfinite=on_nonfinite,
             check=check,
+            dtype=dtype,
             **options,
         ) as collection,
         contextlib.closing(Source(loader, ids, collection.past, path)) as source,

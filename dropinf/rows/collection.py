@@ -47,6 +47,7 @@ class Collection:
         loss_scale: float = 1.0,
         on_nonfinite: str = "raise",
         check: bool = True,
+        dtype: torch.dtype | None = None,
         **options: Unpack[CaptureOptions],
     ) -> None:
         """`expected` rows, 0 if that is not known; all else as of `collect`.
@@ -68,9 +69,9 @@ class Collection:
             model, loss_fn, plan, mode, options, segment_ids, loss_scale, on_nonfinite
         )
         self._checks = Checks(self._batches) if check else None
-        self._writer = RowWriter(plan, path, expected, resume=resume)
+        self._writer = RowWriter(plan, path, expected, resume=resume, dtype=dtype)
         self._weights = None if trained else Weights(model, plan)
-        self._options = _shaping(model, mode, segment_ids, loss_scale, options)
+        self._options = _shaping(model, mode, segment_ids, loss_scale, dtype, options)
         self._state: dict[str, Any] | None = None  # as it was written last
         self._unmet = {slot.name for slot in plan.slots}
         self._before = Proof()  # of a store that is gone on with
@@ -91,9 +92,10 @@ class Collection:
     def _go_on(self) -> None:
         about, state = self._writer.about, self._writer.state
         where = self._writer.path
-        if self._options != about.options:
-            keys = sorted(self._options.keys() | about.options.keys())
-            key = next(k for k in keys if self._options.get(k) != about.options.get(k))
+        keys = sorted(self._options.keys() | about.options.keys())
+        differ = [key for key in keys if self._options.get(key) != about.options.get(key)]
+        if differ:
+            key = differ[0]
             raise ValueError(
                 f"collect: the rows in {where} were collected with {key}="
                 f"{about.options.get(key)!r}, not {self._options.get(key)!r}; resume as they were "
@@ -203,6 +205,7 @@ def _shaping(
     mode: str,
     segment_ids: object,
     loss_scale: float,
+    dtype: torch.dtype | None,
     options: CaptureOptions,
 ) -> dict[str, Any]:
     """The options on which rows depend, as JSON has them."""
@@ -214,6 +217,7 @@ def _shaping(
         "segments": segment_ids is not None,
         "training": any(module.training for module in model.modules()),
         "autocast": None if cast is None else str(cast),
+        "dtype": None if dtype is None else str(dtype),
         **options,
     }
     return json.loads(json.dumps(shaping, default=str))

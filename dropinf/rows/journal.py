@@ -32,6 +32,7 @@ class Header:
         chunk_rows: rows under one checksum.
         ids: one of `ID_KINDS`.
         origin: whether origin.bin has two integers for each row.
+        scales: of a row, see `packing`.
     """
 
     dtype: str
@@ -39,6 +40,7 @@ class Header:
     chunk_rows: int
     ids: str
     origin: bool
+    scales: int = 0
 
     @classmethod
     def load(cls, line: dict[str, Any]) -> Header:
@@ -53,6 +55,7 @@ class Header:
             checked(line, "chunk_rows", int, 1, _LARGEST),
             checked(line, "ids", str),
             checked(line, "origin", bool),
+            checked({"scales": 0, **line}, "scales", int, 0, _LARGEST),  # of before: none
         )
         if header.ids not in ID_KINDS:
             raise ValueError(f"'ids' must be one of {ID_KINDS}")

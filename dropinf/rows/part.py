@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +22,11 @@ from dropinf.compression import Plan
 from dropinf.manifest import field, read_manifest, read_regular
 from dropinf.rows.ids import Ids, decoded, kind_of
 from dropinf.rows.journal import Extent, Found, Header, read_journal
+from dropinf.rows.packing import DTYPES, Packing, finite_rows, row_bytes
 
 T = TypeVar("T")
 
 PART_FORMAT = "dropinf part 2"
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64)}
 CHUNK_BYTES = 1 << 24  # of one checksum, and of one step over the store
 _REMEDY = "collect it again"
 IDS_FILES = {"integers": "ids.bin", "strings": "ids.jsonl"}
@@ -39,28 +39,28 @@ class Part:
     Attributes:
         path: the directory, None in memory.
         header, extent: see `journal`; of a part in memory without checksums.
-        rows: [n, R], not verified.
+        packed: the rows as they are kept (see `packing`), not verified.
+        packing: how; of a directory None until `lay_out`.
         valid: [n] bool.
         finished: whether no more rows come.
     """
 
     def __init__(
         self,
-        rows: Tensor,
+        packed: Tensor,
+        packing: Packing,
         valid: Tensor | None = None,
         ids: Ids | None = None,
         origin: Tensor | None = None,
     ) -> None:
         """A part in memory."""
         self.path: Path | None = None
-        self.rows, self.finished = rows, True
-        self.valid = torch.ones(len(rows), dtype=torch.bool) if valid is None else valid
+        self.packed, self.packing, self.finished = packed, packing, True
+        self.valid = torch.ones(len(packed), dtype=torch.bool) if valid is None else valid
         self._ids, self._origin = ids, origin
-        step = rows_per_chunk(rows.shape[1], rows.element_size())
-        name = str(rows.dtype).removeprefix("torch.")
-        self.header = Header(name, rows.shape[1], step, kind_of(ids), origin is not None)
-        self.extent = Extent(rows=len(rows), examples=len(rows))
-        self._all = rows
+        self.header = new_header(packing, ids, origin)
+        self.extent = Extent(rows=len(packed), examples=len(packed))
+        self._all = packed
         self._unverified: set[int] = set()  # numbers of chunks
 
     @classmethod
@@ -80,8 +80,7 @@ class Part:
         if header.width != width:
             raise ValueError(f"RowStore: {path} holds rows of width {header.width}, not {width}")
         n = extent.rows if num_rows is None else min(num_rows, extent.rows)
-        dtype = DTYPES[header.dtype]
-        file, wanted = path / "rows.bin", extent.rows * width * dtype.itemsize
+        file, wanted = path / "rows.bin", extent.rows * bytes_per_row(header)
         there = _size(file)
         if there < wanted or (finished and there > wanted):
             raise ValueError(
@@ -93,10 +92,13 @@ class Part:
         if wanted:
             # Copy on write: torch warns about tensors on read-only memory.
             mapped = np.memmap(file, np.uint8, "c", shape=(wanted,))
-            part._all = torch.from_numpy(mapped).view(dtype).view(-1, width)
+            part._all = torch.from_numpy(mapped)
         else:
-            part._all = torch.empty(0, width, dtype=dtype)
-        part.rows = part._all[:n]
+            part._all = torch.empty(0, dtype=torch.uint8)
+        part._all = part._all.view(-1, bytes_per_row(header))
+        if not header.scales:
+            part._all = part._all.view(DTYPES[header.dtype])
+        part.packed, part.packing = part._all[:n], None
         part.valid = torch.ones(extent.rows, dtype=torch.bool)
         part.valid[extent.invalid] = False
         part.valid = part.valid[:n]
@@ -104,13 +106,27 @@ class Part:
         part._unverified = set(range(len(extent.chunks)))
         return part
 
+    def lay_out(self, bounds: Sequence[int]) -> Part:
+        """Know the column bounds of the layers.
+
+        Raises:
+            ValueError: the part does not have a scale for each.
+        """
+        self.packing = Packing(DTYPES[self.header.dtype], tuple(bounds))
+        if self.packing.num_scales != self.header.scales:
+            raise ValueError(
+                f"RowStore: {self.path} has {self.header.scales} scales a row, for "
+                f"{len(bounds) - 1} layers; {_REMEDY}"
+            )
+        return self
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.packed)
 
     def __reduce__(self) -> Any:
         if self.path is None:
             return restored, (Part, self.__dict__)
-        return Part.open, (self.path.absolute(), self.header.width, len(self))
+        return _reopened, (self.path.absolute(), len(self), self.packing.bounds)
 
     @property
     def ids(self) -> Ids | None:
@@ -155,7 +171,7 @@ class Part:
         return data[:num_bytes]
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The rows in order, as (position of the first, [c, R]), verified.
+        """The rows in order as they are kept, as (position of the first, [c, ...]), verified.
 
         Raises:
             ValueError: a chunk on disk does not have its checksum.
@@ -169,13 +185,13 @@ class Part:
         """Rows of a chunk."""
         if self.path is not None:
             return self.header.chunk_rows
-        return rows_per_chunk(self.header.width, self.rows.element_size())
+        return rows_per_chunk(self.header.width, DTYPES[self.header.dtype])
 
     def chunk(self, number: int) -> Tensor:
         """One of them."""
         start = number * self.chunk_rows
         stop = min(start + self.chunk_rows, len(self))
-        rows = self.rows[start:stop]
+        packed = self.packed[start:stop]
         if number in self._unverified:
             whole = self._all[start : start + self.chunk_rows]
             if zlib.crc32(bytes_of(whole)) != self.extent.chunks[number]:
@@ -184,16 +200,7 @@ class Part:
                     f"{_REMEDY}"
                 )
             self._unverified.discard(number)
-        return rows
-
-
-def finite_rows(rows: Tensor) -> Tensor:
-    """[n] whether all entries of a row are finite.
-
-    The terms of a finite sum are, and a sum is one read of the rows where isfinite makes copies.
-    """
-    sums = rows.sum(1).isfinite()
-    return sums if sums.all() else rows.isfinite().all(1)
+        return packed
 
 
 def checked_part(
@@ -203,8 +210,9 @@ def checked_part(
     valid: Tensor | None,
     origin: Tensor | None,
     ids: Ids | None,
+    dtype: torch.dtype | None = None,
 ) -> Part:
-    """A part in memory of what somebody gave.
+    """A part in memory of what somebody gave, kept in `dtype` (None is the rows' own).
 
     Raises:
         ValueError: it does not fit the plan or itself, or a valid row is not finite.
@@ -217,12 +225,32 @@ def checked_part(
     for what, given in (("valid", valid), ("origin", origin), ("ids", ids)):
         if given is not None and len(given) != len(rows):
             raise ValueError(f"{op}: {what} must have one for each of {len(rows)} rows")
-    part = Part(rows, valid, ids, origin)
-    for start, chunk in part.chunks():
-        bad = ~finite_rows(chunk) & part.valid[start : start + len(chunk)].to(chunk.device)
+    packing = Packing.of(plan, rows.dtype if dtype is None else dtype)
+    step = rows_per_chunk(plan.width, rows.dtype)
+    for start in range(0, len(rows), step):
+        finite = finite_rows(rows[start : start + step])
+        bad = ~finite if valid is None else ~finite & valid[start : start + step].to(finite.device)
         if bad.any():
             raise ValueError(f"{op}: row {start + int(bad.nonzero()[0])} is not finite")
-    return part
+    if valid is not None and rows.dtype != packing.dtype:
+        rows = rows.where(valid.to(rows.device)[:, None], 0)  # an invalid one may hold anything
+    return Part(packing.pack(rows), packing, valid, ids, origin)
+
+
+def new_header(packing: Packing, ids: Ids | None, origin: Tensor | None) -> Header:
+    """Of a part of such rows."""
+    name = str(packing.dtype).removeprefix("torch.")
+    step = rows_per_chunk(packing.width, packing.dtype)
+    return Header(name, packing.width, step, kind_of(ids), origin is not None, packing.num_scales)
+
+
+def bytes_per_row(header: Header) -> int:
+    """In rows.bin."""
+    return row_bytes(DTYPES[header.dtype], header.width, header.scales)
+
+
+def _reopened(path: Path, num_rows: int, bounds: Sequence[int]) -> Part:
+    return Part.open(path, bounds[-1], num_rows).lay_out(bounds)
 
 
 def restored(kind: type[T], fields: dict[str, Any]) -> T:
@@ -243,8 +271,9 @@ def read_part(path: Path) -> tuple[bool, Found]:
         header = found.header
         if header.dtype not in DTYPES:
             raise ValueError(f"'dtype' is none of {', '.join(DTYPES)}")
-        row_bytes = header.width * DTYPES[header.dtype].itemsize
-        if header.chunk_rows > 1 and header.chunk_rows * row_bytes > 1 << 26:
+        if header.scales > header.width:
+            raise ValueError("'scales' is out of range")
+        if header.chunk_rows > 1 and header.chunk_rows * bytes_per_row(header) > 1 << 26:
             raise ValueError("'chunk_rows' is out of range")
         if finished:
             told = field(manifest, "format", str), field(manifest, "rows", int)
@@ -269,5 +298,6 @@ def bytes_of(rows: Tensor) -> memoryview:
     return memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def rows_per_chunk(width: int, itemsize: int) -> int:
-    return max(1, CHUNK_BYTES // (width * itemsize))
+def rows_per_chunk(width: int, dtype: torch.dtype) -> int:
+    """So many that they take CHUNK_BYTES as they are read, float32 or wider."""
+    return max(1, CHUNK_BYTES // (width * max(4, dtype.itemsize)))

@@ -16,14 +16,15 @@ from dropinf.capturing import Proof
 from dropinf.manifest import sealed
 from dropinf.rows.ids import Ids, encoded, kind_of
 from dropinf.rows.journal import Extent, Found, Header, Journal, write_all
+from dropinf.rows.packing import Packing
 from dropinf.rows.part import (
-    DTYPES,
     IDS_FILES,
     PART_FORMAT,
     Part,
     bytes_of,
+    bytes_per_row,
+    new_header,
     read_part,
-    rows_per_chunk,
 )
 from dropinf.whole_files import appearing
 
@@ -68,32 +69,33 @@ class PartWriter:
 
     def append(
         self,
-        rows: Tensor,
+        packed: Tensor,
         valid: Tensor,
         ids: Ids | None = None,
         origin: Tensor | None = None,
         num_examples: int | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Add rows; they are flushed if that is due. An error leaves those before as they were.
+        """Add rows as they are kept (see `packing`); they are flushed if that is due.
+
+        An error leaves those before as they were.
 
         Raises:
-            ValueError: they are of another dtype, or have ids of another kind.
+            ValueError: they have ids of another kind.
         """
         header, before = self.header, self.extent
-        here = str(rows.dtype).removeprefix("torch."), kind_of(ids), origin is not None
-        if here != (header.dtype, header.ids, header.origin):
+        here = kind_of(ids), origin is not None
+        if here != (header.ids, header.origin):
             raise ValueError(
-                f"RowStore: {self.path} holds rows of (dtype, ids, origin) "
-                f"{(header.dtype, header.ids, header.origin)}, and these have {here}"
+                f"RowStore: {self.path} holds rows of (ids, origin) "
+                f"{(header.ids, header.origin)}, and these have {here}"
             )
-        data = bytes_of(rows)
-        row_bytes = header.width * rows.element_size()
+        data, row_bytes = bytes_of(packed), bytes_per_row(header)
         write_all(self._files["rows.bin"], data, before.rows * row_bytes)
         after = replace(
             before,
-            rows=before.rows + len(rows),
-            examples=before.examples + (len(rows) if num_examples is None else num_examples),
+            rows=before.rows + len(packed),
+            examples=before.examples + (len(packed) if num_examples is None else num_examples),
             batches=before.batches + 1,
             state=before.state if state is None else state,
         )
@@ -109,9 +111,9 @@ class PartWriter:
         invalid = (~valid).nonzero().flatten() + before.rows
         chunks, first = [], before.rows // header.chunk_rows
         start = 0
-        while start < len(rows):
+        while start < len(packed):
             filled = (before.rows + start) % header.chunk_rows
-            stop = min(len(rows), start + header.chunk_rows - filled)
+            stop = min(len(packed), start + header.chunk_rows - filled)
             crc = before.chunks[first] if filled else 0
             chunks.append(zlib.crc32(data[start * row_bytes : stop * row_bytes], crc))
             first, start = first + 1, stop
@@ -134,9 +136,8 @@ class PartWriter:
 
     def finish(self) -> None:
         """No more rows come."""
-        sizes = {"rows.bin": self.extent.rows * self.header.width}
-        sizes["rows.bin"] *= DTYPES[self.header.dtype].itemsize
-        sizes["origin.bin"] = 16 * self.extent.rows
+        n = self.extent.rows
+        sizes = {"rows.bin": n * bytes_per_row(self.header), "origin.bin": 16 * n}
         for name, descriptor in self._files.items():
             os.ftruncate(descriptor, sizes.get(name, self.extent.ids_bytes))
             os.fsync(descriptor)
@@ -162,34 +163,22 @@ class PartWriter:
         self._files = {}
 
 
-def new_header(rows: Tensor, ids: Ids | None, origin: Tensor | None) -> Header:
-    """Of a part that begins with these rows.
-
-    Raises:
-        ValueError: rows of this dtype cannot be stored.
-    """
-    name = str(rows.dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"RowStore: rows on disk are of {', '.join(DTYPES)}, got {name}")
-    step = rows_per_chunk(rows.shape[1], rows.element_size())
-    return Header(name, rows.shape[1], step, kind_of(ids), origin is not None)
-
-
 def write_part(
     path: Path,
+    packing: Packing,
     pieces: Iterable[tuple[Tensor, Tensor, Ids | None, Tensor | None]],
     proof: Proof | None = None,
     examples: int = 0,
     batches: int = 0,
 ) -> None:
-    """Write a finished part of pieces (rows, valid, ids, origin), so many of them collected."""
+    """Write a finished part of pieces (packed, valid, ids, origin), so many of them collected."""
     writer = None
     state = None if proof is None else {"proof": proof.saved()}
     try:
-        for rows, valid, ids, origin in pieces:
+        for packed, valid, ids, origin in pieces:
             if writer is None:
-                writer = PartWriter(path, new_header(rows, ids, origin))
-            writer.append(rows, valid, ids, origin, state=state)
+                writer = PartWriter(path, new_header(packing, ids, origin))
+            writer.append(packed, valid, ids, origin, state=state)
         if writer is None:
             raise ValueError("RowStore.save: there is no row to write")
         writer.extent = replace(writer.extent, examples=examples, batches=batches)

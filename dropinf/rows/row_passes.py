@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dropinf.rows.part import finite_rows
+from dropinf.rows.packing import finite_rows
 from dropinf.rows.store import RowStore
 
 PART_BYTES = 1 << 26  # of one part, unless a caller asks for another size
@@ -32,9 +32,8 @@ def valid_rows(
     """
     part_bytes = PART_BYTES if part_bytes is None else part_bytes
     part, filled = None, 0
-    for start, chunk in store.chunks():
-        valid = store.valid[start : start + len(chunk)]
-        rows = take(chunk, columns)
+    for start, rows in store.chunks(columns):
+        valid = store.valid[start : start + len(rows)]
         bad = ~finite_rows(rows) & valid
         if bad.any():
             at = start + int(bad.nonzero()[0])
@@ -44,7 +43,7 @@ def valid_rows(
         rows = rows if valid.all() else rows[valid]
         wanted = rows.dtype if dtype is None else dtype
         num_rows = max(1, part_bytes // max(1, rows.shape[1] * wanted.itemsize))
-        last = start + len(chunk) == len(store)
+        last = start + len(valid) == len(store)
         if part is None and len(rows) and (len(rows) >= num_rows or last):
             yield from (piece.to(wanted) for piece in rows.split(num_rows))  # nothing to join
             continue
@@ -125,13 +124,6 @@ def merged(columns: Sequence[slice]) -> list[slice]:
         else:
             result.append(part)
     return result
-
-
-def take(rows: Tensor, columns: Sequence[slice]) -> Tensor:
-    """The columns side by side: a view of the rows if they are one slice."""
-    if len(columns) == 1:
-        return rows[:, columns[0]]
-    return torch.cat([rows[:, part] for part in columns], 1)
 
 
 def put(rows: Tensor, columns: Sequence[slice], values: Tensor) -> None:

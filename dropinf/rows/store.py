@@ -22,6 +22,7 @@ from dropinf.rows.about import (
 )
 from dropinf.rows.ids import Ids, as_ids
 from dropinf.rows.lock import Lock
+from dropinf.rows.packing import Kept, Packing
 from dropinf.rows.part import Part, checked_part, restored
 from dropinf.rows.part_writer import write_part
 from dropinf.user_warning import warn_user
@@ -51,25 +52,34 @@ class RowStore:
         valid: Tensor | None = None,
         origin: Tensor | None = None,
         ids: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """A store in memory around `rows`, float32 or float64.
+        """A store in memory around `rows`.
 
         Args:
-            rows: [n, R].
+            rows: [n, R] floating point.
             plan: that made them.
             valid: [n] bool, None if all are.
             origin: [n, 2], see `origin`.
             ids: n integers or strings; None if a row is known by its position.
+            dtype: in which to keep them, see `collect`; None is the rows' own.
 
         Raises:
-            ValueError: the rows do not have the plan's width, or a valid one is not finite.
+            ValueError: the rows do not have the plan's width, a valid one is not finite, or rows
+                are not kept in that dtype.
         """
         ids = None if ids is None else as_ids("RowStore", ids)
-        self._take(plan, [checked_part("RowStore", plan, rows, valid, origin, ids)])
+        self._take(plan, [checked_part("RowStore", plan, rows, valid, origin, ids, dtype)])
 
-    def _take(self, plan: Plan, parts: Sequence[Part], path: Path | None = None) -> None:
+    def _take(
+        self,
+        plan: Plan,
+        parts: Sequence[Part],
+        path: Path | None = None,
+        about: About | None = None,
+    ) -> None:
         self.plan, self.path, self._parts = plan, path, list(parts)
-        self.about = About()
+        self.about = About() if about is None else about
         self.valid = parts[0].valid if len(parts) == 1 else torch.cat([p.valid for p in parts])
         self.proof = proof_of([part.extent.state for part in parts])
 
@@ -99,15 +109,22 @@ class RowStore:
             )
         if len({(p.header.dtype, p.header.ids, p.header.origin) for p in parts}) > 1:
             raise ValueError(f"RowStore.load: the parts of {path} are of different kinds")
-        store = cls.__new__(cls)
-        store._take(plan, parts, path)
-        store.about = about
+        store = cls.of(plan, _laid_out(parts, plan), about, path)
         if not store.finished:
             how = ", and collect(..., path=, resume=True) goes on behind them"
             warn_user(
                 f"RowStore.load: {path} is not finished; these are its first {n} rows"
                 + ("" if about.weights is None else how)
             )
+        return store
+
+    @classmethod
+    def of(
+        cls, plan: Plan, parts: Sequence[Part], about: About, path: Path | None = None
+    ) -> RowStore:
+        """A store of parts of one kind."""
+        store = cls.__new__(cls)
+        store._take(plan, parts, path, about)
         return store
 
     @classmethod
@@ -134,10 +151,9 @@ class RowStore:
                         f"({theirs!r}, not {mine!r}); join stores that were made alike"
                     )
             parts += store._parts
-        joint = cls.__new__(cls)
-        joint._take(first.plan, parts)
+        about = About(first.weights, first.about.passing, first.about.options)
+        joint = cls.of(first.plan, parts, about)
         joint.valid = torch.cat([store.valid for store in stores])
-        joint.about = About(first.weights, first.about.passing, first.about.options)
         own = [id_lists.distinct(store._ids) for store in stores]
         twice = None if own[0] is None else id_lists.first_twice(id_lists.joined(own))
         if twice is not None:
@@ -153,7 +169,7 @@ class RowStore:
         """Add rows as a part of their own, on the disk too if the store is a directory.
 
         Args:
-            rows: [k, R] under the same plan, weights and dtype.
+            rows: [k, R] under the same plan and weights, in the dtype in which the store reads.
             ids: k integers or strings, which must not be here yet; needed if the store has ids.
             valid: [k] bool, None if all are.
             origin: [k, 2] integers, needed if the store has them.
@@ -163,8 +179,9 @@ class RowStore:
             LockedError: another process writes this store.
         """
         given = None if ids is None else as_ids("RowStore.append", ids)
-        part = checked_part("RowStore.append", self.plan, rows, valid, origin, given)
-        mine = str(self.dtype), self._kind, self.origin is not None
+        part = checked_part("RowStore.append", self.plan, rows, valid, origin, given, self.dtype)
+        read = self._packing.read_dtype if rows.dtype != self.dtype else self.dtype
+        mine = str(read), self._kind, self.origin is not None
         theirs = str(rows.dtype), id_lists.kind_of(given), origin is not None
         if mine != theirs:
             raise ValueError(
@@ -192,8 +209,9 @@ class RowStore:
                 )
             path = self.path / part_name(len(found))
             with appearing(path) as new:
-                write_part(new, [(part.rows, part.valid, part.ids, part.origin)])
-            return Part.open(path, self.plan.width)
+                pieces = [(part.packed, part.valid, part.ids, part.origin)]
+                write_part(new, self._packing, pieces)
+            return Part.open(path, self.plan.width).lay_out(self._packing.bounds)
         finally:
             lock.release()
 
@@ -211,11 +229,12 @@ class RowStore:
             write_about(new, self.plan, self.about)
             done = [part.extent for part in self._parts]
             examples, batches = (sum(getattr(e, w) for e in done) for w in ("examples", "batches"))
-            write_part(new / part_name(0), self._pieces(), self.proof, examples, batches)
+            part = new / part_name(0)
+            write_part(part, self._packing, self._pieces(), self.proof, examples, batches)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor, Ids | None, Tensor | None]]:
         ids, origin = self._ids, self.origin
-        for start, chunk in self.chunks():
+        for start, chunk in self._chunks():
             at = slice(start, start + len(chunk))
             own = None if ids is None else ids[at]
             yield chunk, self.valid[at], own, None if origin is None else origin[at]
@@ -233,9 +252,9 @@ class RowStore:
         at = id_lists.positions_of(self._ids, len(self), wanted)
         own = id_lists.picked(self.ids, at)
         origin = None if self.origin is None else self.origin[at]
-        found = RowStore(self.at(at), self.plan, self.valid[at], origin, own)
-        found.about = About(self.weights, self.about.passing, self.about.options)
-        return found
+        part = Part(self._at(at), self._packing, self.valid[at], own, origin)
+        about = About(self.weights, self.about.passing, self.about.options)
+        return RowStore.of(self.plan, [part], about)
 
     def __reduce__(self) -> Any:
         if self.path is None:
@@ -255,8 +274,12 @@ class RowStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
-        return self._parts[0].rows.dtype
+        """In which the rows are kept; they are read as float32, or of float64 as that."""
+        return self._packing.dtype
+
+    @property
+    def _packing(self) -> Packing:
+        return self._parts[0].packing
 
     @property
     def _kind(self) -> str:
@@ -291,25 +314,44 @@ class RowStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of the rows."""
-        return len(self) * self.plan.width * self.dtype.itemsize
+        packed = self._parts[0].packed
+        return len(self) * packed.shape[1] * packed.element_size()
 
     @property
     def rows(self) -> Tensor:
         """[n, R] all rows, verified; of one part on disk, memory-mapped: writing changes no file.
 
-        Of several parts, a copy in memory; `chunks` and `at` make none of all.
+        Of several parts, or of rows kept in fewer bytes, a copy in memory; `chunks` and `at` make
+        none of all.
         """
-        for _ in self.chunks():
+        for _ in self._chunks():
             pass
-        rows = [part.rows for part in self._parts]
+        rows = [self._packing.unpack(part.packed) for part in self._parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, columns: Sequence[slice] = (slice(None),)) -> Iterator[tuple[int, Tensor]]:
         """The rows in order, as (position of the first, [c, R]) of about 16 MiB each.
+
+        Args:
+            columns: to read, which then stand side by side.
 
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
+        for start, packed in self._chunks():
+            yield start, self._packing.unpack(packed, columns)
+
+    def kept(self) -> Iterator[tuple[int, Kept]]:
+        """The chunks as they are kept, for kernels that read them so."""
+        for start, packed in self._chunks():
+            yield start, self._packing.views(packed)
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """[L + 1] column bounds of the layers, each of which has a scale in `kept`."""
+        return self._packing.bounds
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         first = 0
         for part in self._parts:
             for start, chunk in part.chunks():
@@ -322,9 +364,12 @@ class RowStore:
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
+        return self._packing.unpack(self._at(positions))
+
+    def _at(self, positions: Tensor | Sequence[int]) -> Tensor:
         positions = torch.as_tensor(positions).to("cpu", torch.int64)
-        rows = self._parts[0].rows
-        found = rows.new_empty(len(positions), self.plan.width)
+        packed = self._parts[0].packed
+        found = packed.new_empty(len(positions), packed.shape[1])
         first = 0
         for part in self._parts:
             here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
@@ -332,7 +377,7 @@ class RowStore:
             for number in (inside // part.chunk_rows).unique().tolist():
                 part.chunk(number)
             if len(here):
-                found[here] = part.rows[inside]
+                found[here] = part.packed[inside]
             first += len(part)
         return found
 
@@ -358,14 +403,17 @@ class RowStore:
         return f"RowStore({size} {where}{so_far}, plan {self.plan.fingerprint}, {self.proof})"
 
 
+def _laid_out(parts: Sequence[Part], plan: Plan) -> list[Part]:
+    return [part.lay_out(Packing.of(plan, torch.float32).bounds) for part in parts]
+
+
 def _opened(path: Path, lengths: Sequence[int], invalid: Tensor) -> RowStore:
     """A store that was pickled as its path: the rows that it had then."""
     width, _, about = read_about(path)
     paths = part_paths(path)[: len(lengths)]
     parts = [Part.open(part, width, n) for part, n in zip(paths, lengths, strict=True)]
-    store = RowStore.__new__(RowStore)
-    store._take(Plan.load(path, width), parts, path)
-    store.about = about
+    plan = Plan.load(path, width)
+    store = RowStore.of(plan, _laid_out(parts, plan), about, path)
     store.valid[:] = True
     store.valid[invalid] = False
     return store

@@ -22,8 +22,9 @@ from dropinf.rows.about import (
 )
 from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
-from dropinf.rows.part import Part
-from dropinf.rows.part_writer import PartWriter, new_header
+from dropinf.rows.packing import DTYPES, Packing
+from dropinf.rows.part import Part, new_header
+from dropinf.rows.part_writer import PartWriter
 from dropinf.rows.resuming import Past
 from dropinf.rows.store import RowStore
 from dropinf.user_warning import warn_user
@@ -50,12 +51,13 @@ class RowWriter:
         expected: int = 0,
         *,
         resume: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`expected` rows are allocated at once in memory; more may come, or fewer.
 
         Raises:
             FileExistsError: there is something at `path`, and `resume` is False.
-            ValueError: `resume` without a path.
+            ValueError: `resume` without a path, or rows are not kept in that dtype.
         """
         if resume and path is None:
             raise ValueError("collect: resume=True goes on with a directory; give path=")
@@ -65,7 +67,9 @@ class RowWriter:
         self.num_rows = 0
         self._plan, self._expected, self._resume = plan, expected, resume
         self.path = None if path is None else Path(path)
-        self._rows: Tensor | None = None  # in memory, with room to grow
+        self._dtype = dtype
+        self._packing = None if dtype is None else Packing.of(plan, dtype)
+        self._packed: Tensor | None = None  # in memory, with room to grow
         self._valid: list[Tensor] = []
         self._ids: list[Ids | None] = []
         self._origin: list[Tensor] = []
@@ -110,6 +114,7 @@ class RowWriter:
             for path, part in zip(paths, parts, strict=True):
                 if not part.finished:
                     self._part = PartWriter.reopen(path, width)
+                    self._packing = Packing.of(self._plan, DTYPES[part.header.dtype])
                     self.state = part.extent.state
             self._lock = lock
         finally:
@@ -160,33 +165,43 @@ class RowWriter:
         state: dict[str, Any] | None = None,
     ) -> None:
         """Add rows [B, R], which of them are valid [B] bool, their origin [B, 2] and ids."""
-        rows, valid = rows.detach().cpu(), valid.cpu()
+        packed, valid = self._pack(rows.detach().cpu()), valid.cpu()
         origin = None if origin is None else origin.cpu()
         if self.path is None:
-            self._keep(rows, valid, origin, ids)
+            self._keep(packed, valid, origin, ids)
         else:
             if self._part is None:
-                self._begin(rows, origin, ids)
-            self._part.append(rows, valid, ids, origin, num_examples, state)
+                self._begin(origin, ids)
+            self._part.append(packed, valid, ids, origin, num_examples, state)
         self.num_rows += len(rows)
 
-    def _keep(self, rows: Tensor, valid: Tensor, origin: Tensor | None, ids: Ids | None) -> None:
-        first, last = self.num_rows, self.num_rows + len(rows)
-        if self._rows is None:
-            self._rows = rows.new_empty(max(self._expected, len(rows)), rows.shape[1])
-        if last > len(self._rows):
-            grown = self._rows.new_empty(max(last, 2 * len(self._rows)), rows.shape[1])
-            grown[:first] = self._rows[:first]
-            self._rows = grown
-        self._rows[first:last] = rows
+    def _pack(self, rows: Tensor) -> Tensor:
+        if self._packing is None:
+            self._packing = Packing.of(self._plan, rows.dtype)
+        if self._dtype is None and rows.dtype != self._packing.dtype:
+            raise ValueError(
+                f"collect: these rows are {rows.dtype}, and those before {self._packing.dtype}; "
+                "say in which dtype= all are to be kept"
+            )
+        return self._packing.pack(rows)
+
+    def _keep(self, packed: Tensor, valid: Tensor, origin: Tensor | None, ids: Ids | None) -> None:
+        first, last = self.num_rows, self.num_rows + len(packed)
+        if self._packed is None:
+            self._packed = packed.new_empty(max(self._expected, len(packed)), packed.shape[1])
+        if last > len(self._packed):
+            grown = self._packed.new_empty(max(last, 2 * len(self._packed)), packed.shape[1])
+            grown[:first] = self._packed[:first]
+            self._packed = grown
+        self._packed[first:last] = packed
         self._valid.append(valid)
         self._ids.append(ids)
         if origin is not None:
             self._origin.append(origin)
 
-    def _begin(self, rows: Tensor, origin: Tensor | None, ids: Ids | None) -> None:
+    def _begin(self, origin: Tensor | None, ids: Ids | None) -> None:
         """Make the directory with its lock, or a part behind those that are finished."""
-        header = new_header(rows, ids, origin)
+        header = new_header(self._packing, ids, origin)
         if self._lock is None:
             try:
                 with appearing(self.path) as new:
@@ -208,8 +223,8 @@ class RowWriter:
             valid = torch.cat(self._valid)
             origin = torch.cat(self._origin) if self._origin else None
             ids = id_lists.joined(self._ids)
-            store = RowStore(self._rows[: self.num_rows], self._plan, valid, origin, ids)
-            store.about = self.about
+            part = Part(self._packed[: self.num_rows], self._packing, valid, ids, origin)
+            store = RowStore.of(self._plan, [part], self.about)
             store.proof = Proof() if proof is None else proof
             return store
         if self._part is not None:

@@ -27,6 +27,8 @@ from torch.utils.data.distributed import DistributedSampler
 from dropinf import Dropout, Plan, RowStore, collect
 from dropinf.rows import LockedError, RowWriter, part_writer
 from dropinf.rows.lock import Lock
+from dropinf.rows.packing import Packing
+from dropinf.rows.part import Part, new_header
 
 FILES = ("rows.bin", "ids.bin")
 
@@ -277,6 +279,8 @@ def test_what_must_be_as_it_was(tmp_path):
         go_on(tmp_path, net, plan, mode="grads")
     with pytest.raises(ValueError, match="collected with training=True, not False"):
         go_on(tmp_path, model().eval(), plan)
+    with pytest.raises(ValueError, match=r"collected with dtype=None, not 'torch\.int8'"):
+        go_on(tmp_path, net, plan, dtype=torch.int8)
     changed = tensors()
     changed.tensors[0][1, 2] += 1
     with pytest.raises(ValueError, match="the first batch holds something else than when"):
@@ -517,7 +521,7 @@ def test_ten_thousand_batches(tmp_path, monkeypatch):
     plan = Plan.make(nn.Linear(4, 1, bias=False), Dropout(r=4))
     rows, valid = torch.randn(2, 4), torch.ones(2, dtype=torch.bool)
     largest = 0
-    header = part_writer.new_header(rows, torch.zeros(2), None)
+    header = new_header(Packing.of(plan, torch.float32), torch.zeros(2), None)
     path = tmp_path / "part-000000"
     writer = part_writer.PartWriter(path, header)
     for number in range(10_000):
@@ -529,5 +533,5 @@ def test_ten_thousand_batches(tmp_path, monkeypatch):
     assert len(writer.extent.chunks) == 1 and not writer.extent.invalid
     writer.finish()
     assert (path / "journal.jsonl").stat().st_size < 3000
-    part = part_writer.Part.open(path, plan.width)
+    part = Part.open(path, plan.width)
     assert torch.equal(part.ids, torch.arange(20_000)) and len(list(part.chunks())) == 1

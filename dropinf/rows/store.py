@@ -15,16 +15,15 @@ from dropinf.rows import ids as id_lists
 from dropinf.rows.about import (
     About,
     part_name,
-    part_paths,
     proof_of,
     read_about,
     write_about,
 )
 from dropinf.rows.ids import Ids, as_ids
-from dropinf.rows.lock import Lock
-from dropinf.rows.packing import Kept, Packing
+from dropinf.rows.packing import Kept
 from dropinf.rows.part import Part, checked_part, restored
 from dropinf.rows.part_writer import write_part
+from dropinf.rows.parts import Parts
 from dropinf.user_warning import warn_user
 from dropinf.whole_files import appearing
 
@@ -69,19 +68,13 @@ class RowStore:
                 are not kept in that dtype.
         """
         ids = None if ids is None else as_ids("RowStore", ids)
-        self._take(plan, [checked_part("RowStore", plan, rows, valid, origin, ids, dtype)])
+        part = checked_part("RowStore", plan, rows, valid, origin, ids, dtype)
+        self._take(plan, Parts([part]), About())
 
-    def _take(
-        self,
-        plan: Plan,
-        parts: Sequence[Part],
-        path: Path | None = None,
-        about: About | None = None,
-    ) -> None:
-        self.plan, self.path, self._parts = plan, path, list(parts)
-        self.about = About() if about is None else about
-        self.valid = parts[0].valid if len(parts) == 1 else torch.cat([p.valid for p in parts])
-        self.proof = proof_of([part.extent.state for part in parts])
+    def _take(self, plan: Plan, parts: Parts, about: About, path: Path | None = None) -> None:
+        self.plan, self.path, self.about, self._parts = plan, path, about, parts
+        self.valid = parts.valid
+        self.proof = proof_of([part.extent.state for part in parts.parts])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RowStore:
@@ -95,36 +88,27 @@ class RowStore:
         """
         path = Path(path)
         width, fingerprint, about = read_about(path)
-        parts = [Part.open(part, width) for part in part_paths(path)]
-        n = sum(map(len, parts))
-        if not n:
-            raise ValueError(
-                f"RowStore.load: {path} holds no rows yet; collect(..., path=, resume=True) goes on"
-            )
+        parts = Parts.open(path, width)
         # By now rows of this width are there, so that the plan is not larger than it should be.
         plan = Plan.load(path, width)
         if fingerprint != plan.fingerprint:
             raise ValueError(
                 f"RowStore.load: {path}/store.json and plan.json do not belong together"
             )
-        if len({(p.header.dtype, p.header.ids, p.header.origin) for p in parts}) > 1:
-            raise ValueError(f"RowStore.load: the parts of {path} are of different kinds")
-        store = cls.of(plan, _laid_out(parts, plan), about, path)
+        store = cls.of(plan, parts.lay_out(plan), about, path)
         if not store.finished:
             how = ", and collect(..., path=, resume=True) goes on behind them"
             warn_user(
-                f"RowStore.load: {path} is not finished; these are its first {n} rows"
+                f"RowStore.load: {path} is not finished; these are its first {len(store)} rows"
                 + ("" if about.weights is None else how)
             )
         return store
 
     @classmethod
-    def of(
-        cls, plan: Plan, parts: Sequence[Part], about: About, path: Path | None = None
-    ) -> RowStore:
-        """A store of parts of one kind."""
+    def of(cls, plan: Plan, parts: Parts, about: About, path: Path | None = None) -> RowStore:
+        """A store of parts that are there."""
         store = cls.__new__(cls)
-        store._take(plan, parts, path, about)
+        store._take(plan, parts, about, path)
         return store
 
     @classmethod
@@ -142,19 +126,19 @@ class RowStore:
                 ("plan", first.plan.fingerprint, store.plan.fingerprint),
                 ("weights", first.weights, store.weights),
                 ("dtype", first.dtype, store.dtype),
-                ("ids", first._kind, store._kind),
-                ("origin", first.origin is None, store.origin is None),
+                ("ids", first._parts.kind, store._parts.kind),
+                ("origin", first._parts.has_origin, store._parts.has_origin),
             ):
                 if mine != theirs:
                     raise ValueError(
                         f"RowStore.join: store {number} has other {what} than the first one "
                         f"({theirs!r}, not {mine!r}); join stores that were made alike"
                     )
-            parts += store._parts
+            parts += store._parts.parts
         about = About(first.weights, first.about.passing, first.about.options)
-        joint = cls.of(first.plan, parts, about)
+        joint = cls.of(first.plan, Parts(parts), about)
         joint.valid = torch.cat([store.valid for store in stores])
-        own = [id_lists.distinct(store._ids) for store in stores]
+        own = [id_lists.distinct(store._parts.ids) for store in stores]
         twice = None if own[0] is None else id_lists.first_twice(id_lists.joined(own))
         if twice is not None:
             raise ValueError(
@@ -180,40 +164,11 @@ class RowStore:
         """
         given = None if ids is None else as_ids("RowStore.append", ids)
         part = checked_part("RowStore.append", self.plan, rows, valid, origin, given, self.dtype)
-        read = self._packing.read_dtype if rows.dtype != self.dtype else self.dtype
-        mine = str(read), self._kind, self.origin is not None
-        theirs = str(rows.dtype), id_lists.kind_of(given), origin is not None
-        if mine != theirs:
-            raise ValueError(
-                f"RowStore.append: rows must be of (dtype, ids, origin) {mine}, got {theirs}"
-            )
-        if given is not None:
-            fresh = given if origin is None else id_lists.distinct(given)
-            twice = id_lists.first_twice(id_lists.joined([id_lists.distinct(self._ids), fresh]))
-            if twice is not None:
-                raise ValueError(f"RowStore.append: the store has rows of id {twice!r} already")
+        self._parts.check_new(part, rows.dtype)
         if self.path is not None:
-            part = self._written(part)
-        self._parts.append(part)
+            part = self._parts.written(part, self.path)
+        self._parts.parts.append(part)
         self.valid = torch.cat([self.valid, part.valid])
-
-    def _written(self, part: Part) -> Part:
-        lock = Lock(self.path)
-        lock.acquire("RowStore.append")
-        try:
-            found = part_paths(self.path)
-            if len(found) != len(self._parts):
-                raise ValueError(
-                    f"RowStore.append: {self.path} has other parts than when it was opened; load "
-                    "it again"
-                )
-            path = self.path / part_name(len(found))
-            with appearing(path) as new:
-                pieces = [(part.packed, part.valid, part.ids, part.origin)]
-                write_part(new, self._packing, pieces)
-            return Part.open(path, self.plan.width).lay_out(self._packing.bounds)
-        finally:
-            lock.release()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rows to a new directory, which appears whole or not at all.
@@ -227,20 +182,20 @@ class RowStore:
         with appearing(path) as new:
             new.mkdir()
             write_about(new, self.plan, self.about)
-            done = [part.extent for part in self._parts]
+            done = [part.extent for part in self._parts.parts]
             examples, batches = (sum(getattr(e, w) for e in done) for w in ("examples", "batches"))
             part = new / part_name(0)
-            write_part(part, self._packing, self._pieces(), self.proof, examples, batches)
+            write_part(part, self._parts.packing, self._pieces(), self.proof, examples, batches)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor, Ids | None, Tensor | None]]:
-        ids, origin = self._ids, self.origin
-        for start, chunk in self._chunks():
+        ids, origin = self._parts.ids, self.origin
+        for start, chunk in self._parts.chunks():
             at = slice(start, start + len(chunk))
             own = None if ids is None else ids[at]
             yield chunk, self.valid[at], own, None if origin is None else origin[at]
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts))
+        return len(self._parts)
 
     def __getitem__(self, ids: Any) -> RowStore:
         """The rows of some ids, one or many, in memory; of tokens all those of an example.
@@ -249,18 +204,18 @@ class RowStore:
             KeyError: an id is not here.
         """
         wanted = as_ids("RowStore", ids)
-        at = id_lists.positions_of(self._ids, len(self), wanted)
+        at = id_lists.positions_of(self._parts.ids, len(self), wanted)
         own = id_lists.picked(self.ids, at)
         origin = None if self.origin is None else self.origin[at]
-        part = Part(self._at(at), self._packing, self.valid[at], own, origin)
+        part = Part(self._parts.at(at), self._parts.packing, self.valid[at], own, origin)
         about = About(self.weights, self.about.passing, self.about.options)
-        return RowStore.of(self.plan, [part], about)
+        return RowStore.of(self.plan, Parts([part]), about)
 
     def __reduce__(self) -> Any:
         if self.path is None:
             return restored, (RowStore, self.__dict__)
         invalid = (~self.valid).nonzero().flatten()
-        return _opened, (self.path.absolute(), [len(part) for part in self._parts], invalid)
+        return _opened, (self.path.absolute(), self._parts.lengths, invalid)
 
     @property
     def weights(self) -> str | None:
@@ -270,24 +225,12 @@ class RowStore:
     @property
     def finished(self) -> bool:
         """Whether all that was to be collected is there."""
-        return all(part.finished for part in self._parts)
+        return self._parts.finished
 
     @property
     def dtype(self) -> torch.dtype:
         """In which the rows are kept; they are read as float32, or of float64 as that."""
-        return self._packing.dtype
-
-    @property
-    def _packing(self) -> Packing:
-        return self._parts[0].packing
-
-    @property
-    def _kind(self) -> str:
-        return self._parts[0].header.ids
-
-    @property
-    def _ids(self) -> Ids | None:
-        return id_lists.joined([part.ids for part in self._parts])
+        return self._parts.packing.dtype
 
     @property
     def ids(self) -> Ids:
@@ -296,7 +239,7 @@ class RowStore:
         Of a loader that tells what it draws, positions in the data set; what `ids=` gave; or else
         positions in the order in which examples came.
         """
-        ids = self._ids
+        ids = self._parts.ids
         return torch.arange(len(self)) if ids is None else ids
 
     @property
@@ -307,15 +250,12 @@ class RowStore:
         of rows that a callback took during training, the step and the example's position in the
         data set.
         """
-        if not self._parts[0].header.origin:
-            return None
-        return torch.cat([part.origin for part in self._parts])
+        return self._parts.origin
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the rows."""
-        packed = self._parts[0].packed
-        return len(self) * packed.shape[1] * packed.element_size()
+        return self._parts.num_bytes
 
     @property
     def rows(self) -> Tensor:
@@ -324,9 +264,9 @@ class RowStore:
         Of several parts, or of rows kept in fewer bytes, a copy in memory; `chunks` and `at` make
         none of all.
         """
-        for _ in self._chunks():
+        for _ in self._parts.chunks():
             pass
-        rows = [self._packing.unpack(part.packed) for part in self._parts]
+        rows = [part.packing.unpack(part.packed) for part in self._parts.parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def chunks(self, columns: Sequence[slice] = (slice(None),)) -> Iterator[tuple[int, Tensor]]:
@@ -338,25 +278,18 @@ class RowStore:
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
-        for start, packed in self._chunks():
-            yield start, self._packing.unpack(packed, columns)
+        for start, packed in self._parts.chunks():
+            yield start, self._parts.packing.unpack(packed, columns)
 
     def kept(self) -> Iterator[tuple[int, Kept]]:
         """The chunks as they are kept, for kernels that read them so."""
-        for start, packed in self._chunks():
-            yield start, self._packing.views(packed)
+        for start, packed in self._parts.chunks():
+            yield start, self._parts.packing.views(packed)
 
     @property
     def bounds(self) -> tuple[int, ...]:
         """[L + 1] column bounds of the layers, each of which has a scale in `kept`."""
-        return self._packing.bounds
-
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        first = 0
-        for part in self._parts:
-            for start, chunk in part.chunks():
-                yield first + start, chunk
-            first += len(part)
+        return self._parts.packing.bounds
 
     def at(self, positions: Tensor | Sequence[int]) -> Tensor:
         """[k, R] the rows at these positions, verified; a copy.
@@ -364,22 +297,7 @@ class RowStore:
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
-        return self._packing.unpack(self._at(positions))
-
-    def _at(self, positions: Tensor | Sequence[int]) -> Tensor:
-        positions = torch.as_tensor(positions).to("cpu", torch.int64)
-        packed = self._parts[0].packed
-        found = packed.new_empty(len(positions), packed.shape[1])
-        first = 0
-        for part in self._parts:
-            here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
-            inside = positions[here] - first
-            for number in (inside // part.chunk_rows).unique().tolist():
-                part.chunk(number)
-            if len(here):
-                found[here] = part.packed[inside]
-            first += len(part)
-        return found
+        return self._parts.packing.unpack(self._parts.at(positions))
 
     def verify(self) -> None:
         """Read everything and compare its checksums anew.
@@ -389,12 +307,7 @@ class RowStore:
         """
         if self.path is not None:
             Plan.load(self.path, read_about(self.path)[0])
-        for part in self._parts:
-            if part.path is not None:
-                again = Part.open(part.path, self.plan.width)
-                for _ in again.chunks():
-                    pass
-                _ = again.ids, again.origin
+        self._parts.verify()
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else f"in {self.path}"
@@ -403,17 +316,11 @@ class RowStore:
         return f"RowStore({size} {where}{so_far}, plan {self.plan.fingerprint}, {self.proof})"
 
 
-def _laid_out(parts: Sequence[Part], plan: Plan) -> list[Part]:
-    return [part.lay_out(Packing.of(plan, torch.float32).bounds) for part in parts]
-
-
 def _opened(path: Path, lengths: Sequence[int], invalid: Tensor) -> RowStore:
     """A store that was pickled as its path: the rows that it had then."""
     width, _, about = read_about(path)
-    paths = part_paths(path)[: len(lengths)]
-    parts = [Part.open(part, width, n) for part, n in zip(paths, lengths, strict=True)]
     plan = Plan.load(path, width)
-    store = RowStore.of(plan, _laid_out(parts, plan), about, path)
+    store = RowStore.of(plan, Parts.open(path, width, lengths).lay_out(plan), about, path)
     store.valid[:] = True
     store.valid[invalid] = False
     return store

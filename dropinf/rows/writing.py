@@ -25,6 +25,7 @@ from dropinf.rows.lock import Lock
 from dropinf.rows.packing import DTYPES, Packing
 from dropinf.rows.part import Part, new_header
 from dropinf.rows.part_writer import PartWriter
+from dropinf.rows.parts import Parts
 from dropinf.rows.resuming import Past
 from dropinf.rows.store import RowStore
 from dropinf.user_warning import warn_user
@@ -224,7 +225,7 @@ class RowWriter:
             origin = torch.cat(self._origin) if self._origin else None
             ids = id_lists.joined(self._ids)
             part = Part(self._packed[: self.num_rows], self._packing, valid, ids, origin)
-            store = RowStore.of(self._plan, [part], self.about)
+            store = RowStore.of(self._plan, Parts([part]), self.about)
             store.proof = Proof() if proof is None else proof
             return store
         if self._part is not None:

@@ -1,0 +1,175 @@
+"""Parts that follow each other: the rows of a store, as they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dropinf.compression import Plan
+from dropinf.rows import ids as id_lists
+from dropinf.rows.about import part_name, part_paths
+from dropinf.rows.ids import Ids
+from dropinf.rows.lock import Lock
+from dropinf.rows.packing import Packing
+from dropinf.rows.part import Part
+from dropinf.rows.part_writer import write_part
+from dropinf.whole_files import appearing
+
+
+class Parts:
+    """Parts of one kind: of one packing, and with ids of one kind and origins, or without.
+
+    Attributes:
+        parts: one or more.
+        packing: how rows are kept.
+        kind: of their ids, see `ids.kind_of`.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+        self.packing: Packing = parts[0].packing
+        self.kind = parts[0].header.ids
+
+    @classmethod
+    def open(cls, path: Path, width: int, lengths: Sequence[int] | None = None) -> Parts:
+        """Of a directory, not laid out yet; `lengths` rows of its first parts, None for all.
+
+        Raises:
+            ValueError: they are damaged, or of different kinds.
+        """
+        paths = part_paths(path)
+        if lengths is not None:
+            paths = paths[: len(lengths)]
+        wanted = [None] * len(paths) if lengths is None else lengths
+        parts = [Part.open(one, width, n) for one, n in zip(paths, wanted, strict=True)]
+        if not sum(map(len, parts)):
+            raise ValueError(
+                f"RowStore.load: {path} holds no rows yet; collect(..., path=, resume=True) goes on"
+            )
+        if len({(p.header.dtype, p.header.ids, p.header.origin) for p in parts}) > 1:
+            raise ValueError(f"RowStore.load: the parts of {path} are of different kinds")
+        return cls(parts)
+
+    def lay_out(self, plan: Plan) -> Parts:
+        """Know where the layers are."""
+        bounds = Packing.of(plan, torch.float32).bounds
+        for part in self.parts:
+            part.lay_out(bounds)
+        self.packing = self.parts[0].packing
+        return self
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each."""
+        return [len(part) for part in self.parts]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that was to be collected is there."""
+        return all(part.finished for part in self.parts)
+
+    @property
+    def valid(self) -> Tensor:
+        """[n] bool; of one part its own."""
+        if len(self.parts) == 1:
+            return self.parts[0].valid
+        return torch.cat([part.valid for part in self.parts])
+
+    @property
+    def ids(self) -> Ids | None:
+        """Of each row, None if their positions are all that is known."""
+        return id_lists.joined([part.ids for part in self.parts])
+
+    @property
+    def has_origin(self) -> bool:
+        """Whether `origin` is not None."""
+        return self.parts[0].header.origin
+
+    @property
+    def origin(self) -> Tensor | None:
+        """[n, 2] int64, or None."""
+        return torch.cat([part.origin for part in self.parts]) if self.has_origin else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows."""
+        packed = self.parts[0].packed
+        return len(self) * packed.shape[1] * packed.element_size()
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The rows in order as they are kept, as (position of the first, [c, ...]), verified."""
+        first = 0
+        for part in self.parts:
+            for start, chunk in part.chunks():
+                yield first + start, chunk
+            first += len(part)
+
+    def at(self, positions: Tensor | Sequence[int]) -> Tensor:
+        """[k, ...] the rows at these positions as they are kept, verified; a copy."""
+        positions = torch.as_tensor(positions).to("cpu", torch.int64)
+        packed = self.parts[0].packed
+        found = packed.new_empty(len(positions), packed.shape[1])
+        first = 0
+        for part in self.parts:
+            here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
+            inside = positions[here] - first
+            for number in (inside // part.chunk_rows).unique().tolist():
+                part.chunk(number)
+            if len(here):
+                found[here] = part.packed[inside]
+            first += len(part)
+        return found
+
+    def check_new(self, part: Part, dtype: torch.dtype) -> None:
+        """Raise unless a part whose rows came in `dtype` may follow."""
+        read = self.packing.dtype if dtype == self.packing.dtype else self.packing.read_dtype
+        mine = str(read), self.kind, self.has_origin
+        theirs = str(dtype), part.header.ids, part.header.origin
+        if mine != theirs:
+            raise ValueError(
+                f"RowStore.append: rows must be of (dtype, ids, origin) {mine}, got {theirs}"
+            )
+        if self.kind:
+            fresh = id_lists.distinct(part.ids) if self.has_origin else part.ids
+            twice = id_lists.first_twice(id_lists.joined([id_lists.distinct(self.ids), fresh]))
+            if twice is not None:
+                raise ValueError(f"RowStore.append: the store has rows of id {twice!r} already")
+
+    def written(self, part: Part, path: Path) -> Part:
+        """The part, written into the directory behind the others.
+
+        Raises:
+            LockedError: another process writes there.
+            ValueError: another one has.
+        """
+        lock = Lock(path)
+        lock.acquire("RowStore.append")
+        try:
+            found = part_paths(path)
+            if len(found) != len(self.parts):
+                raise ValueError(
+                    f"RowStore.append: {path} has other parts than when it was opened; load it "
+                    "again"
+                )
+            made = path / part_name(len(found))
+            with appearing(made) as new:
+                pieces = [(part.packed, part.valid, part.ids, part.origin)]
+                write_part(new, self.packing, pieces)
+            return Part.open(made, self.packing.width).lay_out(self.packing.bounds)
+        finally:
+            lock.release()
+
+    def verify(self) -> None:
+        """Read everything that is on the disk, and compare its checksums anew."""
+        for part in self.parts:
+            if part.path is not None:
+                again = Part.open(part.path, self.packing.width)
+                for _ in again.chunks():
+                    pass
+                _ = again.ids, again.origin

@@ -68,6 +68,7 @@ def test_what_is_lost(widths, n, dtype, seed):
     exponents = torch.randint(-140, 120, (n, len(widths)), generator=generator)
     exponents = exponents.repeat_interleave(torch.tensor(widths), 1)
     numbers = torch.randn(n, bounds[-1], generator=generator, dtype=torch.float64)
+    exponents -= torch.randint(0, 36, exponents.shape, generator=generator)  # within a layer
     rows = torch.ldexp(numbers, exponents).float()
     rows[torch.rand(rows.shape, generator=generator) < 0.2] = 0
     packed = packing.pack(rows)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from dropinf.capturing import Proof
 from dropinf.manifest import sealed
+from dropinf.rows.background import Background
 from dropinf.rows.ids import Ids, encoded, kind_of
-from dropinf.rows.journal import Extent, Found, Header, Journal, write_all
+from dropinf.rows.journal import Header, Journal, write_all
 from dropinf.rows.part import (
     DTYPES,
     IDS_FILES,
@@ -27,32 +29,44 @@ from dropinf.rows.part import (
 )
 from dropinf.whole_files import appearing
 
-_FLUSH_SECONDS = 5.0  # a flush waits for the disk
+_FLUSH_SECONDS = 5.0  # from one flush to the next, which waits for the disk
+_WAITING_BYTES = 1 << 26  # of rows that are not written yet; then `append` waits
+_SYNC_BYTES = 1 << 24  # of rows; the disk is busy meanwhile, and a flush waits for few of them
+_sync_data = getattr(os, "fdatasync", os.fsync)
 
 
 class PartWriter:
     """Writes a directory, which at any moment is a part as far as it was flushed.
 
+    A thread writes, so that `append` does not wait for the disk. It waits where rows come faster
+    than the disk takes them, and where the last flush was twice as long ago as it should be: a
+    kill loses the rows of that time at most, and a batch.
+
     Attributes:
-        header, extent: what was written; `extent` is ahead of the journal between flushes.
+        header: of the part.
+        extent: what was written; it is ahead of the journal between flushes.
     """
 
-    def __init__(self, path: Path, header: Header, found: Found | None = None) -> None:
-        """Make the directory, or go on behind what was found in it."""
-        self.path, self.header = path, header
-        self.extent = Extent() if found is None else found.extent
-        if found is None:
-            with appearing(path) as new:
-                new.mkdir()
-                Journal.begin(new / "journal.jsonl", header)
-        self._journal = Journal(path / "journal.jsonl", header, found)
-        names = ["rows.bin"]
-        names += [IDS_FILES[header.ids]] if header.ids else []
-        names += ["origin.bin"] if header.origin else []
+    def __init__(self, path: Path) -> None:
+        """Go on behind the last flush of what is in a directory, which `make_part` made."""
+        found = read_part(path)[1]
+        self.path, self.header, self.extent = path, found.header, found.extent
+        self._journal = Journal(path / "journal.jsonl", found)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        names = file_names(found.header)
         self._files = {name: os.open(path / name, flags, 0o666) for name in names}
-        self._flushed_at: float | None = None
-        self._flushed_rows = self.extent.rows
+        self._flushed_at, self._flushed_rows = time.monotonic(), self.extent.rows
+        self._is_due = True  # the first rows are flushed at once
+        self._unsynced_bytes = 0
+        self._unknown = False  # what is on the disk, since a flush failed
+        self._thread = Background(_WAITING_BYTES)
+
+    @classmethod
+    def begin(cls, path: Path, header: Header) -> PartWriter:
+        """Make the directory."""
+        with appearing(path) as new:
+            make_part(new, header)
+        return cls(path)
 
     @classmethod
     def reopen(cls, path: Path, width: int) -> PartWriter:
@@ -61,10 +75,9 @@ class PartWriter:
         Raises:
             ValueError: it is finished or damaged.
         """
-        part = Part.open(path, width)  # whose checks are needed too
-        if part.finished:
+        if Part.open(path, width).finished:  # whose checks are needed too
             raise ValueError(f"RowStore: {path} is finished; append makes another part")
-        return cls(path, part.header, read_part(path)[1])
+        return cls(path)
 
     def append(
         self,
@@ -75,72 +88,120 @@ class PartWriter:
         num_examples: int | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Add rows; they are flushed if that is due. An error leaves those before as they were.
+        """Add rows, which nobody may change from here on; they are flushed if that is due.
 
         Raises:
             ValueError: they are of another dtype, or have ids of another kind.
+            OSError: they, or rows before, cannot be written; what was flushed stays.
         """
-        header, before = self.header, self.extent
+        header = self.header
         here = str(rows.dtype).removeprefix("torch."), kind_of(ids), origin is not None
         if here != (header.dtype, header.ids, header.origin):
             raise ValueError(
                 f"RowStore: {self.path} holds rows of (dtype, ids, origin) "
                 f"{(header.dtype, header.ids, header.origin)}, and these have {here}"
             )
-        data = bytes_of(rows)
-        row_bytes = header.width * rows.element_size()
-        write_all(self._files["rows.bin"], data, before.rows * row_bytes)
-        after = replace(
-            before,
-            rows=before.rows + len(rows),
-            examples=before.examples + (len(rows) if num_examples is None else num_examples),
-            batches=before.batches + 1,
-            state=before.state if state is None else state,
+        # The thread gets bytes: what torch computes in it would get threads of its own.
+        batch = _Batch(
+            bytes_of(rows),
+            len(rows),
+            len(rows) if num_examples is None else num_examples,
+            (~valid).nonzero().flatten().tolist(),
+            None if ids is None else encoded(ids),
+            None if origin is None else origin.numpy().astype("<i8", copy=False).tobytes(),
+            state,
         )
-        if ids is not None:
-            encoded_ids = encoded(ids)
-            write_all(self._files[IDS_FILES[header.ids]], encoded_ids, before.ids_bytes)
-            after.ids_bytes += len(encoded_ids)
-            after.ids_crc32 = zlib.crc32(encoded_ids, before.ids_crc32)
-        if origin is not None:
-            numbers = origin.numpy().astype("<i8", copy=False).tobytes()
-            write_all(self._files["origin.bin"], numbers, 16 * before.rows)
-            after.origin_crc32 = zlib.crc32(numbers, before.origin_crc32)
-        invalid = (~valid).nonzero().flatten() + before.rows
-        chunks, first = [], before.rows // header.chunk_rows
+        self._thread.give(partial(self._naming, self._write, batch), batch.num_bytes)
+        late = 2 * _FLUSH_SECONDS
+        self._thread.wait(lambda: time.monotonic() - self._flushed_at < late)
+        self._thread.check()
+
+    def _naming(self, call: Callable[..., None], *args: Any) -> None:
+        """Errors of files say which part it was."""
+        try:
+            call(*args)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _write(self, batch: _Batch) -> None:
+        """In the thread. An error leaves the rows before as they were."""
+        extent, header, data = self.extent, self.header, memoryview(batch.rows)
+        row_bytes = header.width * DTYPES[header.dtype].itemsize
+        write_all(self._files["rows.bin"], data, extent.rows * row_bytes)
+        if batch.ids is not None:
+            write_all(self._files[IDS_FILES[header.ids]], batch.ids, extent.ids_bytes)
+        if batch.origin is not None:
+            write_all(self._files["origin.bin"], batch.origin, 16 * extent.rows)
         start = 0
-        while start < len(rows):
-            filled = (before.rows + start) % header.chunk_rows
-            stop = min(len(rows), start + header.chunk_rows - filled)
-            crc = before.chunks[first] if filled else 0
-            chunks.append(zlib.crc32(data[start * row_bytes : stop * row_bytes], crc))
-            first, start = first + 1, stop
-        after.chunks = before.chunks[: before.rows // header.chunk_rows] + chunks
-        if len(invalid):
-            after.invalid = before.invalid + invalid.tolist()
-        self.extent = after  # an interrupt finds all of it or nothing
-        now = time.monotonic()
-        if self._flushed_at is None or now - self._flushed_at >= _FLUSH_SECONDS:
-            self.flush()
+        while start < batch.num_rows:
+            filled = (extent.rows + start) % header.chunk_rows
+            stop = min(batch.num_rows, start + header.chunk_rows - filled)
+            crc = extent.chunks.pop() if filled else 0
+            crc = zlib.crc32(data[start * row_bytes : stop * row_bytes], crc)
+            extent.chunks.append(crc)
+            start = stop
+        extent.invalid += [extent.rows + i for i in batch.invalid]
+        if batch.ids is not None:
+            extent.ids_bytes += len(batch.ids)
+            extent.ids_crc32 = zlib.crc32(batch.ids, extent.ids_crc32)
+        if batch.origin is not None:
+            extent.origin_crc32 = zlib.crc32(batch.origin, extent.origin_crc32)
+        extent.rows += batch.num_rows
+        extent.examples += batch.examples
+        extent.batches += 1
+        extent.state = extent.state if batch.state is None else batch.state
+        self._unsynced_bytes += len(data)
+        if self._is_due or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+            self._flush()
+        elif self._unsynced_bytes >= _SYNC_BYTES:
+            self._unknown = True
+            _sync_data(self._files["rows.bin"])
+            self._unknown, self._unsynced_bytes = False, 0
 
     def flush(self) -> None:
-        """Have all rows so far on the disk, and the journal say so."""
-        if self.extent.rows == self._flushed_rows:
+        """Have all rows so far on the disk, and the journal say so.
+
+        Raises:
+            OSError: some of them cannot be written; those before are there.
+        """
+        self._thread.wait()
+        self._naming(self._flush)
+        self._thread.check()
+
+    def _flush(self) -> None:
+        # Of files whose sync failed, the next one may say that all is well.
+        if self.extent.rows == self._flushed_rows or self._unknown:
             return
+        self._unknown = True
         for descriptor in self._files.values():
             os.fsync(descriptor)
         self._journal.append(self.extent)
+        self._unknown, self._unsynced_bytes, self._is_due = False, 0, False
         self._flushed_rows, self._flushed_at = self.extent.rows, time.monotonic()
 
-    def finish(self) -> None:
-        """No more rows come."""
+    def finish(self, collected: tuple[int, int] | None = None) -> None:
+        """No more rows come; so many examples and batches were collected, None for all of them.
+
+        Raises:
+            OSError: not all can be written; what was flushed is there.
+        """
+        self._thread.wait()
+        self._thread.check()
+        self._thread.end()
+        if collected is not None:
+            self.extent.examples, self.extent.batches = collected
+        self._naming(self._finish, collected is not None)
+        self.close()
+
+    def _finish(self, anew: bool) -> None:
         sizes = {"rows.bin": self.extent.rows * self.header.width}
         sizes["rows.bin"] *= DTYPES[self.header.dtype].itemsize
         sizes["origin.bin"] = 16 * self.extent.rows
+        self._unknown = True
         for name, descriptor in self._files.items():
             os.ftruncate(descriptor, sizes.get(name, self.extent.ids_bytes))
             os.fsync(descriptor)
-        text = self._journal.compact(self.extent)
+        text = self._journal.finish(self.extent, anew)
         with appearing(self.path / "part.json") as new:
             new.write_bytes(
                 sealed(
@@ -152,14 +213,46 @@ class PartWriter:
                     }
                 )
             )
-        self.close()
 
     def close(self) -> None:
         """Write no more; what was not flushed is not there."""
+        self._thread.end()
         self._journal.close()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
+
+
+@dataclass
+class _Batch:
+    """What `append` was given, as bytes; `invalid` counts from its own first row."""
+
+    rows: memoryview
+    num_rows: int
+    examples: int
+    invalid: list[int]
+    ids: bytes | None
+    origin: bytes | None
+    state: dict[str, Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.rows) + len(self.ids or b"") + len(self.origin or b"")
+
+
+def file_names(header: Header) -> list[str]:
+    """Of the files that grow with the rows."""
+    names = ["rows.bin"]
+    names += [IDS_FILES[header.ids]] if header.ids else []
+    return names + (["origin.bin"] if header.origin else [])
+
+
+def make_part(path: Path, header: Header) -> None:
+    """Make the directory of a part without rows, which its maker syncs."""
+    path.mkdir()
+    Journal.begin(path / "journal.jsonl", header)
+    for name in file_names(header):
+        (path / name).touch()
 
 
 def new_header(rows: Tensor, ids: Ids | None, origin: Tensor | None) -> Header:
@@ -182,18 +275,20 @@ def write_part(
     examples: int = 0,
     batches: int = 0,
 ) -> None:
-    """Write a finished part of pieces (rows, valid, ids, origin), so many of them collected."""
+    """Write a finished part of pieces (rows, valid, ids, origin), so many of them collected, into a
+    new directory, which its maker syncs.
+    """
     writer = None
     state = None if proof is None else {"proof": proof.saved()}
     try:
         for rows, valid, ids, origin in pieces:
             if writer is None:
-                writer = PartWriter(path, new_header(rows, ids, origin))
+                make_part(path, new_header(rows, ids, origin))
+                writer = PartWriter(path)
             writer.append(rows, valid, ids, origin, state=state)
         if writer is None:
             raise ValueError("RowStore.save: there is no row to write")
-        writer.extent = replace(writer.extent, examples=examples, batches=batches)
-        writer.finish()
+        writer.finish((examples, batches))
     finally:
         if writer is not None:
             writer.close()

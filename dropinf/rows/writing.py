@@ -23,7 +23,7 @@ from dropinf.rows.about import (
 from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
 from dropinf.rows.part import Part
-from dropinf.rows.part_writer import PartWriter, new_header
+from dropinf.rows.part_writer import PartWriter, make_part, new_header
 from dropinf.rows.resuming import Past
 from dropinf.rows.store import RowStore
 from dropinf.user_warning import warn_user
@@ -72,6 +72,7 @@ class RowWriter:
         self._part: PartWriter | None = None
         self._lock: Lock | None = None
         self._finished = False
+        self._pid = os.getpid()
         if self.path is not None and os.path.lexists(self.path) and not resume:
             raise FileExistsError(_there(self.path))
 
@@ -122,7 +123,7 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._finished:
+        if self._finished or os.getpid() != self._pid:  # a fork of the process that writes
             return
         try:
             if self._part is not None:
@@ -160,11 +161,12 @@ class RowWriter:
         state: dict[str, Any] | None = None,
     ) -> None:
         """Add rows [B, R], which of them are valid [B] bool, their origin [B, 2] and ids."""
-        rows, valid = rows.detach().cpu(), valid.cpu()
+        valid = valid.cpu()
         origin = None if origin is None else origin.cpu()
         if self.path is None:
-            self._keep(rows, valid, origin, ids)
+            self._keep(rows.detach().cpu(), valid, origin, ids)
         else:
+            rows = rows.detach().to("cpu", copy=True)  # which is written later
             if self._part is None:
                 self._begin(rows, origin, ids)
             self._part.append(rows, valid, ids, origin, num_examples, state)
@@ -192,6 +194,7 @@ class RowWriter:
                 with appearing(self.path) as new:
                     new.mkdir()
                     write_about(new, self._plan, self.about)
+                    make_part(new / part_name(0), header)
                     self._lock = Lock(new)
                     self._lock.acquire("collect")
             except (FileExistsError, OSError):
@@ -200,7 +203,9 @@ class RowWriter:
                     raise FileExistsError(_there(self.path)) from None
                 raise
             self._lock.directory = self.path
-        self._part = PartWriter(self.path / part_name(len(part_paths(self.path))), header)
+            self._part = PartWriter(self.path / part_name(0))
+        else:
+            self._part = PartWriter.begin(self.path / part_name(len(part_paths(self.path))), header)
 
     def finish(self, proof: Proof | None = None) -> RowStore:
         """The store of all rows."""

@@ -519,7 +519,7 @@ def test_ten_thousand_batches(tmp_path, monkeypatch):
     largest = 0
     header = part_writer.new_header(rows, torch.zeros(2), None)
     path = tmp_path / "part-000000"
-    writer = part_writer.PartWriter(path, header)
+    writer = part_writer.PartWriter.begin(path, header)
     for number in range(10_000):
         ids = torch.tensor([2 * number, 2 * number + 1])
         writer.append(rows, valid, ids, state={"proof": {"layers": ["a" * 1000]}})

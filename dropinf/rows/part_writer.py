@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
@@ -58,7 +59,7 @@ class PartWriter:
         self._flushed_at, self._flushed_rows = time.monotonic(), self.extent.rows
         self._is_due = True  # the first rows are flushed at once
         self._unsynced_bytes = 0
-        self._unknown = False  # what is on the disk, since a flush failed
+        self._unknown = False  # what is on the disk: a sync is under way, or failed
         self._thread = Background(_WAITING_BYTES)
 
     @classmethod
@@ -111,20 +112,26 @@ class PartWriter:
             None if origin is None else origin.numpy().astype("<i8", copy=False).tobytes(),
             state,
         )
-        self._thread.give(partial(self._naming, self._write, batch), batch.num_bytes)
+        self._give(partial(self._write, batch), batch.num_bytes)
         late = 2 * _FLUSH_SECONDS
         self._thread.wait(lambda: time.monotonic() - self._flushed_at < late)
         self._thread.check()
 
-    def _naming(self, call: Callable[..., None], *args: Any) -> None:
-        """Errors of files say which part it was."""
-        try:
-            call(*args)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+    def _give(self, call: Callable[[], None], num_bytes: int = 0) -> None:
+        """Have the thread call, which no signal interrupts."""
+
+        def run() -> None:
+            try:
+                call()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self._flush()  # what was written before
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+        self._thread.give(run, num_bytes)
 
     def _write(self, batch: _Batch) -> None:
-        """In the thread. An error leaves the rows before as they were."""
+        """An error leaves the rows before as they were."""
         extent, header, data = self.extent, self.header, memoryview(batch.rows)
         row_bytes = header.width * DTYPES[header.dtype].itemsize
         write_all(self._files["rows.bin"], data, extent.rows * row_bytes)
@@ -164,8 +171,8 @@ class PartWriter:
         Raises:
             OSError: some of them cannot be written; those before are there.
         """
+        self._give(self._flush)
         self._thread.wait()
-        self._naming(self._flush)
         self._thread.check()
 
     def _flush(self) -> None:
@@ -185,23 +192,22 @@ class PartWriter:
         Raises:
             OSError: not all can be written; what was flushed is there.
         """
+        self._give(partial(self._finish, collected))
         self._thread.wait()
         self._thread.check()
-        self._thread.end()
-        if collected is not None:
-            self.extent.examples, self.extent.batches = collected
-        self._naming(self._finish, collected is not None)
         self.close()
 
-    def _finish(self, anew: bool) -> None:
+    def _finish(self, collected: tuple[int, int] | None) -> None:
+        if collected is not None:
+            self.extent.examples, self.extent.batches = collected
+        self._unknown = True
         sizes = {"rows.bin": self.extent.rows * self.header.width}
         sizes["rows.bin"] *= DTYPES[self.header.dtype].itemsize
         sizes["origin.bin"] = 16 * self.extent.rows
-        self._unknown = True
         for name, descriptor in self._files.items():
             os.ftruncate(descriptor, sizes.get(name, self.extent.ids_bytes))
             os.fsync(descriptor)
-        text = self._journal.finish(self.extent, anew)
+        text = self._journal.finish(self.extent, anew=collected is not None)
         with appearing(self.path / "part.json") as new:
             new.write_bytes(
                 sealed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -134,11 +135,15 @@ class RowWriter:
 
     def _close_part(self) -> None:
         """Keep what is there, and say so."""
-        part = self._part
+        part, interrupt = self._part, None
         try:
             part.flush()
         except OSError:
             pass  # of a full disk: what was flushed before is there
+        except BaseException as error:  # of a signal, such as torch's for a worker that died
+            interrupt = error
+            with contextlib.suppress(OSError):
+                part.flush()
         finally:
             part.close()
         where = self.path
@@ -150,6 +155,8 @@ class RowWriter:
         if self.about.weights is None:
             how = "RowStore.load opens them"  # of a training, which is not gone on with here
         warn_user(f"collect: stopped; the first {n} rows are in {where}, and {how}")
+        if interrupt is not None:
+            raise interrupt
 
     def append(
         self,

@@ -8,7 +8,9 @@ writes over it.
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +96,8 @@ class Part:
             # Copy on write: torch warns about tensors on read-only memory.
             mapped = np.memmap(file, np.uint8, "c", shape=(wanted,))
             part._all = torch.from_numpy(mapped).view(dtype).view(-1, width)
+            part._file = os.open(file, os.O_RDONLY)
+            weakref.finalize(part, os.close, part._file)
         else:
             part._all = torch.empty(0, width, dtype=dtype)
         part.rows = part._all[:n]
@@ -175,16 +179,28 @@ class Part:
         """One of them."""
         start = number * self.chunk_rows
         stop = min(start + self.chunk_rows, len(self))
-        rows = self.rows[start:stop]
+        if self.path is None:
+            return self.rows[start:stop]
+        whole = self._mapped(start, min(start + self.chunk_rows, len(self._all)))
         if number in self._unverified:
-            whole = self._all[start : start + self.chunk_rows]
             if zlib.crc32(bytes_of(whole)) != self.extent.chunks[number]:
                 raise ValueError(
                     f"RowStore: {self.path}/rows.bin is damaged in rows {start} to {stop - 1}; "
                     f"{_REMEDY}"
                 )
             self._unverified.discard(number)
-        return rows
+        return whole[: stop - start]
+
+    def _mapped(self, start: int, stop: int) -> Tensor:
+        """Rows by a map of their own: what was read of it leaves the memory together with it."""
+        row_bytes = self._all.shape[1] * self._all.element_size()
+        first, last = start * row_bytes, stop * row_bytes
+        skipped = first % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            self._file, last - first + skipped, access=mmap.ACCESS_COPY, offset=first - skipped
+        )
+        rows = torch.frombuffer(mapped, dtype=torch.uint8, offset=skipped)
+        return rows.view(self._all.dtype).view(stop - start, -1)
 
 
 def finite_rows(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import time
 import zlib
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dropinf.capturing import Proof
@@ -31,7 +33,7 @@ from dropinf.rows.part import (
 from dropinf.whole_files import appearing
 
 _FLUSH_SECONDS = 5.0  # from one flush to the next, which waits for the disk
-_WAITING_BYTES = 1 << 26  # of rows that are not written yet; then `append` waits
+_WAITING_BYTES = 1 << 25  # of rows that are not written yet; then `append` waits
 _SYNC_BYTES = 1 << 24  # of rows; the disk is busy meanwhile, and a flush waits for few of them
 _sync_data = getattr(os, "fdatasync", os.fsync)
 
@@ -244,6 +246,17 @@ class _Batch:
     @property
     def num_bytes(self) -> int:
         return len(self.rows) + len(self.ids or b"") + len(self.origin or b"")
+
+
+def copied(rows: Tensor) -> Tensor:
+    """On the CPU and contiguous, in pages of its own.
+
+    What one thread allocates and another frees, malloc keeps: hundreds of MB for wide rows.
+    """
+    if not rows.numel():
+        return rows.detach().to("cpu", copy=True)
+    pages = mmap.mmap(-1, rows.numel() * rows.element_size())
+    return torch.frombuffer(pages, dtype=rows.dtype).view(rows.shape).copy_(rows.detach())
 
 
 def file_names(header: Header) -> list[str]:

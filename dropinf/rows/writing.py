@@ -24,7 +24,7 @@ from dropinf.rows.about import (
 from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
 from dropinf.rows.part import Part
-from dropinf.rows.part_writer import PartWriter, make_part, new_header
+from dropinf.rows.part_writer import PartWriter, copied, make_part, new_header
 from dropinf.rows.resuming import Past
 from dropinf.rows.store import RowStore
 from dropinf.user_warning import warn_user
@@ -173,7 +173,7 @@ class RowWriter:
         if self.path is None:
             self._keep(rows.detach().cpu(), valid, origin, ids)
         else:
-            rows = rows.detach().to("cpu", copy=True)  # which is written later
+            rows = copied(rows)  # which are written later
             if self._part is None:
                 self._begin(rows, origin, ids)
             self._part.append(rows, valid, ids, origin, num_examples, state)

@@ -218,7 +218,8 @@ def test_a_loader_that_fails(whole, tmp_path, num_workers, flush):
 def test_a_killed_worker(whole, tmp_path, flush):
     path = tmp_path / "rows"
     with (
-        pytest.raises(RuntimeError, match="worker"),
+        # The second where torch fetches what the worker had handed over.
+        pytest.raises((RuntimeError, ConnectionError), match=r"worker|reset|refused"),
         pytest.warns(UserWarning, match=r"the first \d+ rows are in"),
     ):
         gather(path, num_workers=1, dies_at=64, flush=flush)
@@ -557,7 +558,7 @@ def test_two_writers(tmp_path):
 
 
 def test_ten_thousand_batches(tmp_path, monkeypatch):
-    """A journal of bounded size; memory is looked at as the lists that a writer holds."""
+    """A journal of bounded size; their memory is looked at in test_memory.py."""
     monkeypatch.setattr(part_writer, "_FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     plan = Plan.make(nn.Linear(4, 1, bias=False), Dropout(r=4))

@@ -26,7 +26,8 @@ def appearing(path: Path, replace: bool = False) -> Iterator[Path]:
         yield made
         if made.is_dir():
             for file in sorted(made.rglob("*")):
-                sync(file)
+                if file.is_dir() or file.stat().st_size:  # of an empty file the name is all
+                    sync(file)
         sync(made)
         if not replace and os.path.lexists(path):
             raise FileExistsError(f"{path} exists by now")

@@ -18,6 +18,7 @@ from dropinf.whole_files import appearing
 
 _MOST_BYTES = 1 << 28
 _MOST_LINES = 1024  # of one length; then they become one
+_FEW_LINES = 64  # that a finished part may have: to make them one is to wait for the disk twice
 _LARGEST = 1 << 62
 ID_KINDS = ("", "integers", "strings")  # "": rows are known by their positions
 
@@ -174,15 +175,12 @@ def read_journal(path: Path) -> Found:
 class Journal:
     """Writes one, and keeps it short."""
 
-    def __init__(self, path: Path, header: Header, found: Found | None = None) -> None:
-        """Go on behind what was found in a file, None for one that was just begun."""
-        self._path, self._header = path, header
-        extent = Extent() if found is None else found.extent
-        self._told = _told(extent)
-        self._lines = 1 if found is None else found.lines
+    def __init__(self, path: Path, found: Found) -> None:
+        """Go on behind what was found in a file."""
+        self._path, self._header = path, found.header
+        self._told, self._lines = _told(found.extent), found.lines
         self._file = _opened(path)
-        if found is not None:
-            os.ftruncate(self._file, found.num_bytes)
+        os.ftruncate(self._file, found.num_bytes)
 
     @staticmethod
     def begin(path: Path, header: Header) -> None:
@@ -193,7 +191,7 @@ class Journal:
         """One more line, which is on the disk when this returns."""
         self._lines += 1
         if self._lines > _MOST_LINES:
-            self.compact(extent)
+            self._compact(extent)
             return
         line = sealed(extent.line(self._header.chunk_rows, self._told)) + b"\n"
         start = os.lseek(self._file, 0, os.SEEK_END)
@@ -205,8 +203,14 @@ class Journal:
             raise
         self._told = _told(extent)
 
-    def compact(self, extent: Extent) -> bytes:
-        """Two lines for all there is; returns them."""
+    def finish(self, extent: Extent, anew: bool) -> bytes:
+        """The last line, or two for all, `anew` or where they are many; the whole text."""
+        if anew or self._lines > _FEW_LINES:
+            return self._compact(extent)
+        self.append(extent)
+        return self._path.read_bytes()
+
+    def _compact(self, extent: Extent) -> bytes:
         text = sealed(asdict(self._header)) + b"\n"
         text += sealed(extent.line(self._header.chunk_rows, Told())) + b"\n"
         with appearing(self._path, replace=True) as new:

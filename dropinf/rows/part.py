@@ -8,6 +8,7 @@ writes over it.
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -191,16 +192,34 @@ class Part:
         """One of them."""
         start = number * self.chunk_rows
         stop = min(start + self.chunk_rows, len(self))
-        packed = self.packed[start:stop]
+        if self.path is None:
+            return self.packed[start:stop]
+        whole = self._mapped(start, min(start + self.chunk_rows, len(self._all)))
         if number in self._unverified:
-            whole = self._all[start : start + self.chunk_rows]
             if zlib.crc32(bytes_of(whole)) != self.extent.chunks[number]:
                 raise ValueError(
                     f"RowStore: {self.path}/rows.bin is damaged in rows {start} to {stop - 1}; "
                     f"{_REMEDY}"
                 )
             self._unverified.discard(number)
-        return packed
+        return whole[: stop - start]
+
+    def _mapped(self, start: int, stop: int) -> Tensor:
+        """Rows by a map of their own: what was read of it leaves the memory together with it."""
+        row_bytes = bytes_per_row(self.header)
+        first, last = start * row_bytes, stop * row_bytes
+        skipped = first % mmap.ALLOCATIONGRANULARITY
+        size, offset = last - first + skipped, first - skipped
+        try:
+            with (self.path / "rows.bin").open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
+        except (OSError, ValueError) as error:  # it is gone, or shorter than it was
+            raise ValueError(
+                f"RowStore: {self.path}/rows.bin cannot be read any more ({error}); load the store "
+                "again"
+            ) from None
+        rows = torch.frombuffer(mapped, dtype=torch.uint8, offset=skipped)
+        return rows.view(self._all.dtype).view(stop - start, -1)
 
 
 def checked_part(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import time
 import zlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dropinf.capturing import Proof
 from dropinf.manifest import sealed
+from dropinf.rows.background import Background
 from dropinf.rows.ids import Ids, encoded, kind_of
-from dropinf.rows.journal import Extent, Found, Header, Journal, write_all
+from dropinf.rows.journal import Header, Journal, write_all
 from dropinf.rows.packing import Packing
 from dropinf.rows.part import (
     IDS_FILES,
@@ -28,32 +33,44 @@ from dropinf.rows.part import (
 )
 from dropinf.whole_files import appearing
 
-_FLUSH_SECONDS = 5.0  # a flush waits for the disk
+_FLUSH_SECONDS = 5.0  # from one flush to the next, which waits for the disk
+_WAITING_BYTES = 1 << 25  # of rows that are not written yet; then `append` waits
+_SYNC_BYTES = 1 << 24  # of rows; the disk is busy meanwhile, and a flush waits for few of them
+_sync_data = getattr(os, "fdatasync", os.fsync)
 
 
 class PartWriter:
     """Writes a directory, which at any moment is a part as far as it was flushed.
 
+    A thread writes, so that `append` does not wait for the disk. It waits where rows come faster
+    than the disk takes them, and where the last flush was twice as long ago as it should be: a
+    kill loses the rows of that time at most, and a batch.
+
     Attributes:
-        header, extent: what was written; `extent` is ahead of the journal between flushes.
+        header: of the part.
+        extent: what was written; it is ahead of the journal between flushes.
     """
 
-    def __init__(self, path: Path, header: Header, found: Found | None = None) -> None:
-        """Make the directory, or go on behind what was found in it."""
-        self.path, self.header = path, header
-        self.extent = Extent() if found is None else found.extent
-        if found is None:
-            with appearing(path) as new:
-                new.mkdir()
-                Journal.begin(new / "journal.jsonl", header)
-        self._journal = Journal(path / "journal.jsonl", header, found)
-        names = ["rows.bin"]
-        names += [IDS_FILES[header.ids]] if header.ids else []
-        names += ["origin.bin"] if header.origin else []
+    def __init__(self, path: Path) -> None:
+        """Go on behind the last flush of what is in a directory, which `make_part` made."""
+        found = read_part(path)[1]
+        self.path, self.header, self.extent = path, found.header, found.extent
+        self._journal = Journal(path / "journal.jsonl", found)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        names = file_names(found.header)
         self._files = {name: os.open(path / name, flags, 0o666) for name in names}
-        self._flushed_at: float | None = None
-        self._flushed_rows = self.extent.rows
+        self._flushed_at, self._flushed_rows = time.monotonic(), self.extent.rows
+        self._is_due = True  # the first rows are flushed at once
+        self._unsynced_bytes = 0
+        self._unknown = False  # what is on the disk: a sync is under way, or failed
+        self._thread = Background(_WAITING_BYTES)
+
+    @classmethod
+    def begin(cls, path: Path, header: Header) -> PartWriter:
+        """Make the directory."""
+        with appearing(path) as new:
+            make_part(new, header)
+        return cls(path)
 
     @classmethod
     def reopen(cls, path: Path, width: int) -> PartWriter:
@@ -62,10 +79,9 @@ class PartWriter:
         Raises:
             ValueError: it is finished or damaged.
         """
-        part = Part.open(path, width)  # whose checks are needed too
-        if part.finished:
+        if Part.open(path, width).finished:  # whose checks are needed too
             raise ValueError(f"RowStore: {path} is finished; append makes another part")
-        return cls(path, part.header, read_part(path)[1])
+        return cls(path)
 
     def append(
         self,
@@ -78,70 +94,124 @@ class PartWriter:
     ) -> None:
         """Add rows as they are kept (see `packing`); they are flushed if that is due.
 
-        An error leaves those before as they were.
+        Nobody may change them from here on.
 
         Raises:
             ValueError: they have ids of another kind.
+            OSError: they, or rows before, cannot be written; what was flushed stays.
         """
-        header, before = self.header, self.extent
+        header = self.header
         here = kind_of(ids), origin is not None
         if here != (header.ids, header.origin):
             raise ValueError(
                 f"RowStore: {self.path} holds rows of (ids, origin) "
                 f"{(header.ids, header.origin)}, and these have {here}"
             )
-        data, row_bytes = bytes_of(packed), bytes_per_row(header)
-        write_all(self._files["rows.bin"], data, before.rows * row_bytes)
-        after = replace(
-            before,
-            rows=before.rows + len(packed),
-            examples=before.examples + (len(packed) if num_examples is None else num_examples),
-            batches=before.batches + 1,
-            state=before.state if state is None else state,
+        # The thread gets bytes: what torch computes in it would get threads of its own.
+        batch = _Batch(
+            bytes_of(packed),
+            len(packed),
+            len(packed) if num_examples is None else num_examples,
+            (~valid).nonzero().flatten().tolist(),
+            None if ids is None else encoded(ids),
+            None if origin is None else origin.numpy().astype("<i8", copy=False).tobytes(),
+            state,
         )
-        if ids is not None:
-            encoded_ids = encoded(ids)
-            write_all(self._files[IDS_FILES[header.ids]], encoded_ids, before.ids_bytes)
-            after.ids_bytes += len(encoded_ids)
-            after.ids_crc32 = zlib.crc32(encoded_ids, before.ids_crc32)
-        if origin is not None:
-            numbers = origin.numpy().astype("<i8", copy=False).tobytes()
-            write_all(self._files["origin.bin"], numbers, 16 * before.rows)
-            after.origin_crc32 = zlib.crc32(numbers, before.origin_crc32)
-        invalid = (~valid).nonzero().flatten() + before.rows
-        chunks, first = [], before.rows // header.chunk_rows
+        self._give(partial(self._write, batch), batch.num_bytes)
+        late = 2 * _FLUSH_SECONDS
+        self._thread.wait(lambda: time.monotonic() - self._flushed_at < late)
+        self._thread.check()
+
+    def _give(self, call: Callable[[], None], num_bytes: int = 0) -> None:
+        """Have the thread call, which no signal interrupts."""
+
+        def run() -> None:
+            try:
+                call()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self._flush()  # what was written before
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+        self._thread.give(run, num_bytes)
+
+    def _write(self, batch: _Batch) -> None:
+        """An error leaves the rows before as they were."""
+        extent, header, data = self.extent, self.header, memoryview(batch.rows)
+        row_bytes = bytes_per_row(header)
+        write_all(self._files["rows.bin"], data, extent.rows * row_bytes)
+        if batch.ids is not None:
+            write_all(self._files[IDS_FILES[header.ids]], batch.ids, extent.ids_bytes)
+        if batch.origin is not None:
+            write_all(self._files["origin.bin"], batch.origin, 16 * extent.rows)
         start = 0
-        while start < len(packed):
-            filled = (before.rows + start) % header.chunk_rows
-            stop = min(len(packed), start + header.chunk_rows - filled)
-            crc = before.chunks[first] if filled else 0
-            chunks.append(zlib.crc32(data[start * row_bytes : stop * row_bytes], crc))
-            first, start = first + 1, stop
-        after.chunks = before.chunks[: before.rows // header.chunk_rows] + chunks
-        if len(invalid):
-            after.invalid = before.invalid + invalid.tolist()
-        self.extent = after  # an interrupt finds all of it or nothing
-        now = time.monotonic()
-        if self._flushed_at is None or now - self._flushed_at >= _FLUSH_SECONDS:
-            self.flush()
+        while start < batch.num_rows:
+            filled = (extent.rows + start) % header.chunk_rows
+            stop = min(batch.num_rows, start + header.chunk_rows - filled)
+            crc = extent.chunks.pop() if filled else 0
+            crc = zlib.crc32(data[start * row_bytes : stop * row_bytes], crc)
+            extent.chunks.append(crc)
+            start = stop
+        extent.invalid += [extent.rows + i for i in batch.invalid]
+        if batch.ids is not None:
+            extent.ids_bytes += len(batch.ids)
+            extent.ids_crc32 = zlib.crc32(batch.ids, extent.ids_crc32)
+        if batch.origin is not None:
+            extent.origin_crc32 = zlib.crc32(batch.origin, extent.origin_crc32)
+        extent.rows += batch.num_rows
+        extent.examples += batch.examples
+        extent.batches += 1
+        extent.state = extent.state if batch.state is None else batch.state
+        self._unsynced_bytes += len(data)
+        if self._is_due or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+            self._flush()
+        elif self._unsynced_bytes >= _SYNC_BYTES:
+            self._unknown = True
+            _sync_data(self._files["rows.bin"])
+            self._unknown, self._unsynced_bytes = False, 0
 
     def flush(self) -> None:
-        """Have all rows so far on the disk, and the journal say so."""
-        if self.extent.rows == self._flushed_rows:
+        """Have all rows so far on the disk, and the journal say so.
+
+        Raises:
+            OSError: some of them cannot be written; those before are there.
+        """
+        self._give(self._flush)
+        self._thread.wait()
+        self._thread.check()
+
+    def _flush(self) -> None:
+        # Of files whose sync failed, the next one may say that all is well.
+        if self.extent.rows == self._flushed_rows or self._unknown:
             return
+        self._unknown = True
         for descriptor in self._files.values():
             os.fsync(descriptor)
         self._journal.append(self.extent)
+        self._unknown, self._unsynced_bytes, self._is_due = False, 0, False
         self._flushed_rows, self._flushed_at = self.extent.rows, time.monotonic()
 
-    def finish(self) -> None:
-        """No more rows come."""
+    def finish(self, collected: tuple[int, int] | None = None) -> None:
+        """No more rows come; so many examples and batches were collected, None for all of them.
+
+        Raises:
+            OSError: not all can be written; what was flushed is there.
+        """
+        self._give(partial(self._finish, collected))
+        self._thread.wait()
+        self._thread.check()
+        self.close()
+
+    def _finish(self, collected: tuple[int, int] | None) -> None:
+        if collected is not None:
+            self.extent.examples, self.extent.batches = collected
+        self._unknown = True
         n = self.extent.rows
         sizes = {"rows.bin": n * bytes_per_row(self.header), "origin.bin": 16 * n}
         for name, descriptor in self._files.items():
             os.ftruncate(descriptor, sizes.get(name, self.extent.ids_bytes))
             os.fsync(descriptor)
-        text = self._journal.compact(self.extent)
+        text = self._journal.finish(self.extent, anew=collected is not None)
         with appearing(self.path / "part.json") as new:
             new.write_bytes(
                 sealed(
@@ -153,14 +223,57 @@ class PartWriter:
                     }
                 )
             )
-        self.close()
 
     def close(self) -> None:
         """Write no more; what was not flushed is not there."""
+        self._thread.end()
         self._journal.close()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
+
+
+@dataclass
+class _Batch:
+    """What `append` was given, as bytes; `invalid` counts from its own first row."""
+
+    rows: memoryview
+    num_rows: int
+    examples: int
+    invalid: list[int]
+    ids: bytes | None
+    origin: bytes | None
+    state: dict[str, Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.rows) + len(self.ids or b"") + len(self.origin or b"")
+
+
+def copied(rows: Tensor) -> Tensor:
+    """On the CPU and contiguous, in pages of its own.
+
+    What one thread allocates and another frees, malloc keeps: hundreds of MB for wide rows.
+    """
+    if not rows.numel():
+        return rows.detach().to("cpu", copy=True)
+    pages = mmap.mmap(-1, rows.numel() * rows.element_size())
+    return torch.frombuffer(pages, dtype=rows.dtype).view(rows.shape).copy_(rows.detach())
+
+
+def file_names(header: Header) -> list[str]:
+    """Of the files that grow with the rows."""
+    names = ["rows.bin"]
+    names += [IDS_FILES[header.ids]] if header.ids else []
+    return names + (["origin.bin"] if header.origin else [])
+
+
+def make_part(path: Path, header: Header) -> None:
+    """Make the directory of a part without rows, which its maker syncs."""
+    path.mkdir()
+    Journal.begin(path / "journal.jsonl", header)
+    for name in file_names(header):
+        (path / name).touch()
 
 
 def write_part(
@@ -171,18 +284,20 @@ def write_part(
     examples: int = 0,
     batches: int = 0,
 ) -> None:
-    """Write a finished part of pieces (packed, valid, ids, origin), so many of them collected."""
+    """Write a finished part of pieces (packed, valid, ids, origin) into a new directory, which its
+    maker syncs; so many examples and batches of them were collected.
+    """
     writer = None
     state = None if proof is None else {"proof": proof.saved()}
     try:
         for packed, valid, ids, origin in pieces:
             if writer is None:
-                writer = PartWriter(path, new_header(packing, ids, origin))
+                make_part(path, new_header(packing, ids, origin))
+                writer = PartWriter(path)
             writer.append(packed, valid, ids, origin, state=state)
         if writer is None:
             raise ValueError("RowStore.save: there is no row to write")
-        writer.extent = replace(writer.extent, examples=examples, batches=batches)
-        writer.finish()
+        writer.finish((examples, batches))
     finally:
         if writer is not None:
             writer.close()

@@ -119,10 +119,10 @@ class Parts:
         for part in self.parts:
             here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
             inside = positions[here] - first
-            for number in (inside // part.chunk_rows).unique().tolist():
-                part.chunk(number)
-            if len(here):
-                found[here] = part.packed[inside]
+            numbers = inside // part.chunk_rows
+            for number in numbers.unique().tolist():
+                own = numbers == number
+                found[here[own]] = part.chunk(number)[inside[own] - number * part.chunk_rows]
             first += len(part)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
 from dropinf.rows.packing import DTYPES, Packing
 from dropinf.rows.part import Part, new_header
-from dropinf.rows.part_writer import PartWriter
+from dropinf.rows.part_writer import PartWriter, copied, make_part
 from dropinf.rows.parts import Parts
 from dropinf.rows.resuming import Past
 from dropinf.rows.store import RowStore
@@ -77,6 +78,7 @@ class RowWriter:
         self._part: PartWriter | None = None
         self._lock: Lock | None = None
         self._finished = False
+        self._pid = os.getpid()
         if self.path is not None and os.path.lexists(self.path) and not resume:
             raise FileExistsError(_there(self.path))
 
@@ -128,7 +130,7 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._finished:
+        if self._finished or os.getpid() != self._pid:  # a fork of the process that writes
             return
         try:
             if self._part is not None:
@@ -139,11 +141,15 @@ class RowWriter:
 
     def _close_part(self) -> None:
         """Keep what is there, and say so."""
-        part = self._part
+        part, interrupt = self._part, None
         try:
             part.flush()
         except OSError:
             pass  # of a full disk: what was flushed before is there
+        except BaseException as error:  # of a signal, such as torch's for a worker that died
+            interrupt = error
+            with contextlib.suppress(OSError):
+                part.flush()
         finally:
             part.close()
         where = self.path
@@ -155,6 +161,8 @@ class RowWriter:
         if self.about.weights is None:
             how = "RowStore.load opens them"  # of a training, which is not gone on with here
         warn_user(f"collect: stopped; the first {n} rows are in {where}, and {how}")
+        if interrupt is not None:
+            raise interrupt
 
     def append(
         self,
@@ -166,11 +174,12 @@ class RowWriter:
         state: dict[str, Any] | None = None,
     ) -> None:
         """Add rows [B, R], which of them are valid [B] bool, their origin [B, 2] and ids."""
-        packed, valid = self._pack(rows.detach().cpu()), valid.cpu()
+        packed, valid = self._pack(rows.detach()), valid.cpu()
         origin = None if origin is None else origin.cpu()
         if self.path is None:
-            self._keep(packed, valid, origin, ids)
+            self._keep(packed.cpu(), valid, origin, ids)
         else:
+            packed = copied(packed)  # which are written later
             if self._part is None:
                 self._begin(origin, ids)
             self._part.append(packed, valid, ids, origin, num_examples, state)
@@ -208,6 +217,7 @@ class RowWriter:
                 with appearing(self.path) as new:
                     new.mkdir()
                     write_about(new, self._plan, self.about)
+                    make_part(new / part_name(0), header)
                     self._lock = Lock(new)
                     self._lock.acquire("collect")
             except (FileExistsError, OSError):
@@ -216,7 +226,9 @@ class RowWriter:
                     raise FileExistsError(_there(self.path)) from None
                 raise
             self._lock.directory = self.path
-        self._part = PartWriter(self.path / part_name(len(part_paths(self.path))), header)
+            self._part = PartWriter(self.path / part_name(0))
+        else:
+            self._part = PartWriter.begin(self.path / part_name(len(part_paths(self.path))), header)
 
     def finish(self, proof: Proof | None = None) -> RowStore:
         """The store of all rows."""

@@ -151,7 +151,7 @@ def test_a_reader_beside_a_writer(tmp_path, monkeypatch):
     with RowWriter(PLAN, tmp_path / "rows") as writer:
         for start in range(0, 21, 3):
             monkeypatch.setattr(
-                "dropinf.rows.part_writer._FLUSH_SECONDS", 0.0 if start % 2 else 1e9
+                "dropinf.rows.part_writer._FLUSH_SECONDS", 0.0 if start % 2 or not start else 1e9
             )
             batch = rows[start : start + 3]
             writer.append(batch, torch.ones(3, dtype=torch.bool), ids=torch.arange(3) + start)

@@ -8,6 +8,7 @@ from dropinf.rows.lock import LockedError
 from dropinf.rows.part import finite_rows
 from dropinf.rows.row_passes import (
     PART_BYTES,
+    beside,
     mark_invalid,
     mean_squares,
     merged,
@@ -28,6 +29,7 @@ __all__ = [
     "LossFn",
     "RowStore",
     "RowWriter",
+    "beside",
     "collect",
     "finite_rows",
     "mark_invalid",

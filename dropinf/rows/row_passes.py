@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dropinf import ops
 from dropinf.rows.part import finite_rows
 from dropinf.rows.store import RowStore
 
@@ -87,16 +89,21 @@ def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
     solved = solved[finite_rows(queries) & queries.any(1)]
     if not solved.isfinite().all():
         return False
-    valid = store.valid.nonzero().flatten()
+    valid = torch.arange(len(store))
+    if not store.valid.all():
+        valid = valid[store.valid]
     rows = store.at(valid[:: max(1, len(valid) // _PROBED)][:_PROBED])
     shape = len(solved), len(rows)
     exact, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    all_squares = 0.0
     for x, g in zip(solved.split(1 << 16, 1), rows.split(1 << 16, 1), strict=True):
         x, g = x.cpu().double(), g.cpu().double().nan_to_num(0)
         exact += x @ g.T
-        squares += x.square() @ g.square().T
+        g = g.square()
+        squares += x.square() @ g.T
+        all_squares += float(g.sum())
     # Roundings of as many terms add up like a random walk; and below 2^-149 a solution is zero.
-    least = 2.0**-149 * rows.double().nan_to_num(0).norm()
+    least = 2.0**-149 * math.sqrt(all_squares)
     rounding = torch.finfo(torch.float32).eps * squares.sum(1).sqrt() + least
     return bool((rounding <= _LOST * exact.norm(dim=1)).all())
 
@@ -105,8 +112,15 @@ def products(solved: Tensor, store: RowStore) -> Tensor:
     """[m, R] -> [m, n]: products with every row of the store, valid or not."""
     result = solved.new_empty(len(solved), len(store))
     for start, chunk in store.chunks():
-        torch.mm(solved, chunk.to(solved).T, out=result[:, start : start + len(chunk)])
+        out = result[:, start : start + len(chunk)]
+        ops.row_products(solved, beside(chunk, solved), out=out)
     return result
+
+
+def beside(rows: Tensor, solved: Tensor) -> Tensor:
+    """The rows on the device of what they are multiplied with, and no wider than it."""
+    wider = rows.dtype == torch.float64 != solved.dtype
+    return rows.to(solved.device, solved.dtype if wider else rows.dtype)
 
 
 def mark_invalid(scores: Tensor, queries: RowStore, store: RowStore) -> Tensor:

@@ -13,6 +13,7 @@ from dropinf.compression import Compression, Dropout, Plan
 from dropinf.rows import (
     LossFn,
     RowStore,
+    beside,
     collect,
     mark_invalid,
     products,
@@ -100,12 +101,12 @@ def topk(
         part = slice(start, start + len(chunk))
         ops.score_topk(
             solved,
-            chunk.to(solved),
+            beside(chunk, solved),
             values,
             indices,
             first=start,
             factors=None if factors is None else factors[part].to(solved),
-            valid=store.valid[part].to(solved.device),
+            valid=None if num_valid == len(store) else store.valid[part].to(solved.device),
         )
     values = values.to(queries.rows.dtype)
     valid = (queries.valid[:, None],)
@@ -242,10 +243,10 @@ def _factors(
     op: str, store: RowStore, solver: Solver, relative: bool, weights: str
 ) -> Tensor | None:
     """[n] factors of the training rows' scores, None for one each."""
+    scaled = len(store) > 0 and solver.scale(store.at([0])) is not None
     if not relative:
-        parts = [solver.scale(chunk) for _, chunk in store.chunks()]
-        return None if not parts or parts[0] is None else torch.cat(parts)
-    if solver.scale(store.at([0])) is not None:
+        return torch.cat([solver.scale(chunk) for _, chunk in store.chunks()]) if scaled else None
+    if scaled:
         raise ValueError(f"{op}: relative=True with cosine=True would normalise twice; take one")
     own = self_influence(store, solver, weights=weights)
     if (own < 0).any():

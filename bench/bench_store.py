@@ -1,5 +1,5 @@
 """Collecting into a directory beside into memory; top-k over a store beside one read of it, and
-beside torch.mm and topk."""
+beside torch.mm and topk; top-k of rows that are kept in few bits."""
 
 import itertools
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
+from dropinf import ops
 from dropinf.rows import part_writer
 
 N, R = 50_000, 1024  # 205 MB
@@ -68,3 +69,29 @@ def bench_topk_over_a_store(timed, stored, m):
         contestants["one read (sum)"] = rows.sum
         to_reach = {"one read (sum)": (0.8, None)}
     timed(contestants, "dropinf.topk", to_reach, rounds=5)
+
+
+@pytest.mark.parametrize("m", [1, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bfloat16", "int8"])
+def bench_topk_of_few_bits(timed, dtype, m):
+    """To reach at one query: 0.8 of what the fewer bytes promise; at 256, level with torch."""
+    rows, queries, scales = torch.randn(N, R), torch.randn(m, R), None
+    kept = rows.to(dtype)
+    if dtype == torch.int8:
+        scales = rows.abs().amax(1, keepdim=True) / 127
+        kept = (rows / scales).round().to(dtype)
+
+    def topk(rows, scales=None):
+        values, indices = torch.full((m, 10), -torch.inf), torch.full((m, 10), -1)
+        return ops.score_topk(queries, rows, values, indices, scales=scales, offsets=(0, R))
+
+    contestants = {
+        "ops.score_topk": lambda: topk(kept, scales),
+        "the same of float32 rows": lambda: topk(rows),
+        "torch.mm and topk of float32 rows": lambda: torch.mm(queries, rows.T).topk(10),
+        "one read of float32 rows (sum)": rows.sum,
+    }
+    to_reach = {"torch.mm and topk of float32 rows": (1, None)}
+    if m == 1:
+        to_reach = {"the same of float32 rows": (0.8 * 4 / dtype.itemsize, None)}
+    timed(contestants, "ops.score_topk", to_reach, rounds=5)

@@ -20,6 +20,7 @@ NAMES = {
     "bench_gram": "gram, 50 layers, n=512; r of each: {}",
     "bench_collect_into_a_directory": "collect, an MLP, 3 kB a row, into a directory: {}",
     "bench_topk_over_a_store": "topk, 50,000 rows of 1,024 on disk; queries: {}",
+    "bench_topk_of_few_bits": "topk of 50,000 rows of 1,024 in few bits; type, queries: {}",
     "bench_whole_model": "a whole model, r=1024 a layer: {}",
     "bench_whole_model_memory": "memory of one step of a whole model: {}",
     "bench_embed": "{}",

@@ -1,4 +1,4 @@
-// The element types of x, dy and gradients, widened to float; the weight of a sum of them.
+// The element types of x, dy, gradients and rows, widened to float; the weight of a sum of them.
 
 #pragma once
 
@@ -7,9 +7,11 @@
 
 namespace dropinf {
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16, kInt8 };  // kInt8: of rows alone
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+}
 
 inline const void* advance(const void* data, DType dtype, int64_t elements) {
   return static_cast<const char*>(data) + elements * size_of(dtype);
@@ -29,6 +31,8 @@ inline float float_of_bits(uint32_t bits) {
 }
 
 inline float to_float(float value) { return value; }
+
+inline float to_float(int8_t value) { return value; }
 
 inline float to_float(BFloat16 value) { return float_of_bits(uint32_t{value.bits} << 16); }
 

@@ -52,8 +52,9 @@ inline Lanes each(F f) {
   return out;
 }
 
-inline Lanes load(const float* p) {
-  return each([=](int64_t i) { return p[i]; });
+template <typename E>
+inline Lanes load(const E* p) {
+  return each([=](int64_t i) { return to_float(p[i]); });
 }
 // The first `count` floats, then zeros; reads nothing behind them.
 inline Lanes load_part(const float* p, int64_t count) {
@@ -106,6 +107,7 @@ namespace avx2 {
 AVX2 inline float load1(const float* p) { return *p; }
 AVX2 inline float load1(const BFloat16* p) { return to_float(*p); }
 AVX2 inline float load1(const Float16* p) { return _cvtsh_ss(p->bits); }
+AVX2 inline float load1(const int8_t* p) { return *p; }
 AVX2 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 using Lanes = __m256;
@@ -119,6 +121,10 @@ AVX2 inline Lanes load(const float* p) { return _mm256_loadu_ps(p); }
 template <typename E>
 AVX2 inline Lanes load(const E* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), E{});
+}
+AVX2 inline Lanes load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 AVX2 inline __m256i first_lanes(int64_t count) {
   const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -13,6 +13,7 @@ from dropinf.ops.embedding import sampled_embedding
 from dropinf.ops.gather import gather_grads
 from dropinf.ops.layerwise import DampedCholesky, cholesky_solve, damped_cholesky, gram, unpack
 from dropinf.ops.outer import factored_outer, sampled_outer
+from dropinf.ops.products import row_products
 from dropinf.ops.topk import score_topk
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "gather_grads",
     "gram",
     "is_native",
+    "row_products",
     "sampled_conv",
     "sampled_embedding",
     "sampled_outer",

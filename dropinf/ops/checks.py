@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,6 +53,32 @@ def checked_weights(
     if weights.shape != shape:
         raise ValueError(f"{op}: weights must be {tuple(shape)}, got {tuple(weights.shape)}")
     return weights.contiguous()
+
+
+def checked_offsets(op: str, offsets: Sequence[int] | Tensor) -> tuple[Tensor, int, int]:
+    """The column bounds [L + 1] int64 on the CPU, Σ r_l², and R."""
+    global _latest
+    if offsets is _latest[0]:
+        return _latest[1]
+    if isinstance(offsets, Tensor):
+        offsets = offsets.tolist()
+    checked = _checked_offsets(op, tuple(offsets))
+    if type(offsets) is tuple:  # cannot change
+        _latest = (offsets, checked)
+    return checked
+
+
+# The last bounds by identity: hashing those of 200 layers takes 1 µs.
+_latest: tuple[object, tuple[Tensor, int, int]] = (object(), (torch.empty(0), 0, 0))
+
+
+# Of 200 layers, a tensor of the bounds costs more to make than all 8 x 8 factors.
+@lru_cache(maxsize=64)
+def _checked_offsets(op: str, offsets: tuple[int, ...]) -> tuple[Tensor, int, int]:
+    sizes = [b - a for a, b in itertools.pairwise(offsets)]
+    if not offsets or offsets[0] != 0 or any(r < 0 for r in sizes):
+        raise ValueError(f"{op}: offsets must rise from 0, got {offsets}")
+    return torch.tensor(offsets, dtype=torch.int64), sum(r * r for r in sizes), offsets[-1]
 
 
 def check_no_grad(op: str, name: str, tensor: Tensor) -> None:

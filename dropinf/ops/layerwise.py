@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dropinf.ops import reference
-from dropinf.ops.checks import check_no_grad, check_same, check_writable, unit_stride
+from dropinf.ops.checks import (
+    check_no_grad,
+    check_same,
+    check_writable,
+    checked_offsets,
+    unit_stride,
+)
 from dropinf.ops.dispatch import add_op, kernel
 from dropinf.ops.selftest import Case, Inputs
 
@@ -57,7 +62,7 @@ def gram(
         BackendError: the named backend cannot take this call.
     """
     op = "gram"
-    offsets, num_packed, R = _offsets(op, offsets)
+    offsets, num_packed, R = checked_offsets(op, offsets)
     _packed_rows(op, "rows", rows, R)
     if accumulate and out is None:
         raise ValueError(f"{op}: accumulate=True adds to out, which was not given")
@@ -103,7 +108,7 @@ def damped_cholesky(
         BackendError: the named backend cannot take this call.
     """
     op = "damped_cholesky"
-    offsets, num_packed, R = _offsets(op, offsets)
+    offsets, num_packed, R = checked_offsets(op, offsets)
     dtype, device = matrices.dtype, matrices.device
     _packed(op, "matrices", matrices, num_packed, dtype, device)
     L = offsets.numel() - 1
@@ -151,7 +156,7 @@ def cholesky_solve(
         BackendError: the named backend cannot take this call.
     """
     op = "cholesky_solve"
-    offsets, num_packed, R = _offsets(op, offsets)
+    offsets, num_packed, R = checked_offsets(op, offsets)
     _packed(op, "factors", factors, num_packed, factors.dtype, factors.device)
     _packed_rows(op, "rows", rows, R)
     check_same(op, "rows", rows, factors.dtype, factors.device)
@@ -171,35 +176,9 @@ def cholesky_solve(
 
 def unpack(packed: Tensor, offsets: Sequence[int] | Tensor) -> list[Tensor]:
     """Views [r_l, r_l] of the matrices of a packed tensor [Σ r_l²], as `gram` makes it."""
-    offsets, num_packed, _ = _offsets("unpack", offsets)
+    offsets, num_packed, _ = checked_offsets("unpack", offsets)
     _packed("unpack", "packed", packed, num_packed, packed.dtype, packed.device)
     return reference.unpack(packed, offsets)
-
-
-def _offsets(op: str, offsets: Sequence[int] | Tensor) -> tuple[Tensor, int, int]:
-    """The column bounds [L + 1] int64 on the CPU, Σ r_l², and R."""
-    global _latest
-    if offsets is _latest[0]:
-        return _latest[1]
-    if isinstance(offsets, Tensor):
-        offsets = offsets.tolist()
-    checked = _checked_offsets(op, tuple(offsets))
-    if type(offsets) is tuple:  # cannot change
-        _latest = (offsets, checked)
-    return checked
-
-
-# The last bounds by identity: hashing those of 200 layers takes 1 µs.
-_latest: tuple[object, tuple[Tensor, int, int]] = (object(), (torch.empty(0), 0, 0))
-
-
-# Of 200 layers, a tensor of the bounds costs more to make than all 8 x 8 factors.
-@lru_cache(maxsize=64)
-def _checked_offsets(op: str, offsets: tuple[int, ...]) -> tuple[Tensor, int, int]:
-    sizes = [b - a for a, b in itertools.pairwise(offsets)]
-    if not offsets or offsets[0] != 0 or any(r < 0 for r in sizes):
-        raise ValueError(f"{op}: offsets must rise from 0, got {offsets}")
-    return torch.tensor(offsets, dtype=torch.int64), sum(r * r for r in sizes), offsets[-1]
 
 
 def _packed(

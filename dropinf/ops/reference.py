@@ -249,6 +249,23 @@ def cholesky_solve(factors: Tensor, offsets: Tensor, rows: Tensor, out: Tensor) 
     return out
 
 
+def row_products(
+    queries: Tensor, rows: Tensor, scales: Tensor | None, offsets: Tensor | None, out: Tensor
+) -> Tensor:
+    """out[q, i] = Σ_l scales[i, l] * (queries[q, layer l] · rows[i, layer l]), in out's dtype."""
+    if scales is None and rows.dtype == out.dtype:
+        return torch.mm(queries, rows.T, out=out)
+    step = max(1, _MAX_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        G = rows[part].to(out.dtype)
+        if scales is not None:
+            sizes = offsets.diff().to(scales.device)
+            G = G * scales[part].repeat_interleave(sizes, 1, output_size=rows.shape[1])
+        torch.mm(queries, G.T, out=out[:, part])
+    return out
+
+
 def score_topk(scores: Tensor, first: int, values: Tensor, indices: Tensor) -> None:
     """Merge scores [m, c] of rows first .. first + c - 1 into values and indices [m, k], in place.
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dropinf.ops.checks import check_no_grad, check_same, check_writable, describe
-from dropinf.ops.dispatch import add_op, kernel
+from dropinf.ops.checks import check_same, check_writable
+from dropinf.ops.dispatch import KERNELS, add_op, kernel
+from dropinf.ops.products import check_products
 from dropinf.ops.selftest import Case, Inputs
 
 # Bounds the temporaries of score_topk: this many scores at a time, or as many as it keeps.
 _MAX_SCORES = 1 << 22
 
-# The kernels keep k scores in registers; the reference takes any k.
+# The kernels for GPUs keep k scores in registers; the others take any k.
 _MERGE_MAX_K = 1024
 
 
@@ -27,18 +28,19 @@ def score_topk(
     first: int = 0,
     factors: Tensor | None = None,
     valid: Tensor | None = None,
+    scales: Tensor | None = None,
+    offsets: Sequence[int] | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the scores of some rows into each query's largest k so far, in place.
 
-    scores[q, i] = (queries[q] · rows[i]) * factors[i], of row number first + i
+    scores[q, i] = row_products(queries, rows)[q, i] * factors[i], of row number first + i
 
     Start with values of -inf and indices of -1, and call it for all parts of a store in any order:
     the result is that of one call. The scores are formed some rows at a time, never as [m, n].
 
     Args:
-        queries: [m, R] float32 or float64.
-        rows: [c, R], dtype of the queries.
+        queries, rows, scales, offsets: as `row_products` takes them.
         values: [m, k] largest scores so far, in descending order, dtype of the queries.
         indices: [m, k] int64 row numbers of the values; -1, with a value of -inf, where there is
             none yet.
@@ -57,15 +59,8 @@ def score_topk(
         BackendError: the named backend cannot take this call.
     """
     op = "score_topk"
-    if queries.dim() != 2 or queries.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{op}: queries must be [m, R] float32 or float64, got {describe(queries)}"
-        )
-    check_no_grad(op, "queries", queries)
-    (m, R), dtype, device = queries.shape, queries.dtype, queries.device
-    check_same(op, "rows", rows, dtype, device)
-    if rows.dim() != 2 or rows.shape[1] != R:
-        raise ValueError(f"{op}: rows must be [c, R={R}], got {tuple(rows.shape)}")
+    queries, rows, scales, offsets = check_products(op, queries, rows, scales, offsets)
+    (m, _), dtype, device = queries.shape, queries.dtype, queries.device
     check_same(op, "values", values, dtype, device)
     check_same(op, "indices", indices, torch.int64, device)
     if values.dim() != 2 or values.shape[0] != m or indices.shape != values.shape:
@@ -88,15 +83,20 @@ def score_topk(
                 raise ValueError(f"{op}: {name} must be [c={c}], got {tuple(tensor.shape)}")
     if first < 0:
         raise ValueError(f"{op}: first must be at least 0, got {first}")
-    if backend is None and k > _MERGE_MAX_K:
+    if backend is None and k > _MERGE_MAX_K and device.type != "cpu":
         backend = "reference"
     merge = kernel(op, backend, device, (dtype,), dtype)
+    of_products = backend if backend in KERNELS["row_products"] else None
+    multiply = kernel("row_products", of_products, device, (dtype,), dtype)
     if m * k == 0:
         return values, indices
     step = max(k, _MAX_SCORES // m)
     for start in range(0, c, step):
         part = slice(start, start + step)
-        scores = queries @ rows[part].T
+        rows_here = rows[part]
+        scores = values.new_empty(m, rows_here.shape[0])
+        scales_here = None if scales is None else scales[part]
+        multiply(queries, rows_here, scales_here, offsets, scores)
         if factors is not None:
             scores *= factors[part]
         if valid is not None:
@@ -114,4 +114,4 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield (new.numbers(m, 4), 305), (values, indices)
 
 
-add_op("score_topk", ["cuda", "triton"], _cases, dtypes=(torch.float32,))
+add_op("score_topk", ["cuda", "triton", "cpu"], _cases, dtypes=(torch.float32,))

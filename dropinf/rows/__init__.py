@@ -8,6 +8,7 @@ from dropinf.rows.lock import LockedError
 from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
     PART_BYTES,
+    kept_beside,
     mark_invalid,
     mean_squares,
     merged,
@@ -29,6 +30,7 @@ __all__ = [
     "RowWriter",
     "collect",
     "finite_rows",
+    "kept_beside",
     "mark_invalid",
     "mean_squares",
     "merged",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dropinf import ops
 from dropinf.rows.packing import finite_rows
 from dropinf.rows.store import RowStore
 
@@ -86,16 +88,21 @@ def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
     solved = solved[finite_rows(queries) & queries.any(1)]
     if not solved.isfinite().all():
         return False
-    valid = store.valid.nonzero().flatten()
+    valid = torch.arange(len(store))
+    if not store.valid.all():
+        valid = valid[store.valid]
     rows = store.at(valid[:: max(1, len(valid) // _PROBED)][:_PROBED])
     shape = len(solved), len(rows)
     exact, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    all_squares = 0.0
     for x, g in zip(solved.split(1 << 16, 1), rows.split(1 << 16, 1), strict=True):
         x, g = x.cpu().double(), g.cpu().double().nan_to_num(0)
         exact += x @ g.T
-        squares += x.square() @ g.square().T
+        g = g.square()
+        squares += x.square() @ g.T
+        all_squares += float(g.sum())
     # Roundings of as many terms add up like a random walk; and below 2^-149 a solution is zero.
-    least = 2.0**-149 * rows.double().nan_to_num(0).norm()
+    least = 2.0**-149 * math.sqrt(all_squares)
     rounding = torch.finfo(torch.float32).eps * squares.sum(1).sqrt() + least
     return bool((rounding <= _LOST * exact.norm(dim=1)).all())
 
@@ -103,9 +110,21 @@ def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
 def products(solved: Tensor, store: RowStore) -> Tensor:
     """[m, R] -> [m, n]: products with every row of the store, valid or not."""
     result = solved.new_empty(len(solved), len(store))
-    for start, chunk in store.chunks():
-        torch.mm(solved, chunk.to(solved).T, out=result[:, start : start + len(chunk)])
+    for start, numbers, scales in kept_beside(store, solved):
+        out = result[:, start : start + len(numbers)]
+        ops.row_products(solved, numbers, scales=scales, offsets=store.bounds, out=out)
     return result
+
+
+def kept_beside(store: RowStore, solved: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Chunks as they are kept, on the device of `solved`: (position of the first, numbers, scales).
+
+    For `ops.row_products` with `solved`; float64 rows are no wider than that.
+    """
+    for start, (numbers, scales) in store.kept():
+        wider = numbers.dtype == torch.float64 != solved.dtype
+        numbers = numbers.to(solved.device, solved.dtype if wider else numbers.dtype)
+        yield start, numbers, None if scales is None else scales.to(solved.device)
 
 
 def mark_invalid(scores: Tensor, queries: RowStore, store: RowStore) -> Tensor:

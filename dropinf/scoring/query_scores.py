@@ -14,6 +14,7 @@ from dropinf.rows import (
     LossFn,
     RowStore,
     collect,
+    kept_beside,
     mark_invalid,
     products,
     solved_for,
@@ -96,16 +97,18 @@ def topk(
     factors = _factors("topk", store, solver, relative, weights)
     values = solved.new_full((len(queries), k), -torch.inf)
     indices = torch.full((len(queries), k), -1, device=solved.device)
-    for start, chunk in store.chunks():
-        part = slice(start, start + len(chunk))
+    for start, numbers, scales in kept_beside(store, solved):
+        part = slice(start, start + len(numbers))
         ops.score_topk(
             solved,
-            chunk.to(solved),
+            numbers,
             values,
             indices,
+            scales=scales,
+            offsets=store.bounds,
             first=start,
             factors=None if factors is None else factors[part].to(solved),
-            valid=store.valid[part].to(solved.device),
+            valid=None if num_valid == len(store) else store.valid[part].to(solved.device),
         )
     values = values.to(queries.rows.dtype)
     valid = (queries.valid[:, None],)
@@ -242,10 +245,10 @@ def _factors(
     op: str, store: RowStore, solver: Solver, relative: bool, weights: str
 ) -> Tensor | None:
     """[n] factors of the training rows' scores, None for one each."""
+    scaled = len(store) > 0 and solver.scale(store.at([0])) is not None
     if not relative:
-        parts = [solver.scale(chunk) for _, chunk in store.chunks()]
-        return None if not parts or parts[0] is None else torch.cat(parts)
-    if solver.scale(store.at([0])) is not None:
+        return torch.cat([solver.scale(chunk) for _, chunk in store.chunks()]) if scaled else None
+    if scaled:
         raise ValueError(f"{op}: relative=True with cosine=True would normalise twice; take one")
     own = self_influence(store, solver, weights=weights)
     if (own < 0).any():

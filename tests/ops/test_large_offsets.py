@@ -146,6 +146,17 @@ def test_gram(backend, far_rows):
     check(out[None], exact(rows), exact(rows.abs()), 2)
 
 
+@pytest.mark.ops("row_products")
+@pytest.mark.parametrize("m", [2, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_row_products(backend, m, dtype):
+    queries, rows = randn(m, 7), sparse((2, 7), (FAR, 1), dtype)
+    rows.copy_(4 * randn(2, 7))
+    out = ops.row_products(queries, rows, backend=backend.name)
+    exact = queries.double() @ rows.double().T
+    check(out, exact, queries.double().abs() @ rows.double().abs().T, 7)
+
+
 @pytest.mark.ops("cholesky_solve")
 def test_cholesky_solve(backend, far_rows):
     factor = torch.eye(7) + randn(7, 7).tril() / 8

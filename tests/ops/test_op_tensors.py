@@ -59,6 +59,12 @@ def calls():
         "gram": {"rows": randn(6, 4), "offsets": (0, 2, 4)},
         "damped_cholesky": {"matrices": PACKED, "offsets": (0, 2, 4), "rows": randn(3, 4)},
         "cholesky_solve": {"factors": PACKED, "offsets": (0, 2, 4), "rows": randn(3, 4)},
+        "row_products": {
+            "queries": randn(2, 4),
+            "rows": randn(9, 4),
+            "scales": torch.rand(9, 2),
+            "offsets": (0, 2, 4),
+        },
         "score_topk": {
             "queries": randn(2, 4),
             "rows": randn(9, 4),
@@ -78,6 +84,7 @@ WRITTEN = {
     "gram": ("out", (8,)),
     "damped_cholesky": ("out", (8,)),
     "cholesky_solve": ("out", (3, 4)),
+    "row_products": ("out", (2, 9)),
     "score_topk": ("values", (2, 3)),
 }
 PAIRS = [
@@ -204,7 +211,7 @@ def test_empty_batch_of_any_strides(backend, op):
     given = calls()[op]
     if op in ("gather_grads", "damped_cholesky"):
         pytest.skip("no batch, or its matrices are the batch")
-    batched = {"x", "dy", "ids", "rows"} - ({"rows"} if op == "score_topk" else set())
+    batched = {"x", "dy", "ids", "rows"} - ({"rows"} if "queries" in given else set())
     for name, value in given.items():
         if name in batched or name in ("queries", "values", "indices"):
             wide = value.repeat_interleave(2, -1)[..., ::2][:0]

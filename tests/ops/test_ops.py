@@ -22,6 +22,7 @@ CALLS = {  # op: arguments, one of them wrong, and what is said of it
     "gram": ((rows, offsets), {"accumulate": True}, "accumulate=True adds to out"),
     "damped_cholesky": ((packed[1:], offsets), {}, r"matrices must be contiguous \[13\]"),
     "cholesky_solve": ((packed, offsets, rows[:, 1:]), {}, r"rows must be \[m, R=5\]"),
+    "row_products": ((rows, rows.half()), {"scales": rows}, "scales need offsets"),
     "score_topk": ((x[0], x[1], *kept), {"first": -1}, "values and indices must both be"),
 }
 

@@ -1,13 +1,15 @@
 """score_topk: the largest scores of all rows, whatever parts the rows come in."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from conftest import EMULATED, EPS32
+from conftest import EMULATED, EPS32, numbers_of_threads
 
 import dropinf
 from dropinf import ops
-from dropinf.ops import topk
+from dropinf.ops import dispatch, topk
 
 OPS = ("score_topk",)
 
@@ -148,17 +150,83 @@ def test_real_numbers(backend):
 
 
 def test_many(backend):
-    """The largest k that the kernels take; the reference takes any."""
+    """The largest k that the kernels for GPUs take; the others take any."""
     queries, rows = whole(1, 1500)
-    wanted = truth(queries.double().numpy() @ rows.double().numpy().T, 1024)
-    assert_equal(run(backend, queries, rows, 1024, [(0, 1200), (1200, 1500)]), wanted)
+    products = queries.double().numpy() @ rows.double().numpy().T
+    for k in (1024, 1025):
+        if k == 1025 and backend.name in dispatch.GPU_BACKENDS:
+            message = rf"'{backend.name}' takes k up to 1024, got 1025; backend='reference' takes"
+            with pytest.raises(ValueError, match=message):
+                ops.score_topk(queries, rows, *nothing(1, k), backend=backend.name)
+            continue
+        got = run(backend, queries, rows, k, [(0, 1200), (1200, 1500)])
+        assert_equal(got, truth(products, k))
     values, indices = nothing(1, 1025)
-    if backend.name != "reference":
-        message = rf"'{backend.name}' takes k up to 1024, got 1025; backend='reference' takes any"
-        with pytest.raises(ValueError, match=message):
-            ops.score_topk(queries, rows, values, indices, backend=backend.name)
     ops.score_topk(queries, rows, values, indices)
-    assert (indices.sort(1).values.diff(dim=1) > 0).all()
+    assert_equal((values, indices), truth(products, 1025))
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("k", [1, 7, 300])
+@pytest.mark.parametrize("kind", ["rising", "ties", "whole", "not finite"])
+def test_long_stores(backend, k, kind):
+    """More scores enter than are kept at a time, in parts of any order and size."""
+    generator = torch.Generator().manual_seed(0)
+    n, queries = 3000, torch.ones(1, 1)
+    scores = {
+        "rising": torch.arange(n).float(),
+        "ties": torch.zeros(n),
+        "whole": torch.randint(-9, 9, (n,), generator=generator).float(),
+        "not finite": torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0])[
+            torch.randint(5, (n,), generator=generator)
+        ],
+    }[kind]
+    wanted = truth(scores[None].double().numpy(), k)
+    cuts = [0, 1, 255, 256, 513, 1500, n]
+    forward = list(itertools.pairwise(cuts))
+    for parts in ([(0, n)], forward, forward[::-1], forward[::2] + forward[1::2]):
+        rows = torch.ones(n, 1)
+        assert_equal(run(backend, queries, rows, k, parts, factors=scores), wanted)
+    backwards = truth(scores.flip(0)[None].double().numpy(), k)
+    assert_equal(
+        run(backend, queries, torch.ones(n, 1), k, forward, factors=scores.flip(0)), backwards
+    )
+
+
+@pytest.mark.backends("cpu")
+def test_whatever_the_number_of_threads(backend):
+    queries, rows = whole(70, 900)
+    first, *others = (run(backend, queries, rows, 5, [(0, 900)]) for _ in numbers_of_threads())
+    assert_equal(first, truth(queries.double().numpy() @ rows.double().numpy().T, 5))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_rows_as_a_store_keeps_them(backend, dtype):
+    """In few bits, with scales; float64 queries widen them."""
+    queries, rows = whole(1 if backend.emulated else 3, 200)
+    scales = 2.0 ** torch.randint(-3, 3, (200, 2), generator=torch.Generator().manual_seed(1))
+    wide = rows.double() * scales.double().repeat_interleave(torch.tensor([2, 4]), 1)
+    for given in (queries, queries.double()):
+        if given.dtype == torch.float64 and backend.name != "reference":
+            continue
+        for options, exact in (({}, rows.double()), ({"scales": scales}, wide)):
+            wanted = truth(queries.double().numpy() @ exact.numpy().T, 30)
+            values, indices = nothing(len(given), 30, given.dtype)
+            for start, stop in ((90, 200), (0, 90)):
+                part = {name: option[start:stop] for name, option in options.items()}
+                ops.score_topk(
+                    given,
+                    rows[start:stop].to(dtype),
+                    values,
+                    indices,
+                    first=start,
+                    offsets=(0, 2, 6),
+                    backend=backend.name,
+                    **part,
+                )
+            assert_equal((values, indices), wanted)
 
 
 def test_float64():
@@ -200,8 +268,12 @@ good = {
         ({"queries": torch.zeros(4)}, r"queries must be \[m, R\] float32 or float64"),
         ({"queries": torch.zeros(2, 4).half()}, "queries must be .*, got torch.float16"),
         ({"rows": torch.zeros(3, 5)}, r"rows must be \[c, R=4\], got \(3, 5\)"),
-        ({"rows": torch.zeros(3, 4).double()}, "rows must be torch.float32 on cpu"),
-        ({"rows": torch.zeros(3, 4, device="meta")}, "rows must be torch.float32 on cpu"),
+        (
+            {"rows": torch.zeros(3, 4).double()},
+            "rows must be float32, .* on cpu, got torch.float64",
+        ),
+        ({"rows": torch.zeros(3, 4, device="meta")}, "rows must be .* on cpu, got .* on meta"),
+        ({"scales": torch.ones(3, 1)}, "scales need offsets"),
         ({"values": torch.zeros(2, 5).double()}, "values must be torch.float32"),
         ({"indices": torch.zeros(2, 5).int()}, "indices must be torch.int64"),
         ({"indices": torch.zeros(2, 4).long()}, r"must both be \[m=2, k\], got .* and \(2, 4\)"),

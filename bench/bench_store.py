@@ -13,6 +13,7 @@ from dropinf import ops
 from dropinf.rows import part_writer
 
 N, R = 50_000, 1024  # 205 MB
+EXAMPLES = 32_768  # 100 MB of rows
 
 
 def mlp():
@@ -28,11 +29,14 @@ def loss_fn(model, batch):
 
 @pytest.mark.parametrize("seconds", [5.0, 0.0], ids=["a flush every 5 s", "a flush a batch"])
 def bench_collect_into_a_directory(timed, tmp_path, monkeypatch, seconds):
-    """To reach: 0.97 of the speed of memory, with the journal and what waits for the disk."""
+    """To reach: 0.97 of the speed of memory, with the journal and what waits for the disk.
+
+    Some seconds of collecting: what opens and finishes a store waits for the disk a dozen times.
+    """
     monkeypatch.setattr(part_writer, "_FLUSH_SECONDS", seconds)
     model = mlp()
     plan = dropinf.Plan.make(model, dropinf.Dropout(r=256))
-    data = TensorDataset(torch.randn(2048, 784), torch.randint(10, (2048,)))
+    data = TensorDataset(torch.randn(EXAMPLES, 784), torch.randint(10, (EXAMPLES,)))
     paths = (tmp_path / str(i) for i in itertools.count())
 
     def collect(path=None):

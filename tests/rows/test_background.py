@@ -144,8 +144,9 @@ def test_appending_waits_for_a_flush_that_is_late(tmp_path, disk, monkeypatch):
         time.sleep(0.5)
         first = writer.num_rows
         time.sleep(0.5)
-        assert writer.num_rows == first < 200 and not done.is_set()
+        second, ended = writer.num_rows, done.is_set()
         disk.free.set()
+        assert second == first < 200 and not ended
         thread.join()
         assert len(writer.finish()) == 200
 
@@ -219,9 +220,9 @@ def test_a_fork_leaves_the_rows_alone(tmp_path, disk, monkeypatch):
             child = multiprocessing.get_context("fork").Process(target=leave, args=(writer,))
             child.start()
         child.join(60)
-        assert child.exitcode == 0
-        assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+        after = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
         disk.free.set()
+        assert child.exitcode == 0 and after == before
         writer.append(rows_of(1), VALID)
         store = writer.finish()
     assert torch.equal(store.rows, torch.cat([rows_of(0), rows_of(1)]))

@@ -33,7 +33,7 @@ from dropinf.rows.part import (
 )
 from dropinf.whole_files import appearing
 
-_FLUSH_SECONDS = 5.0  # from one flush to the next, which waits for the disk
+_FLUSH_SECONDS = 5.0  # that a kill may lose, beside the batch in flight
 _WAITING_BYTES = 1 << 25  # of rows that are not written yet; then `append` waits
 _SYNC_BYTES = 1 << 24  # of rows; the disk is busy meanwhile, and a flush waits for few of them
 _sync_data = getattr(os, "fdatasync", os.fsync)
@@ -42,9 +42,9 @@ _sync_data = getattr(os, "fdatasync", os.fsync)
 class PartWriter:
     """Writes a directory, which at any moment is a part as far as it was flushed.
 
-    A thread writes, so that `append` does not wait for the disk. It waits where rows come faster
-    than the disk takes them, and where the last flush was twice as long ago as it should be: a
-    kill loses the rows of that time at most, and a batch.
+    A thread writes, so that `append` does not wait for the disk. It flushes when half of
+    `_FLUSH_SECONDS` are over, and `append` waits for a flush that is not there when all are, or
+    where rows come faster than the disk takes them.
 
     Attributes:
         header: of the part.
@@ -118,8 +118,7 @@ class PartWriter:
             state,
         )
         self._give(partial(self._write, batch), batch.num_bytes)
-        late = 2 * _FLUSH_SECONDS
-        self._thread.wait(lambda: time.monotonic() - self._flushed_at < late)
+        self._thread.wait(lambda: time.monotonic() - self._flushed_at < _FLUSH_SECONDS)
         self._thread.check()
 
     def _give(self, call: Callable[[], None], num_bytes: int = 0) -> None:
@@ -163,7 +162,7 @@ class PartWriter:
         extent.batches += 1
         extent.state = extent.state if batch.state is None else batch.state
         self._unsynced_bytes += len(data)
-        if self._is_due or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+        if self._is_due or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS / 2:
             self._flush()
         elif self._unsynced_bytes >= _SYNC_BYTES:
             self._unknown = True

@@ -259,7 +259,9 @@ class RowStore:
 
     @property
     def rows(self) -> Tensor:
-        """[n, R] all rows, verified; of one part on disk, memory-mapped: writing changes no file.
+        """[n, R] all rows, verified; of one part on disk a memory map.
+
+        Writing to that changes neither the file nor later passes.
 
         Of several parts, or of rows kept in fewer bytes, a copy in memory; `chunks` and `at` make
         none of all.

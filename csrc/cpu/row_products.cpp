@@ -48,7 +48,7 @@ void row_products_rows(const RowProductsArgs& args, int64_t begin, int64_t end) 
     using E = decltype(element);
     for (int64_t i = begin; i < end; i += kRowGroup) {
       for (int64_t q = 0; q < args.m; q += kQueryGroup) {
-        CAPABLE(group_products<E>)(args, i, q, std::min(q + kQueryGroup, args.m));
+        CAPABLE(group_products<E>)(args, i, end, q, std::min(q + kQueryGroup, args.m));
       }
     }
   });

@@ -79,10 +79,10 @@ TARGET inline __attribute__((always_inline)) void segment_tile(
 }
 
 // Products of queries [q_begin, q_end), at most kQueryGroup, with rows i to i + kRowGroup - 1.
-// Where there are fewer the last one is read again.
+// Where there are fewer the last one is read again. The caller goes on to row `end`.
 template <typename E>
-TARGET inline void group_products(const RowProductsArgs& args, int64_t i, int64_t q_begin,
-                                  int64_t q_end) {
+TARGET inline void group_products(const RowProductsArgs& args, int64_t i, int64_t end,
+                                  int64_t q_begin, int64_t q_end) {
   const int64_t num_queries = q_end - q_begin, num_rows = std::min(kRowGroup, args.c - i);
   const float* const queries = args.queries + q_begin * args.queries_stride;
   const E* first[kRowGroup];
@@ -93,7 +93,7 @@ TARGET inline void group_products(const RowProductsArgs& args, int64_t i, int64_
     all_scales[k] = args.scales ? args.scales + row * args.scales_stride : nullptr;
   }
   const int64_t ahead = kRowsAhead * args.rows_stride;
-  const bool fetch = ahead * static_cast<int64_t>(sizeof(E)) <= kBytesAhead;
+  const bool fetch = i + kRowsAhead < end && ahead * static_cast<int64_t>(sizeof(E)) <= kBytesAhead;
   Lanes totals[kQueryGroup][kRowGroup];
   for (int64_t q = 0; q < num_queries; ++q) {
     for (int64_t k = 0; k < kRowGroup; ++k) totals[q][k] = spread(0.0f);

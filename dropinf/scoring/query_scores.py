@@ -245,7 +245,7 @@ def _factors(
     op: str, store: RowStore, solver: Solver, relative: bool, weights: str
 ) -> Tensor | None:
     """[n] factors of the training rows' scores, None for one each."""
-    scaled = len(store) > 0 and solver.scale(store.at([0])) is not None
+    scaled = len(store) > 0 and solver.scale(torch.empty(0, store.plan.width)) is not None
     if not relative:
         return torch.cat([solver.scale(chunk) for _, chunk in store.chunks()]) if scaled else None
     if scaled:

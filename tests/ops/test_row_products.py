@@ -1,6 +1,9 @@
 """row_products: products of queries with rows in the types that a store keeps them in."""
 
+import ctypes
 import itertools
+import mmap
+import sys
 
 import pytest
 import torch
@@ -86,6 +89,28 @@ def test_strides_and_nothing_else_written(backend, m, dtype):
     columns_of_scales = scales.T.contiguous().T
     options |= {"scales": columns_of_scales, "offsets": torch.tensor(bounds)}
     out = ops.row_products(queries.T.contiguous().T, columns, **options)
+    assert_products(out, queries, rows, scales, bounds)
+
+
+def before_a_wall(t):
+    """The same in memory behind which a read ends the process."""
+    size, page = t.numel() * t.element_size(), mmap.PAGESIZE
+    wall = -(-size // page) * page
+    memory = mmap.mmap(-1, wall + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + wall), page, 0) == 0
+    flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=wall - size)
+    return flat.view(t.shape).copy_(t)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as on Linux")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 13, (0, 7, 4)), (30, 3, (9,))], ids=str)
+@pytest.mark.backends("cpu")
+def test_nothing_is_read_behind_the_inputs(backend, shape, dtype):
+    *inputs, bounds = numbers(*shape, dtype)
+    queries, rows, scales = map(before_a_wall, inputs)
+    out = ops.row_products(queries, rows, scales=scales, offsets=bounds, backend=backend.name)
     assert_products(out, queries, rows, scales, bounds)
 
 

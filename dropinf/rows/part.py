@@ -171,15 +171,18 @@ class Part:
             raise ValueError(f"RowStore: {file} is damaged; {_REMEDY}")
         return data[:num_bytes]
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, count: int = 1) -> Iterator[tuple[int, Tensor]]:
         """The rows in order as they are kept, as (position of the first, [c, ...]), verified.
+
+        Args:
+            count: chunks at a time.
 
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
         step = self.chunk_rows
-        for start in range(0, len(self), step):
-            yield start, self.chunk(start // step)
+        for start in range(0, len(self), count * step):
+            yield start, self.chunk(start // step, count)
 
     @property
     def chunk_rows(self) -> int:
@@ -188,20 +191,20 @@ class Part:
             return self.header.chunk_rows
         return rows_per_chunk(self.header.width, DTYPES[self.header.dtype])
 
-    def chunk(self, number: int) -> Tensor:
-        """One of them."""
-        start = number * self.chunk_rows
-        stop = min(start + self.chunk_rows, len(self))
+    def chunk(self, number: int, count: int = 1) -> Tensor:
+        """One of them, or so many from there on."""
+        step = self.chunk_rows
+        start, stop = number * step, min((number + count) * step, len(self))
         if self.path is None:
             return self.packed[start:stop]
-        whole = self._mapped(start, min(start + self.chunk_rows, len(self._all)))
-        if number in self._unverified:
-            if zlib.crc32(bytes_of(whole)) != self.extent.chunks[number]:
+        whole = self._mapped(start, min((number + count) * step, len(self._all)))
+        for k, chunk in enumerate(whole.split(step), number):
+            if k in self._unverified and zlib.crc32(bytes_of(chunk)) != self.extent.chunks[k]:
                 raise ValueError(
-                    f"RowStore: {self.path}/rows.bin is damaged in rows {start} to {stop - 1}; "
-                    f"{_REMEDY}"
+                    f"RowStore: {self.path}/rows.bin is damaged in rows {k * step} to "
+                    f"{k * step + len(chunk) - 1}; {_REMEDY}"
                 )
-            self._unverified.discard(number)
+            self._unverified.discard(k)
         return whole[: stop - start]
 
     def _mapped(self, start: int, stop: int) -> Tensor:

@@ -102,11 +102,14 @@ class Parts:
         packed = self.parts[0].packed
         return len(self) * packed.shape[1] * packed.element_size()
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The rows in order as they are kept, as (position of the first, [c, ...]), verified."""
+    def chunks(self, count: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The rows in order as they are kept, as (position of the first, [c, ...]), verified.
+
+        Each is `count` chunks of a part.
+        """
         first = 0
         for part in self.parts:
-            for start, chunk in part.chunks():
+            for start, chunk in part.chunks(count):
                 yield first + start, chunk
             first += len(part)
 

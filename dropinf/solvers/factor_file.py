@@ -24,6 +24,10 @@ class FileTensor:
     size: int
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """The tensor, in memory."""
         kind = np.dtype(f"<f{self.dtype.itemsize}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dropinf import ops
 from dropinf.compression import Compression, Dropout, Plan
 from dropinf.rows import (
+    PART_BYTES,
     LossFn,
     RowStore,
     collect,
@@ -141,7 +142,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
     solve = partial(solver.solve_within, room=there)
     parts = []
     for rows in valid_rows(store, part_bytes=here.count(24 * R) * R * 4):
-        solved = solved_for(rows, store, solve, here.part_bytes)
+        solved = solved_for(rows, store, solve, min(PART_BYTES, int(there.num_bytes / 2)))
         own = (solved * rows).sum(1).to(rows.dtype)
         scale = solver.scale(rows)
         parts.append(own if scale is None else own * scale)

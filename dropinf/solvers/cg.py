@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import multiply, solvable
+from dropinf.solvers.gauss_newton import multiply, product_bytes, solvable
 from dropinf.solvers.number_range import diagonal_of
 from dropinf.solvers.room import Room
 from dropinf.user_warning import warn_user
@@ -88,7 +89,9 @@ class CG(Solver):
     def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
         blocks = [block for block, _ in self._layers]
         part_bytes, tensors = room.part_bytes, room.share(1 / 2)
-        for layers, at in tensors.pieces(blocks, len(rows), _query_bytes):
+        for layers, at in tensors.pieces(
+            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
+        ):
             self._solve_some(self._layers[layers], rows[at], solved[at], part_bytes)
 
     def _solve_some(
@@ -127,9 +130,9 @@ class CG(Solver):
             )
 
 
-def _query_bytes(width: int) -> int:
+def _query_bytes(width: int, part_bytes: int | None) -> int:
     """Of a system's five tensors and a diagonal, and what one layer's step makes beside them."""
-    return 8 * (16 * width + 2 * max(256, width))
+    return 16 * 8 * width + product_bytes(width, part_bytes)
 
 
 class _System:

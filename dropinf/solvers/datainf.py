@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import parts
+from dropinf.solvers.gauss_newton import parts, product_bytes
 from dropinf.solvers.number_range import diagonal_of
 from dropinf.solvers.room import Room, span, within
 
@@ -63,7 +64,9 @@ class DataInf(Solver):
     def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
         blocks = [block for block, _ in self._layers]
         part_bytes, tensors = room.part_bytes, room.share(1 / 2)
-        for layers, at in tensors.pieces(blocks, len(rows), _query_bytes):
+        for layers, at in tensors.pieces(
+            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
+        ):
             self._solve_some(self._layers[layers], rows[at], solved[at], part_bytes)
 
     def _solve_some(
@@ -87,6 +90,6 @@ class DataInf(Solver):
             solved[:, block.entries] = torch.sub(queries[:, at], sums[:, at]).div_(λ)
 
 
-def _query_bytes(width: int) -> int:
-    """A query and its sum, a difference of both, and twice its products with a part."""
-    return 8 * (3 * width + 2 * max(256, width))
+def _query_bytes(width: int, part_bytes: int | None) -> int:
+    """A query and its sum, a difference of both, and its products with a part."""
+    return 3 * 8 * width + product_bytes(width, part_bytes)

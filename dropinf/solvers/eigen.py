@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.compression import LayerPlan
-from dropinf.rows import RowStore, mark_invalid, products, solved_for, valid_rows
+from dropinf.rows import PART_BYTES, RowStore, mark_invalid, products, solved_for, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.factor_file import FileTensor, Spill
@@ -244,7 +244,7 @@ class Eigen(Solver):
                         queries.rows[asked],
                         store,
                         partial(self._solve_at, damping=damping, room=half),
-                        half.part_bytes,
+                        min(PART_BYTES, int(half.num_bytes / 2)),
                     )
                     for damping in dampings[at]
                 ]

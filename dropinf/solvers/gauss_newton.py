@@ -23,6 +23,12 @@ def parts(
         yield from rows.split(max(256, rows.shape[1]))
 
 
+def product_bytes(width: int, part_bytes: int | None) -> int:
+    """Of one query's products [c] with a part of `parts`, twice: they are scaled."""
+    rows = (PART_BYTES if part_bytes is None else part_bytes) // (8 * width)
+    return 2 * 8 * max(1, min(rows, max(256, width)))
+
+
 def columns_of(
     store: RowStore, block: LayerPlan, n: int, part_bytes: int | None
 ) -> Iterator[tuple[slice, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import multiply, parts, solvable
+from dropinf.solvers.gauss_newton import multiply, parts, product_bytes, solvable
 from dropinf.solvers.number_range import diagonal_of
 from dropinf.solvers.room import Room, span, within
 from dropinf.user_warning import warn_user
@@ -101,7 +102,9 @@ class LiSSA(Solver):
         blocks = [block for block, _ in self._layers]
         norms, longest = [], [0.0] * len(blocks)
         tensors = room.share(1 / 2)
-        for some, _ in tensors.pieces(blocks, 1, lambda r: _POWER_VECTORS * _query_bytes(r)):
+        for some, _ in tensors.pieces(
+            blocks, 1, lambda r: _POWER_VECTORS * _query_bytes(r, room.part_bytes)
+        ):
             norms += self._largest(store, blocks[some], generator, room.part_bytes)
         if self.batch_size is not None:
             for rows in parts(store, part_bytes=room.part_bytes):
@@ -139,7 +142,9 @@ class LiSSA(Solver):
         run = self._with_all_rows if self.batch_size is None else self._with_sampled_rows
         blocks = [block for block, _ in self._layers]
         part_bytes, tensors = room.part_bytes, room.share(1 / 2)
-        for layers, at in tensors.pieces(blocks, len(rows), _query_bytes):
+        for layers, at in tensors.pieces(
+            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
+        ):
             chains = [
                 _Chain(block, λ, scale, rows[at, block.entries].double())
                 for (block, λ), scale in zip(
@@ -216,9 +221,9 @@ class LiSSA(Solver):
         )
 
 
-def _query_bytes(width: int) -> int:
+def _query_bytes(width: int, part_bytes: int | None) -> int:
     """A chain's q and x, the product and its sum, and what one layer's step makes beside them."""
-    return 8 * (8 * width + 2 * max(256, width))
+    return 8 * 8 * width + product_bytes(width, part_bytes)
 
 
 class _Chain:

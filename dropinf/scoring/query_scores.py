@@ -196,10 +196,8 @@ def ensemble(
                 f"{list(mean.shape)}; give the same queries and training examples to all"
             )
         count += 1
-        for new, average, square in zip(found, mean, squares, strict=True):
-            off = new - average  # Welford's update: no cancellation of large sums
-            average += off / count
-            square += off * (new - average)
+        _welford(found, count, mean, squares)
+        del found  # before there are those of the next part
     if count == 0:
         raise ValueError("ensemble: no parts were given")
     if count == 1:
@@ -238,6 +236,14 @@ def influence(
         for loader, label in ((train_loader, "train rows"), (query_loader, "query rows"))
     )
     return scores(queries, store, Cholesky(damping).fit(store))
+
+
+def _welford(found: Tensor, count: int, mean: Tensor, squares: Tensor) -> None:
+    """Take in the scores of part number `count`, with no cancellation of large sums."""
+    for new, average, square in zip(found, mean, squares, strict=True):
+        off = new - average
+        average += off / count
+        square += off * (new - average)
 
 
 def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:

@@ -81,6 +81,7 @@ def test_relative_scores(name):
 @pytest.mark.parametrize("name", ["cholesky", "full", "eigen"])
 def test_sweep(name, dtype):
     store, queries, bound = case(name, dtype)
+    queries = RowStore(queries.rows[:60], queries.plan)
     dampings = [0.03, 0.1, 1.0, 3.0, 10.0]
     bound *= 2 if name == "full" else 1
     fit = measured(lambda: SOLVERS[name](max_bytes=bound).fit(store))
@@ -93,7 +94,7 @@ def test_sweep(name, dtype):
 @pytest.mark.parametrize("name", ["cholesky", "eigen"])
 def test_what_is_kept_goes_to_a_file(name, n, sizes):
     store, queries = stores(n, 30, *sizes)
-    bound = 150_000
+    bound = 40_000 if name == "cholesky" else 150_000
     fit = measured(lambda: SOLVERS[name](max_bytes=bound).fit(store))
     solve = measured(lambda: fit.result.solve(queries.rows))
     assert fit.peak <= bound and fit.left < bound // 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -33,8 +32,11 @@ def valid_rows(
         ValueError: a valid row is not finite.
     """
     part_bytes = PART_BYTES if part_bytes is None else part_bytes
+    width = sum(len(range(store.plan.width)[at]) for at in columns)
     part, filled = None, 0
-    for start, rows in store.chunks(columns):
+    wanted = store.read_dtype if dtype is None else dtype
+    num_rows = max(1, part_bytes // max(1, width * wanted.itemsize))
+    for start, rows in store.chunks(columns, num_rows):  # copies of more would be beyond the part
         valid = store.valid[start : start + len(rows)]
         bad = ~finite_rows(rows) & valid
         if bad.any():
@@ -43,11 +45,9 @@ def valid_rows(
                 f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
             )
         rows = rows if valid.all() else rows[valid]
-        wanted = rows.dtype if dtype is None else dtype
-        num_rows = max(1, part_bytes // max(1, rows.shape[1] * wanted.itemsize))
         last = start + len(valid) == len(store)
-        if part is None and len(rows) and (len(rows) >= num_rows or last):
-            yield from (piece.to(wanted) for piece in rows.split(num_rows))  # nothing to join
+        if part is None and len(rows) and (len(rows) == num_rows or last):
+            yield rows.to(wanted)  # nothing to join
             continue
         while len(rows):
             if part is None:
@@ -63,48 +63,71 @@ def valid_rows(
         yield part[:filled]
 
 
-def mean_squares(store: RowStore, n: int) -> Tensor:
-    """[R] float64: the diagonal of F over all layers, n the number of valid rows."""
+def mean_squares(store: RowStore, n: int, part_bytes: int | None = None) -> Tensor:
+    """[R] float64: the diagonal of F over all layers, n the number of valid rows.
+
+    In parts of about `part_bytes`, of some columns where a whole row is more than that.
+    """
     total = torch.zeros(store.plan.width, dtype=torch.float64)
-    for rows in valid_rows(store, part_bytes=1 << 22):  # no product gains by more
-        total += rows.double().square().sum(0)
-    return total / n
+    part_bytes = 1 << 22 if part_bytes is None else part_bytes  # no product gains by more
+    width = max(1, part_bytes // 8)
+    for start in range(0, len(total), width):
+        columns = slice(start, min(start + width, len(total)))
+        for rows in valid_rows(store, [columns], part_bytes=part_bytes):
+            step = max(1, rows.shape[1] // 8)  # of the columns, as float64 copies are larger
+            sums = total[columns].split(step)
+            for some, values in zip(sums, rows.split(step, 1), strict=True):
+                some += values.double().square().sum(0)
+    return total.div_(n)
 
 
-def solved_for(queries: Tensor, store: RowStore, solve: Callable[[Tensor], Tensor]) -> Tensor:
+def solved_for(
+    queries: Tensor,
+    store: RowStore,
+    solve: Callable[[Tensor], Tensor],
+    part_bytes: int | None = None,
+) -> Tensor:
     """solve(queries) [m, R]; in float64 where products with the store's rows would lose digits.
 
     With little damping λ the part of a query that the rows do not span is large in its solution,
     1/λ of it, and its products with the rows cancel: in float32 to less than their rounding. Some
-    rows of the store show whether that, or the solution itself, is more than float32 holds.
+    rows of the store, read about `part_bytes` at a time (None is PART_BYTES), show whether that,
+    or the solution itself, is more than float32 holds.
     """
     solved = solve(queries)
-    if solved.dtype == torch.float64 or _float32_holds(queries, solved, store):
+    if solved.dtype == torch.float64 or _float32_holds(queries, solved, store, part_bytes):
         return solved
+    del solved
     return solve(queries.double())
 
 
-def _float32_holds(queries: Tensor, solved: Tensor, store: RowStore) -> bool:
-    solved = solved[finite_rows(queries) & queries.any(1)]
-    if not solved.isfinite().all():
+def _float32_holds(
+    queries: Tensor, solved: Tensor, store: RowStore, part_bytes: int | None
+) -> bool:
+    part_bytes = PART_BYTES if part_bytes is None else part_bytes
+    m, R = solved.shape
+    few = max(1, part_bytes // (8 * R))
+    asked = torch.cat([finite_rows(q) & q.any(1) for q in queries.split(few)])
+    if not torch.cat([finite_rows(x) for x in solved.split(few)])[asked].all():
         return False
     valid = torch.arange(len(store))
     if not store.valid.all():
         valid = valid[store.valid]
-    rows = store.at(valid[:: max(1, len(valid) // _PROBED)][:_PROBED])
-    shape = len(solved), len(rows)
-    exact, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    all_squares = 0.0
-    for x, g in zip(solved.split(1 << 16, 1), rows.split(1 << 16, 1), strict=True):
-        x, g = x.cpu().double(), g.cpu().double().nan_to_num(0)
-        exact += x @ g.T
-        g = g.square()
-        squares += x.square() @ g.T
-        all_squares += float(g.sum())
+    probed = valid[:: max(1, len(valid) // _PROBED)][:_PROBED]
+    exact, squares = (torch.zeros(m, len(probed), dtype=torch.float64) for _ in range(2))
+    norms = torch.zeros(len(probed), dtype=torch.float64)
+    step = max(1, part_bytes // (64 * max(m, len(probed))))
+    for at, positions in zip(torch.arange(len(probed)).split(few), probed.split(few), strict=True):
+        rows = store.at(positions)
+        for x, g in zip(solved.split(step, 1), rows.split(step, 1), strict=True):
+            x, g = x.cpu().double(), g.cpu().double().nan_to_num_(0)
+            exact[:, at] += x @ g.T
+            norms[at] += g.square().sum(1)
+            squares[:, at] += x.square() @ g.square().T
     # Roundings of as many terms add up like a random walk; and below 2^-149 a solution is zero.
-    least = 2.0**-149 * math.sqrt(all_squares)
+    least = 2.0**-149 * norms.sum().sqrt()
     rounding = torch.finfo(torch.float32).eps * squares.sum(1).sqrt() + least
-    return bool((rounding <= _LOST * exact.norm(dim=1)).all())
+    return bool((rounding <= _LOST * exact.norm(dim=1))[asked].all())
 
 
 def products(solved: Tensor, store: RowStore) -> Tensor:

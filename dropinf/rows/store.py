@@ -233,8 +233,13 @@ class RowStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the rows are kept; they are read as float32, or of float64 as that."""
+        """In which the rows are kept."""
         return self._parts.packing.dtype
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """In which the rows are read."""
+        return self._parts.packing.read_dtype
 
     @property
     def ids(self) -> Ids:
@@ -275,17 +280,23 @@ class RowStore:
         rows = [part.packing.unpack(part.packed) for part in self._parts.parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def chunks(self, columns: Sequence[slice] = (slice(None),)) -> Iterator[tuple[int, Tensor]]:
+    def chunks(
+        self, columns: Sequence[slice] = (slice(None),), most: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """The rows in order, as (position of the first, [c, R]) of about 16 MiB each.
 
         Args:
             columns: to read, which then stand side by side.
+            most: rows at a time; None is all of such a chunk.
 
         Raises:
             ValueError: a chunk on disk does not have its checksum.
         """
         for start, packed in self._parts.chunks():
-            yield start, self._parts.packing.unpack(packed, columns)
+            step = len(packed) if most is None else most
+            for first in range(0, len(packed), step):
+                rows = self._parts.packing.unpack(packed[first : first + step], columns)
+                yield start + first, rows
 
     def kept(self) -> Iterator[tuple[int, Kept]]:
         """Some chunks at a time as they are kept, for kernels that read them so."""

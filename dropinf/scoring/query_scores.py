@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dropinf import ops
 from dropinf.compression import Compression, Dropout, Plan
 from dropinf.rows import (
+    PART_BYTES,
     LossFn,
     RowStore,
     collect,
@@ -42,7 +44,8 @@ def scores(
         solver: fitted, usually on `store`.
         relative: divide by the square root of each training example's self-influence, so that
             outliers with large gradients do not come first for every query (RelatIF, arXiv
-            2003.11630, section 4.2, l-relative influence); this does solve for the training rows.
+            2003.11630, section 4.2, l-relative influence); this does solve for the training rows,
+            see `self_influence`.
         weights: "any" takes rows of other weights than the queries' or the solver's, which are an
             error otherwise.
 
@@ -124,19 +127,25 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
     """[n]: scores[i, i] of every training example, without forming [n, n].
 
     Large for what a model fits with few other examples: memorised, mislabelled, rare. Solves for
-    all n rows, some at a time; `weights` is as in `scores`.
+    all n rows, as many at a time as have room within the solver's `max_bytes`, or else in 256 MB;
+    `weights` is as in `scores`.
 
     Returns:
         [n] in the rows' dtype; NaN where the row is invalid.
 
     Raises:
-        ValueError: store and solver were not made under the same plan, or a self-influence is
-            beyond the range of the rows' dtype.
+        ValueError: store and solver were not made under the same plan, a self-influence is
+            beyond the range of the rows' dtype, or a row takes more than `max_bytes`.
     """
     solver.check_plans("self_influence", store, store, weights)
+    # A quarter is for the rows: two parts in memory, or one and its solutions, in float64.
+    room, R = solver.room("self_influence", whole_store=True), store.plan.width
+    here, there = room.share(1 / 4), room.share(3 / 4)
+    here.need(f"a row of width R={R}", 24 * R)
+    solve = partial(solver.solve_within, room=there)
     parts = []
-    for rows in valid_rows(store):
-        solved = solved_for(rows, store, solver.solve)
+    for rows in valid_rows(store, part_bytes=here.count(24 * R) * R * 4):
+        solved = solved_for(rows, store, solve, min(PART_BYTES, int(there.num_bytes / 2)))
         own = (solved * rows).sum(1).to(rows.dtype)
         scale = solver.scale(rows)
         parts.append(own if scale is None else own * scale)
@@ -190,13 +199,13 @@ def ensemble(
                 f"{list(mean.shape)}; give the same queries and training examples to all"
             )
         count += 1
-        off = found - mean  # Welford's update: no cancellation of large sums
-        mean += off / count
-        squares += off * (found - mean)
+        _welford(found, count, mean, squares)
+        del found  # before there are those of the next part
     if count == 0:
         raise ValueError("ensemble: no parts were given")
-    spread = squares / (count - 1) if count > 1 else torch.full_like(mean, torch.nan)
-    return Ensemble(mean, (spread / count).sqrt())
+    if count == 1:
+        squares.fill_(torch.nan)
+    return Ensemble(mean, squares.div_(max(1, count - 1)).div_(count).sqrt_())
 
 
 def influence(
@@ -230,6 +239,14 @@ def influence(
         for loader, label in ((train_loader, "train rows"), (query_loader, "query rows"))
     )
     return scores(queries, store, Cholesky(damping).fit(store))
+
+
+def _welford(found: Tensor, count: int, mean: Tensor, squares: Tensor) -> None:
+    """Take in the scores of part number `count`, with no cancellation of large sums."""
+    for new, average, square in zip(found, mean, squares, strict=True):
+        off = new - average
+        average += off / count
+        square += off * (new - average)
 
 
 def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:

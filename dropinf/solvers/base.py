@@ -12,6 +12,7 @@ from torch import Tensor
 from dropinf.compression import LayerPlan, Plan
 from dropinf.rows import RowStore, finite_rows
 from dropinf.solvers.number_range import check_scores
+from dropinf.solvers.room import Room
 
 Self = TypeVar("Self", bound="Solver")
 
@@ -23,17 +24,23 @@ class Solver(ABC):
         plan: of the rows it was fitted on; None before `fit`.
         store: what it was fitted on; None before `fit`, and for a solver that was loaded.
         weights: fingerprint of those that made the rows of the fit, None if it is not known.
+        max_bytes: bound of the memory of `fit` and what it leaves, of each `solve`, and of
+            self-influences, beyond what these are given and return. None: `solve` takes its queries
+            all at once, what goes over all rows of a store takes 256 MB or a row at a time.
     """
 
     plan: Plan | None = None
     store: RowStore | None = None
     weights: str | None = None
+    max_bytes: int | None = None
+    _kept_bytes: int = 0  # in memory, between fit and solve
 
     def fit(self: Self, store: RowStore) -> Self:
         """Learn from the valid rows of `store`.
 
         Raises:
-            ValueError: the store holds no valid row, or a layer cannot be inverted.
+            ValueError: the store holds no valid row, a layer cannot be inverted, or does not fit
+                into `max_bytes`.
         """
         n = int(store.valid.sum())
         if n == 0:
@@ -41,6 +48,7 @@ class Solver(ABC):
                 f"{type(self).__name__}.fit: none of the store's {len(store)} rows is valid"
             )
         self.plan = self.store = None  # an error leaves it unfitted, not half of the one before
+        self._kept_bytes = 0
         self._fit(store, n)
         self.plan, self.store, self.weights = store.plan, store, store.weights
         return self
@@ -53,15 +61,32 @@ class Solver(ABC):
 
         Raises:
             RuntimeError: the solver was not fitted.
-            ValueError: the rows do not have the width of those it was fitted on.
+            ValueError: the rows do not have the width of those it was fitted on, or one of them
+                takes more than `max_bytes`.
         """
-        return self._checked("solve", rows, self._solve)
+        return self.solve_within(rows, self.room("solve"))
+
+    def solve_within(self, rows: Tensor, room: Room) -> Tensor:
+        """`solve` with a share of the memory, for who keeps something beside it."""
+        return self._checked("solve", rows, self._solve, room)
 
     def scale(self, rows: Tensor) -> Tensor | None:
         """[n] factors of the scores of training rows [n, R]; None is one each."""
         return None
 
-    def _checked(self, call: str, rows: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    def room(self, call: str, whole_store: bool = False) -> Room:
+        """The memory that a call may take, beside what the solver keeps."""
+        room = Room.of(f"{type(self).__name__}.{call}", self.max_bytes, whole_store)
+        return room if self.max_bytes is None else room.beside(self._kept_bytes)
+
+    def _bounded(self, max_bytes: int | None) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"{type(self).__name__}: max_bytes must be positive, got {max_bytes}")
+        self.max_bytes = max_bytes
+
+    def _checked(
+        self, call: str, rows: Tensor, solve: Callable[[Tensor, Tensor, Room], None], room: Room
+    ) -> Tensor:
         if self.plan is None:
             raise RuntimeError(f"{type(self).__name__}.{call}: call fit(store) first")
         if rows.dim() != 2 or rows.shape[1] != self.plan.width:
@@ -69,12 +94,22 @@ class Solver(ABC):
                 f"{type(self).__name__}.{call}: rows must be [m, {self.plan.width}], "
                 f"got {tuple(rows.shape)}"
             )
-        finite = finite_rows(rows)  # a query that is marked invalid may hold anything
+        if not len(rows):
+            return rows.clone()
+        row_bytes = 8 * rows.shape[1]
+        # A query that is marked invalid may hold anything.
+        finite = torch.cat([finite_rows(some) for some in rows.split(room.count(4 * row_bytes))])
+        solved = torch.zeros_like(rows)
         if finite.all():
-            return solve(rows) if len(rows) else rows.clone()
-        solved = torch.full_like(rows, torch.nan)
-        if finite.any():
-            solved[finite] = solve(rows[finite])
+            solve(rows, solved, room)
+            return solved
+        solved[~finite] = torch.nan
+        half = room.share(1 / 2)
+        for at in finite.nonzero().flatten().split(half.count(2 * row_bytes)):
+            some = rows[at]
+            found = torch.zeros_like(some)
+            solve(some, found, half)
+            solved[at] = found
         return solved
 
     def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
@@ -127,7 +162,8 @@ class Solver(ABC):
     def _fit(self, store: RowStore, n: int) -> None: ...
 
     @abstractmethod
-    def _solve(self, rows: Tensor) -> Tensor: ...
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        """Write into `solved`, which holds zeros."""
 
 
 class Joint(Solver):

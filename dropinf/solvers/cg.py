@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import multiply, solvable
+from dropinf.solvers.gauss_newton import multiply, product_bytes, solvable
 from dropinf.solvers.number_range import diagonal_of
+from dropinf.solvers.room import Room
 from dropinf.user_warning import warn_user
 
 # Directions below this share of the longest are rounding: they are dropped.
@@ -33,7 +35,8 @@ class CG(Solver):
 
     One pass over the store at `fit`; at `solve` one pass a step for all layers that are not done,
     about √(condition of A) steps and fewer the more queries there are, and one that computes each
-    residual anew. Memory: six float64 tensors [m, R]. Sums are float64.
+    residual anew. Memory: six float64 tensors [m, R], or within `max_bytes` by solving for some
+    layers, or some queries of a layer, after the others. Sums are float64.
 
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
@@ -42,6 +45,7 @@ class CG(Solver):
             rank, x itself may be off by tol |q| / λ_l, of which `fit` warns.
         max_iterations: passes at each `solve`; None is 20 + 2 min(n, r), r of the widest layer
             (without rounding, 1 + min(n, r) would do).
+        max_bytes: bound of the memory, see `Solver`.
 
     Raises:
         ValueError: an argument is out of range; or, at `fit`, a layer with λ_l = 0 has n < r_l or
@@ -56,6 +60,7 @@ class CG(Solver):
         absolute: bool = False,
         tol: float = 1e-6,
         max_iterations: int | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self._damping = Damping("CG", damping, absolute)
         if not 0 < tol < 1:
@@ -63,13 +68,14 @@ class CG(Solver):
         if max_iterations is not None and max_iterations < 1:
             raise ValueError(f"CG: max_iterations must be from 1, got {max_iterations!r}")
         self.tol, self.max_iterations = tol, max_iterations
+        self._bounded(max_bytes)
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = store.plan.blocks
-        self._diagonal = diagonal_of("CG.fit", store, n)
+        self._diagonal = diagonal_of(self.room("fit"), store, n)
         λs = self._damping.lambdas(blocks, self._diagonal)
         self._layers = solvable("CG.fit", blocks, λs, self._diagonal, n)
-        self._n = n
+        self._n, self._kept_bytes = n, 8 * len(self._diagonal)
         for block, λ in self._layers:
             mean = float(self._diagonal[block.entries].mean())
             if 0 < λ < 100 * self.tol * mean:
@@ -80,20 +86,33 @@ class CG(Solver):
                 )
                 break
 
-    def _solve(self, rows: Tensor) -> Tensor:
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        blocks = [block for block, _ in self._layers]
+        part_bytes, tensors = room.part_bytes, room.share(1 / 2)
+        for layers, at in tensors.pieces(
+            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
+        ):
+            self._solve_some(self._layers[layers], rows[at], solved[at], part_bytes)
+
+    def _solve_some(
+        self,
+        layers: Sequence[tuple[LayerPlan, float]],
+        rows: Tensor,
+        solved: Tensor,
+        part_bytes: int | None,
+    ) -> None:
         systems = [
             _System(block, λ, self._diagonal[block.entries], rows[:, block.entries].double())
-            for block, λ in self._layers
+            for block, λ in layers
         ]
         most = self.max_iterations
         if most is None:
             most = 20 + 2 * min(self._n, max((block.r for block, _ in self._layers), default=0))
-        solved = torch.zeros_like(rows)
         for _ in range(most):
             if not systems:
                 break
             asked = [(system.block, system.asks(self.tol)) for system in systems]
-            answers = multiply(self.store, self._n, asked)
+            answers = multiply(self.store, self._n, asked, part_bytes)
             waiting = []
             for system, answer in zip(systems, answers, strict=True):
                 if system.advance(answer, self.tol):
@@ -109,7 +128,11 @@ class CG(Solver):
                 f"(layers not done: {len(systems)}); raise max_iterations, tol or the damping, or "
                 "take Cholesky or Eigen"
             )
-        return solved
+
+
+def _query_bytes(width: int, part_bytes: int | None) -> int:
+    """Of a system's five tensors and a diagonal, and what one layer's step makes beside them."""
+    return 16 * 8 * width + product_bytes(width, part_bytes)
 
 
 class _System:

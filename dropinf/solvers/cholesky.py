@@ -15,9 +15,10 @@ from dropinf.solvers.base import Joint, Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
 from dropinf.solvers.eigen import Eigen
-from dropinf.solvers.factor_file import Spill
+from dropinf.solvers.factor_file import FileTensor, Spill
 from dropinf.solvers.group import Group, Layer, Setting
 from dropinf.solvers.primal import Primal
+from dropinf.solvers.room import Room
 from dropinf.solvers.saving import load_solver, save_solver
 from dropinf.text_table import print_table
 
@@ -45,14 +46,15 @@ class Cholesky(Solver):
         absolute: `damping` is λ_l itself.
         dtype: of F_l and its factor in the r x r form; None is the rows' own, and float64 for the
             layers that need it.
-        max_bytes: bound of the memory for matrices, factors and parts of the rows. What does not
-            fit at once is done some layers at a time, with the factors in a temporary file.
+        max_bytes: bound of the memory, see `Solver`. What does not fit at once is done some layers
+            at a time, with the factors in a temporary file.
 
     Attributes:
         layers: a `Layer` for each (name, r, form, λ, failed_pivots, retries); after fit.
     """
 
     layers: tuple[Layer, ...] = ()
+    _spill: Spill | None = None
     _eigen: type[Eigen] = Eigen
 
     def __init__(
@@ -66,15 +68,14 @@ class Cholesky(Solver):
         self._damping = Damping(op, damping, absolute)
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"{op}: dtype must be float32 or float64, got {dtype}")
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"{op}: max_bytes must be positive, got {max_bytes}")
         self.damping, self.absolute = damping, absolute
-        self.dtype, self.max_bytes = dtype, max_bytes
+        self.dtype = dtype
+        self._bounded(max_bytes)
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = self._blocks(store.plan)
         dampings = dict(zip(blocks, self._damping.of(blocks), strict=True))
-        dtype = next(store.chunks())[1].dtype if self.dtype is None else self.dtype
+        dtype = store.read_dtype if self.dtype is None else self.dtype
         part_bytes = PART_BYTES
         if self.max_bytes is not None:
             part_bytes = min(part_bytes, max(1, self.max_bytes // 8))
@@ -86,10 +87,8 @@ class Cholesky(Solver):
         self._spill = None if total + beside <= self._budget(setting) else Spill()
         self._fit_groups(store, groups, dampings)
         widened = [self._widened(block, group) for group in groups for block in group.left]
-        if widened and self.max_bytes is not None and self._spill is None:
-            self._spill = Spill()
-            for group in groups:
-                group.factors = self._spill.append(group.factors)
+        if widened and self.max_bytes is not None:
+            self._to_file(groups)
         self._fit_groups(store, widened, dampings)
         self._set(blocks, [*groups, *widened])
 
@@ -100,6 +99,14 @@ class Cholesky(Solver):
             group.fit(store, [dampings[block] for block in group.blocks])
             if self._spill is not None:
                 group.factors = self._spill.append(group.factors)
+
+    def _to_file(self, groups: Sequence[Group]) -> None:
+        """Factors that are in memory."""
+        for group in groups:
+            if isinstance(group.factors, Tensor):
+                self._spill = Spill() if self._spill is None else self._spill
+                group.factors = self._spill.append(group.factors)
+        self._kept_bytes = 0
 
     def _widened(self, block: LayerPlan, group: Group) -> Group:
         """For a layer that the group left: in float64 if that fits, or else as it was."""
@@ -112,6 +119,8 @@ class Cholesky(Solver):
         self.layers = tuple(done[block] for block in blocks)
         self._order, self._groups = list(blocks), list(groups)
         self._decomposed: Eigen | None = None
+        in_memory = [g.factors for g in groups if isinstance(g.factors, Tensor)]
+        self._kept_bytes = sum(factors.nbytes for factors in in_memory)
 
     def _budget(self, setting: Setting) -> float:
         """Bytes for factors and what is beside them while they are made.
@@ -145,11 +154,18 @@ class Cholesky(Solver):
                 together.append([block])
         return [*(Primal(members, setting) for members in together), *alone]
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        solved = torch.empty_like(rows)
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
         for group in self._groups:
-            group.solve(self.store, rows, solved)
-        return solved
+            part_bytes = min(group.setting.part_bytes, room.part_bytes or PART_BYTES)
+            fixed, each = group.solve_bytes(part_bytes)
+            if isinstance(group.factors, FileTensor):
+                fixed += group.factors.num_bytes
+            names = ", ".join(repr(block.name) for block in group.blocks[:2])
+            room.need(f"layer {names}{', ...' * (len(group.blocks) > 2)}", fixed + each)
+            few, factors = room.beside(fixed).count(each), group.read()
+            for some, found in zip(rows.split(few), solved.split(few), strict=True):
+                group.solve(self.store, factors, some, found, part_bytes)
+            del factors
 
     def sweep(
         self,
@@ -172,7 +188,10 @@ class Cholesky(Solver):
                 f"{name}.sweep: needs the rows of the fit; use {name}.load(path, store)"
             )
         if self._decomposed is None:
-            self._decomposed = self._eigen(absolute=self.absolute).fit(self.store)
+            if self.max_bytes is not None:
+                self._to_file(self._groups)
+            eigen = self._eigen(absolute=self.absolute, max_bytes=self.max_bytes)
+            self._decomposed = eigen.fit(self.store)
         return self._decomposed.sweep(dampings, queries, store, weights)
 
     def condition(self) -> list[float]:
@@ -230,7 +249,8 @@ class Cholesky(Solver):
         Args:
             path: the directory.
             store: what it was fitted on; needed for layers in the n x n form, and by `sweep`.
-            max_bytes: factors of more than that stay in the directory and are read to solve.
+            max_bytes: bound of the memory, see `Solver`. Factors of more than a quarter of it stay
+                in the directory, and are read some layers at a time.
 
         Raises:
             FileNotFoundError: there is no solver at `path`.
@@ -239,7 +259,7 @@ class Cholesky(Solver):
         saved = load_solver(cls.__name__, path, store)
         solver = cls(**saved.options, dtype=saved.setting.dtype, max_bytes=max_bytes)
         blocks = solver._blocks(saved.plan)
-        groups = saved.groups(blocks, in_memory=max_bytes)
+        groups = saved.groups(blocks, None if max_bytes is None else max_bytes // 4)
         solver._set(blocks, groups)
         solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
         return solver

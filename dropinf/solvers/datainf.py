@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import parts
+from dropinf.solvers.gauss_newton import parts, product_bytes
 from dropinf.solvers.number_range import diagonal_of
+from dropinf.solvers.room import Room, span, within
 
 
 class DataInf(Solver):
@@ -22,22 +25,30 @@ class DataInf(Solver):
     Kwon et al. 2024 (arXiv 2310.00902), equation 5. It is not (F_l + λ_l)⁻¹ q: the error that the
     exchange makes grows with r_l (their theorem 1), and vanishes as the damping grows.
 
-    One pass over the store at `fit`, for λ_l, and one at each `solve`; memory O(m R).
+    One pass over the store at `fit`, for λ_l, and one at each `solve`; memory O(m R), or within
+    `max_bytes` by a pass for some layers, or some queries of a layer, at a time.
 
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
         absolute: `damping` is λ_l itself.
+        max_bytes: bound of the memory, see `Solver`.
 
     Raises:
-        ValueError: the damping is not a number from 0; or, at `fit`, it is 0 for a layer that is
+        ValueError: an argument is out of range; or, at `fit`, it is 0 for a layer that is
             not all zeros (which would give zeros).
     """
 
-    def __init__(self, damping: float | Mapping[str, float] = 0.1, absolute: bool = False) -> None:
+    def __init__(
+        self,
+        damping: float | Mapping[str, float] = 0.1,
+        absolute: bool = False,
+        max_bytes: int | None = None,
+    ) -> None:
         self._damping = Damping("DataInf", damping, absolute)
+        self._bounded(max_bytes)
 
     def _fit(self, store: RowStore, n: int) -> None:
-        diagonal = diagonal_of("DataInf.fit", store, n)
+        diagonal = diagonal_of(self.room("fit"), store, n)
         blocks = store.plan.blocks
         self._layers = []
         for block, λ in zip(blocks, self._damping.lambdas(blocks, diagonal), strict=True):
@@ -50,16 +61,35 @@ class DataInf(Solver):
                 )
         self._n = n
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        queries = rows.double()
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        blocks = [block for block, _ in self._layers]
+        part_bytes, tensors = room.part_bytes, room.share(1 / 2)
+        for layers, at in tensors.pieces(
+            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
+        ):
+            self._solve_some(self._layers[layers], rows[at], solved[at], part_bytes)
+
+    def _solve_some(
+        self,
+        layers: Sequence[tuple[LayerPlan, float]],
+        rows: Tensor,
+        solved: Tensor,
+        part_bytes: int | None,
+    ) -> None:
+        columns = span([block for block, _ in layers])
+        queries = rows[:, columns].double()
         sums = torch.zeros_like(queries)
-        for part in parts(self.store):
-            for block, λ in self._layers:
-                G, q = part[:, block.entries], queries[:, block.entries]
+        for part in parts(self.store, columns, part_bytes):
+            for block, λ in layers:
+                at = within(block, columns)
+                G, q = part[:, at], queries[:, at]
                 weights = 1 / (self._n * (λ + G.square().sum(1)))
-                sums[:, block.entries].addmm_(q @ G.T * weights, G)
-        solved = torch.zeros_like(rows)
-        for block, λ in self._layers:
-            at = block.entries
-            solved[:, at] = (queries[:, at] - sums[:, at]) / λ
-        return solved
+                sums[:, at].addmm_(q @ G.T * weights, G)
+        for block, λ in layers:
+            at = within(block, columns)
+            solved[:, block.entries] = torch.sub(queries[:, at], sums[:, at]).div_(λ)
+
+
+def _query_bytes(width: int, part_bytes: int | None) -> int:
+    """A query and its sum, a difference of both, and its products with a part."""
+    return 3 * 8 * width + product_bytes(width, part_bytes)

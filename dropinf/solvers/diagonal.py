@@ -11,6 +11,7 @@ from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.number_range import diagonal_of
+from dropinf.solvers.room import Room
 
 
 class Diagonal(Solver):
@@ -25,17 +26,24 @@ class Diagonal(Solver):
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
         absolute: `damping` is λ_l itself.
+        max_bytes: bound of the memory, see `Solver`.
 
     Raises:
-        ValueError: the damping is not a number from 0; or, at `fit`, it is 0 and a coordinate is
+        ValueError: an argument is out of range; or, at `fit`, it is 0 and a coordinate is
             zero in every row. (A layer that is zero as a whole gives zeros.)
     """
 
-    def __init__(self, damping: float | Mapping[str, float] = 0.1, absolute: bool = False) -> None:
+    def __init__(
+        self,
+        damping: float | Mapping[str, float] = 0.1,
+        absolute: bool = False,
+        max_bytes: int | None = None,
+    ) -> None:
         self._damping = Damping("Diagonal", damping, absolute)
+        self._bounded(max_bytes)
 
     def _fit(self, store: RowStore, n: int) -> None:
-        diagonal = diagonal_of("Diagonal.fit", store, n)
+        diagonal = diagonal_of(self.room("fit"), store, n)
         self._inverse = torch.zeros_like(diagonal)
         blocks = store.plan.blocks
         for block, λ in zip(blocks, self._damping.lambdas(blocks, diagonal), strict=True):
@@ -49,6 +57,12 @@ class Diagonal(Solver):
                     "invert; raise the damping"
                 )
             self._inverse[block.entries] = 1 / damped
+        self._kept_bytes = 8 * len(diagonal)
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        return (rows.double() * self._inverse.to(rows.device)).to(rows.dtype)
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        inverse = self._inverse.to(rows.device)
+        # Some columns at a time, since in float64 they are larger than the result.
+        step = max(1, min(1 << 20, room.count(16)) // len(rows))
+        for start in range(0, len(inverse), step):
+            at = slice(start, start + step)
+            solved[:, at] = rows[:, at].double() * inverse[at]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan
-from dropinf.rows import RowStore, valid_rows
+from dropinf.rows import RowStore
+from dropinf.solvers.gauss_newton import columns_of
 from dropinf.solvers.group import Group, Layer, Setting, largest, lost_pivot
 from dropinf.solvers.number_range import check_squares
 
@@ -37,7 +38,7 @@ class Dual(Group):
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
         n, (block,) = self.setting.n, self.blocks
         K = torch.zeros(n, n, dtype=torch.float64)
-        for _, G in self._columns_of(store):
+        for _, G in columns_of(store, block, n, self.setting.part_bytes):
             K.addmm_(G, G.T)
         check_squares(f"{self.setting.op}.fit", block, K.diagonal(), store)
         mean = float(K.trace()) / (n * block.r)
@@ -63,17 +64,30 @@ class Dual(Group):
             self.layers[0] = self._retried(self.layers[0], failed, factorise, mean)
         self.factors = factor.reshape(-1)
 
-    def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
-        (layer,), n = self.layers, self.setting.n
+    def solve(
+        self,
+        store: RowStore | None,
+        factors: Tensor,
+        rows: Tensor,
+        solved: Tensor,
+        part_bytes: int,
+    ) -> None:
+        (layer,), (block,), n = self.layers, self.blocks, self.setting.n
         if layer.form == "zero":
-            solved[:, self.blocks[0].entries] = 0
+            solved[:, block.entries] = 0
             return
         inner = torch.zeros(n, len(rows), dtype=torch.float64)
-        for columns, G in self._columns_of(store):
+        for columns, G in columns_of(store, block, n, part_bytes):
             inner.addmm_(G, rows[:, columns].double().T)
-        inner = torch.cholesky_solve(inner, self.read().view(n, n))
-        for columns, G in self._columns_of(store):
+        inner = torch.cholesky_solve(inner, factors.view(n, n))
+        for columns, G in columns_of(store, block, n, part_bytes):
             solved[:, columns] = (rows[:, columns].double() - inner.T @ G) / layer.λ
+
+    def solve_bytes(self, part_bytes: int) -> tuple[int, int]:
+        (block,), n = self.blocks, self.setting.n
+        width = min(block.r, max(1, part_bytes // (8 * n)))
+        # torch copies the factor; two parts of the rows, and what is made of one.
+        return 8 * n**2 + 3 * part_bytes, 8 * (3 * n + 4 * width)
 
     def condition(self) -> list[float]:
         (layer,), n = self.layers, self.setting.n
@@ -81,12 +95,3 @@ class Dual(Group):
             return [1.0]
         L = self.read().view(n, n)
         return [largest(lambda v: L @ (L.T @ v), n, L.dtype) / (n * layer.λ)]
-
-    def _columns_of(self, store: RowStore) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, G [n, w] float64 of those), w as wide as a part allows."""
-        n, (block,) = self.setting.n, self.blocks
-        width = max(1, self.setting.part_bytes // (8 * n))
-        for start in range(block.offset, block.offset + block.r, width):
-            columns = slice(start, min(start + width, block.offset + block.r))
-            num_bytes = 8 * n * (columns.stop - columns.start)
-            yield columns, next(valid_rows(store, [columns], torch.float64, num_bytes))

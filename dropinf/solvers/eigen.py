@@ -11,10 +11,13 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.compression import LayerPlan
-from dropinf.rows import RowStore, mark_invalid, products, solved_for, valid_rows
+from dropinf.rows import PART_BYTES, RowStore, mark_invalid, products, solved_for, valid_rows
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
+from dropinf.solvers.factor_file import FileTensor, Spill
+from dropinf.solvers.gauss_newton import columns_of
 from dropinf.solvers.number_range import check_squares
+from dropinf.solvers.room import Room, within
 from dropinf.user_warning import warn_user
 
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
@@ -25,8 +28,14 @@ class _Pairs(NamedTuple):
 
     block: LayerPlan
     s: Tensor  # [k] float64, rising
-    V: Tensor  # [r, k] float64
+    V: Tensor | FileTensor  # [r, k] float64, in a file transposed and flat
     mean_diagonal: float  # of F_l, all of it
+
+    def vectors(self) -> Tensor:
+        """V, in memory."""
+        if isinstance(self.V, Tensor):
+            return self.V
+        return self.V.read().view(len(self.s), self.block.r).T
 
 
 class Eigen(Solver):
@@ -42,6 +51,8 @@ class Eigen(Solver):
     Args:
         damping, absolute: as in `Cholesky`.
         rank: eigenpairs to keep of each layer; None is all.
+        max_bytes: bound of the memory, see `Solver`. Eigenvectors that are more than a quarter of
+            it are in a temporary file, and read a layer at a time.
     """
 
     def __init__(
@@ -49,41 +60,76 @@ class Eigen(Solver):
         damping: float | Mapping[str, float] = 0.1,
         absolute: bool = False,
         rank: int | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self._damping = Damping(type(self).__name__, damping, absolute)
         if rank is not None and rank < 1:
             raise ValueError(f"{type(self).__name__}: rank must be from 1, got {rank!r}")
         self.damping, self.absolute, self.rank = damping, absolute, rank
+        self._bounded(max_bytes)
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = self._blocks(store.plan)
         self._damping.of(blocks)  # before hours of work
-        self._pairs = [self._decompose(store, n, block) for block in blocks]
+        room = self.room("fit")
+        part_bytes = room.part_bytes
+        room = room.share(5 / 8)  # beside two parts of the rows, and what is made of one
+        needs = []
+        for block in blocks:
+            vectors = self._vector_bytes(block, n)
+            # A matrix, its eigenvectors and LAPACK's workspace; a copy of V, Q and one in order.
+            scratch = 6 * 8 * min(n, block.r) ** 2 + (3 * vectors if n < block.r else 0)
+            room.need(f"layer {block.name!r} (n={n}, r={block.r})", vectors + scratch)
+            needs.append((vectors, scratch))
+        kept, scratch = sum(v for v, _ in needs), max(s for _, s in needs)
+        fits = kept <= room.num_bytes / 4 and kept + scratch <= room.num_bytes
+        self._pairs: list[_Pairs] = []
+        self._spill = None if fits else Spill()
+        self._kept_bytes = kept if fits else 0
+        for block in blocks:
+            pairs = self._decompose(store, n, block, part_bytes)
+            if self._spill is not None:
+                pairs = pairs._replace(V=self._spill.append(pairs.V.T.reshape(-1)))
+            self._pairs.append(pairs)
+            del pairs
         self._warn_of_rounding("fit", self._damping)
 
-    def _decompose(self, store: RowStore, n: int, block: LayerPlan) -> _Pairs:
-        op, columns = f"{type(self).__name__}.fit", [block.entries]
+    def _vector_bytes(self, block: LayerPlan, n: int) -> int:
+        return 8 * block.r * min(n, block.r, block.r if self.rank is None else self.rank)
+
+    def _decompose(
+        self, store: RowStore, n: int, block: LayerPlan, part_bytes: int | None
+    ) -> _Pairs:
+        op = f"{type(self).__name__}.fit"
         if n < block.r:
-            G = next(valid_rows(store, columns, torch.float64, 8 * n * block.r))  # [n, r]
-            K = G @ G.T / n
+            K = torch.zeros(n, n, dtype=torch.float64)
+            for _, G in columns_of(store, block, n, part_bytes):
+                K.addmm_(G, G.T)
+            K.div_(n)
             check_squares(op, block, K.diagonal(), store)
             mean = float(K.trace()) / block.r
             s, U = torch.linalg.eigh(K)
+            del K
             kept = self._kept(s)
-            s, V = s[kept], G.T @ (U[:, kept] / (n * s[kept]).sqrt())
+            s, U = s[kept], U[:, kept] / (n * s[kept]).sqrt()
+            V = torch.empty(block.r, len(s), dtype=torch.float64)
+            for columns, G in columns_of(store, block, n, part_bytes):
+                torch.mm(G.T, U, out=V[within(block, columns)])
             if len(s) and s[0] < 1e-3 * s[-1]:
                 # The shorter G.T u is, the more rounding has left in it of the longer ones.
                 V = torch.linalg.qr(V.flip(1)).Q.flip(1)
         else:
             F = torch.zeros(block.r**2, dtype=torch.float64)
-            for rows in valid_rows(store, columns):
+            for rows in valid_rows(store, [block.entries], part_bytes=part_bytes):
                 ops.gram(rows, (0, block.r), scale=1 / n, accumulate=True, out=F)
             matrix = F.view(block.r, block.r)
             check_squares(op, block, matrix.diagonal(), store)
             mean = float(matrix.diagonal().mean())
             s, V = torch.linalg.eigh(matrix)  # reads the lower triangle
             kept = self._kept(s)
-            s, V = s[kept], V[:, kept]
+            if len(s[kept]) < block.r:
+                V = V[:, kept].clone()  # or else all of it would stay in memory
+            s = s[kept]
         return _Pairs(block, s, V, mean)
 
     def _kept(self, s: Tensor) -> slice:
@@ -92,8 +138,8 @@ class Eigen(Solver):
         k = positive if self.rank is None else min(positive, self.rank)
         return slice(len(s) - k, len(s))
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        return self._solve_with(rows, self._damping)
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        self._solve_with(self._damping, rows, solved, room)
 
     def solve_at(self, rows: Tensor, damping: float | Mapping[str, float]) -> Tensor:
         """`solve` with another damping, from the same decomposition.
@@ -101,25 +147,34 @@ class Eigen(Solver):
         Raises:
             ValueError: a layer is singular at that damping.
         """
+        return self._solve_at(rows, damping, self.room("solve_at"))
+
+    def _solve_at(self, rows: Tensor, damping: float | Mapping[str, float], room: Room) -> Tensor:
         wanted = Damping(f"{type(self).__name__}.solve_at", damping, self.absolute)
 
-        def solve(q: Tensor) -> Tensor:
+        def solve(q: Tensor, solved: Tensor, room: Room) -> None:
             self._warn_of_rounding("solve_at", wanted)
-            return self._solve_with(q, wanted)
+            self._solve_with(wanted, q, solved, room)
 
-        return self._checked("solve_at", rows, solve)
+        return self._checked("solve_at", rows, solve, room)
 
-    def _solve_with(self, rows: Tensor, damping: Damping) -> Tensor:
-        solved = torch.empty_like(rows)
+    def _solve_with(self, damping: Damping, rows: Tensor, solved: Tensor, room: Room) -> None:
         λs = self._lambdas("solve_at", damping)
-        for (block, s, V, _), λ in zip(self._pairs, λs, strict=True):
-            q = rows[:, block.entries].double()
-            inside = q @ V
-            x = inside / (s + λ) @ V.T
-            if len(s) < block.r and λ > 0:
-                x += (q - inside @ V.T) / λ
-            solved[:, block.entries] = x
-        return solved
+        for pairs, λ in zip(self._pairs, λs, strict=True):
+            block, s, V = pairs.block, pairs.s, pairs.vectors()
+            # A query, its solution and three of its width more, and two products with V.
+            query_bytes = 8 * (5 * block.r + 2 * len(s))
+            left = room if self._spill is None else room.beside(8 * V.numel())
+            left.need(f"layer {block.name!r} (r={block.r})", query_bytes)
+            few = left.count(query_bytes)
+            for some, found in zip(rows.split(few), solved.split(few), strict=True):
+                q = some[:, block.entries].double()
+                inside = q @ V
+                x = inside / (s + λ) @ V.T
+                if len(s) < block.r and λ > 0:
+                    x += torch.sub(q, inside @ V.T).div_(λ)
+                found[:, block.entries] = x
+            del V
 
     def _lambdas(self, call: str, damping: Damping) -> list[float]:
         """λ_l of each layer, none of which it leaves singular."""
@@ -152,7 +207,8 @@ class Eigen(Solver):
         store: RowStore | None = None,
         weights: str = "same",
     ) -> Tensor:
-        """Scores at k dampings, from one decomposition and one pass over the store.
+        """Scores at k dampings, from one decomposition and one pass over the store for as many
+        dampings as have room (256 MB without `max_bytes`).
 
         Args:
             dampings: k of them, each as in `Cholesky`.
@@ -169,12 +225,35 @@ class Eigen(Solver):
         store = self.store if store is None else store
         op = f"{type(self).__name__}.sweep"
         self.check_plans(op, queries, store, weights)
-        solved = [
-            solved_for(queries.rows, store, partial(self.solve_at, damping=damping))
-            for damping in dampings
-        ]
-        found = products(torch.cat(solved), store).view(len(solved), len(queries), len(store))
-        found = found.to(queries.rows.dtype)
-        valid = queries.valid[:, None], store.valid
-        self.check_scores(op, found, valid, lambda k, q, i: (solved[k][q], store.at([i])[0]))
+        m, n, R = len(queries), len(store), store.plan.width
+        found = torch.empty(len(dampings), m, n, dtype=queries.rows.dtype)
+        room = self.room("sweep", whole_store=True)
+        # Of one query at one damping: solutions in float64, alone and together, beside the query
+        # and a solution in float32, and scores.
+        pair_bytes = 32 * R + 8 * n
+        half = room.share(1 / 2)
+        half.need(f"a row of width R={R} (n={n})", pair_bytes)
+        pairs = half.count(pair_bytes)
+        few = m if self.max_bytes is None else min(m, pairs)
+        some = max(1, pairs // max(1, few))
+        for first in range(0, len(dampings), some):
+            for start in range(0, m, few):
+                at, asked = slice(first, first + some), slice(start, start + few)
+                solved = [
+                    solved_for(
+                        queries.rows[asked],
+                        store,
+                        partial(self._solve_at, damping=damping, room=half),
+                        min(PART_BYTES, int(half.num_bytes / 2)),
+                    )
+                    for damping in dampings[at]
+                ]
+                scores = products(torch.cat(solved), store).view(len(solved), -1, n)
+                found[at, asked] = scores
+                self.check_scores(
+                    op,
+                    found[at, asked],
+                    (queries.valid[asked, None], store.valid),
+                    lambda k, q, i, solved=solved: (solved[k][q], store.at([i])[0]),
+                )
         return mark_invalid(found, queries, store)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,20 +16,25 @@ _STEP = 1 << 26  # bytes read at a time for a checksum
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A flat tensor in a file, little-endian."""
+    """A flat tensor in a file, little-endian as all machines are that torch runs on."""
 
     file: Path
     start: int  # in bytes
     size: int
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """The tensor, in memory."""
-        kind = np.dtype(f"<f{self.dtype.itemsize}")
-        numbers = np.fromfile(self.file, kind, self.size, offset=self.start)
-        if len(numbers) != self.size:
-            raise ValueError(f"{self.file} is truncated; fit the solver again")
-        return torch.from_numpy(numbers.astype(kind.newbyteorder("="), copy=False))
+        numbers = torch.empty(self.size, dtype=self.dtype)
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(numbers.numpy()) != self.num_bytes:
+                raise ValueError(f"{self.file} is truncated; fit the solver again")
+        return numbers
 
 
 class Spill:
@@ -52,7 +56,6 @@ class Spill:
 def write(file: BinaryIO, numbers: Tensor, crc: int = 0) -> int:
     """Append a flat tensor to an open file; return the CRC-32 of everything so far."""
     data = numbers.numpy()
-    data = data.astype(data.dtype.newbyteorder("<"), copy=False)
     file.write(data)
     return zlib.crc32(data, crc)
 

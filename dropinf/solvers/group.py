@@ -100,8 +100,22 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
-        """Fill its columns of `solved`."""
+    def solve(
+        self,
+        store: RowStore | None,
+        factors: Tensor,
+        rows: Tensor,
+        solved: Tensor,
+        part_bytes: int,
+    ) -> None:
+        """Fill its columns of `solved`, with `factors` as `read` gave them.
+
+        Rows of the store are read about `part_bytes` at a time, where the form needs them.
+        """
+
+    @abstractmethod
+    def solve_bytes(self, part_bytes: int) -> tuple[int, int]:
+        """What `solve` takes beside the factors, the rows and the solutions: once, and a query."""
 
     @abstractmethod
     def condition(self) -> list[float]:

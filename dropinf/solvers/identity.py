@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
+from dropinf.solvers.room import Room
 
 
 class Identity(Solver):
@@ -18,10 +19,12 @@ class Identity(Solver):
         cosine: score[q, i] = g_q · g_i / (|g_q| |g_i|) with the norms of whole rows, 0 where one
             is zero. The long gradients of outliers no longer lead every list (Barshan et al. 2020,
             arXiv 2003.11630, on such outliers; Xia et al. 2024, arXiv 2402.04333, section 3.2).
+        max_bytes: bound of the memory, see `Solver`.
     """
 
-    def __init__(self, cosine: bool = False) -> None:
+    def __init__(self, cosine: bool = False, max_bytes: int | None = None) -> None:
         self.cosine = cosine
+        self._bounded(max_bytes)
 
     def scale(self, rows: Tensor) -> Tensor | None:
         return _inverse_norms(rows) if self.cosine else None
@@ -29,10 +32,14 @@ class Identity(Solver):
     def _fit(self, store: RowStore, n: int) -> None:
         pass
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        return rows * _inverse_norms(rows)[:, None] if self.cosine else rows
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        if self.cosine:
+            torch.mul(rows, _inverse_norms(rows)[:, None], out=solved)
+        else:
+            solved.copy_(rows)
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    few = rows.split(max(1, (1 << 17) // max(1, rows.shape[1])))  # their float64 copies are small
+    norms = torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in few])
     return torch.where(norms > 0, 1 / norms, 0).to(rows.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import multiply, parts, solvable
+from dropinf.solvers.gauss_newton import multiply, parts, product_bytes, solvable
 from dropinf.solvers.number_range import diagonal_of
+from dropinf.solvers.room import Room, span, within
 from dropinf.user_warning import warn_user
 
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
@@ -35,7 +37,8 @@ class LiSSA(Solver):
     fewer. With sampled ones a step reads `batch_size` rows, and x ends in noise around the solution
     that falls as `batch_size`, `repeats` and `scale` rise. At `fit`, one pass for λ_l, twelve for
     σ_max by power iteration unless `scale` is given, and one more for sampled rows. Memory: four
-    float64 tensors [m, R].
+    float64 tensors [m, R], or within `max_bytes` by solving for some layers, or some queries of a
+    layer, after the others.
 
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
@@ -48,6 +51,7 @@ class LiSSA(Solver):
             + max_i |g_i,l|² / batch_size, which bounds the mean square of x: E[(Ĝᵀ Ĝ / b)²] is at
             most (σ_max + max |g|² / b) F.
         tol: with all rows, stop at |q - (F_l + λ_l) x| / |q| <= tol for all queries of a layer.
+        max_bytes: bound of the memory, see `Solver`.
 
     Raises:
         ValueError: an argument is out of range; or, at `fit`, a layer with λ_l = 0 has n < r_l or
@@ -68,6 +72,7 @@ class LiSSA(Solver):
         seed: int = 0,
         scale: float | None = None,
         tol: float = 1e-4,
+        max_bytes: int | None = None,
     ) -> None:
         self._damping = Damping("LiSSA", damping, absolute)
         for name, count in (("depth", depth), ("batch_size", batch_size), ("repeats", repeats)):
@@ -78,35 +83,32 @@ class LiSSA(Solver):
                 raise ValueError(f"LiSSA: {name} must be a number above 0, got {number!r}")
         self.depth, self.batch_size, self.repeats = depth, batch_size, repeats
         self.seed, self.tol, self._given_scale = seed, tol, scale
+        self._bounded(max_bytes)
 
     def _fit(self, store: RowStore, n: int) -> None:
         blocks = store.plan.blocks
-        diagonal = diagonal_of("LiSSA.fit", store, n)
+        diagonal = diagonal_of(self.room("fit"), store, n)
         λs = self._damping.lambdas(blocks, diagonal)
         self._layers = solvable("LiSSA.fit", blocks, λs, diagonal, n)
         self._n = n
+        del diagonal
         if self._given_scale is None:
             self._scales = self._stable_scales(store)
         else:
             self._scales = [float(self._given_scale)] * len(self._layers)
 
     def _stable_scales(self, store: RowStore) -> list[float]:
-        generator = torch.Generator().manual_seed(self.seed)
-        vectors, norms = [], []
-        for block, _ in self._layers:
-            v = torch.randn(_POWER_VECTORS, block.r, generator=generator, dtype=torch.float64)
-            vectors.append((block, v))
-        for _ in range(_POWER_PASSES):
-            vectors = [
-                (block, v / v.norm(dim=1, keepdim=True).clamp(min=1e-300)) for block, v in vectors
-            ]
-            products = multiply(store, self._n, vectors)
-            norms = [float(v.norm(dim=1).max()) for v in products]
-            vectors = [(block, v) for (block, _), v in zip(vectors, products, strict=True)]
-        longest = [0.0] * len(self._layers)
+        generator, room = torch.Generator().manual_seed(self.seed), self.room("fit")
+        blocks = [block for block, _ in self._layers]
+        norms, longest = [], [0.0] * len(blocks)
+        tensors = room.share(1 / 2)
+        for some, _ in tensors.pieces(
+            blocks, 1, lambda r: _POWER_VECTORS * _query_bytes(r, room.part_bytes)
+        ):
+            norms += self._largest(store, blocks[some], generator, room.part_bytes)
         if self.batch_size is not None:
-            for rows in parts(store):
-                for at, (block, _) in enumerate(self._layers):
+            for rows in parts(store, part_bytes=room.part_bytes):
+                for at, block in enumerate(blocks):
                     squares = rows[:, block.entries].square().sum(1)
                     longest[at] = max(longest[at], float(squares.max()) / self.batch_size)
         return [
@@ -114,23 +116,51 @@ class LiSSA(Solver):
             for norm, noise, (_, λ) in zip(norms, longest, self._layers, strict=True)
         ]
 
-    def _solve(self, rows: Tensor) -> Tensor:
-        run = self._with_all_rows if self.batch_size is None else self._with_sampled_rows
-        chains = [
-            _Chain(block, λ, scale, rows[:, block.entries].double())
-            for (block, λ), scale in zip(self._layers, self._scales, strict=True)
-        ]
-        run(chains)
-        solved = torch.zeros_like(rows)
-        for chain in chains:
-            solved[:, chain.block.entries] = chain.x * (chain.norms / chain.scale)
-        return solved
+    def _largest(
+        self,
+        store: RowStore,
+        blocks: Sequence[LayerPlan],
+        generator: torch.Generator,
+        part_bytes: int | None,
+    ) -> list[float]:
+        """The largest eigenvalue of each layer's F_l, by power iteration."""
+        vectors = []
+        for block in blocks:
+            v = torch.randn(_POWER_VECTORS, block.r, generator=generator, dtype=torch.float64)
+            vectors.append((block, v))
+        norms = []
+        for _ in range(_POWER_PASSES):
+            vectors = [
+                (block, v / v.norm(dim=1, keepdim=True).clamp(min=1e-300)) for block, v in vectors
+            ]
+            products = multiply(store, self._n, vectors, part_bytes)
+            norms = [float(v.norm(dim=1).max()) for v in products]
+            vectors = list(zip(blocks, products, strict=True))
+        return norms
 
-    def _with_all_rows(self, chains: list[_Chain]) -> None:
+    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+        run = self._with_all_rows if self.batch_size is None else self._with_sampled_rows
+        blocks = [block for block, _ in self._layers]
+        part_bytes, tensors = room.part_bytes, room.share(1 / 2)
+        for layers, at in tensors.pieces(
+            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
+        ):
+            chains = [
+                _Chain(block, λ, scale, rows[at, block.entries].double())
+                for (block, λ), scale in zip(
+                    self._layers[layers], self._scales[layers], strict=True
+                )
+            ]
+            run(chains, part_bytes)
+            for chain in chains:
+                solved[at, chain.block.entries] = chain.x * (chain.norms / chain.scale)
+
+    def _with_all_rows(self, chains: list[_Chain], part_bytes: int | None) -> None:
         for _ in range(self.depth):
             if not chains:
                 return
-            products = multiply(self.store, self._n, [(chain.block, chain.x) for chain in chains])
+            asked = [(chain.block, chain.x) for chain in chains]
+            products = multiply(self.store, self._n, asked, part_bytes)
             waiting = []
             for chain, product in zip(chains, products, strict=True):
                 change = chain.change(product)
@@ -149,19 +179,27 @@ class LiSSA(Solver):
                 f"(layers not done: {len(chains)}); raise depth or the damping, or take CG",
             )
 
-    def _with_sampled_rows(self, chains: list[_Chain]) -> None:
+    def _with_sampled_rows(self, chains: list[_Chain], part_bytes: int | None) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        valid, rows = self.store.valid.nonzero().flatten(), self.store.rows
+        valid = self.store.valid.nonzero().flatten()
+        columns = span([chain.block for chain in chains])
+        few = self.batch_size
+        if part_bytes is not None:
+            few = max(1, min(part_bytes // (8 * self.store.plan.width), 256, few))
         sums = [torch.zeros_like(chain.x) for chain in chains]
         for _ in range(self.repeats):
             for chain in chains:
                 chain.x = chain.q.clone()
             for _ in range(self.depth):
                 drawn = torch.randint(self._n, (self.batch_size,), generator=generator)
-                sample = rows[valid[drawn]].double()
-                for chain in chains:
-                    G = sample[:, chain.block.entries]
-                    chain.x += chain.change((chain.x @ G.T) @ G / self.batch_size)
+                products = [torch.zeros_like(chain.x) for chain in chains]
+                for some in valid[drawn].split(few):
+                    sample = self.store.at(some)[:, columns].double()
+                    for chain, product in zip(chains, products, strict=True):
+                        G = sample[:, within(chain.block, columns)]
+                        product += (chain.x @ G.T) @ G
+                for chain, product in zip(chains, products, strict=True):
+                    chain.x += chain.change(product.div_(self.batch_size))
                     # |x| of the solution is at most scale / λ, and so is the mean square of the
                     # noise around it, up to a small factor, where the scale is stable.
                     bound = 10 * chain.scale / chain.λ if chain.λ else float("inf")
@@ -181,6 +219,11 @@ class LiSSA(Solver):
             f"LiSSA.solve: layer {chain.block.name!r} diverges at scale={chain.scale:.4g}; give "
             f"scale={works:.4g}, which is above every layer's largest eigenvalue, or leave it out"
         )
+
+
+def _query_bytes(width: int, part_bytes: int | None) -> int:
+    """A chain's q and x, the product and its sum, and what one layer's step makes beside them."""
+    return 8 * 8 * width + product_bytes(width, part_bytes)
 
 
 class _Chain:

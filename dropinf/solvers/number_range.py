@@ -9,11 +9,12 @@ from torch import Tensor
 
 from dropinf.compression import LayerPlan, Plan
 from dropinf.rows import RowStore, mean_squares, valid_rows
+from dropinf.solvers.room import Room
 
 
 def check_squares(op: str, block: LayerPlan, squares: Tensor, store: RowStore) -> None:
     """Raise if sums of squares of a layer's rows, in float64, are too large or too small for it."""
-    if next(store.chunks())[1].dtype != torch.float64:
+    if store.read_dtype != torch.float64:
         return  # float64 has the square of any float32
     if not squares.isfinite().all():
         raise ValueError(
@@ -30,11 +31,16 @@ def check_squares(op: str, block: LayerPlan, squares: Tensor, store: RowStore) -
         )
 
 
-def diagonal_of(op: str, store: RowStore, n: int) -> Tensor:
-    """[R] float64: the diagonal of F over all layers, n the number of valid rows."""
-    diagonal = mean_squares(store, n)
+def diagonal_of(room: Room, store: RowStore, n: int) -> Tensor:
+    """[R] float64: the diagonal of F over all layers, n the number of valid rows.
+
+    Raises:
+        ValueError: a layer's squares are beyond float64, or there is no room for a second [R].
+    """
+    room.need(f"a row of width R={store.plan.width}", 32 * store.plan.width)
+    diagonal = mean_squares(store, n, room.part_bytes)
     for block in store.plan.blocks:
-        check_squares(op, block, diagonal[block.entries], store)
+        check_squares(room.op, block, diagonal[block.entries], store)
     return diagonal
 
 

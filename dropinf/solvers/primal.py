@@ -113,13 +113,24 @@ class Primal(Group):
         mean = float(diagonal.double().mean()) * unit
         return self._retried(self.layers[l], failed, factorise, mean)
 
-    def solve(self, store: RowStore | None, rows: Tensor, solved: Tensor) -> None:
+    def solve_bytes(self, part_bytes: int) -> tuple[int, int]:
+        # Six float64: taken, scaled, converted, and back.
+        return self.scratch_bytes(self.blocks, self.setting), 48 * self.offsets[-1]
+
+    def solve(
+        self,
+        store: RowStore | None,
+        factors: Tensor,
+        rows: Tensor,
+        solved: Tensor,
+        part_bytes: int,
+    ) -> None:
         columns, dtype, unit = self.columns, self.setting.dtype, None
         q = take(rows, columns)
         if dtype.itemsize < q.dtype.itemsize:  # and its range, too
             unit = 2.0 ** torch.frexp(q.abs().amax(1, keepdim=True)).exponent.to(q.dtype)
             q = q / unit
-        x = ops.cholesky_solve(self.read(), self.offsets, q.to(dtype))
+        x = ops.cholesky_solve(factors, self.offsets, q.to(dtype))
         put(solved, columns, x if unit is None else x.to(unit.dtype) * unit)
         for block, layer in zip(self.blocks, self.layers, strict=True):
             if layer.form == "zero":

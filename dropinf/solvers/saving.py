@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -86,29 +86,44 @@ class Saved:
     parts: list[tuple[type[Group], torch.dtype, list[int], list[Layer]]]
 
     def groups(self, blocks: Sequence[LayerPlan], in_memory: int | None) -> list[Group]:
-        """The groups, with their factors in memory if they are of at most `in_memory` bytes."""
+        """The groups; factors of more than `in_memory` bytes are left in the file, and their
+        groups cut into some of at most so many bytes, or of one layer."""
         damaged = ValueError(
             f"{self.setting.op}.load: {self.file.parent}/solver.json is damaged: its layers are "
             f"not those of plan.json; {_REMEDY}"
         )
         if {l for *_, members, _ in self.parts for l in members} != set(range(len(blocks))):
             raise damaged
-        groups, start = [], 0
+        groups, start, num_bytes = [], 0, self.file.stat().st_size
+        whole = in_memory is None or num_bytes <= in_memory
         for form, dtype, members, layers in self.parts:
-            group = form([blocks[l] for l in members], replace(self.setting, dtype=dtype))
-            group.layers = layers
+            setting = replace(self.setting, dtype=dtype)
             if [layer.r for layer in layers] != [blocks[l].r for l in members]:
                 raise damaged
-            size, dtype = group.size()
-            group.factors = FileTensor(self.file, start, size, dtype)
-            start += size * dtype.itemsize
-            groups.append(group)
-        if start != self.file.stat().st_size:
+            sizes = [form.num_bytes(blocks[l], setting) for l in members]
+            for some in [slice(None)] if whole else _runs(sizes, in_memory):
+                group = form([blocks[l] for l in members[some]], setting)
+                group.layers = layers[some]
+                group.factors = FileTensor(self.file, start, *group.size())
+                start += group.factors.num_bytes
+                groups.append(group)
+        if start != num_bytes:
             raise damaged
-        if in_memory is None or start <= in_memory:
+        if whole:
             for group in groups:
                 group.factors = group.read()
         return groups
+
+
+def _runs(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """What follows each other, of at most so many bytes together, or one."""
+    first, total = 0, 0
+    for at, size in enumerate(sizes):
+        if at > first and total + size > most:
+            yield slice(first, at)
+            first, total = at, 0
+        total += size
+    yield slice(first, len(sizes))
 
 
 def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> Saved:

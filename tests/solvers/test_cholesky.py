@@ -390,7 +390,7 @@ def test_describe(capsys):
         Cholesky().describe()
 
 
-@pytest.mark.parametrize("max_bytes", [None, 1000])
+@pytest.mark.parametrize("max_bytes", [None, 100_000])
 def test_save_and_load(tmp_path, max_bytes):
     store, _ = mixed(dtype=torch.float32)
     solver = Cholesky({"0": 0.2, "*": 0.1}).fit(store)
@@ -398,6 +398,7 @@ def test_save_and_load(tmp_path, max_bytes):
     loaded = Cholesky.load(tmp_path / "solver", store, max_bytes=max_bytes)
     q = torch.randn(3, store.plan.width)
     assert torch.equal(loaded.solve(q), solver.solve(q))
+    assert (len(loaded._groups) > len(solver._groups)) == (max_bytes is not None)
     assert loaded.layers == solver.layers and loaded.plan.fingerprint == store.plan.fingerprint
     torch.testing.assert_close(scores(store, store, loaded), scores(store, store, solver))
     with pytest.raises(FileExistsError, match=r"save: .*solver exists"):

@@ -270,9 +270,9 @@ def passes(monkeypatch, module):
     """A list that grows by the number of layers of each product with F."""
     seen = []
 
-    def counted(store, n, vectors):
+    def counted(store, n, vectors, part_bytes):
         seen.append(len(vectors))
-        return dropinf.solvers.gauss_newton.multiply(store, n, vectors)
+        return dropinf.solvers.gauss_newton.multiply(store, n, vectors, part_bytes)
 
     monkeypatch.setattr(module, "multiply", counted)
     return seen
@@ -299,9 +299,9 @@ def test_cg_searches_no_direction_twice(monkeypatch):
     store, queries = stores(60, 3, 20)
     widths = []
 
-    def counted(store, n, vectors):
+    def counted(store, n, vectors, part_bytes):
         widths.append(len(vectors[0][1]))
-        return dropinf.solvers.gauss_newton.multiply(store, n, vectors)
+        return dropinf.solvers.gauss_newton.multiply(store, n, vectors, part_bytes)
 
     monkeypatch.setattr(dropinf.solvers.cg, "multiply", counted)
     mixed = torch.randn(9, 3, dtype=torch.float64) @ queries.rows

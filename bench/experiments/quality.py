@@ -2,7 +2,7 @@
 
     python bench/experiments/quality.py [--quick] [--out bench/results/quality.json]
 
-For every task, compression, r (over all layers) and seed of the compression, of the scores [m, n]:
+For every task, contestant, r (over all layers) and seed of the compression, of the scores [m, n]:
 
 - rho: their Spearman correlation with those of the whole gradient, mean over queries;
 - AUC: how well a low mean score finds the spoiled training examples;
@@ -10,25 +10,30 @@ For every task, compression, r (over all layers) and seed of the compression, of
   random halves between the sum of a half's scores and the negative query loss of the model that is
   trained on the half alone, mean over queries.
 
-And the time of collecting the training rows beside Dropout's. Every result goes to --out at once,
-so that the same command goes on where it was ended. Table and figures are made anew each time.
+And the time of collecting the training rows beside Dropout's; not of Dropout's rows in fewer bytes,
+which are about quality alone (training rows and queries both are kept in them).
+
+Every result goes to --out at once, so that the same command goes on where it was ended. Table and
+figures are made anew each time.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import quality_tasks
 import torch
+from quality_contestants import CONTESTANTS, DOT, FULL, KEPT, kept_in, plan_of
 from quality_records import Key, Records
 from quality_report import write_report
-from quality_tasks import Task, loader, loss_fn
+from quality_tasks import Task, loader
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import TensorDataset
 
 import dropinf
 from dropinf import solvers
@@ -36,42 +41,29 @@ from dropinf import solvers
 OUT = Path(__file__).parent.parent / "results" / "quality.json"
 FIGURES = Path(__file__).parent.parent / "figures"
 
-COMPRESSIONS: dict[str, Callable[[int, int], object]] = {
-    "Dropout": lambda r, seed: dropinf.Dropout(total=r, seed=seed),
-    "Sketch": lambda r, seed: dropinf.Sketch(total=r, s=4, seed=seed),
-    "FactoredDropout": lambda r, seed: dropinf.FactoredDropout(total=r, seed=seed),
-    "LoGra": lambda r, seed: dropinf.LoGra(total=r, seed=seed),
-    "Gaussian": lambda r, seed: dropinf.Gaussian(total=r, seed=seed),
-    "Rademacher": lambda r, seed: dropinf.Rademacher(total=r, seed=seed),
-    "SJLT": lambda r, seed: dropinf.SJLT(total=r, seed=seed),
-    "FJLT": lambda r, seed: dropinf.FJLT(total=r, seed=seed),
-}
-FULL = "Full"
-DOT = "gradient dot product"
-
 # One thread: the layers are too small for two, and the sums do not depend on the machine's cores.
-SETTINGS = {"totals": [64, 256, 1024, 4096], "seeds": 5, "halves": 100, "rounds": 5, "threads": 1}
-QUICK = {"totals": [64, 256], "seeds": 2, "halves": 6, "rounds": 1, "threads": 1}
+SETTINGS = {"totals": [64, 256, 1024, 4096], "seeds": 5, "threads": 1}
+QUICK = {"totals": [64, 256], "seeds": 2, "threads": 1}
 DAMPING = 0.1  # relative, of every solve
+CHECKED = (None, 0)  # seeds whose rows are proved; those of others differ in coordinates alone
+MEASURED = 64  # training examples, the first ones, whose gradients make a task's energies
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, two minutes")
     parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    parser.add_argument("--compressions", default=",".join(COMPRESSIONS), help="A,B")
+    parser.add_argument("--compressions", help="A,B; all contestants if not given")
     parser.add_argument("--datasets", help="A,B; all of them if not given")
     given = parser.parse_args(arguments)
     settings = {"quick": given.quick, "damping": DAMPING, **(QUICK if given.quick else SETTINGS)}
     torch.set_num_threads(settings["threads"])
     tasks = {task.name: task for task in quality_tasks.make_tasks()}
     if given.quick:
-        tasks = {name: task.smaller(n=60, m=8, epochs=3) for name, task in tasks.items()}
+        tasks = {name: task.tiny() for name, task in tasks.items()}
     settings["datasets"] = {name: task.description() for name, task in tasks.items()}
-    names = chosen("--compressions", given.compressions, COMPRESSIONS)
-    for name in names:  # one that cannot be made is an error now, not in an hour
-        COMPRESSIONS[name](settings["totals"][0], 0)
-    datasets = chosen("--datasets", given.datasets or ",".join(tasks), tasks)
+    names = chosen("--compressions", given.compressions, CONTESTANTS)
+    datasets = chosen("--datasets", given.datasets, tasks)
     path = given.out
     if path is None:
         path = Path(tempfile.mkdtemp()) / "quality-quick.json" if given.quick else OUT
@@ -84,8 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{path}, {path.with_suffix('.md')} and figures in {figures}")
 
 
-def chosen(option: str, given: str, known: dict) -> list[str]:
-    names = given.split(",")
+def chosen(option: str, given: str | None, known: Iterable[str]) -> list[str]:
+    names = list(known) if given is None else given.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SystemExit(f"{option}: no {unknown}; there are {list(known)}")
@@ -105,8 +97,13 @@ def run(experiments: list["Experiment"], records: Records) -> None:
         experiment.try_out(key)
         cost[kind] = time.perf_counter() - start
         print(f"tried {number + 1} of {len(kinds)}: {kind}: {cost[kind]:.2f} s", flush=True)
-    predicted = sum(cost[kind_of(key)] for _, key in todo)
-    print(f"{len(todo)} results to make, predicted to take {predicted / 60:.1f} minutes")
+    for experiment in experiments:
+        mine = [kind_of(key) for of, key in todo if of is experiment]
+        minutes = sum(cost[kind] for kind in mine) / 60
+        print(
+            f"{experiment.task.name}: {len(mine)} results to make, predicted to take "
+            f"{minutes:.1f} minutes, what was tried among them"
+        )
     begun = time.perf_counter()
     for number, (experiment, key) in enumerate(todo):
         experiment.do(key)
@@ -116,8 +113,8 @@ def run(experiments: list["Experiment"], records: Records) -> None:
 
 
 def kind_of(key: Key) -> tuple:
-    """What takes the same time: all but the seed."""
-    return key[:4]
+    """What takes the same time: all but the seed, if it is not the one that is checked."""
+    return (*key[:4], key[0] == "score" and key[4] in CHECKED)
 
 
 class Experiment:
@@ -127,14 +124,17 @@ class Experiment:
         self.task, self.compressions, self.records = task, compressions, records
         self.settings = records.data["settings"]
         self.model = task.trained()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.ahead: dict[Key, object] = {}
+        for name in compressions:  # one that cannot be made is an error now, not in an hour
+            self.plan(name, self.settings["totals"][0], 0)
         self._check_model()
 
     def wanted(self) -> list[Key]:
         """Of all results, in the order in which they can be made."""
         name, totals = self.task.name, self.settings["totals"]
-        seeds, halves = range(self.settings["seeds"]), range(self.settings["halves"])
+        seeds, halves = range(self.settings["seeds"]), range(self.task.halves)
+        timed = [c for c in self.compressions if c not in KEPT]
         return [
             *(("half", name, "", None, half) for half in halves),
             ("score", name, FULL, self.parameters, None),
@@ -145,7 +145,7 @@ class Experiment:
                 for c in self.compressions
                 for r in totals
             ),
-            *(("time", name, c, r, None) for c in self.compressions for r in totals),
+            *(("time", name, c, r, None) for c in timed for r in totals),
             ("time", name, FULL, max(totals), None),
         ]
 
@@ -179,9 +179,17 @@ class Experiment:
     def scores(self, compression: str, r: int, seed: int) -> np.ndarray:
         """[m, n] float64."""
         solver = solvers.Identity() if compression == DOT else solvers.Cholesky(damping=DAMPING)
-        plan = self.plan(compression, r, seed)
+        plan, dtype = self.plan(compression, r, seed), kept_in(compression)
         store, asked = (
-            dropinf.collect(self.model, loader(data), loss_fn, plan, progress=False)
+            dropinf.collect(
+                self.model,
+                loader(data),
+                self.task.loss_fn,
+                plan,
+                progress=False,
+                check=seed in CHECKED,
+                dtype=dtype,
+            )
             for data in (self.task.train, self.task.queries)
         )
         return dropinf.scores(asked, store, solver.fit(store)).double().numpy()
@@ -220,7 +228,7 @@ class Experiment:
         """
         plans = self.plan(compression, r, 0), self.plan("Dropout", r, 1)
         ms = []
-        for _ in range(1 + self.settings["rounds"]):  # the first is not counted
+        for _ in range(1 + self.task.rounds):  # the first is not counted
             ms.append([self.collect_ms(plan) for plan in plans])
         return {
             "ms": rounded(mine for mine, _ in ms[1:]),
@@ -230,13 +238,17 @@ class Experiment:
     def collect_ms(self, plan: dropinf.Plan) -> float:
         batches = list(loader(self.task.train))
         start = time.perf_counter()
-        dropinf.collect(self.model, batches, loss_fn, plan, progress=False, check=False)
+        dropinf.collect(self.model, batches, self.task.loss_fn, plan, progress=False, check=False)
         return 1e3 * (time.perf_counter() - start)
 
     def plan(self, compression: str, r: int, seed: int | None) -> dropinf.Plan:
-        whole = compression in (FULL, DOT)
-        made = dropinf.Full() if whole else COMPRESSIONS[compression](r, seed)
-        return dropinf.Plan.make(self.model, made)
+        return plan_of(self.model, compression, r, seed, lambda: self.energies)
+
+    @cached_property
+    def energies(self) -> object:
+        """Of the gradients of the first training examples: the same for all r and seeds."""
+        first = TensorDataset(*self.task.train[:MEASURED])
+        return dropinf.energies(self.model, loader(first), self.task.loss_fn, examples=len(first))
 
     def _check_model(self) -> None:
         """Results of one file are of one model; rounding that differs would train another."""

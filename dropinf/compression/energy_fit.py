@@ -11,15 +11,20 @@ from dropinf.compression.allocation import Layer
 from dropinf.compression.energy import sides
 from dropinf.compression.parts import Part
 
-_EACH = 2  # TODO
+# Of rare tokens, which one example or two have, two were half as far off again (predicted: the mean
+# of 1 / sqrt(e) times that of sqrt(e) for squares e of 2 or 4 Gaussians is 1.57 or 1.18), and eight
+# would not pay: on the digits and characters of bench/experiments/quality.py rank correlations are
+# the same, within 0.005, from all coordinates, 4 and 2.
+_EACH = 4
 _ROUNDS = 30
 
 
 @dataclass(frozen=True)
 class FewOfEach:
-    """Keep some random coordinates of each row and of each column, by which `fit` tells them all.
+    """Keep `each` random coordinates of each row, or of each column if there are more of these, by
+    which `fit` tells them all; the others have as many or more.
 
-    All of a parameter where that is less than twice as many; as they are, without a factor.
+    All of a parameter where that is not twice as many; as they are, without a factor.
     """
 
     each: int = _EACH
@@ -30,20 +35,21 @@ class FewOfEach:
         for l, (_, shapes) in enumerate(layers):
             parts, first = [], 0
             for k, shape in enumerate(shapes):
-                index = self._few(*sides(shape), number=(l << 16) + k)
+                index = self._few(*sides(shape), key=(l, k))
                 parts.append(Part(index, first, 1.0))
                 first += len(index)
             kept.append(parts)
         return kept
 
-    def _few(self, a: int, b: int, number: int) -> np.ndarray:
-        if 2 * self.each * (a + b) >= a * b:
+    def _few(self, a: int, b: int, key: tuple[int, int]) -> np.ndarray:
+        long, short = max(a, b), min(a, b)
+        if 2 * self.each * long >= a * b:
             return np.arange(a * b, dtype=np.int64)
-        raw = np.random.Philox(key=number).random_raw(self.each * (a + b)) >> np.uint64(2)
-        column, row = np.split(raw.astype(np.int64), [self.each * a])
-        of_rows = np.repeat(np.arange(a), self.each) * b + column % b
-        of_columns = row % a * b + np.repeat(np.arange(b), self.each)
-        return np.unique(np.concatenate([of_rows, of_columns]))
+        stream = np.random.Philox(key=np.array(key, dtype=np.uint64))
+        raw = stream.random_raw(self.each * short).reshape(self.each, short)
+        at = np.arange(long)
+        with_it = np.argsort(raw, axis=1, kind="stable")[:, at % short]  # [each, long]
+        return np.unique(at * b + with_it if a >= b else with_it * b + at)
 
 
 def fit(shape: Sequence[int], index: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -37,7 +37,7 @@ def energies(
     A linear layer's gradient is g_oi = sum_t dy[t, o] x[t, i], and its mean square is about
     E[dy_o^2] E[x_i^2] up to a factor: exact if dy and x are independent, and there is one position
     or positions do not add up. So rows follow the output gradient, and columns the input. They are
-    fitted to the squares at two random coordinates of each row and of each column (all of a small
+    fitted to the squares at four random coordinates of each row or column (all of a small
     parameter), in the rows of an ordinary capture: no gradient is formed, and what positions add
     up to is in it. A convolution [O, C, *kernel] has output channels x (channels and taps in), an
     embedding tokens x width, packed experts [E, I, O] (experts and inputs) x outputs, a vector a

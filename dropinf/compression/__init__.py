@@ -16,7 +16,7 @@ from dropinf.compression.plan import (
 from dropinf.compression.projections import Kron
 from dropinf.compression.projector import DropoutProjector
 from dropinf.compression.sketch import Sketch
-from dropinf.compression.tracked import peeled, refuse_replicas, tracked, unwrap
+from dropinf.compression.tracking import peeled, refuse_replicas, tracked, unwrap
 
 __all__ = [
     "FJLT",

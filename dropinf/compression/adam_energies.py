@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from dropinf.compression.energy import Energies, sides
-from dropinf.compression.tracked import tracked, unwrap
+from dropinf.compression.tracking import tracked, unwrap
 
 _OP = "energies_from_adam"
 _KNOWN = (Adam, AdamW, NAdam, RAdam)

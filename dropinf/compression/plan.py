@@ -24,7 +24,7 @@ from dropinf.compression.entry_map import EntryMap
 from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.parts import Part
 from dropinf.compression.sketch import Sketch
-from dropinf.compression.tracked import Layers, tracked
+from dropinf.compression.tracking import Layers, tracked
 from dropinf.manifest import field, read_manifest, reason, sealed
 from dropinf.text_table import print_table
 from dropinf.whole_files import appearing

@@ -1,10 +1,15 @@
-"""Coordinates drawn by energy, which crowd in few rows and columns, beside uniform ones."""
+"""Coordinates drawn by energy, which crowd in few rows and columns, beside uniform ones; and what a
+batch costs of the examples that energies are measured on."""
 
 import numpy as np
 import pytest
 import torch
+from bench_collect import input_gradient, set_up
+from models import MODELS, loss_fn
 
+import dropinf
 from dropinf import ops
+from dropinf.compression import FewOfEach, tracked
 from dropinf.compression.energy import ParamEnergy
 from dropinf.compression.parts import draw_layer
 
@@ -38,3 +43,20 @@ def bench_sampled_outer_by_energy(timed, shape, r, kind):
 
     calls = {"by energy": call(energies), "uniform": call(None)}
     timed(calls, "by energy", {"uniform": (1 / 1.05, None)})
+
+
+@pytest.mark.parametrize("title", MODELS)
+def bench_energies(timed, title):
+    model, batch = set_up(title)
+    tap = dropinf.capture(model, dropinf.Plan(tracked("bench", model)[0], FewOfEach()))
+
+    def squares():
+        sums = torch.zeros(tap.plan.width, dtype=torch.float64)
+        with tap:
+            for row in tap.rows(loss_fn(model, batch)):
+                sums += row.double().square()
+        return sums
+
+    floor = "forward + input gradient"
+    calls = {"a batch of energies": squares, floor: input_gradient(model, batch, frozen=True)}
+    timed(calls, "a batch of energies", {floor: (1 / 1.2, None)}, rounds=5, settle=True)

@@ -44,6 +44,8 @@ def check_budget(compression: Any) -> None:
             f"{name}: energies must be what dropinf.energies returns, got {type(energies).__name__}"
         )
     if compression.allocation == "energy":
+        if not hasattr(compression, "energies"):
+            raise ValueError(f"{name}: allocation='energy' is for Dropout and Sketch")
         if energies is None:
             raise ValueError(
                 f"{name}: allocation='energy' needs energies=; measure them with dropinf.energies"

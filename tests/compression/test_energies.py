@@ -215,7 +215,7 @@ def test_arguments():
         Dropout(r=3, allocation="energy")
     with pytest.raises(ValueError, match="allocation='sqrt' shares out total="):
         Dropout(r=3, allocation="sqrt", energies=energies)
-    with pytest.raises(ValueError, match="allocation='energy' needs energies="):
+    with pytest.raises(ValueError, match="Gaussian: allocation='energy' is for Dropout and Sketch"):
         dropinf.Gaussian(total=30, allocation="energy")
 
 

@@ -11,7 +11,7 @@ from dropinf.compression.allocation import Layer
 from dropinf.compression.energy import sides
 from dropinf.compression.parts import Part
 
-# On the tasks of bench/experiments/quality.py rank correlations are the same, within 0.007, from all
+# On the tasks of bench/experiments/quality.py rank correlations are the same to 0.007, from all
 # coordinates, 4 and 2. But a rare token's gradient is one example's: e being the mean of 2 or 4 of
 # its squares, were they Gaussian, 1 / sqrt(e) in the mean times sqrt(e) in the mean, by which
 # products vary more, is 1.57 or 1.18.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 NAMES = {
     "bench_sampled_outer": "sampled_outer, B=1, T=2048, I=O=4096, float32; r, inputs: {}",
+    "bench_sampled_outer_by_energy": "sampled_outer by energy, float32; energies, r, sizes: {}",
+    "bench_energies": "energies, the pass of a batch: {}",
     "bench_sampled_conv": "sampled_conv, B=8, r=1024, float32; C, O, plane, kernel: {}",
     "bench_gather_grads": "gather_grads, 200 layers of 512 x 512; r of each: {}",
     "bench_streamed_fit": "solvers.Cholesky on 100,000 rows from disk, 1,000 layers, r 1 to 8192",

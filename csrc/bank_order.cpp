@@ -7,47 +7,74 @@
 namespace dropinf {
 namespace {
 
-constexpr int64_t kWordBits = 64;
+// Warps that fill up with coordinates, each in the first one that can take it: one that has a lane
+// left, and in whose banks its words are, or none yet.
+class Warps {
+ public:
+  int32_t add(int32_t x_word, int32_t dy_word) {
+    std::vector<int32_t>& x = words_[x_word % kNumBanks];
+    std::vector<int32_t>& dy = words_[kNumBanks + dy_word % kNumBanks];
+    int64_t w = first_open_;
+    while (w < count() && !(lanes_[w] < kNumBanks && (x[w] == x_word || x[w] == kNone) &&
+                            (dy[w] == dy_word || dy[w] == kNone))) {
+      ++w;
+    }
+    if (w == count()) {
+      lanes_.push_back(0);
+      for (auto& of_bank : words_) of_bank.push_back(kNone);
+    }
+    x[w] = x_word;
+    dy[w] = dy_word;
+    ++lanes_[w];
+    while (first_open_ < count() && lanes_[first_open_] == kNumBanks) ++first_open_;
+    return static_cast<int32_t>(w);
+  }
 
-// The coordinates, with the banks that they read. Windows are aligned to a multiple of 4 bytes:
-// where a window begins rotates the banks of dy, which changes no load, so they are counted as if
+  int64_t count() const { return static_cast<int64_t>(lanes_.size()); }
+
+ private:
+  static constexpr int32_t kNone = -1;
+  std::array<std::vector<int32_t>, 2 * kNumBanks> words_;  // of x and of dy, for each warp
+  std::vector<int8_t> lanes_;
+  int64_t first_open_ = 0;
+};
+
+// The coordinates, with the words that they read. Windows are aligned to a multiple of 4 bytes:
+// where a window begins rotates the banks of dy, which changes no warp, so they are counted as if
 // it began at output 0.
 struct Coordinates {
   Coordinates(const int32_t* o_idx, const int32_t* i_idx, int64_t r, int64_t s,
               int64_t element_size)
-      : o_idx(o_idx), r(r), s(s), x_bank(r * s), dy_bank(r * s) {
+      : o_idx(o_idx), r(r), s(s), x_word(r * s), dy_word(r * s) {
     for (int64_t e = 0; e < r * s; ++e) {
-      x_bank[e] = static_cast<uint8_t>(i_idx[e] * element_size / kBankBytes % kNumBanks);
-      dy_bank[e] = static_cast<uint8_t>(o_idx[e] * element_size / kBankBytes % kNumBanks);
+      x_word[e] = static_cast<int32_t>(i_idx[e] * element_size / kBankBytes);
+      dy_word[e] = static_cast<int32_t>(o_idx[e] * element_size / kBankBytes);
     }
   }
 
   const int32_t* o_idx;
   int64_t r, s;
-  std::vector<uint8_t> x_bank, dy_bank;
+  std::vector<int32_t> x_word, dy_word;
 };
 
-// What a pass holds so far. Its largest load of a bank is its number of warps.
+// What a pass holds so far.
 struct Pass {
-  std::array<int64_t, kNumBanks> x_load{}, dy_load{};
-  int64_t warps = 0;
+  Warps warps;
   int64_t lowest = INT64_MAX, highest = 0;  // outputs
 
   void add(const Coordinates& from, int64_t e) {
     lowest = std::min<int64_t>(lowest, from.o_idx[e]);
     highest = std::max<int64_t>(highest, from.o_idx[e]);
-    warps = std::max(warps, ++x_load[from.x_bank[e]]);
-    warps = std::max(warps, ++dy_load[from.dy_bank[e]]);
+    warps.add(from.x_word[e], from.dy_word[e]);
   }
 
   bool fits(const PassLimits& limits, int64_t max_warps) const {
     const int64_t window = (highest / limits.alignment - lowest / limits.alignment + 1);
-    return warps <= max_warps && window * limits.alignment <= limits.max_outputs;
+    return warps.count() <= max_warps && window * limits.alignment <= limits.max_outputs;
   }
 };
 
-// Takes as many entries for each pass as fit, which makes the fewest passes: whatever fits a range
-// of entries fits any part of it.
+// Takes as many entries for each pass as fit.
 std::vector<int64_t> cut_greedily(const Coordinates& from, const PassLimits& limits,
                                   int64_t max_warps) {
   std::vector<int64_t> bounds{0};
@@ -85,67 +112,10 @@ std::vector<int64_t> cut_passes(const int32_t* o_idx, const int32_t* i_idx, int6
   return best;
 }
 
-int64_t colour_edges(const uint8_t* left, const uint8_t* right, int64_t num_edges,
-                     int32_t* colour) {
-  // Vertices 0 .. 31 are on the left, 32 .. 63 on the right.
-  std::array<int64_t, 2 * kNumBanks> degree{};
-  for (int64_t e = 0; e < num_edges; ++e) {
-    ++degree[left[e]];
-    ++degree[kNumBanks + right[e]];
-  }
-  const int64_t num_colours = *std::max_element(degree.begin(), degree.end());
-  const int64_t num_words = (num_colours + kWordBits - 1) / kWordBits;
-  // The edge of each colour at each vertex, or -1; and as bits, which colours a vertex has left.
-  std::vector<int32_t> edge_at(2 * kNumBanks * num_colours, -1);
-  std::vector<uint64_t> free_bits(2 * kNumBanks * num_words, 0);
-  for (int64_t v = 0; v < 2 * kNumBanks; ++v) {
-    for (int64_t c = 0; c < num_colours; ++c) {
-      free_bits[v * num_words + c / kWordBits] |= uint64_t{1} << (c % kWordBits);
-    }
-  }
-  const auto at = [&](int64_t v, int64_t c) -> int32_t& { return edge_at[v * num_colours + c]; };
-  const auto toggle = [&](int64_t v, int64_t c) {
-    free_bits[v * num_words + c / kWordBits] ^= uint64_t{1} << (c % kWordBits);
-  };
-  // The lowest colour that both have left, or -1.
-  const auto lowest = [&](int64_t u, int64_t v) -> int64_t {
-    for (int64_t w = 0; w < num_words; ++w) {
-      const uint64_t both = free_bits[u * num_words + w] & free_bits[v * num_words + w];
-      if (both == 0) continue;
-      int64_t bit = 0;
-      while (!(both >> bit & 1)) ++bit;
-      return w * kWordBits + bit;
-    }
-    return -1;
-  };
-  for (int64_t e = 0; e < num_edges; ++e) {
-    const int64_t u = left[e], v = kNumBanks + right[e];
-    int64_t c = lowest(u, v);
-    if (c < 0) {
-      // Exchange the colours c, left at u, and d, left at v, along the path of those that begins
-      // at v. It does not end at u: it would come there by an edge of colour c.
-      c = lowest(u, u);
-      const int64_t d = lowest(v, v);
-      int64_t w = v, next = c;
-      while (true) {
-        const int32_t leaving = at(w, next);
-        std::swap(at(w, c), at(w, d));
-        if (w == v || leaving < 0) {  // an end of the path has one of the two
-          toggle(w, c);
-          toggle(w, d);
-        }
-        if (leaving < 0) break;
-        next = c + d - next;
-        colour[leaving] = static_cast<int32_t>(next);
-        w = left[leaving] + kNumBanks + right[leaving] - w;  // its other vertex
-      }
-    }
-    at(u, c) = at(v, c) = static_cast<int32_t>(e);
-    toggle(u, c);
-    toggle(v, c);
-    colour[e] = static_cast<int32_t>(c);
-  }
-  return num_colours;
+int64_t pack_warps(const int32_t* x_word, const int32_t* dy_word, int64_t n, int32_t* warp) {
+  Warps warps;
+  for (int64_t e = 0; e < n; ++e) warp[e] = warps.add(x_word[e], dy_word[e]);
+  return warps.count();
 }
 
 }  // namespace dropinf

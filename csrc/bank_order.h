@@ -21,15 +21,15 @@ struct PassLimits {
   int64_t max_warps;
 };
 
-// Cuts entries [0, r), each with s coordinates, into the fewest passes within the limits, and of
-// those cuts takes one whose fullest pass has the fewest warps. Returns num_passes + 1 bounds;
-// nothing if an entry alone exceeds the limits. Indices must not be negative.
+// Cuts entries [0, r), each with s coordinates, into passes within the limits: each takes as many
+// as fit, and of the cuts into so many passes it takes one whose fullest has few warps. Returns
+// num_passes + 1 bounds; nothing if an entry alone exceeds the limits. Indices must not be
+// negative.
 std::vector<int64_t> cut_passes(const int32_t* o_idx, const int32_t* i_idx, int64_t r, int64_t s,
                                 const PassLimits& limits);
 
-// Colours the edges (left[e], right[e]) between two sets of kNumBanks vertices so that no vertex
-// has two edges of a colour, and returns the number of colours, which is the largest degree: never
-// fewer would do, and by Kőnig's theorem (Math. Ann. 77, 1916) that many always do.
-int64_t colour_edges(const uint8_t* left, const uint8_t* right, int64_t num_edges, int32_t* colour);
+// The warp of each of n coordinates of a pass, given the words of x and of dy that they read, such
+// that of every bank a warp reads one word, for however many lanes; returns the number of warps.
+int64_t pack_warps(const int32_t* x_word, const int32_t* dy_word, int64_t n, int32_t* warp);
 
 }  // namespace dropinf

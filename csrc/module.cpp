@@ -36,18 +36,18 @@ Array<int64_t> cut_passes_of(const Array<int32_t>& o_idx, const Array<int32_t>& 
   return Array<int64_t>(static_cast<pybind11::ssize_t>(bounds.size()), bounds.data());
 }
 
-// (colours [n], how many)
-pybind11::tuple colour_edges_of(const Array<uint8_t>& left, const Array<uint8_t>& right) {
-  const int64_t n = left.size();
-  TORCH_CHECK_VALUE(left.ndim() == 1 && right.ndim() == 1 && right.size() == n && n <= kInt32Max,
-                    "colour_edges: left and right must be [n]");
-  for (int64_t e = 0; e < n; ++e) {
-    TORCH_CHECK_INDEX(left.data()[e] < kNumBanks && right.data()[e] < kNumBanks,
-                      "colour_edges: a bank is out of range");
-  }
-  Array<int32_t> colour(n);
-  const int64_t count = colour_edges(left.data(), right.data(), n, colour.mutable_data());
-  return pybind11::make_tuple(colour, count);
+// (warps [n], how many)
+pybind11::tuple pack_warps_of(const Array<int32_t>& x_word, const Array<int32_t>& dy_word) {
+  const int64_t n = x_word.size();
+  TORCH_CHECK_VALUE(
+      x_word.ndim() == 1 && dy_word.ndim() == 1 && dy_word.size() == n && n <= kInt32Max,
+      "pack_warps: x_word and dy_word must be [n]");
+  TORCH_CHECK_INDEX(indices_in_range(x_word.data(), n, kInt32Max) &&
+                        indices_in_range(dy_word.data(), n, kInt32Max),
+                    "pack_warps: negative word");
+  Array<int32_t> warp(n);
+  const int64_t count = pack_warps(x_word.data(), dy_word.data(), n, warp.mutable_data());
+  return pybind11::make_tuple(warp, count);
 }
 
 pybind11::dict build_info() {
@@ -84,7 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   dropinf::init_capture(m);
   m.def("build_info", &dropinf::build_info);
   m.def("cut_passes", &dropinf::cut_passes_of);
-  m.def("colour_edges", &dropinf::colour_edges_of);
+  m.def("pack_warps", &dropinf::pack_warps_of);
   m.def("cpu_capability", &dropinf::cpu_capability);
   m.def("set_cpu_capability", [](const std::string& name) {
     if (!dropinf::set_cpu_capability(name)) {

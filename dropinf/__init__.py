@@ -7,6 +7,7 @@ from dropinf.compression import (
     SJLT,
     Dropout,
     DropoutProjector,
+    Energies,
     FactoredDropout,
     Full,
     Gaussian,
@@ -14,9 +15,10 @@ from dropinf.compression import (
     Plan,
     Rademacher,
     Sketch,
+    energies_from_adam,
 )
 from dropinf.ops import BackendError, backends
-from dropinf.rows import LockedError, RowStore, collect
+from dropinf.rows import LockedError, RowStore, collect, energies
 from dropinf.scoring import ensemble, influence, scores, self_influence, topk
 from dropinf.solvers import choose_damping
 
@@ -28,6 +30,7 @@ __all__ = [
     "BackendError",
     "Dropout",
     "DropoutProjector",
+    "Energies",
     "FactoredDropout",
     "Full",
     "Gaussian",
@@ -42,6 +45,8 @@ __all__ = [
     "capture",
     "choose_damping",
     "collect",
+    "energies",
+    "energies_from_adam",
     "ensemble",
     "influence",
     "keeps_examples",

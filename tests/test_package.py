@@ -251,6 +251,15 @@ def test_readme_projector():
     assert namespace["features"].shape == (32, 256)
 
 
+def test_readme_energies():
+    """And those on energies."""
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    exec(next(block for block in others if "dropinf.energies(" in block), namespace)
+    assert [block.r for block in namespace["plan"].blocks] == [256, 195]
+
+
 def test_readme_solvers(tmp_path, monkeypatch):
     """So do its lines on solvers, after those."""
     monkeypatch.chdir(tmp_path)

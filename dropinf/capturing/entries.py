@@ -162,7 +162,7 @@ class Entries:
         self._begin(slot)
         if not values.shape[1]:
             return
-        values = values * slot.scale
+        values = slot.scaled(values, view.which)
         if slot.entry_map is not None:
             if isinstance(slot.entry_map, DenseProjection):
                 self.formed.add(slot.name)

@@ -27,18 +27,18 @@ class GradsTap(Tap):
         if self._unfreeze:
             only_these_require_grad(self.parameters, self.contents.everything(), undo)
         weighted = any(
-            slot.scale != 1 or isinstance(slot.entry_map, SignedSums) for slot in self.plan.slots
+            slot.is_scaled or isinstance(slot.entry_map, SignedSums) for slot in self.plan.slots
         )
         self._indices, parts = [], []
         for slot, p in zip(self.plan.slots, self.parameters, strict=True):
-            index, signs = slot.index, torch.ones(()).expand(len(slot.index))
+            index, numbers, signs = slot.index, None, torch.ones(()).expand(len(slot.index))
             if isinstance(slot.entry_map, SignedSums):
                 numbers, signs = slot.entry_map.groups
                 index = index[numbers]
             self._indices.append(index.to(p.device))
             if weighted:
                 wide = torch.promote_types(p.dtype, torch.float32)
-                parts.append(signs.to(wide).flatten() * slot.scale)
+                parts.append(slot.scaled(signs.to(wide), numbers).flatten())
         self._packed: Tensor | None = None  # the weights of all parameters,
         self._weights: list[Tensor | None] = [None] * len(self._indices)  # and of each
         if parts:

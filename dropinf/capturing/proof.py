@@ -107,7 +107,8 @@ def plain_rows(
 def entries_of(slot: ParamPlan, grad: Tensor, factor: float) -> Tensor:
     """The entries of one gradient of a parameter, of which `factor` is taken out."""
     values = grad.reshape(1, -1)[:, slot.index.to(grad.device)]
-    values = values.to(torch.promote_types(grad.dtype, torch.float32)) / factor * slot.scale
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    values = slot.scaled(values.to(wide) / factor)
     return (values if slot.entry_map is None else slot.entry_map(values))[0]
 
 

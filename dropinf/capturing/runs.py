@@ -171,12 +171,12 @@ def coordinates(
     if signed:
         start = slots[0].offset
         entry = torch.cat([slot.entry_map.entry + (slot.offset - start) for slot in slots])
-        factors = torch.cat([slot.entry_map.sign.to(dtype) * slot.scale for slot in slots])
+        factors = torch.cat([slot.scaled(slot.entry_map.sign.to(dtype)) for slot in slots])
         at, weights = by_entry(entry, factors, slots[-1].entries.stop - start)
         o_idx, i_idx = o_idx[at], i_idx[at]
-    elif weighted and any(slot.scale != 1 for slot in slots):
-        scales = [torch.full_like(view.at, view.slot.scale, dtype=dtype) for view, _ in run]
-        weights = torch.cat(scales)
+    elif weighted and any(slot.is_scaled for slot in slots):
+        ones = ((view, torch.ones_like(view.at, dtype=dtype)) for view, _ in run)
+        weights = torch.cat([view.slot.scaled(one, view.which) for view, one in ones])
     found = Coordinates(
         o_idx.to(device),
         i_idx.to(device),

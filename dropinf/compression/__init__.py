@@ -1,7 +1,10 @@
 """Compressions: which coordinates of a layer's gradient are kept, and where they stand in a row."""
 
+from dropinf.compression.adam_energies import energies_from_adam
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.compression.dropout import Dropout, Full
+from dropinf.compression.energy import Energies
+from dropinf.compression.energy_fit import FewOfEach, fit
 from dropinf.compression.entry_map import DenseProjection, SignedSums, by_entry
 from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.plan import (
@@ -9,13 +12,11 @@ from dropinf.compression.plan import (
     LayerPlan,
     ParamPlan,
     Plan,
-    peeled,
-    refuse_replicas,
-    unwrap,
 )
 from dropinf.compression.projections import Kron
 from dropinf.compression.projector import DropoutProjector
 from dropinf.compression.sketch import Sketch
+from dropinf.compression.tracking import peeled, refuse_replicas, tracked, unwrap
 
 __all__ = [
     "FJLT",
@@ -24,7 +25,9 @@ __all__ = [
     "DenseProjection",
     "Dropout",
     "DropoutProjector",
+    "Energies",
     "FactoredDropout",
+    "FewOfEach",
     "Full",
     "Gaussian",
     "Kron",
@@ -36,7 +39,10 @@ __all__ = [
     "SignedSums",
     "Sketch",
     "by_entry",
+    "energies_from_adam",
+    "fit",
     "peeled",
     "refuse_replicas",
+    "tracked",
     "unwrap",
 ]

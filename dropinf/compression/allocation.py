@@ -9,8 +9,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-Allocation = Literal["size", "sqrt", "equal"]
+from dropinf.compression.energy import Energies, ParamEnergy, energy_of
+
+Allocation = Literal["size", "sqrt", "equal", "energy"]
 Layer = tuple[str, Sequence[tuple[int, ...]]]  # its name, and the shapes of its parameters
+LayerEnergies = Sequence[Sequence[ParamEnergy]]  # of the parameters of each layer
 
 
 def check_budget(compression: Any) -> None:
@@ -35,22 +38,47 @@ def check_budget(compression: Any) -> None:
             f"{name}: allocation must be one of {get_args(Allocation)}, got "
             f"{compression.allocation!r}"
         )
-    if compression.allocation != "size" and compression.total is None:
+    energies = getattr(compression, "energies", None)
+    if energies is not None and not isinstance(energies, Energies):
+        raise ValueError(
+            f"{name}: energies must be what dropinf.energies returns, got {type(energies).__name__}"
+        )
+    if compression.allocation == "energy":
+        if not hasattr(compression, "energies"):
+            raise ValueError(f"{name}: allocation='energy' is for Dropout and Sketch")
+        if energies is None:
+            raise ValueError(
+                f"{name}: allocation='energy' needs energies=; measure them with dropinf.energies"
+            )
+    elif compression.allocation != "size" and compression.total is None:
         raise ValueError(f"{name}: allocation={compression.allocation!r} shares out total=")
 
 
-def entries_of(compression: Any, layers: Sequence[Layer]) -> list[int]:
-    """Entries of each layer, 1 to its size."""
+def entries_of(
+    compression: Any, layers: Sequence[Layer], energies: LayerEnergies | None = None
+) -> list[int]:
+    """Entries of each layer, 1 to its size; `energies` are those of its parameters."""
     sizes = [sum(map(math.prod, shapes)) for _, shapes in layers]
+    total = compression.total
     if compression.r is not None:
-        return [min(compression.r, P) for P in sizes]
-    if compression.rate is not None:
-        return [max(1, round(compression.rate * P)) for P in sizes]
+        entries = [min(compression.r, P) for P in sizes]
+    elif compression.rate is not None:
+        entries = [max(1, round(compression.rate * P)) for P in sizes]
+    if compression.allocation == "energy":
+        total = sum(entries) if total is None else total
+    elif total is None:
+        return entries
     name = type(compression).__name__
-    return allocate(name, compression.total, layers, compression.allocation)
+    return allocate(name, total, layers, compression.allocation, energies)
 
 
-def allocate(op: str, total: int, layers: Sequence[Layer], allocation: Allocation) -> list[int]:
+def allocate(
+    op: str,
+    total: int,
+    layers: Sequence[Layer],
+    allocation: Allocation,
+    energies: LayerEnergies | None = None,
+) -> list[int]:
     """`total` shared out: one each, the rest by weight (largest remainders), at most all of each.
 
     What falls to a layer beyond its size is shared out over the others anew.
@@ -62,9 +90,14 @@ def allocate(op: str, total: int, layers: Sequence[Layer], allocation: Allocatio
             f"{len(layers)}"
         )
     kept, left = [1] * len(sizes), min(total, sum(sizes)) - len(sizes)
+    shares = _shares(sizes, allocation, energies)
     while left:
         room = [P - r for P, r in zip(sizes, kept, strict=True)]
-        weights = [_weight(P, m, allocation) for P, m in zip(sizes, room, strict=True)]
+        weights = (
+            room if shares is None else [s * (m > 0) for s, m in zip(shares, room, strict=True)]
+        )
+        if not any(weights):
+            weights = room  # no energy is left
         quotas = [Fraction(left * w, sum(weights)) for w in weights]
         full = [l for l, (q, m) in enumerate(zip(quotas, room, strict=True)) if q >= m > 0]
         for l in full:
@@ -79,12 +112,20 @@ def allocate(op: str, total: int, layers: Sequence[Layer], allocation: Allocatio
     return kept
 
 
-def _weight(P: int, room: int, allocation: Allocation) -> int:
-    """Of a layer in a share; integers, so that no machine's rounding decides."""
+def _shares(
+    sizes: Sequence[int], allocation: Allocation, energies: LayerEnergies | None
+) -> list[int] | None:
+    """The weight of each layer in a share, integers, so that no machine's rounding decides; None
+    for the room that is left in it."""
     if allocation == "size":
-        return room
-    # Six digits behind the point of a root.
-    return (math.isqrt(P << 40) if allocation == "sqrt" else 1) if room else 0
+        return None
+    if allocation == "equal":
+        return [1] * len(sizes)
+    if energies is not None:
+        least = min(e.shift for layer in energies for e in layer)
+        wholes = [sum(energy_of(e, least) for e in layer) for layer in energies]
+        return [math.isqrt(E * P) for E, P in zip(wholes, sizes, strict=True)]
+    return [math.isqrt(P << 40) for P in sizes]  # six digits behind the point
 
 
 def _is_whole(value: object) -> bool:

@@ -1,7 +1,8 @@
 """What a compression keeps of a layer, parameter by parameter, and how coordinates are drawn.
 
 A compression is a frozen dataclass with `keep(layers)`: of every layer, what is kept of each of its
-parameters. It depends on shapes and seed alone, so that a plan is the same on every machine.
+parameters. It depends on shapes, seed and integer energies alone, so that a plan is the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dropinf.compression.energy import ParamEnergy
+from dropinf.compression.energy_draw import draw_by_energy
 from dropinf.compression.entry_map import EntryMap
 
 
@@ -21,13 +24,13 @@ class Part(NamedTuple):
     Attributes:
         index: [n] int64, sorted positions in the flattened parameter.
         first: number of its first entry in the layer.
-        scale: factor of the n values.
+        scale: factor of the n values; [n] float64, or one for all.
         entry_map: makes entries of the values; None takes each as one.
     """
 
     index: np.ndarray
     first: int
-    scale: float
+    scale: float | np.ndarray
     entry_map: EntryMap | None = None
 
 
@@ -51,6 +54,26 @@ def draw(P: int, r: int, seed: int, layer: int) -> np.ndarray:
         distinct, first = np.unique(values, return_index=True)
         values = distinct[np.argsort(first)]  # in the order they were drawn
     return np.sort(values[:r])
+
+
+def draw_layer(
+    shapes: Sequence[tuple[int, ...]],
+    r: int,
+    seed: int,
+    layer: int,
+    energies: Sequence[ParamEnergy] | None = None,
+) -> list[tuple[np.ndarray, int, float | np.ndarray]]:
+    """For each parameter: positions in it, the number of the first of r coordinates of its layer,
+    and 1 / sqrt(pi), which makes products of entries unbiased. Uniform without energies.
+    """
+    P = sum(map(math.prod, shapes))
+    if energies is None:
+        drawn = by_parameter(draw(P, r, seed, layer), shapes)
+        return [(index, first, math.sqrt(P / r)) for index, first in drawn]
+    coordinates, pi = draw_by_energy(energies, r, seed, layer)
+    scale = 1 / np.sqrt(pi)
+    drawn = by_parameter(coordinates, shapes)
+    return [(index, first, scale[first : first + len(index)]) for index, first in drawn]
 
 
 def by_parameter(

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dropinf.compression.allocation import entries_of
+from dropinf.compression.allocation import LayerEnergies, entries_of
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
 from dropinf.compression.dropout import Dropout, Full
+from dropinf.compression.energy import Energies
 from dropinf.compression.entry_map import EntryMap
 from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.parts import Part
 from dropinf.compression.sketch import Sketch
+from dropinf.compression.tracking import Layers, tracked
 from dropinf.manifest import field, read_manifest, reason, sealed
 from dropinf.text_table import print_table
 from dropinf.whole_files import appearing
@@ -47,7 +48,7 @@ class ParamPlan:
     shape: tuple[int, ...]
     offset: int  # of its first entry in the row
     index: Tensor  # [n] int64, sorted positions in the flattened parameter
-    scale: float
+    scale: float | Tensor  # factor of the values there; [n] float64, or one for all
     entry_map: EntryMap | None = None  # makes entries of the values there; None takes each as one
 
     @cached_property
@@ -68,6 +69,17 @@ class ParamPlan:
             columns.view(a, b) == columns[:b]
         ).all()
         return (rows[::b].clone(), columns[:b].clone()) if same else None
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether its values have a factor."""
+        return isinstance(self.scale, Tensor) or self.scale != 1
+
+    def scaled(self, values: Tensor, which: Tensor | None = None) -> Tensor:
+        """The values [..., k] at the coordinates numbered `which` [k], times their factor."""
+        if not isinstance(self.scale, Tensor):
+            return values * self.scale
+        return values * (self.scale if which is None else self.scale[which]).to(values)
 
     @property
     def r(self) -> int:
@@ -130,7 +142,9 @@ class Plan:
         sizes = [sum(math.prod(shape) for _, shape in params) for _, params in self._layers]
         blocks, offset = [], 0
         self._types = [""] * len(sizes) if types is None else list(types)
-        kept = compression.keep([(name, [s for _, s in params]) for name, params in self._layers])
+        bare = [(name, [s for _, s in params]) for name, params in self._layers]
+        energies = _energies(compression, self._layers)
+        kept = compression.keep(bare, *energies)
         for (name, params), P, parts, kind in zip(
             self._layers, sizes, kept, self._types, strict=True
         ):
@@ -174,34 +188,8 @@ class Plan:
         if not isinstance(compression, tuple(_COMPRESSIONS.values())):
             known = ", ".join(_COMPRESSIONS)
             raise ValueError(f"Plan.make: compression must be one of {known}, got {compression!r}")
-        model = unwrap("Plan.make", model)
-        owned, seen = [], set()
-        for layer, module in model.named_modules():
-            for name, p in module.named_parameters(prefix=layer, recurse=False):
-                if p.requires_grad and id(p) not in seen:
-                    seen.add(id(p))
-                    owned.append((layer, name, tuple(p.shape)))
-        names = [name for _, name, _ in owned]
-        kept = set(names if include is None else _matching("include", include, names))
-        if exclude is not None:
-            kept -= set(_matching("exclude", exclude, names))
-        for name in names:
-            if name in kept and model.get_parameter(name).is_complex():
-                raise ValueError(
-                    f"Plan.make: {name!r} is complex, and rows are real; keep it as a real "
-                    "parameter and use torch.view_as_complex of it, or leave it out with exclude="
-                )
-        layers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        for layer, name, shape in owned:
-            if name in kept and math.prod(shape):
-                layers.setdefault(layer, []).append((name, shape))
-        if not layers:
-            raise ValueError(
-                f"Plan.make: {len(names)} trainable parameters, none left to track; "
-                "set requires_grad or widen include/exclude"
-            )
-        types = [type(model.get_submodule(layer)).__name__ for layer in layers]
-        return cls(list(layers.items()), compression, types)
+        layers, types = tracked("Plan.make", model, include, exclude)
+        return cls(layers, compression, types)
 
     @cached_property
     def slots(self) -> tuple[ParamPlan, ...]:
@@ -217,6 +205,8 @@ class Plan:
             digest.update(json.dumps([shapes, block.r]).encode())
             for slot in block.slots:
                 digest.update(slot.index.numpy().astype("<i8").tobytes())
+                if isinstance(slot.scale, Tensor):
+                    digest.update(slot.scale.numpy().astype("<f8").tobytes())
                 if slot.entry_map is not None:
                     digest.update(slot.entry_map.digest())
         return digest.hexdigest()[:16]
@@ -248,7 +238,9 @@ class Plan:
         print_table(rows, right=(2, 4, 5))
         if not isinstance(self.compression, Full):
             layers = [(name, [s for _, s in params]) for name, params in self._layers]
-            wanted = sum(entries_of(self.compression, layers))
+            wanted = sum(
+                entries_of(self.compression, layers, *_energies(self.compression, self._layers))
+            )
             if wanted > self.width:
                 print(
                     f"{wanted:,} entries were asked for: grids of a x b have no more than "
@@ -262,16 +254,24 @@ class Plan:
 
     def saved(self) -> bytes:
         """What `save` writes."""
-        kind = type(self.compression).__name__
         content = {
             "format": _FORMAT,
-            "compression": {"kind": kind, **asdict(self.compression)},
+            "compression": self._saved_compression(),
             "layers": self._layers,
             "types": self._types,
             "width": self.width,
             "fingerprint": self.fingerprint,
         }
         return sealed(content, indent=1)
+
+    def _saved_compression(self) -> dict[str, Any]:
+        chosen = self.compression
+        saved = {"kind": type(chosen).__name__}
+        saved |= {f.name: getattr(chosen, f.name) for f in fields(chosen)}
+        energies = saved.pop("energies", None)
+        if energies is not None:
+            saved["energies"] = energies.saved(slot.name for slot in self.slots)
+        return saved
 
     @classmethod
     def load(cls, path: str | os.PathLike, width: int | None = None) -> Plan:
@@ -300,6 +300,8 @@ class Plan:
             layers = _layers(field(saved, "layers", list))
             compression = dict(field(saved, "compression", dict))
             kind = _COMPRESSIONS[compression.pop("kind")]
+            if "energies" in compression:
+                compression["energies"] = Energies.load(compression["energies"])
             chosen = kind(**compression)
             _refuse_large(chosen, layers, told)
             types = field(saved, "types", list)
@@ -321,7 +323,7 @@ class Plan:
         )
 
 
-def _layers(saved: list[Any]) -> list[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+def _layers(saved: list[Any]) -> Layers:
     """The layers in a file.
 
     Raises:
@@ -340,54 +342,25 @@ def _layers(saved: list[Any]) -> list[tuple[str, list[tuple[str, tuple[int, ...]
     return layers
 
 
+def _energies(compression: Compression, layers: Sequence[Any]) -> tuple[LayerEnergies, ...]:
+    """What `keep` and `entries_of` take besides the layers: their energies, if it goes by some."""
+    energies = getattr(compression, "energies", None)
+    return () if energies is None else (energies.of_layers("Plan", layers),)
+
+
 def _refuse_large(compression: Compression, layers: Sequence[Any], width: int) -> None:
     """Raise before a plan is made that has more entries than its file says."""
     bare = [(name, [shape for _, shape in params]) for name, params in layers]
     sizes = [sum(map(math.prod, shapes)) for _, shapes in bare]
-    entries = sum(sizes) if isinstance(compression, Full) else sum(entries_of(compression, bare))
+    entries = sum(sizes)
+    if not isinstance(compression, Full):
+        entries = sum(entries_of(compression, bare, *_energies(compression, layers)))
     positions = entries if isinstance(compression, Dropout | FactoredDropout) else sum(sizes)
     if isinstance(compression, Sketch):
         positions = min(positions, entries * compression.s)
     grids = isinstance(compression, FactoredDropout | LoGra)  # which may have fewer than asked for
     if (entries != width and not grids) or positions > MOST_ENTRIES:
         raise ValueError(f"{entries} entries were asked for, where rows have {width}")
-
-
-def unwrap(op: str, model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel and torch.compile.
-
-    Raises:
-        TypeError: it is no module.
-        ValueError: a part of it is a DataParallel.
-    """
-    inside = peeled(op, model)
-    refuse_replicas(op, set(map(type, model.modules())))
-    return inside
-
-
-def peeled(op: str, model: nn.Module) -> nn.Module:
-    """`unwrap`, without a look inside."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{op}: the model must be a torch.nn.Module, got {type(model).__name__}; give the "
-            "module whose parameters are meant, and call what wraps it in loss_fn"
-        )
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def refuse_replicas(op: str, kinds: set[type]) -> None:
-    """Raise if there is a DataParallel among the classes of a model's modules."""
-    if any(issubclass(kind, nn.DataParallel) for kind in kinds):
-        raise ValueError(
-            f"{op}: nn.DataParallel replicates its parameters on every call, so that nothing can "
-            "be captured; give the model inside it (.module), or use DistributedDataParallel"
-        )
 
 
 def _slots(
@@ -399,29 +372,8 @@ def _slots(
             shape,
             offset + part.first,
             torch.from_numpy(part.index),
-            part.scale,
+            torch.from_numpy(part.scale) if isinstance(part.scale, np.ndarray) else part.scale,
             part.entry_map,
         )
         for (name, shape), part in zip(params, parts, strict=True)
     )
-
-
-def _matching(what: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    """The parameter names that a pattern takes, by their own name or a module above them."""
-    matched = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [name for name in names if _takes(pattern, name)]
-        if not hits:
-            above = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
-            close = difflib.get_close_matches(pattern, sorted(above), n=3) or sorted(above)[:3]
-            raise ValueError(
-                f"Plan.make: {what}={pattern!r} matches no trainable parameter; "
-                f"names here are like {str(close)[1:-1]}"
-            )
-        matched += hits
-    return matched
-
-
-def _takes(pattern: str, name: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

@@ -4,6 +4,7 @@ from dropinf.rows.batches import LossFn
 from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
+from dropinf.rows.energy_pass import energies
 from dropinf.rows.lock import LockedError
 from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
@@ -29,6 +30,7 @@ __all__ = [
     "RowStore",
     "RowWriter",
     "collect",
+    "energies",
     "finite_rows",
     "kept_beside",
     "mark_invalid",

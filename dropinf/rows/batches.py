@@ -58,11 +58,13 @@ class Batches:
         segment_ids: str | Callable[[Any], Tensor] | None,
         loss_scale: float,
         on_nonfinite: str,
+        op: str = "collect",
     ) -> None:
+        """`op` is what people called."""
         self.model, self.loss_fn, self.plan = model, loss_fn, plan
         self.per: str = options.get("per", "example")
         self._mode, self._options = mode, options
-        self._segment_ids, self._on_nonfinite = segment_ids, on_nonfinite
+        self._segment_ids, self._on_nonfinite, self._op = segment_ids, on_nonfinite, op
         self.loss_scale = loss_scale
         self.tap: ActivationsTap | GradsTap = capture(model, plan, mode, **options)
         self._open = contextlib.ExitStack()
@@ -162,7 +164,7 @@ class Batches:
         except NotClosedError as error:
             if self.per != "example":
                 raise
-            warn_user(f"collect: {error}, from here on")
+            warn_user(f"{self._op}: {error}, from here on")
             self._open.close()
             self._options = CaptureOptions(**{**self._options, "closed": False})
             self.tap = capture(self.model, self.plan, self._mode, **self._options)
@@ -171,7 +173,7 @@ class Batches:
         try:
             return self._backward_of(batch, losses)
         except NotCompiledError as error:  # the tap does not compile again
-            warn_user(f"collect: {error}")
+            warn_user(f"{self._op}: {error}")
             return self._backward_of(batch, self.loss_fn(self.model, batch))
 
     def _backward_of(self, batch: Any, losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,8 +189,8 @@ class Batches:
         if losses.shape[0] == 1 and given not in (None, 1) and not self._doubted:
             self._doubted = True
             warn_user(
-                f"collect: one loss for a batch whose first input holds {given} examples; if it is "
-                "their mean or sum, use reduction='none', as its row is one of all of them"
+                f"{self._op}: one loss for a batch whose first input holds {given} examples; if it "
+                "is their mean or sum, use reduction='none', as its row is one of all of them"
             )
 
     def _singly(self, batch: Any) -> list[Any] | None:
@@ -207,8 +209,8 @@ class Batches:
             self._said = True
             ratio, how = together / alone, "singly" if alone < together else "so"
             warn_user(
-                f"collect: {self._passes} take a pass for each loss, {ratio:.1f} times the time of "
-                f"examples run singly; they run {how}"
+                f"{self._op}: {self._passes} take a pass for each loss, {ratio:.1f} times the time "
+                f"of examples run singly; they run {how}"
             )
         if alone is not None and alone >= together:
             return None

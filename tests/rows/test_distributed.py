@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from dropinf import Dropout, Plan, capture, collect, verify
+from dropinf import Dropout, Plan, capture, collect, energies, verify
 
 RANKS = 2
 MODES = ["activations", "grads"]
@@ -31,7 +31,7 @@ def run_rank(rank, store):
         timeout=timedelta(seconds=60),
     )
     try:
-        for check in (check_ddp, check_fsdp, check_collections):
+        for check in (check_ddp, check_fsdp, check_collections, check_energies):
             check(rank)
             dist.barrier()
     except BaseException:
@@ -146,6 +146,17 @@ def check_collections(rank):
         wrapped = copy.deepcopy(model)
         fully_shard(wrapped.head)
         check_collect(rank, model, fully_shard(wrapped))
+
+
+def check_energies(rank):
+    """Those of rank 0's examples on both, also of a model that is sharded."""
+    model, _ = build(case, torch.float64)
+    wrapped = fully_shard(copy.deepcopy(model))
+    of_both = [energies(m, [batch_of(rank)], case.loss_fn) for m in (model, wrapped)]
+    fingerprints = [Plan.make(model, Dropout(r=50, energies=e)).fingerprint for e in of_both]
+    gathered = [None] * RANKS
+    dist.all_gather_object(gathered, fingerprints)
+    assert len({f for fingerprints in gathered for f in fingerprints}) == 1, gathered
 
 
 def check_fsdp(rank):

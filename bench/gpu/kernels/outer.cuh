@@ -26,15 +26,15 @@ struct Order {
   void append(const std::vector<int32_t>& o, const std::vector<int32_t>& i, int64_t O, int64_t k0,
               int64_t k1) {
     const int64_t o0 = o[k0] / 8 * 8, o1 = std::min<int64_t>(O, o[k1 - 1] / 8 * 8 + 8);
-    std::vector<uint8_t> x_bank, dy_bank;
+    std::vector<int32_t> x_word, dy_word;
     for (int64_t k = k0; k < k1; ++k) {
-      x_bank.push_back(static_cast<uint8_t>(i[k] / 2 % kNumBanks));
-      dy_bank.push_back(static_cast<uint8_t>((o[k] - o0) / 2 % kNumBanks));
+      x_word.push_back(i[k] / 2);
+      dy_word.push_back(static_cast<int32_t>((o[k] - o0) / 2));
     }
-    std::vector<int32_t> colour(x_bank.size());
-    const int64_t num_warps = colour_edges(x_bank.data(), dy_bank.data(), k1 - k0, colour.data());
+    std::vector<int32_t> at(x_word.size());
+    const int64_t num_warps = pack_warps(x_word.data(), dy_word.data(), k1 - k0, at.data());
     std::vector<std::vector<int32_t>> warps(static_cast<size_t>(num_warps));
-    for (size_t e = 0; e < colour.size(); ++e) warps[colour[e]].push_back(static_cast<int32_t>(e));
+    for (size_t e = 0; e < at.size(); ++e) warps[at[e]].push_back(static_cast<int32_t>(e));
     passes.insert(passes.end(),
                   {k0, k1, o0, o1, static_cast<int64_t>(packed.size()), kNumBanks * num_warps});
     for (const auto& warp : warps) {

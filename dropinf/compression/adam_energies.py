@@ -1,0 +1,92 @@
+"""Energies from the second moments that Adam keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
+
+from dropinf.compression.energy import Energies, sides
+from dropinf.compression.tracking import tracked, unwrap
+
+_OP = "energies_from_adam"
+_KNOWN = (Adam, AdamW, NAdam, RAdam)
+
+
+def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
+    """Energies for `Dropout` and `Sketch` from an optimizer's state, which costs no pass at all.
+
+    Of a parameter, exp_avg_sq / (1 - beta2 ^ step) (arXiv 1412.6980, section 3) is a mean of
+    squares of its gradient. Its matrix [a, b] (see `energies`) becomes rows[o] columns[i] with the
+    same sums of rows and columns, as in Adafactor (arXiv 1804.04235, section 3). The squares are of
+    gradients of batches, of the last 1 / (1 - beta2) steps, with whatever loss and weight decay
+    were trained with: where that is not what influence is asked of, `energies` is nearer.
+
+    Args:
+        optimizer: Adam, AdamW, NAdam or RAdam of torch.optim, which has trained `model` or was
+            loaded with the state of one that has.
+        model: its trainable parameters that the optimizer has get energies; what has had no
+            gradient has none.
+
+    Raises:
+        TypeError: the optimizer is another one.
+        ValueError: it has no state, or its state is sharded, flattened, not finite or negative.
+    """
+    if not isinstance(optimizer, _KNOWN):
+        known = ", ".join(kind.__name__ for kind in _KNOWN)
+        inner = getattr(optimizer, "optimizer", None)
+        way_out = (
+            "give the one inside, its .optimizer"
+            if isinstance(inner, _KNOWN)
+            else "measure energies with dropinf.energies"
+        )
+        raise TypeError(
+            f"{_OP}: the optimizer must be {known} of torch.optim, got {type(optimizer).__name__}; "
+            f"{way_out}"
+        )
+    layers, _ = tracked(_OP, model)
+    inside = unwrap(_OP, model)
+    beta2 = {id(p): group["betas"][1] for group in optimizer.param_groups for p in group["params"]}
+    names = [name for _, params in layers for name, _ in params]
+    mine = {name: inside.get_parameter(name) for name in names}
+    mine = {name: p for name, p in mine.items() if id(p) in beta2}
+    if not mine:
+        raise ValueError(
+            f"{_OP}: the optimizer has no parameter of this model; give the model that it trains"
+        )
+    if not any("exp_avg_sq" in optimizer.state.get(p, ()) for p in mine.values()):
+        raise ValueError(
+            f"{_OP}: the optimizer has no state yet; train, or load the state of one that has"
+        )
+    found = {}
+    for name, p in mine.items():
+        a, b = sides(p.shape)
+        state = optimizer.state.get(p, {})
+        rows, columns = np.zeros(a), np.zeros(b)
+        if "exp_avg_sq" in state:
+            v = _whole(name, p, state["exp_avg_sq"]).reshape(a, b)
+            correction = 1 - beta2[id(p)] ** float(state["step"])
+            rows = v.sum(1, dtype=torch.float64).cpu().numpy() / correction
+            columns = v.sum(0, dtype=torch.float64).cpu().numpy() / correction
+            columns /= rows.sum() or 1
+        found[name] = tuple(p.shape), rows, columns
+    return Energies.of(_OP, found)
+
+
+def _whole(name: str, p: Tensor, v: Any) -> Tensor:
+    if hasattr(v, "full_tensor") or v.shape != p.shape:
+        raise ValueError(
+            f"{_OP}: the state of {name!r} is sharded or flattened, {type(v).__name__} of shape "
+            f"{tuple(v.shape)}; load the whole state into an optimizer of the whole model, or "
+            "measure energies with dropinf.energies"
+        )
+    least, most = float(v.amin()), float(v.amax())
+    if not (least >= 0 and most < float("inf")):  # which NaN is not either
+        raise ValueError(
+            f"{_OP}: exp_avg_sq of {name!r} must be finite and not negative, got {least} to "
+            f"{most}; load a state that is sound, or measure energies with dropinf.energies"
+        )
+    return v

@@ -1,0 +1,223 @@
+"""Energies: the mean squares of gradients, in so few numbers that a plan holds them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dropinf.manifest import field
+
+STEPS = 8  # levels an octave of energy: a coordinate's is at most 9 percent off
+TOP = 255  # the level of the largest row, and column; 0 is no energy at all
+_MOST_SHIFT = 1 << 15
+_WAY_OUT = "measure those of this model, with dropinf.energies"
+
+
+def sides(shape: Sequence[int]) -> tuple[int, int]:
+    """(a, b): the matrix that a parameter is taken for, with the fewest rows + columns.
+
+    A convolution's is output channels x (input channels and taps), that of packed experts
+    [E, I, O] is (experts and inputs) x outputs, that of a vector one column.
+    """
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    cuts = [(math.prod(shape[:d]), math.prod(shape[d:])) for d in range(1, len(shape))]
+    return min(cuts, key=sum)
+
+
+@dataclass(frozen=True, eq=False)
+class ParamEnergy:
+    """The energies of one parameter, as integers; coordinate (o, i) of its matrix has
+
+        E g^2 = 2 ^ ((rows[o] + columns[i] - 2 * TOP + shift) / STEPS),
+
+    and none where one of its levels is 0.
+
+    Attributes:
+        shape: of the parameter.
+        rows, columns: [a], [b] uint8 levels.
+        shift: of all coordinates.
+    """
+
+    shape: tuple[int, ...]
+    rows: np.ndarray
+    columns: np.ndarray
+    shift: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], rows: np.ndarray, columns: np.ndarray) -> ParamEnergy:
+        """Of E g^2 = rows[o] * columns[i], float64 that are finite and not negative."""
+        # Of each by itself, as a product may be beyond what a float holds.
+        (r, top_r), (c, top_c) = _levels(rows), _levels(columns)
+        return cls(tuple(shape), r, c, top_r + top_c)
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [a] and columns [b], whose products are the E g^2."""
+        rows, columns = (
+            np.where(levels > 0, 2.0 ** ((levels.astype(np.float64) - TOP) / STEPS), 0)
+            for levels in (self.rows, self.columns)
+        )
+        return rows * 2.0 ** (self.shift / STEPS), columns
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON."""
+        rows, columns = (
+            base64.b64encode(levels.tobytes()).decode() for levels in (self.rows, self.columns)
+        )
+        return {"shape": list(self.shape), "rows": rows, "columns": columns, "shift": self.shift}
+
+    @classmethod
+    def load(cls, saved: Any) -> ParamEnergy:
+        """What `saved` gave.
+
+        Raises:
+            ValueError: it is anything else.
+        """
+        if type(saved) is not dict:
+            raise ValueError("the energies of a parameter are no JSON object")
+        shape = field(saved, "shape", list)
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError("'shape' of energies holds something else than sizes")
+        levels = []
+        for key, size in zip(("rows", "columns"), sides(shape), strict=True):
+            try:
+                text = base64.b64decode(field(saved, key, str), validate=True)
+            except binascii.Error:
+                raise ValueError(f"{key!r} of energies is not base64") from None
+            if len(text) != size:
+                raise ValueError(f"{key!r} of energies has {len(text)} levels, not {size}")
+            levels.append(np.frombuffer(text, dtype=np.uint8))
+        return cls(tuple(shape), *levels, field(saved, "shift", int, -_MOST_SHIFT, _MOST_SHIFT))
+
+
+class Energies:
+    """E g^2 of the coordinates of a model's parameters, for draws that follow them.
+
+    Made by `dropinf.energies` or `dropinf.energies_from_adam`. A parameter's are the products of
+    rows [a] and columns [b] of the matrix that `sides` takes it for, kept as integer levels, so
+    that what is drawn from them is the same on every machine.
+    """
+
+    def __init__(self, params: Mapping[str, ParamEnergy]) -> None:
+        """By the names of the parameters."""
+        self._params = dict(params)
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        found: Mapping[str, tuple[Sequence[int], np.ndarray, np.ndarray]],
+    ) -> Energies:
+        """Of (shape, rows [a], columns [b]) of each parameter, whose products are its E g^2.
+
+        Raises:
+            ValueError: some are NaN, infinite or negative, or all are zero.
+        """
+        for name, (_, rows, columns) in found.items():
+            for values in (rows, columns):
+                wrong = values[~(np.isfinite(values) & (values >= 0))]
+                if len(wrong):
+                    raise ValueError(
+                        f"{op}: the mean squares of {name!r} must be finite and not negative, got "
+                        f"{wrong[0]}; look for losses or gradients that are not finite"
+                    )
+        if not any(rows.any() and columns.any() for _, rows, columns in found.values()):
+            raise ValueError(
+                f"{op}: every gradient was zero, so that there is nothing to draw by; give "
+                "examples on which the model has something to learn"
+            )
+        return cls({name: ParamEnergy.of(*parts) for name, parts in found.items()})
+
+    def of_layers(self, op: str, layers: Sequence[Any]) -> list[list[ParamEnergy]]:
+        """Those of (layer name, [(parameter name, shape), ...]).
+
+        Raises:
+            ValueError: they are of another model.
+        """
+        for _, params in layers:
+            for name, shape in params:
+                if name not in self._params:
+                    raise ValueError(f"{op}: the energies have no {name!r}; {_WAY_OUT}")
+                if self._params[name].shape != tuple(shape):
+                    raise ValueError(
+                        f"{op}: {name!r} has shape {tuple(shape)}, and the energies are of one of "
+                        f"shape {self._params[name].shape}; {_WAY_OUT}"
+                    )
+        return [[self._params[name] for name, _ in params] for _, params in layers]
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [a] and columns [b] of a parameter, float64; their products are its E g^2."""
+        return self._params[name].values()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Energies) and self.saved(self) == other.saved(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._params))
+
+    def __repr__(self) -> str:
+        return f"Energies({len(self)} parameters)"
+
+    def saved(self, names: Any) -> dict[str, Any]:
+        """Those of some parameters, as JSON."""
+        return {name: self._params[name].saved() for name in names}
+
+    @classmethod
+    def load(cls, saved: Any) -> Energies:
+        """What `saved` gave.
+
+        Raises:
+            ValueError: it is anything else.
+        """
+        if type(saved) is not dict:
+            raise ValueError("'energies' are no JSON object")
+        return cls({name: ParamEnergy.load(param) for name, param in saved.items()})
+
+
+def energy_of(param: ParamEnergy, least: int) -> int:
+    """The sum of a parameter's E g^2, in units that are the same for the same `least` shift."""
+    energy = table(STEPS)
+    steps = param.shift - least
+    rows, columns = (
+        sum(int(n) * e for n, e in zip(np.bincount(levels, minlength=TOP + 1), energy, strict=True))
+        for levels in (param.rows, param.columns)
+    )
+    return rows * columns * energy[STEPS + steps % STEPS] << steps // STEPS
+
+
+def _levels(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Levels [n] uint8, and how many steps above 1 the largest is."""
+    values = np.asarray(values, dtype=np.float64)
+    some = values > 0
+    logs = STEPS * np.log2(values, where=some, out=np.zeros_like(values))
+    top = round(float(logs[some].max())) if some.any() else 0
+    levels = np.where(some, np.clip(TOP + np.rint(logs - top), 0, TOP), 0)
+    return levels.astype(np.uint8), top
+
+
+def table(steps: int) -> list[int]:
+    """Of each level: 1024 * 2 ^ (level / steps), rounded down; 0 of level 0. `steps` is 8 or 16.
+
+    In integers, so that no machine's logarithm decides.
+    """
+    roots = [_root(1024**steps << k, steps) for k in range(steps)]
+    return [0, *(roots[level % steps] << level // steps for level in range(1, TOP + 1))]
+
+
+def _root(value: int, steps: int) -> int:
+    """Of degree `steps`, a power of two, rounded down."""
+    for _ in range(steps.bit_length() - 1):
+        value = math.isqrt(value)
+    return value

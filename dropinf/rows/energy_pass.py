@@ -1,0 +1,97 @@
+"""Energies of a model's gradients, measured on some examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import distributed, nn
+from typing_extensions import Unpack
+
+from dropinf.compression import Energies, FewOfEach, Plan, fit, tracked
+from dropinf.rows.batches import Batches, CaptureOptions, LossFn
+
+_OP = "energies"
+
+
+def energies(
+    model: nn.Module,
+    loader: Iterable,
+    loss_fn: LossFn,
+    examples: int = 64,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    mode: str = "activations",
+    **options: Unpack[CaptureOptions],
+) -> Energies:
+    """E g^2 of a model's coordinates, by which `Dropout` and `Sketch` draw: one short pass.
+
+        e = dropinf.energies(model, loader, loss_fn)
+        plan = dropinf.Plan.make(model, dropinf.Dropout(r=1024, energies=e))
+
+    Of a parameter that is a matrix [O, I], the energy of coordinate (o, i) is
+
+        E g_oi^2  =  rows[o] * columns[i],     O + I numbers.
+
+    A linear layer's gradient is g_oi = sum_t dy[t, o] x[t, i], and its mean square is about
+    E[dy_o^2] E[x_i^2] up to a factor: exact if dy and x are independent, and there is one position
+    or positions do not add up. So rows follow the output gradient, and columns the input. They are
+    fitted to the squares at four random coordinates of each row or column (all of a small
+    parameter), in the rows of an ordinary capture: no gradient is formed, and what positions add
+    up to is in it. A convolution [O, C, *kernel] has output channels x (channels and taps in), an
+    embedding tokens x width, packed experts [E, I, O] (experts and inputs) x outputs, a vector a
+    number for each element. Several uses of one parameter add up, as in its gradient.
+
+    Args:
+        model, loader, loss_fn: as of `collect`.
+        examples: how many to take; the first ones of the loader, or all if it has fewer.
+        include, exclude: parameters to leave out, as in `Plan.make`; a plan may have fewer.
+        mode: "activations" or "grads", see `capture`.
+        options: batch_dim=, closed= and backend= of `capture`.
+
+    Returns:
+        Energies, in integers, which a plan stores. Where torch.distributed is initialised, all
+        ranks must call this, and get those of rank 0.
+
+    Raises:
+        ValueError: the loader is empty, or a gradient is not finite, or all of them are zero.
+    """
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise ValueError(f"{_OP}: examples must be a whole number from 1, got {examples!r}")
+    if options.get("per", "example") != "example":
+        raise ValueError(f"{_OP}: per must be 'example', got {options['per']!r}")
+    layers, _ = tracked(_OP, model, include, exclude)
+    plan = Plan(layers, FewOfEach())
+    batches = Batches(model, loss_fn, plan, mode, options, None, 1.0, "skip", op=_OP)
+    sums = torch.zeros(plan.width, dtype=torch.float64)
+    with batches.opened():
+        for batch in batches.drawn(loader):
+            rows, valid = batches.rows(batch)
+            if not valid.all():
+                at = batches.seen + int((~valid).nonzero()[0, 0])
+                raise ValueError(
+                    f"{_OP}: the loss or gradient of example {at} (in the loader's order) is not "
+                    "finite; mend or remove it"
+                )
+            for row in rows[: examples - batches.seen]:  # one by one, as float64 is wide
+                sums = sums.to(row.device)
+                sums += row.double().square()
+            batches.seen += len(rows)
+            if batches.seen >= examples:
+                break
+    if not batches.seen:
+        raise ValueError(f"{_OP}: the loader is empty; it gave no batch")
+    means = (sums / min(examples, batches.seen)).cpu().numpy()
+    found = Energies.of(
+        _OP,
+        {
+            slot.name: (slot.shape, *fit(slot.shape, slot.index.numpy(), means[slot.entries]))
+            for slot in plan.slots
+        },
+    )
+    if distributed.is_available() and distributed.is_initialized():
+        shared = [found]
+        distributed.broadcast_object_list(shared)
+        (found,) = shared
+    return found

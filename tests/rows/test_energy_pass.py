@@ -1,0 +1,250 @@
+"""energies and energies_from_adam, beside gradients that plain autograd forms one by one."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, build, cross_entropy, example
+from torch import nn
+
+import dropinf
+from dropinf import Dropout, Plan
+from dropinf.compression import FewOfEach
+from dropinf.compression.energy import sides
+
+
+def mean_squares(model, batch, loss_fn, names):
+    """E g^2 of each parameter as the matrix [a, b] that it is taken for, float64."""
+    found = dict.fromkeys(names, 0.0)
+    B = len(batch[0])
+    for b in range(B):
+        model.zero_grad()
+        loss_fn(model, example(batch, b)).sum().backward()
+        for name in names:
+            grad = model.get_parameter(name).grad
+            if grad is not None:
+                found[name] = found[name] + grad.double().square() / B
+    model.zero_grad()
+    shapes = {name: sides(model.get_parameter(name).shape) for name in names}
+    return {
+        name: (torch.zeros(1) + value).expand(model.get_parameter(name).shape).reshape(shapes[name])
+        for name, value in found.items()
+    }
+
+
+def assert_near(energies, name, squares, steps=1.01):
+    """Rows and columns have the sums of these squares, to the levels' rounding."""
+    rows, columns = energies[name]
+    squares = squares.numpy()
+    whole = squares.sum()
+    room = 2 ** (steps / 8)
+    for told, true in (
+        (rows * columns.sum(), squares.sum(1)),
+        (columns * rows.sum(), squares.sum(0)),
+    ):
+        large = true > 1e-6 * whole
+        ratio = told[large] / true[large]
+        assert ratio.max(initial=1) <= room and ratio.min(initial=1) >= 1 / room, (name, ratio)
+        assert (told[true == 0] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_and_columns_of_plain_autograd(case, monkeypatch):
+    """Looking at every coordinate, so that nothing is estimated."""
+    monkeypatch.setattr("dropinf.rows.energy_pass.FewOfEach", partial(FewOfEach, each=100))
+    model, batch = build(case, torch.float64)
+    energies = dropinf.energies(model, [batch], case.loss_fn, examples=len(batch[0]))
+    squares = mean_squares(model, batch, case.loss_fn, list(energies))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(energies)
+    for name in energies:
+        assert_near(energies, name, squares[name])
+
+
+def test_large_parameters_are_estimated():
+    """From four coordinates a column: to some 30 %, over four orders of magnitude."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 5))
+    x = torch.randn(64, 300) * torch.logspace(-2, 1, 300)
+    batch = x, torch.randint(5, (64,))
+    energies = dropinf.energies(model, [batch], cross_entropy)
+    ((weight, _), _) = FewOfEach().keep([("0", [(200, 300), (200,)]), ("2", [(5, 200)])])
+    assert len(weight.index) < 0.04 * 60000
+    rows, columns = energies["0.weight"]
+    squares = mean_squares(model, batch, cross_entropy, ["0.weight"])["0.weight"].numpy()
+    for told, true in (
+        (rows * columns.sum(), squares.sum(1)),
+        (columns * rows.sum(), squares.sum(0)),
+    ):
+        assert abs(np.log(told / true)).mean() < 0.35
+        assert np.corrcoef(np.log(told), np.log(true))[0, 1] > 0.85
+
+
+def test_not_of_the_batches_but_of_the_first_examples():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    x, label = torch.randn(30, 6), torch.randint(4, (30,))
+    one = dropinf.energies(model, [(x, label)], cross_entropy, examples=20)
+    cut = [(x[i : i + 7], label[i : i + 7]) for i in range(0, 28, 7)]
+    assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
+    x[20:] *= 100
+    assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
+    asked = []
+
+    def loader():
+        for batch in cut:
+            asked.append(batch)
+            yield batch
+
+    dropinf.energies(model, loader(), cross_entropy, examples=14)
+    assert len(asked) == 2
+
+
+def test_both_modes_and_a_model_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    model[0].bias.requires_grad_(False)
+    model[2].weight.grad = torch.ones(4, 5)
+    batch = torch.randn(9, 6), torch.randint(4, (9,))
+    one = dropinf.energies(model, [batch], cross_entropy)
+    assert one == dropinf.energies(model, [batch], cross_entropy, mode="grads")
+    assert list(one) == ["0.weight", "2.weight", "2.bias"]
+    assert list(dropinf.energies(model, [batch], cross_entropy, exclude="2.bias")) == list(one)[:2]
+    assert torch.equal(model[2].weight.grad, torch.ones(4, 5)) and model[0].weight.grad is None
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, vocab_size=30, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    adapters = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
+    model = peft.get_peft_model(model, adapters).eval()
+    batch = (torch.randint(30, (5, 8)),)
+
+    def loss_fn(model, batch):
+        logits = model(input_ids=batch[0]).logits[:, :-1]
+        return F.cross_entropy(logits.mT, batch[0][:, 1:], reduction="none").sum(1)
+
+    energies = dropinf.energies(model, [batch], loss_fn)
+    squares = mean_squares(model, batch, loss_fn, list(energies))
+    assert len(energies) == 2
+    for name in energies:
+        assert_near(energies, name, squares[name], steps=1.1)  # of a float32 model
+    plan = Plan.make(model, Dropout(r=8, energies=energies))
+    rows = dropinf.collect(model, [batch], loss_fn, plan, progress=False).rows
+    assert rows.shape == (5, 16)  # and collect has compared them with plain autograd
+
+
+@pytest.mark.parametrize("kind", [dropinf.Dropout, dropinf.Sketch], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_by_energy_are_exact(case, kind):
+    """Both modes beside gradients of one example, at the coordinates and weights of the plan."""
+    model, batch = build(case, torch.float64)
+    energies = dropinf.energies(model, [batch], case.loss_fn)
+    plan = Plan.make(model, kind(r=9, seed=3, energies=energies))
+    assert any(isinstance(slot.scale, torch.Tensor) and len(slot.scale) for slot in plan.slots)
+    truth = torch.zeros(len(batch[0]), plan.width, dtype=torch.float64)
+    for b, row in enumerate(truth):
+        model.zero_grad()
+        case.loss_fn(model, example(batch, b)).sum().backward()
+        for slot in plan.slots:
+            grad = model.get_parameter(slot.name).grad
+            if grad is None:
+                continue
+            values = grad.flatten()[slot.index] * slot.scale
+            if slot.entry_map is None:
+                row[slot.entries] += values
+            else:
+                at = slot.entry_map.entry + slot.offset
+                row.index_add_(0, at, values * slot.entry_map.sign)
+    model.zero_grad()
+    for mode in ("activations", "grads"):
+        with dropinf.capture(model, plan, mode) as tap:
+            rows = tap.rows(case.loss_fn(model, batch))
+        torch.testing.assert_close(rows, truth, rtol=1e-10, atol=1e-10 * truth.abs().max().item())
+
+
+def linear_batch(size=8):
+    torch.manual_seed(0)
+    return nn.Linear(6, 4), (torch.randn(size, 6), torch.randint(4, (size,)))
+
+
+def test_what_energies_refuses():
+    model, (x, label) = linear_batch()
+    with pytest.raises(ValueError, match="energies: the loader is empty"):
+        dropinf.energies(model, [], cross_entropy)
+    with pytest.raises(ValueError, match="energies: examples must be a whole number from 1, got 0"):
+        dropinf.energies(model, [(x, label)], cross_entropy, examples=0)
+    with pytest.raises(ValueError, match="energies: per must be 'example', got 'token'"):
+        dropinf.energies(model, [(x, label)], cross_entropy, per="token")
+    with pytest.raises(ValueError, match="energies: every gradient was zero"):
+        dropinf.energies(model, [(x, label)], lambda m, b: 0 * cross_entropy(m, b))
+    x[5, 2] = float("nan")
+    with pytest.raises(ValueError, match="energies: the loss or gradient of example 5 "):
+        dropinf.energies(model, [(x[:3], label[:3]), (x[3:], label[3:])], cross_entropy)
+
+
+# Adam.
+
+
+def trained(kind=torch.optim.AdamW, steps=3, **options):
+    model, (x, label) = linear_batch()
+    model = nn.Sequential(model, nn.Linear(4, 4))
+    optimizer = kind(model.parameters(), lr=1e-3, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        cross_entropy(model, (x, label)).mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam]
+)
+def test_of_adam(kind):
+    model, optimizer = trained(kind, betas=(0.9, 0.7))
+    energies = dropinf.energies_from_adam(optimizer, model)
+    for name, p in model.named_parameters():
+        v = optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.7**3)
+        assert_near(energies, name, v.reshape(sides(p.shape)))
+    Plan.make(model, Dropout(r=5, energies=energies))
+
+
+def test_of_adam_what_had_no_gradient_has_no_energy():
+    model, optimizer = trained()
+    model.append(nn.Linear(4, 4))
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    energies = dropinf.energies_from_adam(optimizer, model)
+    assert not energies["2.weight"][0].any() and energies["1.weight"][0].all()
+
+
+def test_what_energies_from_adam_refuses():
+    model, optimizer = trained()
+    p = model[0].weight
+
+    class Wrapped:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    def refuses(error, match, optimizer=optimizer, model=model):
+        with pytest.raises(error, match=match) as raised:
+            dropinf.energies_from_adam(optimizer, model)
+        assert "\n" not in str(raised.value)
+
+    refuses(TypeError, "got SGD; measure energies", torch.optim.SGD(model.parameters()))
+    refuses(TypeError, "got Wrapped; give the one inside, its .optimizer", Wrapped(optimizer))
+    refuses(ValueError, "no state yet", torch.optim.Adam(model.parameters()))
+    refuses(ValueError, "no parameter of this model", model=nn.Linear(2, 2))
+    good = optimizer.state[p]["exp_avg_sq"]
+    for bad in (float("nan"), float("inf"), -1.0):
+        optimizer.state[p]["exp_avg_sq"] = good.clone()
+        optimizer.state[p]["exp_avg_sq"][1, 1] = bad
+        refuses(ValueError, "exp_avg_sq of '0.weight' must be finite and not negative")
+    optimizer.state[p]["exp_avg_sq"] = good[:2]
+    refuses(ValueError, r"'0.weight' is sharded or flattened, Tensor of shape \(2, 6\)")

@@ -1,6 +1,6 @@
 """dropinf: dropout gradient compression for influence functions (arXiv 2509.15651)."""
 
-from dropinf import ops, solvers
+from dropinf import losses, ops, solvers
 from dropinf.capturing import ProofError, capture, keeps_examples, verify
 from dropinf.compression import (
     FJLT,
@@ -45,6 +45,7 @@ __all__ = [
     "ensemble",
     "influence",
     "keeps_examples",
+    "losses",
     "ops",
     "scores",
     "self_influence",

@@ -31,8 +31,9 @@ def target_of(batch: Any, name: str = "labels") -> Tensor:
         if batch.get(name) is None:
             raise ValueError(
                 f"loss_fn: the batch has no {name!r}, only {sorted(batch)}; use a data collator "
-                "that makes them, such as DataCollatorForLanguageModeling, and with a Trainer that "
-                "takes them out (compute_loss_func, label smoothing) InfluenceCallback(when='after')"
+                "that makes them, such as DataCollatorForLanguageModeling, and with a Trainer "
+                "that takes them out (compute_loss_func, label smoothing) "
+                "InfluenceCallback(when='after')"
             )
         return batch[name]
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):

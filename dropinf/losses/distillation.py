@@ -13,7 +13,7 @@ from dropinf.losses.supervised import classification_loss
 def distillation_loss(
     teacher: Any, loss_fn: LikelihoodLoss = classification_loss, temperature: float = 1.0
 ) -> LikelihoodLoss:
-    """A loss function: [B] losses τ² sum KL(softmax(teacher / τ) ‖ softmax(z / τ)), up to a constant.
+    """A loss function: [B] losses τ² Σ KL(softmax(teacher / τ) ‖ softmax(z / τ)) + a constant.
 
     Hinton, Vinyals and Dean, arXiv 1503.02531, section 2: the cross entropy, which is the KL
     divergence plus the teacher's entropy, so that rows are the same. With labels too, a sum

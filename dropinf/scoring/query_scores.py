@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dropinf import ops
+from dropinf import losses, ops
 from dropinf.compression import Compression, Dropout, Plan
 from dropinf.rows import (
     LossFn,
@@ -206,6 +206,7 @@ def influence(
     *,
     mode: str = "activations",
     progress: bool = True,
+    fisher: str = "empirical",
 ) -> Tensor:
     """All of it in one call: plan, collect both loaders, fit `solvers.Cholesky`, score.
 
@@ -217,16 +218,36 @@ def influence(
         damping: relative, see `solvers.Cholesky`.
         mode: see `capture`.
         progress: show a bar for each loader.
+        fisher: what F is made of: "empirical", the training rows themselves; "sampled", rows of
+            labels drawn from the model (`losses.sampled`), the Fisher matrix in expectation;
+            "gauss-newton", rows of the outputs (`losses.gauss_newton`), the Gauss-Newton matrix,
+            which for a squared error of one output is exact. These two need a loss_fn of
+            `dropinf.losses`, or made with `losses.likelihood`, and read train_loader twice.
 
     Returns:
         scores [m, n], see `scores`.
+
+    Raises:
+        ValueError: `fisher` is none of these, or loss_fn does not say what the outputs are.
     """
+    curvature = _curvature_loss(fisher, loss_fn)
     plan = Plan.make(model, Dropout(r=1024) if compression is None else compression)
-    store, queries = (
-        collect(model, loader, loss_fn, plan, mode=mode, progress=progress and label)
-        for loader, label in ((train_loader, "train rows"), (query_loader, "query rows"))
-    )
-    return scores(queries, store, Cholesky(damping).fit(store))
+
+    def rows(loader: Iterable, loss: LossFn, label: str) -> RowStore:
+        return collect(model, loader, loss, plan, mode=mode, progress=progress and label)
+
+    store = rows(train_loader, loss_fn, "train rows")
+    fitted = store if curvature is None else rows(train_loader, curvature, "curvature rows")
+    queries = rows(query_loader, loss_fn, "query rows")
+    return scores(queries, store, Cholesky(damping).fit(fitted))
+
+
+def _curvature_loss(fisher: str, loss_fn: LossFn) -> LossFn | None:
+    """What makes the rows of F; None for the training rows."""
+    kinds = {"empirical": None, "sampled": losses.sampled, "gauss-newton": losses.gauss_newton}
+    if fisher not in kinds:
+        raise ValueError(f"influence: fisher must be one of {list(kinds)}, got {fisher!r}")
+    return None if kinds[fisher] is None else kinds[fisher](loss_fn)
 
 
 def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:

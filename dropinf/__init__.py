@@ -17,7 +17,14 @@ from dropinf.compression import (
 )
 from dropinf.ops import BackendError, backends
 from dropinf.rows import LockedError, RowStore, collect
-from dropinf.scoring import ensemble, influence, scores, self_influence, topk
+from dropinf.scoring import (
+    ensemble,
+    influence,
+    optimizer_updates,
+    scores,
+    self_influence,
+    topk,
+)
 from dropinf.solvers import choose_damping
 
 __version__ = "0.1.0"  # pyproject.toml reads it here, so that a checkout has it too
@@ -47,6 +54,7 @@ __all__ = [
     "keeps_examples",
     "losses",
     "ops",
+    "optimizer_updates",
     "scores",
     "self_influence",
     "solvers",

@@ -1,5 +1,6 @@
 """Scores of training examples for queries."""
 
 from dropinf.scoring.query_scores import ensemble, influence, scores, self_influence, topk
+from dropinf.scoring.updates import optimizer_updates
 
-__all__ = ["ensemble", "influence", "scores", "self_influence", "topk"]
+__all__ = ["ensemble", "influence", "optimizer_updates", "scores", "self_influence", "topk"]

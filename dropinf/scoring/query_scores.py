@@ -33,7 +33,8 @@ def scores(
     """scores[q, i] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l: the influence of example i on query q.
 
     Positive: more of training example i lowers query q's loss. Solves for the m queries, never for
-    the n training rows.
+    the n training rows. F is what the solver was fitted on: of the training rows themselves the
+    empirical Fisher matrix (see `solvers.Solver.fit`).
 
     Args:
         queries: m rows.

@@ -30,7 +30,11 @@ class Solver(ABC):
     weights: str | None = None
 
     def fit(self: Self, store: RowStore) -> Self:
-        """Learn from the valid rows of `store`.
+        """Learn F from the valid rows of `store`.
+
+        It may be another store than the one that is scored: of `losses.sampled` or
+        `losses.gauss_newton` under the same plan. Of the training rows themselves F is the
+        empirical Fisher matrix.
 
         Raises:
             ValueError: the store holds no valid row, or a layer cannot be inverted.

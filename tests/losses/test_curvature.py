@@ -9,6 +9,7 @@ from torch import nn
 
 import dropinf
 from dropinf import losses
+from dropinf.losses.noise import Noise
 
 
 def random(*shape, seed=0):
@@ -148,6 +149,15 @@ def test_labels_are_drawn_from_the_model():
     (u,) = torch.autograd.grad(rows.sum(), z)
     drawn = (p - u).round().mean(0)  # e_y = p - u
     assert ((drawn - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_what_is_in_an_example_counts():
+    """Other numbers, or the same ones elsewhere, have other noise; and every number has its own."""
+    ids = torch.tensor([[1, 2, 3], [2, 1, 3], [0, 3, 3], [1, 2, 4]])
+    for batch in (ids, [ids.double()], {"x": ids.bfloat16(), "y": torch.zeros(9)}):
+        u = Noise(batch, 4, 0, ids.device).uniform(50)
+        assert len(u.unique()) == 200 and u.min() > 0 and u.max() < 1
+    assert torch.equal(u, Noise({"x": ids.bfloat16()}, 4, 0, ids.device).uniform(50))
 
 
 @pytest.mark.parametrize("of", [losses.gauss_newton, losses.sampled])

@@ -20,6 +20,7 @@ from dropinf.rows import LockedError, RowStore, collect
 from dropinf.scoring import (
     ensemble,
     influence,
+    mean_query,
     optimizer_updates,
     scores,
     self_influence,
@@ -53,6 +54,7 @@ __all__ = [
     "influence",
     "keeps_examples",
     "losses",
+    "mean_query",
     "ops",
     "optimizer_updates",
     "scores",

@@ -362,12 +362,18 @@ class RowStore:
         """[k, R] the rows at these positions, verified; a copy.
 
         Raises:
+            IndexError: there is no such position.
             ValueError: a chunk on disk does not have its checksum.
         """
         return self._packing.unpack(self._at(positions))
 
     def _at(self, positions: Tensor | Sequence[int]) -> Tensor:
         positions = torch.as_tensor(positions).to("cpu", torch.int64)
+        outside = (positions < 0) | (positions >= len(self))
+        if outside.any():
+            raise IndexError(
+                f"RowStore.at: positions are 0 to {len(self) - 1}, got {int(positions[outside][0])}"
+            )
         packed = self._parts[0].packed
         found = packed.new_empty(len(positions), packed.shape[1])
         first = 0

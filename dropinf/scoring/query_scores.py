@@ -19,7 +19,10 @@ from dropinf.rows import (
     solved_for,
     valid_rows,
 )
+from dropinf.scoring.by_layer import layer_products
 from dropinf.solvers import Cholesky, Solver
+
+_NOWHERE = torch.iinfo(torch.int64).max  # an index that is an error everywhere
 
 
 def scores(
@@ -29,6 +32,7 @@ def scores(
     *,
     relative: bool = False,
     weights: str = "same",
+    by: str | None = None,
 ) -> Tensor:
     """scores[q, i] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l: the influence of example i on query q.
 
@@ -45,23 +49,33 @@ def scores(
             2003.11630, section 4.2, l-relative influence); this does solve for the training rows.
         weights: "any" takes rows of other weights than the queries' or the solver's, which are an
             error otherwise.
+        by: "layer" gives each layer's part of the score, [L, m, n], in the order of
+            `store.plan.blocks`; they add up to the scores.
 
     Returns:
         [m, n] in the rows' dtype, of the ids `queries.ids` and `store.ids`; NaN where the query or
-        the training row is invalid.
+        the training row is invalid. Rows of tokens (`collect(per="token")`) on either side give
+        scores of tokens, which add up to their examples'; `origin` says whose each is.
 
     Raises:
         ValueError: the three were not made under the same plan or weights, a self-influence is
             negative, or a score is beyond the range of the rows' dtype.
     """
+    if by not in (None, "layer"):
+        raise ValueError(
+            f"scores: by must be 'layer' or None, got {by!r}; scores of tokens are of rows that "
+            "were collected with per='token'"
+        )
     solver.check_plans("scores", queries, store, weights)
     solved = solved_for(queries.rows, store, solver.solve)
-    result = products(solved, store).to(queries.rows.dtype)
+    result = (products if by is None else layer_products)(solved, store).to(queries.rows.dtype)
     factors = _factors("scores", store, solver, relative, weights)
     if factors is not None:
         result *= factors
     valid = queries.valid[:, None], store.valid
-    solver.check_scores("scores", result, valid, lambda q, i: (solved[q], store.at([i])[0]))
+    solver.check_scores(
+        "scores", result, valid, lambda *at: (solved[at[-2]], store.at([at[-1]])[0])
+    )
     return mark_invalid(result, queries, store)
 
 
@@ -74,6 +88,7 @@ def topk(
     relative: bool = False,
     weights: str = "same",
     ids: bool = False,
+    largest: bool = True,
 ) -> tuple[Tensor, Any]:
     """The k training examples of largest score for each query, without forming [m, n].
 
@@ -81,10 +96,13 @@ def topk(
         queries, store, solver, relative, weights: as in `scores`.
         k: 1 to the number of valid training rows.
         ids: return ids of training examples for their positions: [m, k] int64, or lists of strings.
+        largest: False takes the smallest scores, the smallest first: those of examples that raise
+            the query's loss.
 
     Returns:
         values [m, k], largest first, and indices [m, k] int64, positions in the store. Invalid
-        training rows are never among them; an invalid query has NaN and -1 (for a string, None).
+        training rows are never among them; an invalid query has NaN, and 2^63 - 1 for index or id
+        (for a string, None), with which no list or tensor can be indexed by mistake, as with -1.
 
     Raises:
         ValueError: as in `scores`, or k is out of range.
@@ -94,6 +112,8 @@ def topk(
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
     solved = solved_for(queries.rows, store, solver.solve)
+    if not largest:
+        solved = -solved
     factors = _factors("topk", store, solver, relative, weights)
     values = solved.new_full((len(queries), k), -torch.inf)
     indices = torch.full((len(queries), k), -1, device=solved.device)
@@ -113,8 +133,10 @@ def topk(
     solver.check_scores(
         "topk", values, valid, lambda q, at: (solved[q], store.at(indices[q, at : at + 1])[0])
     )
+    if not largest:
+        values = -values
     values[~queries.valid] = torch.nan
-    indices[~queries.valid] = -1
+    indices[~queries.valid] = _NOWHERE
     return values, _ids_at(store, indices, queries.valid) if ids else indices
 
 
@@ -149,7 +171,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
 class Ensemble(NamedTuple):
     """What `ensemble` returns."""
 
-    mean: Tensor  # [m, n]
+    mean: Tensor  # [m, n], weighted
     error: Tensor  # [m, n] standard error of the mean
 
 
@@ -157,7 +179,7 @@ def ensemble(
     parts: Iterable[tuple[RowStore, RowStore, Solver]],
     *,
     relative: bool = False,
-    weights: str = "same",
+    weights: str | Iterable[float] = "same",
 ) -> Ensemble:
     """Scores averaged over checkpoints and masks, with error bars.
 
@@ -167,34 +189,59 @@ def ensemble(
     Args:
         parts: (queries, store, solver) of each checkpoint and mask, for the same queries and
             training examples in the same order; a generator makes them one at a time.
-        relative, weights: as in `scores`; each part has weights of its own.
+        relative: as in `scores`.
+        weights: of the parts, a number each, such as learning rates of checkpoints: the mean is
+            Σ_k w_k scores_k / Σ_k w_k, and TracIn's sum over checkpoints, Σ_k w_k scores_k
+            (TracInCP, arXiv 2002.08484; also definition 3.1 of LESS, arXiv 2402.04333), is that
+            times sum(weights). Or "same" or "any", as in `scores`, for a plain mean.
 
     Returns:
         mean [m, n], and error [m, n], the standard error of that mean: the standard deviation over
-        the parts divided by the square root of their number, NaN for a single part. NaN where
-        the query or training row is invalid in any part.
+        the parts divided by the square root of their number, NaN for a single part; with weights
+        sqrt(K / (K - 1) Σ w_k² (scores_k - mean)²) / Σ w_k over the K parts. NaN where the query
+        or training row is invalid in any part.
 
     Raises:
-        ValueError: there are no parts, or they differ in m or n.
+        ValueError: there are no parts, they differ in m or n, or weights are not one positive
+            number for each.
     """
-    count, mean, squares = 0, torch.empty(0), torch.empty(0)
+    given = None if isinstance(weights, str) else _part_weights(weights)
+    same = weights if isinstance(weights, str) else "same"
+    count, mean, squares, linear = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    total = total_squares = 0.0
     for queries, store, solver in parts:
-        found = scores(queries, store, solver, relative=relative, weights=weights)
+        if given is not None and count == len(given):
+            raise ValueError(f"ensemble: there are more parts than the {count} weights")
+        w = 1.0 if given is None else given[count]
+        found = scores(queries, store, solver, relative=relative, weights=same)
         if count == 0:
-            mean, squares = torch.zeros_like(found), torch.zeros_like(found)
+            mean, squares, linear = (torch.zeros_like(found) for _ in range(3))
         if found.shape != mean.shape:
             raise ValueError(
                 f"ensemble: part {count} has scores {list(found.shape)}, those before it "
                 f"{list(mean.shape)}; give the same queries and training examples to all"
             )
-        count += 1
-        off = found - mean  # Welford's update: no cancellation of large sums
-        mean += off / count
-        squares += off * (found - mean)
+        # Welford's update of Σ w² (s - mean)² and Σ w² (s - mean): no large sums cancel.
+        count, total = count + 1, total + w
+        off = found - mean
+        step = off * (w / total)
+        mean += step
+        squares += step * (step * total_squares - 2 * linear) + w**2 * (found - mean).square()
+        linear += w**2 * (found - mean) - step * total_squares
+        total_squares += w**2
     if count == 0:
         raise ValueError("ensemble: no parts were given")
-    spread = squares / (count - 1) if count > 1 else torch.full_like(mean, torch.nan)
-    return Ensemble(mean, (spread / count).sqrt())
+    if given is not None and count < len(given):
+        raise ValueError(f"ensemble: {len(given)} weights were given for {count} parts")
+    more = count / (count - 1) if count > 1 else torch.nan
+    return Ensemble(mean, (more * squares.clamp(min=0)).sqrt() / total)
+
+
+def _part_weights(weights: Iterable[float]) -> list[float]:
+    found = [float(w) for w in weights]
+    if not all(0 < w < float("inf") for w in found):
+        raise ValueError(f"ensemble: weights must be positive numbers, one a part, got {found}")
+    return found
 
 
 def influence(
@@ -254,10 +301,10 @@ def _curvature_loss(fisher: str, loss_fn: LossFn) -> LossFn | None:
 def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:
     own = store.ids
     if isinstance(own, Tensor):
-        found = own[indices.cpu()]
-        found[~valid] = -1
+        found = own[indices.cpu().where(valid[:, None], 0)]
+        found[~valid] = _NOWHERE
         return found
-    return [[own[i] if i >= 0 else None for i in row] for row in indices.tolist()]
+    return [[None if i == _NOWHERE else own[i] for i in row] for row in indices.tolist()]
 
 
 def _factors(

@@ -27,9 +27,9 @@ class Cholesky(Solver):
 
     F_l = G_lᵀ G_l / n for the rows G_l [n, r_l] of layer l: of losses at the given labels the
     empirical Fisher matrix, of `losses.sampled` the Fisher and of `losses.gauss_newton` the
-    Gauss-Newton matrix. λ_l = damping · trace(F_l) / r_l. The r x r form keeps the triangular factor of F_l + λ_l. Where
-    2 n <= r_l the n x n form is taken (Woodbury), which then has at most half the memory and is the
-    cheaper to fit:
+    Gauss-Newton matrix. λ_l = damping · trace(F_l) / r_l. The r x r form keeps the triangular
+    factor of F_l + λ_l. Where 2 n <= r_l the n x n form is taken (Woodbury), which then has at most
+    half the memory and is the cheaper to fit:
 
         (F + λ)⁻¹ q = (q - Gᵀ (G Gᵀ + n λ)⁻¹ G q) / λ
 

@@ -142,7 +142,7 @@ def test_refuses():
             optimizer_updates(store, optimizer, other)
     for compression in (Sketch(r=9), Gaussian(r=9), dropinf.LoGra(r=9)):
         mixed = collect(model, data, dropinf.Plan.make(model, compression))
-        with pytest.raises(ValueError, match="is made of several coordinates.*under Dropout"):
+        with pytest.raises(ValueError, match=r"is made of several coordinates.*under Dropout"):
             optimizer_updates(mixed, optimizer, model)
 
 

@@ -1,6 +1,6 @@
 """dropinf: dropout gradient compression for influence functions (arXiv 2509.15651)."""
 
-from dropinf import ops, solvers
+from dropinf import losses, ops, solvers
 from dropinf.capturing import ProofError, capture, keeps_examples, verify
 from dropinf.compression import (
     FJLT,
@@ -19,7 +19,15 @@ from dropinf.compression import (
 )
 from dropinf.ops import BackendError, backends
 from dropinf.rows import LockedError, RowStore, collect, energies
-from dropinf.scoring import ensemble, influence, scores, self_influence, topk
+from dropinf.scoring import (
+    ensemble,
+    influence,
+    mean_query,
+    optimizer_updates,
+    scores,
+    self_influence,
+    topk,
+)
 from dropinf.solvers import choose_damping
 
 __version__ = "0.1.0"  # pyproject.toml reads it here, so that a checkout has it too
@@ -50,7 +58,10 @@ __all__ = [
     "ensemble",
     "influence",
     "keeps_examples",
+    "losses",
+    "mean_query",
     "ops",
+    "optimizer_updates",
     "scores",
     "self_influence",
     "solvers",

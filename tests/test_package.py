@@ -172,7 +172,7 @@ def test_bench(command, monkeypatch, request, tmp_path):
 
 # From the ops, which know only tensors, to the calls that do everything.
 ROOMS = [
-    ["ops"],
+    ["ops", "losses"],
     ["compression"],
     ["capturing.rules"],
     ["capturing"],

@@ -78,6 +78,7 @@ def check_examples(
     losses_of: Callable[[Any], Tensor],
     plan: Plan,
     batch_dim: int,
+    inputs: int = 1,
 ) -> bool:
     """Compare example b alone with its row in the batch; warn if they differ.
 
@@ -91,11 +92,12 @@ def check_examples(
         losses_of: batch -> its losses.
         plan: of the row.
         batch_dim: dimension of the examples in the batch's tensors of two dimensions and more.
+        inputs: of the model that an example has: 2 of a pair.
 
     Returns:
         Whether the examples were found to be independent.
     """
-    one = one_example(batch, b, B, batch_dim)
+    one = one_example(batch, b, B, batch_dim, inputs)
     if one is None:
         warn_user(
             f"collect: could not cut example {b} out of a batch of type {type(batch).__name__}, so "
@@ -157,10 +159,23 @@ def _last_layer(model: nn.Module, run: Callable[[], object]) -> str:
     return f"layer {entered[-1]!r} ({type(module).__name__})"
 
 
-def one_example(batch: Any, b: int, B: int, batch_dim: int) -> Any:
-    """Example b of a batch, as a batch; None where there is nothing to cut."""
+def one_example(batch: Any, b: int, B: int, batch_dim: int, inputs: int = 1) -> Any:
+    """Example b of a batch, as a batch; None where there is nothing to cut.
+
+    With more inputs than one, all first ones stand before all second ones.
+    """
     places = places_of(batch, B, batch_dim)
-    return example_at(batch, b, places, batch_dim) if places else None
+    several = places_of(batch, inputs * B, batch_dim) if inputs > 1 else []
+    if not places and not several:
+        return None
+    number = iter(range(1 << 62))
+
+    def cut(leaf: Any) -> Any:
+        if next(number) not in several or not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.unflatten(0, (inputs, B))[:, b]
+
+    return example_at(_mapped(batch, cut), b, places, batch_dim)
 
 
 def places_of(batch: Any, B: int, batch_dim: int) -> list[int]:

@@ -164,7 +164,7 @@ def _way_out(losses: Any) -> str:
     return (
         "a mean or sum is of all examples together, so use reduction='none' and sum over positions "
         "only; for a model of transformers, whose .loss is a mean, see loss_fn_for in "
-        "dropinf.integrations.transformers_losses"
+        "dropinf.integrations.transformers"
     )
 
 

@@ -122,12 +122,8 @@ class DropoutInfluence(DataInfluence):
             return total if k is None else _largest(total, k, proponents)
         if k is None:
             return scores(asked, self.store, self.solver)
-        if proponents:
-            values, indices = topk(asked, self.store, self.solver, k)
-            return KMostInfluentialResults(indices, values)
-        # Scores are linear in the query, so the lowest are the highest of the negated query.
-        values, indices = topk(RowStore(-asked.rows, self.plan), self.store, self.solver, k)
-        return KMostInfluentialResults(indices, -values)
+        values, indices = topk(asked, self.store, self.solver, k, largest=proponents)
+        return KMostInfluentialResults(indices, values)
 
     def self_influence(
         self, inputs: tuple[Any, ...] | DataLoader | None = None, show_progress: bool = False

@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 
+# What Trainers hand to the model beside the batch; TRL's asks for losses in place of logits.
+_OF_TRAINERS = ("num_items_in_batch", "fused_lm_head")
+
+
 class InfluenceCallback(transformers.TrainerCallback):
     """Rows of the training examples of a `transformers.Trainer`.
 
@@ -56,7 +60,8 @@ class InfluenceCallback(transformers.TrainerCallback):
         plan: of the model that is trained; with adapters of peft, of the whole PeftModel.
         path: a directory to make for the rows; None keeps them in memory.
         loss_fn: (model, batch) -> [B]; None takes `loss_fn_for(model)`, the model's own loss. A
-            Trainer with another one (compute_loss_func) needs it, with when="after".
+            Trainer with another one (compute_loss_func) needs it, with when="after"; TRL's
+            DPOTrainer and RewardTrainer need `losses.dpo_loss(reference)` and `losses.reward_loss`.
         when: "after" collects every example of the training data set once, in its order, when
             training has ended; "during" collects each batch as it comes, with the weights of that
             step, and `store.origin` [n, 2] says the step and the example, as its position in the
@@ -123,7 +128,7 @@ class InfluenceCallback(transformers.TrainerCallback):
             return
         self._due = False  # first, since the rows call the model too
         try:
-            batch = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}
+            batch = {k: v for k, v in inputs.items() if k not in _OF_TRAINERS}
             if self.loss_fn is None:
                 _refuse_other_loss(self._loss, batch)
                 refuse_packed(batch)
@@ -184,6 +189,13 @@ def _refuse_training(args: Any, loader: Any, loss_fn: LossFn | None, when: str) 
             "the labels are smoothed, which the model's own loss is not, and the Trainer keeps "
             "them from the model; give loss_fn= with when='after'"
         )
+    elif loss_fn is None and "ForPreference" in type(collator).__name__:
+        why = (
+            "the training is on preference pairs, whose loss is not the model's own; give "
+            "loss_fn=dropinf.losses.dpo_loss(reference, beta=) or dropinf.losses.reward_loss"
+        )
+    elif loss_fn is None and getattr(args, "loss_type", None) == "dft":
+        why = "loss_type='dft' is not the model's own loss; give that of each example as loss_fn="
     elif args.torch_compile and when == "during":
         why = "a compiled model does not show its batches; use when='after'"
     else:

@@ -67,6 +67,7 @@ class Checks:
         batches.kept = None
         if not self._alone and batches.num_examples > 1 and bool(valid.all()):
             self._alone = True
+            inputs = getattr(batches.loss_fn, "inputs", 1)  # 2 of a loss of pairs
             independent = check_examples(
                 batches.model,
                 batch,
@@ -77,8 +78,9 @@ class Checks:
                 lambda one: batches.loss_fn(batches.model, one),
                 batches.plan,
                 batches.batch_dim,
+                inputs,
             )
-            if independent:
+            if independent and inputs == 1:
                 batches.places = places_of(batch, batches.num_examples, batches.batch_dim)
 
     def _is_due(self, number: int) -> bool:

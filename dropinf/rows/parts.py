@@ -116,6 +116,11 @@ class Parts:
     def at(self, positions: Tensor | Sequence[int]) -> Tensor:
         """[k, ...] the rows at these positions as they are kept, verified; a copy."""
         positions = torch.as_tensor(positions).to("cpu", torch.int64)
+        outside = (positions < 0) | (positions >= len(self))
+        if outside.any():
+            raise IndexError(
+                f"RowStore.at: positions are 0 to {len(self) - 1}, got {int(positions[outside][0])}"
+            )
         packed = self.parts[0].packed
         found = packed.new_empty(len(positions), packed.shape[1])
         first = 0

@@ -312,6 +312,7 @@ class RowStore:
         """[k, R] the rows at these positions, verified; a copy.
 
         Raises:
+            IndexError: there is no such position.
             ValueError: a chunk on disk does not have its checksum.
         """
         return self._parts.packing.unpack(self._parts.at(positions))

@@ -1,5 +1,17 @@
 """Scores of training examples for queries."""
 
-from dropinf.scoring.query_scores import ensemble, influence, scores, self_influence, topk
+from dropinf.scoring.ensembles import ensemble
+from dropinf.scoring.influences import influence
+from dropinf.scoring.query_means import mean_query
+from dropinf.scoring.query_scores import scores, self_influence, topk
+from dropinf.scoring.updates import optimizer_updates
 
-__all__ = ["ensemble", "influence", "scores", "self_influence", "topk"]
+__all__ = [
+    "ensemble",
+    "influence",
+    "mean_query",
+    "optimizer_updates",
+    "scores",
+    "self_influence",
+    "topk",
+]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dropinf import ops
-from dropinf.compression import Compression, Dropout, Plan
 from dropinf.rows import (
     PART_BYTES,
-    LossFn,
     RowStore,
-    collect,
     kept_beside,
     mark_invalid,
     products,
     solved_for,
     valid_rows,
 )
-from dropinf.solvers import Cholesky, Solver
+from dropinf.scoring.by_layer import layer_products
+from dropinf.solvers import Solver
+
+_NOWHERE = torch.iinfo(torch.int64).max  # an index that is an error everywhere
 
 
 def scores(
@@ -32,11 +31,13 @@ def scores(
     *,
     relative: bool = False,
     weights: str = "same",
+    by: str | None = None,
 ) -> Tensor:
     """scores[q, i] = Σ_l g_q,l · (F_l + λ_l)⁻¹ · g_i,l: the influence of example i on query q.
 
     Positive: more of training example i lowers query q's loss. Solves for the m queries, never for
-    the n training rows.
+    the n training rows. F is what the solver was fitted on: of the training rows themselves the
+    empirical Fisher matrix (see `solvers.Solver.fit`).
 
     Args:
         queries: m rows.
@@ -48,23 +49,33 @@ def scores(
             see `self_influence`.
         weights: "any" takes rows of other weights than the queries' or the solver's, which are an
             error otherwise.
+        by: "layer" gives each layer's part of the score, [L, m, n], in the order of
+            `store.plan.blocks`; they add up to the scores.
 
     Returns:
         [m, n] in the rows' dtype, of the ids `queries.ids` and `store.ids`; NaN where the query or
-        the training row is invalid.
+        the training row is invalid. Rows of tokens (`collect(per="token")`) on either side give
+        scores of tokens, which add up to their examples'; `origin` says whose each is.
 
     Raises:
         ValueError: the three were not made under the same plan or weights, a self-influence is
             negative, or a score is beyond the range of the rows' dtype.
     """
+    if by not in (None, "layer"):
+        raise ValueError(
+            f"scores: by must be 'layer' or None, got {by!r}; scores of tokens are of rows that "
+            "were collected with per='token'"
+        )
     solver.check_plans("scores", queries, store, weights)
     solved = solved_for(queries.rows, store, solver.solve)
-    result = products(solved, store).to(queries.rows.dtype)
+    result = (products if by is None else layer_products)(solved, store).to(queries.rows.dtype)
     factors = _factors("scores", store, solver, relative, weights)
     if factors is not None:
         result *= factors
     valid = queries.valid[:, None], store.valid
-    solver.check_scores("scores", result, valid, lambda q, i: (solved[q], store.at([i])[0]))
+    solver.check_scores(
+        "scores", result, valid, lambda *at: (solved[at[-2]], store.at([at[-1]])[0])
+    )
     return mark_invalid(result, queries, store)
 
 
@@ -77,6 +88,7 @@ def topk(
     relative: bool = False,
     weights: str = "same",
     ids: bool = False,
+    largest: bool = True,
 ) -> tuple[Tensor, Any]:
     """The k training examples of largest score for each query, without forming [m, n].
 
@@ -84,10 +96,13 @@ def topk(
         queries, store, solver, relative, weights: as in `scores`.
         k: 1 to the number of valid training rows.
         ids: return ids of training examples for their positions: [m, k] int64, or lists of strings.
+        largest: False takes the smallest scores, the smallest first: those of examples that raise
+            the query's loss.
 
     Returns:
         values [m, k], largest first, and indices [m, k] int64, positions in the store. Invalid
-        training rows are never among them; an invalid query has NaN and -1 (for a string, None).
+        training rows are never among them; an invalid query has NaN, and 2^63 - 1 for index or id
+        (for a string, None), with which no list or tensor can be indexed by mistake, as with -1.
 
     Raises:
         ValueError: as in `scores`, or k is out of range.
@@ -97,6 +112,8 @@ def topk(
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
     solved = solved_for(queries.rows, store, solver.solve)
+    if not largest:
+        solved = -solved
     factors = _factors("topk", store, solver, relative, weights)
     values = solved.new_full((len(queries), k), -torch.inf)
     indices = torch.full((len(queries), k), -1, device=solved.device)
@@ -118,8 +135,10 @@ def topk(
     solver.check_scores(
         "topk", values, valid, lambda q, at: (solved[q], store.at(indices[q, at : at + 1])[0])
     )
+    if not largest:
+        values = -values
     values[~queries.valid] = torch.nan
-    indices[~queries.valid] = -1
+    indices[~queries.valid] = _NOWHERE
     return values, _ids_at(store, indices, queries.valid) if ids else indices
 
 
@@ -157,105 +176,13 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
     return result
 
 
-class Ensemble(NamedTuple):
-    """What `ensemble` returns."""
-
-    mean: Tensor  # [m, n]
-    error: Tensor  # [m, n] standard error of the mean
-
-
-def ensemble(
-    parts: Iterable[tuple[RowStore, RowStore, Solver]],
-    *,
-    relative: bool = False,
-    weights: str = "same",
-) -> Ensemble:
-    """Scores averaged over checkpoints and masks, with error bars.
-
-    Averaging over several trained models is what helps most (TRAK, arXiv 2303.14186, section 3.2);
-    several masks (`Dropout(seed=)`) of one model show how much of a score is the compression.
-
-    Args:
-        parts: (queries, store, solver) of each checkpoint and mask, for the same queries and
-            training examples in the same order; a generator makes them one at a time.
-        relative, weights: as in `scores`; each part has weights of its own.
-
-    Returns:
-        mean [m, n], and error [m, n], the standard error of that mean: the standard deviation over
-        the parts divided by the square root of their number, NaN for a single part. NaN where
-        the query or training row is invalid in any part.
-
-    Raises:
-        ValueError: there are no parts, or they differ in m or n.
-    """
-    count, mean, squares = 0, torch.empty(0), torch.empty(0)
-    for queries, store, solver in parts:
-        found = scores(queries, store, solver, relative=relative, weights=weights)
-        if count == 0:
-            mean, squares = torch.zeros_like(found), torch.zeros_like(found)
-        if found.shape != mean.shape:
-            raise ValueError(
-                f"ensemble: part {count} has scores {list(found.shape)}, those before it "
-                f"{list(mean.shape)}; give the same queries and training examples to all"
-            )
-        count += 1
-        _welford(found, count, mean, squares)
-        del found  # before there are those of the next part
-    if count == 0:
-        raise ValueError("ensemble: no parts were given")
-    if count == 1:
-        squares.fill_(torch.nan)
-    return Ensemble(mean, squares.div_(max(1, count - 1)).div_(count).sqrt_())
-
-
-def influence(
-    model: nn.Module,
-    train_loader: Iterable,
-    query_loader: Iterable,
-    loss_fn: LossFn,
-    compression: Compression | None = None,
-    damping: float = 0.1,
-    *,
-    mode: str = "activations",
-    progress: bool = True,
-) -> Tensor:
-    """All of it in one call: plan, collect both loaders, fit `solvers.Cholesky`, score.
-
-    Args:
-        model: its trainable parameters are tracked.
-        train_loader, query_loader: in a fixed order; batches of any type that `loss_fn` takes.
-        loss_fn: (model, batch) -> [B], one loss per example.
-        compression: None is Dropout(r=1024).
-        damping: relative, see `solvers.Cholesky`.
-        mode: see `capture`.
-        progress: show a bar for each loader.
-
-    Returns:
-        scores [m, n], see `scores`.
-    """
-    plan = Plan.make(model, Dropout(r=1024) if compression is None else compression)
-    store, queries = (
-        collect(model, loader, loss_fn, plan, mode=mode, progress=progress and label)
-        for loader, label in ((train_loader, "train rows"), (query_loader, "query rows"))
-    )
-    return scores(queries, store, Cholesky(damping).fit(store))
-
-
-def _welford(found: Tensor, count: int, mean: Tensor, squares: Tensor) -> None:
-    """Take in the scores of part number `count`, with no cancellation of large sums."""
-    for new, average, square in zip(found, mean, squares, strict=True):
-        off = new - average
-        average += off / count
-        square += off * (new - average)
-
-
 def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:
     own = store.ids
     if isinstance(own, Tensor):
-        found = own[indices.cpu()]
-        found[~valid] = -1
+        found = own[indices.cpu().where(valid[:, None], 0)]
+        found[~valid] = _NOWHERE
         return found
-    return [[own[i] if i >= 0 else None for i in row] for row in indices.tolist()]
+    return [[None if i == _NOWHERE else own[i] for i in row] for row in indices.tolist()]
 
 
 def _factors(

@@ -36,7 +36,11 @@ class Solver(ABC):
     _kept_bytes: int = 0  # in memory, between fit and solve
 
     def fit(self: Self, store: RowStore) -> Self:
-        """Learn from the valid rows of `store`.
+        """Learn F from the valid rows of `store`.
+
+        It may be another store than the one that is scored: of `losses.sampled` or
+        `losses.gauss_newton` under the same plan. Of the training rows themselves F is the
+        empirical Fisher matrix.
 
         Raises:
             ValueError: the store holds no valid row, a layer cannot be inverted, or does not fit

@@ -1,4 +1,4 @@
-"""The damped Gauss-Newton matrix of every layer, factorised once."""
+"""The damped matrix F_l of every layer, factorised once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from dropinf.text_table import print_table
 
 
 class Cholesky(Solver):
-    """Exact inverse of each layer's damped Gauss-Newton matrix (arXiv 2509.15651, section 3).
+    """Exact inverse of each layer's damped F_l (arXiv 2509.15651, section 3).
 
-    F_l = G_lᵀ G_l / n for the training rows G_l [n, r_l] of layer l, and
-    λ_l = damping · trace(F_l) / r_l. The r x r form keeps the triangular factor of F_l + λ_l. Where
-    2 n <= r_l the n x n form is taken (Woodbury), which then has at most half the memory and is the
-    cheaper to fit:
+    F_l = G_lᵀ G_l / n for the rows G_l [n, r_l] of layer l: of losses at the given labels the
+    empirical Fisher matrix, of `losses.sampled` the Fisher and of `losses.gauss_newton` the
+    Gauss-Newton matrix. λ_l = damping · trace(F_l) / r_l. The r x r form keeps the triangular
+    factor of F_l + λ_l. Where 2 n <= r_l the n x n form is taken (Woodbury), which then has at most
+    half the memory and is the cheaper to fit:
 
         (F + λ)⁻¹ q = (q - Gᵀ (G Gᵀ + n λ)⁻¹ G q) / λ
 

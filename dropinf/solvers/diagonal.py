@@ -1,4 +1,4 @@
-"""The diagonal of the damped Gauss-Newton matrix alone."""
+"""The diagonal of the damped F_l alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dropinf.solvers.room import Room
 class Diagonal(Solver):
     """x = q / (diag(F_l) + λ_l): coordinates are taken to be uncorrelated.
 
-    The diagonal of the empirical Fisher matrix in place of the matrix, as in Kirkpatrick et al.
-    2017 (arXiv 1612.00796); exact where F_l is diagonal. The mean over i of
+    The diagonal of F_l (of training rows: the empirical Fisher matrix) in place of it, as in
+    Kirkpatrick et al. 2017 (arXiv 1612.00796); exact where F_l is diagonal. The mean over i of
     g_i,k² / (diag(F)_k + λ) is at most 1, so no coordinate leads the scores by its size alone.
 
     One pass over the store at `fit`, none at `solve`; keeps R numbers.

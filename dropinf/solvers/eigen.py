@@ -1,4 +1,4 @@
-"""The eigenvalues and eigenvectors of every layer's Gauss-Newton matrix: any damping, any rank."""
+"""The eigenvalues and eigenvectors of every layer's F_l: any damping, any rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with every layer's Gauss-Newton matrix that never form it: passes over a store."""
+"""Products with every layer's F_l that never form it: passes over a store."""
 
 from __future__ import annotations
 

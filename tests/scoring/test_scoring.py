@@ -14,6 +14,7 @@ from dropinf import (
     RowStore,
     ensemble,
     influence,
+    mean_query,
     scores,
     self_influence,
     topk,
@@ -114,7 +115,7 @@ def test_invalid_rows_do_not_count(monkeypatch):
     assert got[:, ~valid].isnan().all() and got[1].isnan().all()
     values, indices = topk(asked, marked, solver, k=37)
     assert not set(indices[0].tolist()) & {0, 9, 33}
-    assert values[1].isnan().all() and (indices[1] == -1).all()
+    assert values[1].isnan().all() and (indices[1] == 2**63 - 1).all()
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
@@ -187,6 +188,130 @@ def test_ensemble_of_masks():
     store, queries = stores(21, 3, 5, 9)
     with pytest.raises(ValueError, match=r"part 1 has scores \[3, 21\], those before it \[3, 20\]"):
         ensemble([parts[0], (queries, store, Cholesky().fit(store))])
+
+
+def test_ensemble_with_weights():
+    """Weighted means and their errors against numpy; TracIn's sum; equal weights: a plain mean."""
+    parts, each = [], []
+    for seed in range(4):
+        store, queries = stores(20, 3, 5, 9, seed=seed)
+        parts.append((queries, store, Identity().fit(store)))
+        each.append((queries.rows @ store.rows.T).numpy())
+    w = np.array([1e-3, 5e-4, 2e-3, 1e-4])
+    mean, error = ensemble(iter(parts), weights=w)
+    truth = np.average(each, 0, weights=w)
+    np.testing.assert_allclose(mean, truth, rtol=1e-10, atol=1e-12)
+    tracin = sum(w[k] * each[k] for k in range(4))
+    np.testing.assert_allclose(mean * sum(w), tracin, rtol=1e-10, atol=1e-12)
+    spread = sum(w[k] ** 2 * (each[k] - truth) ** 2 for k in range(4))
+    np.testing.assert_allclose(error, np.sqrt(4 / 3 * spread) / w.sum(), rtol=1e-9)
+    for one, other in zip(ensemble(parts, weights=[7.0] * 4), ensemble(parts), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert ensemble(parts[:1], weights=[0.1]).error.isnan().all()
+    for weights, said in (
+        ([1.0] * 3, "more parts than the 3 weights"),
+        ([1.0] * 5, "5 weights were given for 4 parts"),
+        ([1.0, -1.0, 1.0, 1.0], "must be positive numbers, one a part"),
+        ([1.0, float("nan")], "must be positive numbers"),
+        ("all", "weights must be 'same' or 'any', got 'all'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ensemble(parts, weights=weights)
+
+
+@pytest.mark.parametrize("solver", [Cholesky(), Identity(cosine=True)], ids=["Cholesky", "cosine"])
+def test_scores_by_layer(solver, monkeypatch):
+    """Each layer's own part, which add up; NaN where a row is invalid."""
+    store, queries = stores(40, 6, 5, 9, 13)
+    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 7 * store.plan.width * 8)
+    store.valid[3] = queries.valid[2] = False
+    got = scores(queries, store, solver.fit(store), by="layer")
+    assert got.shape == (3, 6, 40)
+    valid = store.valid
+    torch.testing.assert_close(got.sum(0), scores(queries, store, solver), equal_nan=True)
+    assert got[:, 2].isnan().all() and got[:, :, 3].isnan().all()
+    if isinstance(solver, Cholesky):
+        for l, (start, size) in enumerate(((0, 5), (5, 9), (14, 13))):
+            part = slice(start, start + size)
+            truth = formula(store.rows[valid][:, part], queries.rows[:, part], (size,), 0.1)
+            torch.testing.assert_close(got[l][queries.valid][:, valid], truth[queries.valid])
+    relative = scores(queries, store, Cholesky().fit(store), by="layer", relative=True)
+    whole = scores(queries, store, Cholesky().fit(store), relative=True)
+    torch.testing.assert_close(relative.sum(0), whole, equal_nan=True)
+    with pytest.raises(ValueError, match=r"by must be 'layer' or None, got 'token'; .*per='token'"):
+        scores(queries, store, solver, by="token")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_smallest_scores(relative):
+    store, queries = stores(40, 6, 5, 9)
+    store.valid[3] = False
+    solver = Cholesky().fit(store)
+    values, indices = topk(queries, store, solver, 7, largest=False, relative=relative)
+    everything = scores(queries, store, solver, relative=relative)
+    everything[:, 3] = torch.inf
+    order = everything.argsort(1)[:, :7]
+    assert torch.equal(indices, order)
+    torch.testing.assert_close(values, everything.gather(1, order))
+
+
+def test_an_invalid_query_has_no_index():
+    """What stands for one is an error in any list, tensor or store, with ids as without."""
+    store, queries = stores(20, 3, 5, 9)
+    queries.valid[1] = False
+    texts = [f"text {i}" for i in range(20)]
+    for largest in (True, False):
+        for ids in (False, True):
+            solver = Cholesky().fit(store)
+            values, found = topk(queries, store, solver, 2, ids=ids, largest=largest)
+            assert values[1].isnan().all() and not values[[0, 2]].isnan().any()
+            assert [texts[i] for i in found[0]]
+            for wrong in (
+                lambda found=found: texts[found[1, 0]],
+                lambda found=found: torch.arange(20)[found[1]],
+                lambda found=found: np.arange(20)[int(found[1, 0])],
+                lambda found=found: store.at(found[1]),
+            ):
+                with pytest.raises(IndexError):
+                    wrong()
+    named = RowStore(store.rows, store.plan, ids=texts)
+    assert topk(queries, named, Cholesky().fit(named), 2, ids=True)[1][1] == [None, None]
+
+
+def test_mean_query():
+    store, queries = stores(20, 5, 5, 9)
+    queries.valid[1] = False
+    queries.rows[1] = torch.nan
+    solver = Cholesky().fit(store)
+    mean = mean_query(queries)
+    truth = scores(queries, store, solver)[queries.valid].mean(0, keepdim=True)
+    torch.testing.assert_close(scores(mean, store, solver), truth)
+    assert len(mean) == 1 and mean.weights == queries.weights
+    queries.valid[:] = False
+    with pytest.raises(ValueError, match="none of the 5 queries is valid"):
+        mean_query(queries)
+
+
+@pytest.mark.parametrize("side", ["queries", "training texts"])
+def test_scores_of_tokens(side):
+    """Of rows per token, whose F is that of examples: they add up to the examples' scores."""
+    case = next(c for c in CASES if c.name == "transformer")
+    model, batch = build(case, torch.float64)
+    plan = dropinf.Plan.make(model, dropinf.Dropout(r=30))
+
+    def rows(**options):
+        return dropinf.collect(model, [batch], case.loss_fn, plan, progress=False, **options)
+
+    texts, tokens = rows(), rows(per="token")
+    solver = Cholesky().fit(texts)
+    pair = (tokens, texts) if side == "queries" else (texts, tokens)
+    found = scores(*pair, solver)
+    found = found if side == "queries" else found.T
+    total = torch.zeros(len(texts), len(texts), dtype=torch.float64)
+    total.index_add_(0, tokens.origin[:, 0], found)
+    truth = scores(texts, texts, solver)
+    truth = truth if side == "queries" else truth.T
+    torch.testing.assert_close(total, truth, rtol=0, atol=1e-9 * truth.abs().max().item())
 
 
 def test_bad_input():

@@ -1,0 +1,96 @@
+"""Loss functions whose rows are of the model's Fisher or Gauss-Newton matrix.
+
+Rows of a loss at the given labels make the *empirical* Fisher matrix, which is neither: it takes
+its size from the residuals (Kunstner, Balles and Hennig, arXiv 1905.12558, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropinf.losses.likelihoods import Likelihood, LikelihoodLoss
+from dropinf.losses.noise import Noise
+
+
+def sampled(loss_fn: Any, seed: int = 0) -> Any:
+    """A loss function with labels drawn from the model itself: its rows make the Fisher matrix.
+
+    E[rowᵀ row] over the labels is an example's Fisher matrix (Martens, arXiv 1412.1193, section
+    5), which for the losses here is its Gauss-Newton matrix too. A weight w of a loss (1 / C of a
+    mean) counts once: rows are sqrt(w) times the gradient, since the matrix is of that loss.
+
+        F = dropinf.collect(model, loader, dropinf.losses.sampled(loss_fn), plan)
+        solver = dropinf.solvers.Cholesky().fit(F)
+
+    Labels are a function of what the batch has of the example and of the seed, not of the batches
+    or calls before; equal examples have equal labels. What it returns is no likelihood: only its
+    gradients mean something.
+
+    Args:
+        loss_fn: of `dropinf.losses`, or made with `dropinf.losses.likelihood`.
+        seed: of the labels; several seeds give several rows an example.
+    """
+    loss_fn = _known("sampled", loss_fn)
+
+    def rows_of(model: Any, batch: Any) -> Tensor:
+        found = loss_fn.predict(model, batch)
+        noise = Noise(batch, len(found.outputs), seed, found.outputs.device)
+        return found.along(found.gradient(noise.uniform))
+
+    rows_of.inputs = loss_fn.inputs
+    return rows_of
+
+
+def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Any:
+    """A loss function whose rows make the Gauss-Newton matrix mean_i J_iᵀ H_i J_i.
+
+    J_i is the derivative of example i's outputs, H_i = S Sᵀ the Hessian of its loss with respect
+    to them (Martens, arXiv 1412.1193, section 8). A row is Jᵀ S s with random signs s, so that the
+    mean of rowᵀ row is that in expectation, and exactly where an example has one output: for a
+    squared error the row is then sqrt(2) times the output's gradient. Signs are as reproducible as
+    the labels of `sampled`.
+
+    Args:
+        loss_fn: of `dropinf.losses`, or made with `dropinf.losses.likelihood`.
+        seed: of the signs.
+        output: take column `output` of S alone, times sqrt(C), C the number of outputs: rows of
+            the C columns together make the matrix exactly, at C times the cost, where an example
+            has one position:
+
+                rows = [collect(model, loader, gauss_newton(loss_fn, output=c), plan).rows
+                        for c in range(C)]
+                F = dropinf.RowStore(torch.cat(rows), plan)
+    """
+    loss_fn = _known("gauss_newton", loss_fn)
+
+    def rows_of(model: Any, batch: Any) -> Tensor:
+        found = loss_fn.predict(model, batch)
+        noise = Noise(batch, len(found.outputs), seed, found.outputs.device)
+        return found.along(found.root(_signs(found, noise, output)))
+
+    rows_of.inputs = loss_fn.inputs
+    return rows_of
+
+
+def _signs(found: Likelihood, noise: Noise, output: int | None) -> Tensor:
+    f = found.outputs
+    if output is None:
+        return noise.signs(f[0].numel()).reshape(f.shape).to(f.dtype)
+    C = f.shape[-1]
+    if not 0 <= output < C:
+        raise ValueError(f"gauss_newton: output must be 0 to {C - 1}, got {output}")
+    s = torch.zeros_like(f)
+    s[..., output] = C**0.5 * noise.signs(f[0, ..., 0].numel()).reshape(f.shape[:-1]).to(f.dtype)
+    return s
+
+
+def _known(op: str, loss_fn: Any) -> LikelihoodLoss:
+    if not isinstance(loss_fn, LikelihoodLoss):
+        raise ValueError(
+            f"{op}: {loss_fn!r} does not say what the model's outputs are; take a loss of "
+            "dropinf.losses, or make yours with dropinf.losses.likelihood"
+        )
+    return loss_fn

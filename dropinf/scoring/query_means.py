@@ -1,0 +1,30 @@
+"""One query in place of many."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from dropinf.rows import RowStore
+
+
+def mean_query(queries: RowStore) -> RowStore:
+    """One row, the mean of the valid ones: its scores are the mean of theirs, at the price of one.
+
+    Its loss is the mean of the queries' losses. (Not with `Identity(cosine=True)`, which divides by
+    lengths, nor for the largest k of each.)
+
+    Raises:
+        ValueError: no query is valid.
+    """
+    n = int(queries.valid.sum())
+    if n == 0:
+        raise ValueError(f"mean_query: none of the {len(queries)} queries is valid")
+    total = torch.zeros(queries.plan.width, dtype=torch.float64)
+    for start, rows in queries.chunks():
+        total += rows[queries.valid[start : start + len(rows)]].double().sum(0)
+    dtype = next(queries.chunks())[1].dtype
+    mean = RowStore((total / n).to(dtype)[None], queries.plan)
+    mean.about = dataclasses.replace(queries.about, first=None)
+    return mean

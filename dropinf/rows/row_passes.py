@@ -47,7 +47,7 @@ def valid_rows(
                     "store.valid"
                 )
             rows = rows if valid.all() else rows[valid]
-            last = start + first + num_rows >= len(store)
+            last = start + min(first + num_rows, len(chunk)) == len(store)
             if part is None and len(rows) and (len(rows) == num_rows or last):
                 yield rows.to(wanted)  # nothing to join
                 continue

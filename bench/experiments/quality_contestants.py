@@ -31,7 +31,7 @@ BY_ENERGY: dict[str, Callable[[int, int, Any], Any]] = {
 # Rows of Dropout with the same coordinates, kept in fewer bytes.
 KEPT = {f"Dropout in {dtype}": dtype for dtype in ("bfloat16", "float16", "int8")}
 
-CONTESTANTS = (*COMPRESSIONS, *KEPT)
+CONTESTANTS = (*COMPRESSIONS, *BY_ENERGY, *KEPT)
 FULL = "Full"
 DOT = "gradient dot product"
 

@@ -1,6 +1,6 @@
 """Scores of training examples for queries."""
 
-from dropinf.scoring.mean_query import mean_query
+from dropinf.scoring.one_query import mean_query
 from dropinf.scoring.query_scores import ensemble, influence, scores, self_influence, topk
 from dropinf.scoring.updates import optimizer_updates
 

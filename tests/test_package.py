@@ -280,6 +280,37 @@ def test_readme_solvers(tmp_path, monkeypatch):
     assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)
 
 
+def test_readme_losses():
+    """And those on scores by layer and token, on F and on optimizers."""
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    model, train, loss_fn = (namespace[k] for k in ("model", "train", "loss_fn"))
+    embedding = torch.nn.Embedding(9, 4)
+    namespace["texts"] = texts = torch.nn.Sequential(embedding, torch.nn.Linear(4, 9))
+    namespace["lm_loss"] = lm_loss = lambda m, ids: m(ids).flatten(1).square().sum(1)
+    namespace["text_plan"] = text_plan = dropinf.Plan.make(texts, dropinf.Full())
+    loader = [torch.randint(9, (4, 3))]
+    namespace["text_store"] = text_store = dropinf.collect(texts, loader, lm_loss, text_plan)
+    namespace["text_solver"] = dropinf.solvers.Cholesky().fit(text_store)
+    exec(
+        next(block for block in others if 'by="layer"' in block),
+        {**namespace, "queries": loader},
+        shown := {},
+    )
+    assert shown["by_layer"].shape == (2, 20, 100) and shown["scores"].shape == (1, 100)
+    assert shown["of_tokens"].shape == (12, 4)
+    namespace["optimizer"] = optimizer = torch.optim.AdamW(model.parameters())
+    for batch in train:
+        optimizer.zero_grad()
+        loss_fn(model, batch).mean().backward()
+        optimizer.step()
+    namespace["parts"] = [(namespace["asked"], namespace["store"], namespace["solver"])] * 2
+    namespace["learning_rates"] = [1e-3, 1e-4]
+    exec(next(block for block in others if "optimizer_updates" in block), namespace)
+    assert namespace["mean"].shape == namespace["scores"].shape == (20, 100)
+
+
 def test_readme_stores(tmp_path, monkeypatch):
     """And those on rows on disk."""
     monkeypatch.chdir(tmp_path)

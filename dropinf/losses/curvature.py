@@ -6,6 +6,7 @@ its size from the residuals (Kunstner, Balles and Hennig, arXiv 1905.12558, sect
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from dropinf.losses.likelihoods import Likelihood, LikelihoodLoss
 from dropinf.losses.noise import Noise
 
+Rows = Callable[[Any, Any], Tensor]  # (model, batch) -> [B], of which only gradients are meant
 
-def sampled(loss_fn: Any, seed: int = 0) -> Any:
+
+def sampled(loss_fn: Any, seed: int = 0) -> Rows:
     """A loss function with labels drawn from the model itself: its rows make the Fisher matrix.
 
     E[rowᵀ row] over the labels is an example's Fisher matrix (Martens, arXiv 1412.1193, section
@@ -37,14 +40,12 @@ def sampled(loss_fn: Any, seed: int = 0) -> Any:
 
     def rows_of(model: Any, batch: Any) -> Tensor:
         found = loss_fn.predict(model, batch)
-        noise = Noise(batch, len(found.outputs), seed, found.outputs.device)
-        return found.along(found.gradient(noise.uniform))
+        return found.along(found.gradient(_noise(found, batch, seed, loss_fn).uniform))
 
-    rows_of.inputs = loss_fn.inputs
-    return rows_of
+    return _of_inputs(rows_of, loss_fn)
 
 
-def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Any:
+def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Rows:
     """A loss function whose rows make the Gauss-Newton matrix mean_i J_iᵀ H_i J_i.
 
     J_i is the derivative of example i's outputs, H_i = S Sᵀ the Hessian of its loss with respect
@@ -68,11 +69,20 @@ def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Any:
 
     def rows_of(model: Any, batch: Any) -> Tensor:
         found = loss_fn.predict(model, batch)
-        noise = Noise(batch, len(found.outputs), seed, found.outputs.device)
+        noise = _noise(found, batch, seed, loss_fn)
         return found.along(found.root(_signs(found, noise, output)))
 
-    rows_of.inputs = loss_fn.inputs
-    return rows_of
+    return _of_inputs(rows_of, loss_fn)
+
+
+def _noise(found: Likelihood, batch: Any, seed: int, loss_fn: LikelihoodLoss) -> Noise:
+    f = found.outputs
+    return Noise(batch, len(f), seed, f.device, loss_fn.inputs)
+
+
+def _of_inputs(rows_of: Any, loss_fn: LikelihoodLoss) -> Rows:
+    rows_of.inputs = loss_fn.inputs  # which `collect` looks for
+    return rows_of  # type: ignore[no-any-return]
 
 
 def _signs(found: Likelihood, noise: Noise, output: int | None) -> Tensor:

@@ -19,15 +19,17 @@ _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Noise:
     """Random numbers for the B examples of a batch."""
 
-    def __init__(self, batch: Any, B: int, seed: int, device: torch.device) -> None:
-        """From every tensor in the batch that holds B examples, or B pairs.
+    def __init__(
+        self, batch: Any, B: int, seed: int, device: torch.device, inputs: int = 1
+    ) -> None:
+        """From every tensor in the batch that holds B examples; or B pairs, with two inputs.
 
         Raises:
             ValueError: there is none.
         """
         self._key, found = torch.full((B,), seed, dtype=torch.int64, device=device), False
         for t in _tensors(batch):
-            if t.dim() and len(t) and len(t) % B == 0 and not t.is_complex():
+            if t.dim() and len(t) in (B, inputs * B) and not t.is_complex():
                 found = True
                 own = _bits(t.detach().to(device)).reshape(-1, B, t[0].numel())
                 own = own.transpose(0, 1).reshape(B, -1)

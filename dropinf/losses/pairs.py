@@ -103,15 +103,18 @@ def _completions(batch: Mapping[str, Any]) -> Tensor:
             "dpo_loss: the batch must be a mapping with input_ids [2 B, T], chosen texts and then "
             f"rejected ones, got {sorted(batch) if isinstance(batch, Mapping) else type(batch)}"
         )
-    ids, mask, labels = (batch.get(k) for k in ("input_ids", "completion_mask", "labels"))
+    ids: Tensor = batch["input_ids"]
+    mask, labels = batch.get("completion_mask"), batch.get("labels")
     if len(ids) % 2:
         raise _no_pairs("dpo_loss", ids)
-    if mask is None and labels is None:
+    if mask is not None:
+        return ids.masked_fill(mask == 0, IGNORED)
+    if not isinstance(labels, Tensor):
         raise ValueError(
             "dpo_loss: the batch has neither 'completion_mask' nor 'labels', which say where the "
             "completions are"
         )
-    return labels if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    return labels
 
 
 def _logps(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:

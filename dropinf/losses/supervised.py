@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from dropinf.losses.asking import logits_of, outputs_and_target, target_of, without
-from dropinf.losses.likelihoods import IGNORED, Bernoulli, Categorical, SquaredError, likelihood
+from dropinf.losses.likelihoods import (
+    IGNORED,
+    Bernoulli,
+    Categorical,
+    Likelihood,
+    SquaredError,
+    likelihood,
+)
 from dropinf.losses.packed import refuse_packed
 
 POSITIONS = ("start_positions", "end_positions")
@@ -82,7 +89,7 @@ def masked_lm_loss(model: Any, batch: Any) -> Categorical:
 
 
 @likelihood
-def token_classification_loss(model: Any, batch: Any) -> Categorical:
+def token_classification_loss(model: Any, batch: Any) -> Likelihood:
     """[B] losses of the labelled tokens, labels [B, T] of classes, summed over each example's."""
     return masked_lm_loss.predict(model, batch)
 

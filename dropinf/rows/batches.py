@@ -186,7 +186,8 @@ class Batches:
     def _doubt_one(self, losses: Tensor) -> None:
         """Warn of a mean that has the shape of one example's loss."""
         given = getattr(self.tap, "examples", None)
-        if losses.shape[0] == 1 and given not in (None, 1) and not self._doubted:
+        inputs = getattr(self.loss_fn, "inputs", 1)  # 2 of a pair
+        if losses.shape[0] == 1 and given not in (None, inputs) and not self._doubted:
             self._doubted = True
             warn_user(
                 f"{self._op}: one loss for a batch whose first input holds {given} examples; if it "

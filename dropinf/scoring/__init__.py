@@ -2,7 +2,7 @@
 
 from dropinf.scoring.ensembles import ensemble
 from dropinf.scoring.influences import influence
-from dropinf.scoring.query_means import mean_query
+from dropinf.scoring.one_query import mean_query
 from dropinf.scoring.query_scores import scores, self_influence, topk
 from dropinf.scoring.updates import optimizer_updates
 

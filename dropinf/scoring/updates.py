@@ -104,9 +104,9 @@ def _state(
         raise ValueError(
             "optimizer_updates: the optimizer has maximize=True; give losses to minimise"
         )
-    needed = ("exp_avg", "exp_avg_sq", "step") if "betas" in group else ("momentum_buffer",)
+    needed = ["exp_avg", "exp_avg_sq", "step"] if "betas" in group else ["momentum_buffer"]
     if "betas" not in group and not group["momentum"]:
-        needed = ()
+        needed = []
     missing = [key for key in needed if state.get(key) is None]
     if missing:
         raise ValueError(

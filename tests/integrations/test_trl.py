@@ -139,6 +139,3 @@ def test_refuses(tmp_path):
     run, _ = made("sft", tmp_path, "after", loss_type="dft")
     with pytest.raises(ValueError, match="loss_type='dft' is not the model's own loss"):
         run.train()
-    run, _ = made("sft", tmp_path, "after", padding_free=True)
-    with pytest.raises(ValueError, match="joins the examples of a batch into one row"):
-        run.train()

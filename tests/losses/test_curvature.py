@@ -158,6 +158,11 @@ def test_what_is_in_an_example_counts():
         u = Noise(batch, 4, 0, ids.device).uniform(50)
         assert len(u.unique()) == 200 and u.min() > 0 and u.max() < 1
     assert torch.equal(u, Noise({"x": ids.bfloat16()}, 4, 0, ids.device).uniform(50))
+    one = {"x": ids[:1].bfloat16(), "y": torch.zeros(9)}  # a table, which is no example's
+    assert torch.equal(u[:1], Noise(one, 1, 0, ids.device).uniform(50))
+    pairs = Noise(torch.cat([ids, ids + 1]), 4, 0, ids.device, inputs=2).uniform(50)
+    one = torch.stack([ids[2], ids[2] + 1])
+    assert torch.equal(pairs[2:3], Noise(one, 1, 0, ids.device, inputs=2).uniform(50))
 
 
 @pytest.mark.parametrize("of", [losses.gauss_newton, losses.sampled])

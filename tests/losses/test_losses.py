@@ -200,8 +200,14 @@ def test_a_pair_has_one_row(kind, recwarn):
     plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
     store = dropinf.collect(model, [batch], loss_fn, plan, progress=False)
     assert not recwarn and set(plan.paths.values()) == {"closed form"}
-    for b in range(B):
-        one = {k: v[[b, B + b]] if len(v) == 2 * B else v[[b]] for k, v in batch.items()}
+    singly = [
+        {k: v[[b, B + b]] if len(v) == 2 * B else v[[b]] for k, v in batch.items()}
+        for b in range(B)
+    ]
+    again = dropinf.collect(model, singly, loss_fn, plan, progress=False)
+    torch.testing.assert_close(again.rows, store.rows)
+    assert not recwarn
+    for b, one in enumerate(singly):
         named = dict(model.named_parameters())
         loss = loss_fn(model, one).sum()
         grads = torch.autograd.grad(loss, [named[s.name] for s in plan.slots])

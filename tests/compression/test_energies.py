@@ -219,6 +219,17 @@ def test_arguments():
         dropinf.Gaussian(total=30, allocation="energy")
 
 
+def test_a_plan_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    net = model()
+    plan = Plan.make(net, Dropout(r=4, energies=energies_of(net)))
+    monkeypatch.setattr("dropinf.compression.plan.MOST_BYTES", 500)
+    with pytest.raises(
+        ValueError, match=r"Plan\.save: 5 parameters .* more than the 500 of a plan"
+    ):
+        plan.save(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_equal_energies_are_one():
     one, other = (energies_of(model()) for _ in range(2))
     assert one == other and hash(one) == hash(other) and Dropout(r=1, energies=one) is not None

@@ -65,7 +65,7 @@ def optimizer_updates(
         )
     model = unwrap("optimizer_updates", model)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    rows = torch.empty(len(store), plan.width, dtype=next(store.chunks())[1].dtype)
+    rows = torch.empty(len(store), plan.width, dtype=store.read_dtype)
     slots = [(slot, *_state(optimizer, group_of, model, slot)) for slot in plan.slots]
     for start, chunk in store.chunks():
         for slot, group, state, θ in slots:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
+    _get_current_function_mode_stack,
     _pop_mode,
     _push_mode,
 )
@@ -150,6 +151,8 @@ class Closing(TorchFunctionMode):
 
     def __exit__(self, *_: Any) -> None:
         """Leave the stack of modes, wherever it is there: captures may be closed in any order."""
+        if not any(mode is self for mode in _get_current_function_mode_stack()):
+            return  # an interrupt came where `paused` had it left
         above = []
         while _get_current_function_mode() is not self:
             above.append(_pop_mode())

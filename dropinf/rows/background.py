@@ -21,7 +21,8 @@ class Background:
         self._pid = os.getpid()
         self._calls: deque[tuple[Callable[[], None], int]] = deque()  # the first one may be running
         self._num_bytes = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered without a step of Python: no interrupt leaves it
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._ended = False
@@ -32,23 +33,28 @@ class Background:
         Raises:
             Exception: that of a call before.
         """
+        self._check_process()
+        if self._thread is None:  # before there is a call, which an interrupt would leave to nobody
+            # A daemon, so that a process which never closed this can end.
+            threading.Thread(target=self._run, name="dropinf rows", daemon=True).start()
         self.wait(lambda: not self._calls or self._num_bytes + num_bytes <= self._most_bytes)
-        self.check()
-        with self._changed:
-            if self._thread is None:
-                # A daemon, so that a process which never closed this can end.
-                self._thread = threading.Thread(target=self._run, name="dropinf rows", daemon=True)
-                self._thread.start()
-            self._num_bytes += num_bytes
+        with self._lock:
+            self.check()
+            if self._ended:
+                raise RuntimeError("these rows are written to their end; nothing follows them")
             self._calls.append((call, num_bytes))
+            self._num_bytes += num_bytes
             self._changed.notify_all()
 
     def wait(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Till all calls have run, one has failed, or it is `enough`."""
+        """Till all calls have run, one has failed, no more will run, or it is `enough`."""
+        self._check_process()
+        with self._lock:
+            self._changed.wait_for(lambda: not self._calls or self._ended or enough())
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(f"rows are written by process {self._pid}, not by one forked off")
-        with self._changed:
-            self._changed.wait_for(lambda: not self._calls or self._error or enough())
 
     def check(self) -> None:
         """Raise the error of the call that failed, if one did."""
@@ -57,16 +63,21 @@ class Background:
 
     def end(self) -> None:
         """Run no more; the call that is running comes to its end."""
-        if self._thread is None or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        with self._changed:
+        with self._lock:
             self._ended = True
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread is not None or self._ended:
+                return  # there is one
+            self._thread = threading.current_thread()
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._calls or self._ended)
                 if self._ended:
                     return
@@ -75,7 +86,7 @@ class Background:
                 call()
             except BaseException as error:
                 self._error = error
-            with self._changed:
+            with self._lock:
                 if self._error is not None:
                     self._calls.clear()
                     self._ended = True

@@ -80,13 +80,13 @@ class Collection:
         self._number = 0
 
     def __enter__(self) -> Collection:
-        self._writer.__enter__()
-        if self._writer.goes_on:
-            try:
+        try:
+            self._writer.__enter__()
+            if self._writer.goes_on:
                 self._go_on()
-            except BaseException:
-                self._writer.leave()
-                raise
+        except BaseException:
+            self._writer.leave()
+            raise
         return self
 
     def _go_on(self) -> None:

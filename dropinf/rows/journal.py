@@ -222,9 +222,9 @@ class Journal:
 
     def close(self) -> None:
         """Write no more."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
 def _told(extent: Extent) -> Told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -30,10 +31,12 @@ class Lock:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._held = False
+        self._token = secrets.token_hex(8)  # tells it from others of this process
 
     def acquire(self, op: str) -> None:
         """Take it, from a process that is gone if need be, which is said.
+
+        Whatever ends this, an interrupt too, `release` is to be called.
 
         Raises:
             LockedError: another process holds it, or may hold it.
@@ -59,13 +62,12 @@ class Lock:
                 f"{op}: process {pid} on this host, which wrote {self.directory}, is gone; its "
                 "lock is taken over"
             )
-        self._held = True
 
     def release(self) -> None:
-        """Leave it to others."""
-        if self._held:
-            self._held = False
-            with contextlib.suppress(FileNotFoundError):
+        """Leave it to others, if it is this one's."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, LockedError):
+            found = self._holder()
+            if found is not None and found["token"] == self._token:
                 self._file.unlink()
 
     def holder(self) -> str | None:
@@ -81,7 +83,8 @@ class Lock:
 
     def _made(self) -> bool:
         """Make the file whole, by a link; False if there is one."""
-        own = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
+        pid = os.getpid()
+        own = {"host": _host(), "pid": pid, "start": _started(pid), "token": self._token}
         with tempfile.TemporaryDirectory(prefix=".lock-", dir=self.directory) as beside:
             new = Path(beside) / "lock"
             new.write_text(json.dumps(own))
@@ -107,7 +110,8 @@ class Lock:
             if start is not None and type(start) is not int:
                 raise ValueError("'start' is no integer")
             host = field(found, "host", str)
-            return {"host": host, "pid": field(found, "pid", int, 1, 2**31 - 1), "start": start}
+            pid = field(found, "pid", int, 1, 2**31 - 1)
+            return {"host": host, "pid": pid, "start": start, "token": found.get("token")}
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:

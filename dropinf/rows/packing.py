@@ -52,7 +52,9 @@ class Packing:
             ValueError: rows are not kept in that dtype.
         """
         if dtype not in DTYPES.values():
-            raise ValueError(f"RowStore: rows are kept in one of {', '.join(DTYPES)}, not {dtype}")
+            raise ValueError(
+                f"RowStore: rows are kept in one of {', '.join(DTYPES)}, not {dtype!r}"
+            )
         return cls(dtype, (*(block.offset for block in plan.blocks), plan.width))
 
     @property

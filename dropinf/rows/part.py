@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dropinf.compression import Plan
 from dropinf.manifest import field, read_manifest, read_regular
+from dropinf.ops.checks import describe
 from dropinf.rows.ids import Ids, decoded, kind_of
 from dropinf.rows.journal import Extent, Found, Header, read_journal
 from dropinf.rows.packing import DTYPES, Packing, finite_rows, row_bytes
@@ -32,6 +33,25 @@ CHUNK_BYTES = 1 << 24  # of one checksum, and of one step over the store
 _REMEDY = "collect it again"
 IDS_FILES = {"integers": "ids.bin", "strings": "ids.jsonl"}
 _MOST_BYTES = 1 << 40  # of ids or origin
+
+
+class Marks(NamedTuple):
+    """What tells the rows of a part from others that may be at its path later."""
+
+    rows: int
+    whole: tuple[int, ...]  # checksums of its whole chunks
+    last: int | None  # of its last chunk, if that is known
+    grows: bool
+
+    def are_of(self, header: Header, extent: Extent) -> bool:
+        """Whether they can be those of this part, which may have grown."""
+        if self.rows // header.chunk_rows != len(self.whole):
+            return False
+        if tuple(extent.chunks[: len(self.whole)]) != self.whole:
+            return False
+        if extent.rows != self.rows:
+            return self.grows and extent.rows > self.rows
+        return self.last is None or extent.chunks[-1] == self.last
 
 
 class Part:
@@ -65,22 +85,26 @@ class Part:
         self._unverified: set[int] = set()  # numbers of chunks
 
     @classmethod
-    def open(cls, path: Path, width: int, num_rows: int | None = None) -> Part:
+    def open(cls, path: Path, width: int, marks: Marks | None = None) -> Part:
         """A directory; a part that is still being written, as far as it is flushed.
 
         Args:
             path: the directory.
             width: R.
-            num_rows: so many of its rows, None for all.
+            marks: of a part that it was before, to be opened as far as that went.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or has other rows than its marks.
         """
         finished, found = read_part(path)
         header, extent = found.header, found.extent
         if header.width != width:
             raise ValueError(f"RowStore: {path} holds rows of width {header.width}, not {width}")
-        n = extent.rows if num_rows is None else min(num_rows, extent.rows)
+        if marks is not None and not marks.are_of(header, extent):
+            raise ValueError(
+                f"RowStore: {path} has other rows than when the store was pickled; pickle it again"
+            )
+        n = extent.rows if marks is None else marks.rows
         file, wanted = path / "rows.bin", extent.rows * bytes_per_row(header)
         there = _size(file)
         if there < wanted or (finished and there > wanted):
@@ -92,7 +116,9 @@ class Part:
         part.path, part.header, part.extent, part.finished = path, header, extent, finished
         if wanted:
             # Copy on write: torch warns about tensors on read-only memory.
-            mapped = np.memmap(file, np.uint8, "c", shape=(wanted,))
+            with file.open("rb") as opened:
+                part._identity = _identity(opened.fileno())
+                mapped = np.memmap(opened, np.uint8, "c", shape=(wanted,))
             part._all = torch.from_numpy(mapped)
         else:
             part._all = torch.empty(0, dtype=torch.uint8)
@@ -127,7 +153,16 @@ class Part:
     def __reduce__(self) -> Any:
         if self.path is None:
             return restored, (Part, self.__dict__)
-        return _reopened, (self.path.absolute(), len(self), self.packing.bounds)
+        return _reopened, (self.path.absolute(), self.marks, self.packing.bounds)
+
+    @property
+    def marks(self) -> Marks:
+        """What tells its rows from others, as far as they go by now."""
+        n, chunks = len(self), self.extent.chunks
+        all_there = n == self.extent.rows
+        last = chunks[-1] if chunks and all_there else None
+        whole = tuple(chunks[: n // self.header.chunk_rows])
+        return Marks(n, whole, last, not (all_there and self.finished))
 
     @property
     def ids(self) -> Ids | None:
@@ -215,8 +250,10 @@ class Part:
         size, offset = last - first + skipped, first - skipped
         try:
             with (self.path / "rows.bin").open("rb") as file:
+                if _identity(file.fileno()) != self._identity:
+                    raise ValueError("another file is there by now")
                 mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
-        except (OSError, ValueError) as error:  # it is gone, or shorter than it was
+        except (OSError, ValueError) as error:  # it is gone, another, or shorter than it was
             raise ValueError(
                 f"RowStore: {self.path}/rows.bin cannot be read any more ({error}); load the store "
                 "again"
@@ -229,8 +266,8 @@ def checked_part(
     op: str,
     plan: Plan,
     rows: Tensor,
-    valid: Tensor | None,
-    origin: Tensor | None,
+    valid: Any,
+    origin: Any,
     ids: Ids | None,
     dtype: torch.dtype | None = None,
 ) -> Part:
@@ -244,9 +281,18 @@ def checked_part(
             f"{op}: rows must be floating point [n, {plan.width}] under this plan, "
             f"got {rows.dtype} {tuple(rows.shape)}"
         )
-    for what, given in (("valid", valid), ("origin", origin), ("ids", ids)):
-        if given is not None and len(given) != len(rows):
-            raise ValueError(f"{op}: {what} must have one for each of {len(rows)} rows")
+    rows, n = rows.detach(), len(rows)
+    if ids is not None and len(ids) != n:
+        raise ValueError(f"{op}: ids must have one for each of {n} rows")
+    if valid is not None:
+        valid = torch.as_tensor(valid).cpu()
+        if valid.dtype != torch.bool or valid.shape != (n,):
+            raise ValueError(f"{op}: valid must be [n={n}] bool, got {describe(valid)}")
+    if origin is not None:
+        origin = torch.as_tensor(origin).cpu()
+        if origin.dtype not in (torch.int64, torch.int32) or origin.shape != (n, 2):
+            raise ValueError(f"{op}: origin must be [n={n}, 2] integers, got {describe(origin)}")
+        origin = origin.long()
     packing = Packing.of(plan, rows.dtype if dtype is None else dtype)
     step = rows_per_chunk(plan.width, rows.dtype)
     for start in range(0, len(rows), step):
@@ -271,8 +317,8 @@ def bytes_per_row(header: Header) -> int:
     return row_bytes(DTYPES[header.dtype], header.width, header.scales)
 
 
-def _reopened(path: Path, num_rows: int, bounds: Sequence[int]) -> Part:
-    return Part.open(path, bounds[-1], num_rows).lay_out(bounds)
+def _reopened(path: Path, marks: Marks, bounds: Sequence[int]) -> Part:
+    return Part.open(path, bounds[-1], marks).lay_out(bounds)
 
 
 def restored(kind: type[T], fields: dict[str, Any]) -> T:
@@ -310,14 +356,23 @@ def read_part(path: Path) -> tuple[bool, Found]:
     return finished, found
 
 
+def _identity(descriptor: int) -> tuple[int, int]:
+    """Tells a file that is mapped from one that took its place."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
 def _size(file: Path) -> int:
     """Bytes of a regular file, else 0."""
     return file.stat().st_size if file.is_file() else 0
 
 
 def bytes_of(rows: Tensor) -> memoryview:
-    """The rows as bytes, little-endian as all machines are that torch runs on."""
-    return memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+    """The rows, or any numbers, as bytes, little-endian as all machines are that torch runs on."""
+    rows = rows.resolve_neg().contiguous()
+    # Of a single row or number, contiguous ones have any stride.
+    flat = rows.as_strided((rows.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def rows_per_chunk(width: int, dtype: torch.dtype) -> int:

@@ -64,6 +64,7 @@ class PartWriter:
         self._unsynced_bytes = 0
         self._unknown = False  # what is on the disk: a sync is under way, or failed
         self._thread = Background(_WAITING_BYTES)
+        self._closed = False
 
     @classmethod
     def begin(cls, path: Path, header: Header) -> PartWriter:
@@ -175,6 +176,8 @@ class PartWriter:
         Raises:
             OSError: some of them cannot be written; those before are there.
         """
+        if self._closed:  # by a `finish` that was interrupted in its last step
+            return
         self._give(self._flush)
         self._thread.wait()
         self._thread.check()
@@ -225,11 +228,11 @@ class PartWriter:
 
     def close(self) -> None:
         """Write no more; what was not flushed is not there."""
+        self._closed = True
         self._thread.end()
         self._journal.close()
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files = {}
+        while self._files:
+            os.close(self._files.popitem()[1])
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dropinf.rows.about import part_name, part_paths
 from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
 from dropinf.rows.packing import Packing
-from dropinf.rows.part import Part
+from dropinf.rows.part import Marks, Part
 from dropinf.rows.part_writer import write_part
 from dropinf.whole_files import appearing
 
@@ -34,17 +34,19 @@ class Parts:
         self.kind = parts[0].header.ids
 
     @classmethod
-    def open(cls, path: Path, width: int, lengths: Sequence[int] | None = None) -> Parts:
-        """Of a directory, not laid out yet; `lengths` rows of its first parts, None for all.
+    def open(cls, path: Path, width: int, marks: Sequence[Marks] | None = None) -> Parts:
+        """Of a directory, not laid out yet; the first parts as far as `marks` go, None for all.
 
         Raises:
-            ValueError: they are damaged, or of different kinds.
+            ValueError: they are damaged, of different kinds, or not those of the marks.
         """
         paths = part_paths(path)
-        if lengths is not None:
-            paths = paths[: len(lengths)]
-        wanted = [None] * len(paths) if lengths is None else lengths
-        parts = [Part.open(one, width, n) for one, n in zip(paths, wanted, strict=True)]
+        wanted = [None] * len(paths) if marks is None else marks
+        if len(paths) < len(wanted):
+            raise ValueError(
+                f"RowStore: {path} has fewer parts than when the store was pickled; pickle it again"
+            )
+        parts = [Part.open(one, width, own) for one, own in zip(paths, wanted, strict=False)]
         if not sum(map(len, parts)):
             raise ValueError(
                 f"RowStore.load: {path} holds no rows yet; collect(..., path=, resume=True) goes on"
@@ -63,11 +65,6 @@ class Parts:
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Rows of each."""
-        return [len(part) for part in self.parts]
 
     @property
     def finished(self) -> bool:
@@ -157,8 +154,8 @@ class Parts:
             ValueError: another one has.
         """
         lock = Lock(path)
-        lock.acquire("RowStore.append")
         try:
+            lock.acquire("RowStore.append")
             found = part_paths(path)
             if len(found) != len(self.parts):
                 raise ValueError(

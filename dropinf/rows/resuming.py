@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.ids import GivenIds, Ids, as_ids, ids_of_batch, listed
+from dropinf.rows.part import bytes_of
 from dropinf.user_warning import warn_user
 
 _OTHER_PATH = "give another path, or remove it"
@@ -184,8 +185,7 @@ def _checksum(batch: Any) -> int:
             crc = zlib.crc32(f"{leaf.dtype} {tuple(leaf.shape)}".encode(), crc)
             plain = leaf.layout == torch.strided and not (leaf.is_meta or leaf.is_complex())
             if plain and leaf.numel():
-                numbers = leaf.detach().cpu().contiguous().reshape(-1)
-                crc = zlib.crc32(numbers.view(torch.uint8).numpy(), crc)
+                crc = zlib.crc32(bytes_of(leaf.detach().cpu()), crc)
         elif isinstance(leaf, str | int | float | bytes):
             crc = zlib.crc32(repr(leaf).encode(), crc)
     return crc

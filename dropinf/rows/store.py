@@ -21,7 +21,7 @@ from dropinf.rows.about import (
 )
 from dropinf.rows.ids import Ids, as_ids
 from dropinf.rows.packing import Kept
-from dropinf.rows.part import Part, checked_part, restored
+from dropinf.rows.part import Marks, Part, checked_part, restored
 from dropinf.rows.part_writer import write_part
 from dropinf.rows.parts import Parts
 from dropinf.user_warning import warn_user
@@ -219,7 +219,7 @@ class RowStore:
         if self.path is None:
             return restored, (RowStore, self.__dict__)
         invalid = (~self.valid).nonzero().flatten()
-        return _opened, (self.path.absolute(), self._parts.lengths, invalid)
+        return _opened, (self.path.absolute(), [part.marks for part in self._parts.parts], invalid)
 
     @property
     def weights(self) -> str | None:
@@ -334,11 +334,11 @@ class RowStore:
         return f"RowStore({size} {where}{so_far}, plan {self.plan.fingerprint}, {self.proof})"
 
 
-def _opened(path: Path, lengths: Sequence[int], invalid: Tensor) -> RowStore:
+def _opened(path: Path, marks: Sequence[Marks], invalid: Tensor) -> RowStore:
     """A store that was pickled as its path: the rows that it had then."""
     width, _, about = read_about(path)
     plan = Plan.load(path, width)
-    store = RowStore.of(plan, Parts.open(path, width, lengths).lay_out(plan), about, path)
+    store = RowStore.of(plan, Parts.open(path, width, marks).lay_out(plan), about, path)
     store.valid[:] = True
     store.valid[invalid] = False
     return store

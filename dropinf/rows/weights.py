@@ -6,10 +6,10 @@ import hashlib
 import zlib
 from collections.abc import Collection
 
-import torch
 from torch import Tensor, nn
 
 from dropinf.compression import Plan, unwrap
+from dropinf.rows.part import bytes_of
 
 _STEP = 1 << 20  # bytes under one CRC-32
 
@@ -68,7 +68,7 @@ def _digest(tensor: Tensor) -> bytes:
     flat = (tensor if whole is None else whole()).reshape(-1)
     step = max(1, _STEP // flat.element_size())
     for part in flat.split(64 * step):
-        part = part.cpu().contiguous().view(torch.uint8).numpy()
+        part = bytes_of(part.cpu())
         for start in range(0, len(part), _STEP):
             digest.update(b"%d," % zlib.crc32(part[start : start + _STEP]))
     return digest.digest()

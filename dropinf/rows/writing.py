@@ -96,8 +96,8 @@ class RowWriter:
         if not os.path.lexists(self.path / "store.json"):
             raise FileExistsError(f"collect: {self.path} holds no store; give another path")
         lock = Lock(self.path)
-        lock.acquire("collect")
         try:
+            lock.acquire("collect")
             width, fingerprint, self.about = read_about(self.path)
             if fingerprint != self._plan.fingerprint:
                 raise ValueError(
@@ -220,12 +220,12 @@ class RowWriter:
                     make_part(new / part_name(0), header)
                     self._lock = Lock(new)
                     self._lock.acquire("collect")
-            except (FileExistsError, OSError):
+                    self._lock.directory = self.path  # where it stands when this ends
+            except OSError:
                 self._lock = None
                 if os.path.lexists(self.path):
                     raise FileExistsError(_there(self.path)) from None
                 raise
-            self._lock.directory = self.path
             self._part = PartWriter(self.path / part_name(0))
         else:
             self._part = PartWriter.begin(self.path / part_name(len(part_paths(self.path))), header)
@@ -242,15 +242,16 @@ class RowWriter:
             return store
         if self._part is not None:
             self._part.finish()
-        self._finished = True
         self._lock.release()
+        self._finished = True
         return RowStore.load(self.path)
 
     def leave(self) -> None:
         """Go on with nothing: what was there stays as it is."""
         if self._part is not None:
             self._part.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
         self._finished = True
 
 

@@ -24,7 +24,6 @@ def mean_query(queries: RowStore) -> RowStore:
     total = torch.zeros(queries.plan.width, dtype=torch.float64)
     for start, rows in queries.chunks():
         total += rows[queries.valid[start : start + len(rows)]].double().sum(0)
-    dtype = next(queries.chunks())[1].dtype
-    mean = RowStore((total / n).to(dtype)[None], queries.plan)
+    mean = RowStore((total / n).to(queries.read_dtype)[None], queries.plan)
     mean.about = dataclasses.replace(queries.about, first=None)
     return mean

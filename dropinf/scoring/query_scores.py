@@ -68,7 +68,7 @@ def scores(
         )
     solver.check_plans("scores", queries, store, weights)
     solved = solved_for(queries.rows, store, solver.solve)
-    result = (products if by is None else layer_products)(solved, store).to(queries.rows.dtype)
+    result = (products if by is None else layer_products)(solved, store).to(queries.read_dtype)
     factors = _factors("scores", store, solver, relative, weights)
     if factors is not None:
         result *= factors
@@ -130,11 +130,17 @@ def topk(
             factors=None if factors is None else factors[part].to(solved),
             valid=None if num_valid == len(store) else store.valid[part].to(solved.device),
         )
-    values = values.to(queries.rows.dtype)
-    valid = (queries.valid[:, None],)
-    solver.check_scores(
-        "topk", values, valid, lambda q, at: (solved[q], store.at(indices[q, at : at + 1])[0])
-    )
+    values = values.to(queries.read_dtype)
+
+    def terms(q: int, at: int) -> tuple[Tensor, Tensor]:
+        entered = indices[q][indices[q] >= 0].cpu()
+        left = store.valid.clone()
+        left[entered] = False
+        # A score of -inf never enters; then all that are left have it.
+        row = entered[at] if at < len(entered) else left.nonzero()[0, 0]
+        return solved[q], store.at(row[None])[0]
+
+    solver.check_scores("topk", values, (queries.valid[:, None],), terms)
     if not largest:
         values = -values
     values[~queries.valid] = torch.nan
@@ -171,8 +177,9 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
         solver.check_scores(
             "self_influence", parts[-1], (), lambda i, x=solved, g=rows: (x[i], g[i])
         )
-    result = torch.full((len(store),), torch.nan, dtype=parts[0].dtype)
-    result[store.valid] = torch.cat(parts)
+    result = torch.full((len(store),), torch.nan, dtype=store.read_dtype)
+    if parts:
+        result[store.valid] = torch.cat(parts)
     return result
 
 

@@ -226,7 +226,7 @@ class Eigen(Solver):
         op = f"{type(self).__name__}.sweep"
         self.check_plans(op, queries, store, weights)
         m, n, R = len(queries), len(store), store.plan.width
-        found = torch.empty(len(dampings), m, n, dtype=queries.rows.dtype)
+        found = torch.empty(len(dampings), m, n, dtype=queries.read_dtype)
         room = self.room("sweep", whole_store=True)
         # Of one query at one damping: solutions in float64, alone and together, beside the query
         # and a solution in float32, and scores.
@@ -234,21 +234,22 @@ class Eigen(Solver):
         half = room.share(1 / 2)
         half.need(f"a row of width R={R} (n={n})", pair_bytes)
         pairs = half.count(pair_bytes)
-        few = m if self.max_bytes is None else min(m, pairs)
-        some = max(1, pairs // max(1, few))
+        few = max(1, m if self.max_bytes is None else min(m, pairs))
+        some = max(1, pairs // few)
         for first in range(0, len(dampings), some):
             for start in range(0, m, few):
                 at, asked = slice(first, first + some), slice(start, start + few)
+                rows = queries.at(torch.arange(m)[asked])
                 solved = [
                     solved_for(
-                        queries.rows[asked],
+                        rows,
                         store,
                         partial(self._solve_at, damping=damping, room=half),
                         min(PART_BYTES, int(half.num_bytes / 2)),
                     )
                     for damping in dampings[at]
                 ]
-                scores = products(torch.cat(solved), store).view(len(solved), -1, n)
+                scores = products(torch.cat(solved), store).view(len(solved), len(rows), n)
                 found[at, asked] = scores
                 self.check_scores(
                     op,

@@ -527,3 +527,29 @@ def test_a_capture_that_another_thread_closes(mode):
         assert said
         torch.testing.assert_close(tap.rows(losses_of(model, x)), truth)
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_an_interrupt_as_a_capture_is_paused():
+    """Its mode is off the stack then, where those of others stay."""
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    model = mlp()
+    with Mode() as mode:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            capture(model, Plan.make(model, Full())) as tap,
+        ):
+            tap.paused().__enter__()  # the interrupt comes before this is left
+            raise KeyboardInterrupt
+        torch.ones(2).sum()
+    assert mode.seen
+    with capture(model, Plan.make(model, Full())) as tap:
+        losses = losses_of(model, data())
+        rows = tap.rows(losses)
+    assert torch.allclose(rows, true_rows(model, losses_of(model, data())).to(rows))

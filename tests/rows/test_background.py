@@ -273,3 +273,34 @@ def test_collections_that_end_leave_no_thread(tmp_path):
     assert not threads()
     gather(tmp_path / "rows", True, flush=5.0)
     RowStore.load(tmp_path / "rows").save(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name, num_rows", [("start", 0), ("join", 6)])
+def test_interrupts_of_the_thread(tmp_path, monkeypatch, name, num_rows):
+    """Where it begins and where it ends: what waits for it does not wait for ever."""
+    plain, due, found = getattr(threading.Thread, name), [True], []
+
+    def interrupted(thread, *args):
+        if thread.name == "dropinf rows" and due:
+            due.clear()
+            raise KeyboardInterrupt
+        plain(thread, *args)
+
+    def write():
+        with (
+            pytest.raises(KeyboardInterrupt),
+            pytest.warns(UserWarning, match=f"stopped; the first {num_rows} rows are in"),
+            RowWriter(PLAN, tmp_path / "rows") as writer,
+        ):
+            for number in range(3):
+                writer.append(rows_of(number), VALID)
+            writer.finish()
+        found.append(os.listdir(tmp_path / "rows"))
+
+    monkeypatch.setattr(threading.Thread, name, interrupted)
+    threading.Thread(target=write, name="writes", daemon=True).start()
+    for _ in range(600):
+        if found:
+            break
+        time.sleep(0.05)
+    assert found and "lock" not in found[0] and not due

@@ -582,3 +582,32 @@ def test_ten_thousand_batches(tmp_path, monkeypatch):
     assert (path / "journal.jsonl").stat().st_size < 3000
     part = Part.open(path, plan.width)
     assert torch.equal(part.ids, torch.arange(20_000)) and len(list(part.chunks())) == 1
+
+
+def test_an_interrupt_leaves_no_lock(whole, tmp_path, monkeypatch):
+    """Where a lock was just made, or its directory just appeared: by a process that lives on."""
+    path, plain = tmp_path / "rows", {"link": os.link, "replace": os.replace}
+    for name in ("replace", "link"):  # of a new store, and of one that is gone on with
+
+        def interrupted(source, target, name=name):
+            plain[name](source, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gather(path, resume=name == "link")
+        monkeypatch.setattr(os, name, plain[name])
+        assert (path / "store.json").exists() and not (path / "lock").exists()
+    gather(path, resume=True)
+    assert_same(path, whole)
+
+
+def test_release_leaves_the_lock_of_another(tmp_path):
+    one, other = Lock(tmp_path), Lock(tmp_path)
+    one.acquire("collect")
+    with pytest.raises(LockedError, match="is being written by process"):
+        other.acquire("collect")
+    other.release()
+    assert (tmp_path / "lock").exists()
+    one.release()
+    assert not (tmp_path / "lock").exists()

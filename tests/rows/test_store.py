@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_append(tmp_path, on_disk):
         store.append(rows[:1], ["c"])
     with pytest.raises(ValueError, match="has rows of id 'x' already"):
         store.append(rows[:2], ["x", "x"])
-    for bad in ({"ids": None}, {"ids": [1]}, {"ids": ["x"], "origin": torch.zeros(1, 2)}):
+    for bad in ({"ids": None}, {"ids": [1]}, {"ids": ["x"], "origin": [[0, 0]]}):
         with pytest.raises(ValueError, match=r"append: rows must be of \(dtype, ids, origin\)"):
             store.append(rows[:1], **bad)
     with pytest.raises(ValueError, match=r"append: rows must be of"):
@@ -501,3 +502,76 @@ def test_a_part_that_is_missing(saved, tmp_path):
     shutil.rmtree(tmp_path / "rows" / "part-000000")
     with pytest.raises(ValueError, match="part-000000 is missing"):
         RowStore.load(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_in_any_memory(tmp_path, dtype):
+    one = rows_of(4)[:, ::2].flatten()[::2][:1].reshape(1, 1)  # contiguous, with a stride of 2
+    thin = Plan.make(nn.Linear(1, 1, bias=False), Full())
+    for number, (rows, plan, truth) in enumerate(
+        [
+            (one, thin, one.tolist()),
+            (torch._neg_view(rows_of(5)), PLAN, [[-x for x in row] for row in rows_of(5).tolist()]),
+            (rows_of(5).requires_grad_(), PLAN, rows_of(5).tolist()),
+            (rows_of(1).expand(5, 6), PLAN, rows_of(1).tolist() * 5),
+            (rows_of(6).T, PLAN, [list(column) for column in zip(*rows_of(6).tolist())]),
+        ]
+    ):
+        store = RowStore(rows, plan, dtype=dtype)
+        store.save(tmp_path / str(number))
+        for made in (store, RowStore.load(tmp_path / str(number))):
+            off = made.rows - torch.tensor(truth)
+            bound = 0.0 if dtype == torch.float32 else made.rows.abs().max() / 250
+            assert off.abs().max() <= bound
+            assert scores(made, made, Identity().fit(made)).isfinite().all()
+
+
+def test_batches_and_weights_in_any_memory(tmp_path):
+    """A tensor of one number is contiguous with any stride, and may be negated unseen."""
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(torch.arange(4.0)[1::2][:1].view(1, 1))
+    x = torch._neg_view(torch.arange(4.0)[1::2][:1].view(1, 1))
+    plan = Plan.make(model, Full())
+    store = collect(model, [(x,)], losses, plan, tmp_path / "rows", progress=False, check=False)
+    y = float(model.weight.detach()) * -1.0 + float(model.bias.detach())
+    assert torch.allclose(store.rows, torch.tensor([[-2 * y, 2 * y]]))
+
+
+def test_marks_that_do_not_fit():
+    rows, plan = rows_of(3), PLAN
+    for valid in (torch.ones(2, dtype=torch.bool), torch.tensor([1, 0, 1]), torch.ones(3, 1) > 0):
+        for make in (RowStore(rows, plan).append, partial(RowStore, plan=plan)):
+            with pytest.raises(ValueError, match=r"valid must be \[n=3\] bool"):
+                make(rows, valid=valid)
+    for origin in (torch.arange(3), torch.ones(3, 2), torch.ones(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"origin must be \[n=3, 2\] integers"):
+            RowStore(rows, plan, origin=origin)
+    store = RowStore(rows, plan, [True, False, True], [[0, 0], [0, 1], [1, 0]])
+    store.append(rows[:1], origin=[[2, 0]])
+    assert store.valid.tolist() == [True, False, True, True]
+    assert store.origin.tolist() == [[0, 0], [0, 1], [1, 0], [2, 0]]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_another_store_took_its_place(tmp_path, joined):
+    """Neither what is open nor what was pickled goes on with it unseen."""
+    path, aside = tmp_path / "rows", tmp_path / "aside"
+    RowStore(rows_of(4), PLAN, ids=[0, 1, 2, 3]).save(path)
+    store = RowStore.load(path)
+    store.append(rows_of(3, seed=1), ids=[4, 5, 6])
+    one = RowStore(rows_of(2), PLAN, ids=[7, 8])
+    data = pickle.dumps(RowStore.join([store, one]) if joined else store)
+    whole = store.at(range(7))  # by now the checksums were compared
+    assert torch.equal(pickle.loads(data).at(range(7)), whole)
+    path.rename(aside)
+    for rows in (rows_of(4, seed=2), rows_of(3), rows_of(9)):
+        RowStore(rows, PLAN, ids=list(range(len(rows)))).save(path)
+        RowStore.load(path).append(rows_of(3, seed=1), ids=[14, 15, 16])
+        with pytest.raises(ValueError, match=r"rows\.bin cannot be read any more \(another file"):
+            store.at([0])
+        with pytest.raises(ValueError, match="has other rows than when the store was pickled"):
+            pickle.loads(data)
+        shutil.rmtree(path)
+    RowStore(rows_of(4), PLAN, ids=[0, 1, 2, 3]).save(path)
+    with pytest.raises(ValueError, match="has fewer parts than when"):
+        pickle.loads(data)

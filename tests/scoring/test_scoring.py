@@ -19,7 +19,7 @@ from dropinf import (
     self_influence,
     topk,
 )
-from dropinf.solvers import Cholesky, Identity
+from dropinf.solvers import Cholesky, Eigen, Identity
 
 
 def whole_gradients(case, model, batch):
@@ -348,3 +348,33 @@ def test_singular_without_damping():
     twins = RowStore(torch.ones(20, 11, dtype=torch.float64), store.plan)
     with pytest.raises(ValueError, match=r"layer '0' \(n=20, r=2\) is singular"):
         Cholesky(0).fit(twins)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_nothing_is_asked_or_valid(n):
+    store, queries = stores(20, 3, 2, 4)
+    solver = Eigen().fit(store)
+    none = RowStore(torch.zeros(n, 6), store.plan, torch.zeros(n, dtype=torch.bool))
+    assert self_influence(none, solver).tolist() == pytest.approx([np.nan] * n, nan_ok=True)
+    for relative in (False, True):
+        assert scores(queries, none, solver, relative=relative).isnan().all()
+        assert scores(none, store, solver, relative=relative).shape == (n, 20)
+    assert topk(none, store, solver, 2)[0].shape == (n, 2)
+    assert solver.sweep([0.1, 1.0], queries, none).isnan().all()
+    swept = solver.sweep([0.1, 1.0], none, store)
+    assert swept.shape == (2, n, 20) and swept.isnan().all()
+
+
+@pytest.mark.parametrize("largest, sign, k", [(True, -1, 1), (True, -1, 3), (False, 1, 3)])
+def test_scores_below_all_range(largest, sign, k):
+    """They never enter the largest, so that there is no index to name them by."""
+    plan = plan_of(4)
+    queries = RowStore(torch.full((2, 4), 1e30), plan)
+    valid = torch.tensor([False, True, True, True])
+    store = RowStore(sign * queries.rows.repeat(2, 1), plan, valid)
+    with pytest.raises(ValueError, match="topk: a score is beyond the range"):
+        topk(queries, store, Identity().fit(store), k, largest=largest)
+    store = RowStore(torch.tensor([[1.0], [-1e30], [2.0]]).expand(3, 4), plan)
+    with pytest.raises(ValueError, match="topk: a score is beyond the range"):
+        topk(queries, store, Identity().fit(store), 3)
+    assert topk(queries, store, Identity().fit(store), 2)[1].tolist() == [[2, 0]] * 2

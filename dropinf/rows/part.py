@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dropinf.compression import Plan
 from dropinf.manifest import field, read_manifest, read_regular
-from dropinf.ops.checks import describe
 from dropinf.rows.ids import Ids, decoded, kind_of
 from dropinf.rows.journal import Extent, Found, Header, read_journal
 from dropinf.rows.packing import DTYPES, Packing, finite_rows, row_bytes
@@ -287,11 +286,11 @@ def checked_part(
     if valid is not None:
         valid = torch.as_tensor(valid).cpu()
         if valid.dtype != torch.bool or valid.shape != (n,):
-            raise ValueError(f"{op}: valid must be [n={n}] bool, got {describe(valid)}")
+            raise ValueError(f"{op}: valid must be [n={n}] bool, got {_described(valid)}")
     if origin is not None:
         origin = torch.as_tensor(origin).cpu()
         if origin.dtype not in (torch.int64, torch.int32) or origin.shape != (n, 2):
-            raise ValueError(f"{op}: origin must be [n={n}, 2] integers, got {describe(origin)}")
+            raise ValueError(f"{op}: origin must be [n={n}, 2] integers, got {_described(origin)}")
         origin = origin.long()
     packing = Packing.of(plan, rows.dtype if dtype is None else dtype)
     step = rows_per_chunk(plan.width, rows.dtype)
@@ -303,6 +302,10 @@ def checked_part(
     if valid is not None and rows.dtype != packing.dtype:
         rows = rows.where(valid.to(rows.device)[:, None], 0)  # an invalid one may hold anything
     return Part(packing.pack(rows), packing, valid, ids, origin)
+
+
+def _described(t: Tensor) -> str:
+    return f"{t.dtype} {tuple(t.shape)}"
 
 
 def new_header(packing: Packing, ids: Ids | None, origin: Tensor | None) -> Header:

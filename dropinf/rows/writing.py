@@ -113,6 +113,13 @@ class RowWriter:
                 id_lists.joined([_of_examples(part) for part in collected]),
                 self.about.first,
             )
+            ids = self.past.ids
+            if ids is not None and len(ids) < self.past.examples:
+                raise ValueError(
+                    f"collect: {self.past.examples - len(ids)} of the examples done in {self.path} "
+                    "have no row, as of no segment, and nothing says which these are; collect "
+                    "again, under another path"
+                )
             self.num_rows = sum(map(len, parts))
             for path, part in zip(paths, parts, strict=True):
                 if not part.finished:

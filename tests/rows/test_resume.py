@@ -611,3 +611,28 @@ def test_release_leaves_the_lock_of_another(tmp_path):
     assert (tmp_path / "lock").exists()
     one.release()
     assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_examples_without_rows(tmp_path, at):
+    """Of no segment, they are done and nothing tells so: refused, not taken once more."""
+
+    def segments(batch):
+        return torch.where(batch[1] == at, -1, 0)[:, None].expand(-1, 2)
+
+    def losses(net, batch):
+        if fails and 7 in batch[1]:
+            raise OSError("the data set is gone")
+        return net(batch[0].unflatten(1, (2, 5))).square().sum((1, 2))
+
+    made, fails = model(), True
+    options = {"per": "segment", "segment_ids": segments, "check": False, "progress": False}
+    for resume in (False, True):
+        fails = not resume
+        error, said = (ValueError, "1 of the examples done in .* have no row") if resume else (
+            OSError, "gone")  # fmt: skip
+        loader = DataLoader(tensors(features=10), 3)
+        plan = Plan.make(made, Dropout(r=8))
+        with pytest.raises(error, match=said):
+            collect(made, loader, losses, plan, tmp_path / "rows", resume=resume, **options)
+    assert not (tmp_path / "rows" / "lock").exists()

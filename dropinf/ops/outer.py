@@ -103,12 +103,13 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
     yield (x, dy, o_idx, i_idx, new.weights(r, s), False, ()), (new.out(B, r),)
     yield (x[:, :8], dy[:, :8], o_idx, i_idx, None, False, ()), (new.out(B, r),)
-    # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more (of
-    # float32) and most (of the others); passes, a bias and rows that are not aligned; sums.
+    # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more, and
+    # most; passes, a bias and rows that are not aligned; sums.
     for B, T, I, O, r, bias, limits in (
         (1, 150, 96, 64, 150, False, {}),
-        (1, 20, 8, 80, 640, False, {}),  # of 4 or 8 banks, so that most lanes repeat another
-        (2, 90, 41, 64, 150, True, {"max_slots": 256}),
+        (1, 20, 96, 64, 2600, False, {}),
+        (1, 20, 96, 64, 5800, False, {}),
+        (2, 90, 41, 64, 150, True, {"max_slots": 128}),
     ):
         x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
         at = new.indices(O * (I + bias), r).sort().values

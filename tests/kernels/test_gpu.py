@@ -77,7 +77,7 @@ def sampled_outer_staged():
 
 
 def sampled_outer_staged_two_passes():
-    call, passes = staged(288)
+    call, passes = staged(128)
     assert passes == 2
     return call
 

@@ -562,7 +562,7 @@ def test_two_writers(tmp_path):
 
 
 def test_ten_thousand_batches(tmp_path, monkeypatch):
-    """A journal of bounded size; their memory is looked at in test_memory.py."""
+    """A journal of bounded size; their memory is looked at in test_resident_memory.py."""
     monkeypatch.setattr(part_writer, "_FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     plan = Plan.make(nn.Linear(4, 1, bias=False), Dropout(r=4))

@@ -25,7 +25,7 @@ from dropinf.compression.grid import FactoredDropout
 from dropinf.compression.parts import Part
 from dropinf.compression.sketch import Sketch
 from dropinf.compression.tracking import Layers, tracked
-from dropinf.manifest import field, read_manifest, reason, sealed
+from dropinf.manifest import MOST_BYTES, field, read_manifest, reason, sealed
 from dropinf.text_table import print_table
 from dropinf.whole_files import appearing
 
@@ -253,7 +253,11 @@ class Plan:
             new.write_bytes(self.saved())
 
     def saved(self) -> bytes:
-        """What `save` writes."""
+        """What `save` writes.
+
+        Raises:
+            ValueError: it is more than `load` would read.
+        """
         content = {
             "format": _FORMAT,
             "compression": self._saved_compression(),
@@ -262,7 +266,13 @@ class Plan:
             "width": self.width,
             "fingerprint": self.fingerprint,
         }
-        return sealed(content, indent=1)
+        text = sealed(content, indent=1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(
+                f"Plan.save: the plan would have {len(text)} bytes, more than the {MOST_BYTES} that "
+                "are read again; track fewer parameters (include=, exclude=) by energy"
+            )
+        return text
 
     def _saved_compression(self) -> dict[str, Any]:
         chosen = self.compression

@@ -269,8 +269,8 @@ class Plan:
         text = sealed(content, indent=1)
         if len(text) > MOST_BYTES:
             raise ValueError(
-                f"Plan.save: the plan would have {len(text)} bytes, more than the {MOST_BYTES} that "
-                "are read again; track fewer parameters (include=, exclude=) by energy"
+                f"Plan.save: the plan would have {len(text)} bytes, more than the {MOST_BYTES} "
+                "that are read again; track fewer parameters (include=, exclude=) by energy"
             )
         return text
 

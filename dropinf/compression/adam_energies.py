@@ -27,7 +27,7 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
 
     Args:
         optimizer: Adam, AdamW, NAdam or RAdam of torch.optim, which has trained `model` or was
-            loaded with the state of one that has.
+            loaded with the state of one that has; or what Accelerate wraps around it.
         model: its trainable parameters that the optimizer has get energies; what has had no
             gradient has none.
 
@@ -35,17 +35,12 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
         TypeError: the optimizer is another one.
         ValueError: it has no state, or its state is sharded, flattened, not finite or negative.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # inside of Accelerate's
     if not isinstance(optimizer, _KNOWN):
         known = ", ".join(kind.__name__ for kind in _KNOWN)
-        inner = getattr(optimizer, "optimizer", None)
-        way_out = (
-            "give the one inside, its .optimizer"
-            if isinstance(inner, _KNOWN)
-            else "measure energies with dropinf.energies"
-        )
         raise TypeError(
             f"{_OP}: the optimizer must be {known} of torch.optim, got {type(optimizer).__name__}; "
-            f"{way_out}"
+            "measure energies with dropinf.energies"
         )
     layers, _ = tracked(_OP, model)
     inside = unwrap(_OP, model)

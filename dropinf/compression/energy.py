@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dropinf.manifest import field
+from dropinf.manifest import field, integers
 
 STEPS = 8  # levels an octave of energy: a coordinate's is at most 9 percent off
 TOP = 255  # the level of the largest row, and column; 0 is no energy at all
 _MOST_SHIFT = 1 << 15
+_MOST_SIZE, _MOST_DIMS = 1 << 48, 64  # of a parameter in a file; torch sums no more dimensions
 _WAY_OUT = "measure those of this model, with dropinf.energies"
 
 
@@ -81,9 +82,9 @@ class ParamEnergy:
         """
         if type(saved) is not dict:
             raise ValueError("the energies of a parameter are no JSON object")
-        shape = field(saved, "shape", list)
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError("'shape' of energies holds something else than sizes")
+        shape = integers(saved, "shape", 1, _MOST_SIZE)
+        if len(shape) > _MOST_DIMS:
+            raise ValueError(f"'shape' of energies has {len(shape)} dimensions")
         levels = []
         for key, size in zip(("rows", "columns"), sides(shape), strict=True):
             try:

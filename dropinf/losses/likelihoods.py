@@ -228,12 +228,15 @@ def full(outputs: Tensor) -> Tensor:
 
 
 def like_outputs(targets: Tensor, outputs: Tensor) -> Tensor:
-    """Targets in the shape and dtype of outputs; [B] belongs to [B, 1] too.
+    """Targets in the shape and dtype of outputs; sizes of 1 may be left out, as in [B] of [B, 1].
 
     Raises:
         ValueError: they have other examples or numbers.
     """
-    if len(targets) != len(outputs) or targets.numel() != outputs.numel():
+    given, wanted = (
+        [*t.shape[:1], *(n for n in t.shape[1:] if n != 1)] for t in (targets, outputs)
+    )
+    if given != wanted:
         raise ValueError(
             f"loss_fn: targets {list(targets.shape)} do not belong to outputs "
             f"{list(outputs.shape)}; give one for each output"

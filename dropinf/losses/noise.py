@@ -31,8 +31,8 @@ class Noise:
         for t in _tensors(batch):
             if t.dim() and len(t) in (B, inputs * B) and not t.is_complex():
                 found = True
-                own = _bits(t.detach().to(device)).reshape(-1, B, t[0].numel())
-                own = own.transpose(0, 1).reshape(B, -1)
+                own = _bits(t.detach().to(device)).reshape(len(t) // B, B, t[0].numel())
+                own = own.transpose(0, 1).flatten(1)
                 at = torch.arange(1, own.shape[1] + 1, device=device)
                 # A sum modulo 2^64 of mixed numbers: in any order the same.
                 self._key = _mixed(self._key + _mixed(own + _mixed(at * _GOLDEN)).sum(1))

@@ -19,6 +19,7 @@ from dropinf.rows.row_passes import (
     valid_rows,
 )
 from dropinf.rows.store import RowStore
+from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LossFn",
     "RowStore",
     "RowWriter",
+    "Weights",
     "collect",
     "energies",
     "finite_rows",

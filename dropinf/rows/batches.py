@@ -224,7 +224,7 @@ class Batches:
         """Raise for rows that are not finite, unless they are to be skipped and stand alone."""
         if isinstance(self.tap, GradsTap) and len(valid) > 1:
             raise ValueError(
-                f"collect: a loss or gradient among examples {self.seen} to "
+                f"{self._op}: a loss or gradient among examples {self.seen} to "
                 f"{self.seen + len(valid) - 1} is not finite, and mode='grads' cannot keep the "
                 "others apart from it; give batches of one example"
             )

@@ -87,6 +87,8 @@ def ensemble(
 
 
 def _part_weights(weights: Iterable[float]) -> list[float]:
+    if not isinstance(weights, Iterable):
+        raise ValueError(f"ensemble: weights must be positive numbers, one a part, got {weights!r}")
     found = [float(w) for w in weights]
     if not all(0 < w < float("inf") for w in found):
         raise ValueError(f"ensemble: weights must be positive numbers, one a part, got {found}")

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from dropinf.compression import ParamPlan, unwrap
-from dropinf.rows import RowStore
+from dropinf.rows import RowStore, Weights
 
 _KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def optimizer_updates(
-    store: RowStore, optimizer: Any, model: nn.Module, *, linear: bool = False
+    store: RowStore,
+    optimizer: Any,
+    model: nn.Module,
+    *,
+    linear: bool = False,
+    weights: str = "same",
 ) -> RowStore:
     """Each row's gradient made the update of the optimizer, the part of θ_t - θ_(t+1) over η.
 
@@ -42,13 +47,15 @@ def optimizer_updates(
         model: whose parameters it has.
         linear: the example's part of a step of a large batch, which m and v hardly notice:
             g / (sqrt(v / (1 - β₂^t)) + ε) for Adam, and g for SGD.
+        weights: "any" takes rows of other weights than the model's, which are an error otherwise.
 
     Returns:
         A store in memory under the same plan.
 
     Raises:
-        ValueError: the optimizer is not known, is sharded, or has no state of a parameter; or
-            entries are sums or projections of coordinates (`Sketch`, `Gaussian`, ...).
+        ValueError: the optimizer is not known, is sharded, or has no state of a parameter; rows
+            are of other weights; or entries are sums or projections of coordinates (`Sketch`,
+            `Gaussian`, ...).
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # inside of Accelerate's
     if type(optimizer) not in _KNOWN:
@@ -63,10 +70,14 @@ def optimizer_updates(
             "coordinates, each of which has a step of its own; collect rows under Dropout, "
             "FactoredDropout or Full"
         )
+    if weights not in ("same", "any"):
+        raise ValueError(f"optimizer_updates: weights must be 'same' or 'any', got {weights!r}")
     model = unwrap("optimizer_updates", model)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    rows = torch.empty(len(store), plan.width, dtype=store.read_dtype)
     slots = [(slot, *_state(optimizer, group_of, model, slot)) for slot in plan.slots]
+    if weights != "any":
+        _refuse_others(store, model)
+    rows = torch.empty(len(store), plan.width, dtype=store.read_dtype)
     for start, chunk in store.chunks():
         for slot, group, state, θ in slots:
             g = chunk[:, slot.entries].double() / slot.scale
@@ -78,6 +89,16 @@ def optimizer_updates(
     updates = RowStore(rows, plan, store.valid.clone(), store.origin, store.ids)
     updates.about = dataclasses.replace(store.about, first=None)
     return updates
+
+
+def _refuse_others(store: RowStore, model: nn.Module) -> None:
+    """Refuse rows of weights that this model does not have (any more)."""
+    own = Weights(model, store.plan).fingerprint(store.about.passing)
+    if store.weights not in (None, own):
+        raise ValueError(
+            f"optimizer_updates: the rows were made with weights {store.weights}, the model has "
+            f"{own}; load the checkpoint that they are of, with its optimizer, or say weights='any'"
+        )
 
 
 def _state(

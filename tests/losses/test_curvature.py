@@ -160,6 +160,8 @@ def test_what_is_in_an_example_counts():
     assert torch.equal(u, Noise({"x": ids.bfloat16()}, 4, 0, ids.device).uniform(50))
     one = {"x": ids[:1].bfloat16(), "y": torch.zeros(9)}  # a table, which is no example's
     assert torch.equal(u[:1], Noise(one, 1, 0, ids.device).uniform(50))
+    more = {"x": ids.bfloat16(), "none": ids[:, :0]}  # a field without numbers
+    assert torch.equal(u, Noise(more, 4, 0, ids.device).uniform(50))
     pairs = Noise(torch.cat([ids, ids + 1]), 4, 0, ids.device, inputs=2).uniform(50)
     one = torch.stack([ids[2], ids[2] + 1])
     assert torch.equal(pairs[2:3], Noise(one, 1, 0, ids.device, inputs=2).uniform(50))

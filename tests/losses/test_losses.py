@@ -248,6 +248,14 @@ def test_losses_refuse():
             r"targets \[4\] do not belong to outputs \[4, 2\]; give one for each output",
         ),
         (
+            lambda: losses.SquaredError(torch.rand(4, 2, 3), torch.rand(4, 3, 2)),
+            r"targets \[4, 3, 2\] do not belong to outputs \[4, 2, 3\]",
+        ),
+        (
+            lambda: losses.Bernoulli(torch.rand(4, 1), torch.rand(1, 4)),
+            r"targets \[1, 4\] do not belong to outputs \[4, 1\]",
+        ),
+        (
             lambda: losses.causal_lm_loss(model, (x, y)),
             "do not have the same examples and positions",
         ),

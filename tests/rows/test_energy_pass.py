@@ -188,6 +188,8 @@ def test_what_energies_refuses():
     x[5, 2] = float("nan")
     with pytest.raises(ValueError, match="energies: the loss or gradient of example 5 "):
         dropinf.energies(model, [(x[:3], label[:3]), (x[3:], label[3:])], cross_entropy)
+    with pytest.raises(ValueError, match="energies: a loss or gradient among examples 0 to 7"):
+        dropinf.energies(model, [(x, label)], cross_entropy, mode="grads")
 
 
 # Adam.
@@ -238,7 +240,10 @@ def test_what_energies_from_adam_refuses():
         assert "\n" not in str(raised.value)
 
     refuses(TypeError, "got SGD; measure energies", torch.optim.SGD(model.parameters()))
-    refuses(TypeError, "got Wrapped; give the one inside, its .optimizer", Wrapped(optimizer))
+    refuses(TypeError, "got SGD; measure", Wrapped(torch.optim.SGD(model.parameters())))
+    assert dropinf.energies_from_adam(Wrapped(optimizer), model) == dropinf.energies_from_adam(
+        optimizer, model
+    )
     refuses(ValueError, "no state yet", torch.optim.Adam(model.parameters()))
     refuses(ValueError, "no parameter of this model", model=nn.Linear(2, 2))
     good = optimizer.state[p]["exp_avg_sq"]

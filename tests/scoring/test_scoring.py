@@ -213,6 +213,7 @@ def test_ensemble_with_weights():
         ([1.0] * 5, "5 weights were given for 4 parts"),
         ([1.0, -1.0, 1.0, 1.0], "must be positive numbers, one a part"),
         ([1.0, float("nan")], "must be positive numbers"),
+        (0.5, "must be positive numbers, one a part, got 0.5"),
         ("all", "weights must be 'same' or 'any', got 'all'"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -146,6 +146,19 @@ def test_refuses():
             optimizer_updates(mixed, optimizer, model)
 
 
+def test_rows_of_other_weights_are_refused():
+    model, optimizer, data = trained("AdamW")
+    store = collect(model, data, dropinf.Plan.make(model, Dropout(r=9)))
+    truth = optimizer_updates(store, optimizer, model).rows
+    with torch.no_grad():
+        model[2].bias += 1
+    with pytest.raises(ValueError, match="optimizer_updates: the rows were made with weights"):
+        optimizer_updates(store, optimizer, model)
+    assert torch.equal(optimizer_updates(store, optimizer, model, weights="any").rows, truth)
+    with pytest.raises(ValueError, match="weights must be 'same' or 'any', got 'all'"):
+        optimizer_updates(store, optimizer, model, weights="all")
+
+
 def test_sharded_parameters_are_refused():
     """Of fully_shard: the parameter and its state are DTensors."""
     distributed = torch.distributed

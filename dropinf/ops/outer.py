@@ -103,7 +103,7 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     o_idx, i_idx = new.indices(O, r, s), new.indices(I, r, s)
     yield (x, dy, o_idx, i_idx, new.weights(r, s), False, ()), (new.out(B, r),)
     yield (x[:, :8], dy[:, :8], o_idx, i_idx, None, False, ()), (new.out(B, r),)
-    # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more, and
+    # What the staged kernels turn on: chunks of several buffers; few coordinates a thread, more, or
     # most; passes, a bias and rows that are not aligned; sums.
     for B, T, I, O, r, bias, limits in (
         (1, 150, 96, 64, 150, False, {}),

@@ -8,10 +8,12 @@ writes over it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -241,24 +243,49 @@ class Part:
             self._unverified.discard(k)
         return whole[: stop - start]
 
+    def at(self, positions: Tensor) -> Tensor:
+        """[k, ...] the rows at these positions as they are kept, verified; a copy."""
+        if self.path is None:
+            return self.packed[positions]
+        for number in (positions // self.chunk_rows).unique().tolist():
+            if number in self._unverified:
+                self.chunk(number)
+        found = self._all.new_empty(len(positions), self._all.shape[1])
+        if len(positions):
+            row_bytes = bytes_per_row(self.header)
+            with self._opened() as file:
+                for row, position in zip(
+                    found.view(torch.uint8).numpy(), positions.tolist(), strict=True
+                ):
+                    file.seek(position * row_bytes)
+                    if file.readinto(row) != row_bytes:
+                        raise ValueError("it is shorter than it was")
+        return found
+
     def _mapped(self, start: int, stop: int) -> Tensor:
         """Rows by a map of their own: what was read of it leaves the memory together with it."""
         row_bytes = bytes_per_row(self.header)
         first, last = start * row_bytes, stop * row_bytes
         skipped = first % mmap.ALLOCATIONGRANULARITY
         size, offset = last - first + skipped, first - skipped
+        with self._opened() as file:
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
+        rows = torch.frombuffer(mapped, dtype=torch.uint8, offset=skipped)
+        return rows.view(self._all.dtype).view(stop - start, -1)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """The file of the rows, as long as it is the one that was there."""
         try:
-            with (self.path / "rows.bin").open("rb") as file:
+            with (self.path / "rows.bin").open("rb", buffering=0) as file:
                 if _identity(file.fileno()) != self._identity:
                     raise ValueError("another file is there by now")
-                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
+                yield file
         except (OSError, ValueError) as error:  # it is gone, another, or shorter than it was
             raise ValueError(
                 f"RowStore: {self.path}/rows.bin cannot be read any more ({error}); load the store "
                 "again"
             ) from None
-        rows = torch.frombuffer(mapped, dtype=torch.uint8, offset=skipped)
-        return rows.view(self._all.dtype).view(stop - start, -1)
 
 
 def checked_part(

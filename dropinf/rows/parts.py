@@ -123,11 +123,8 @@ class Parts:
         first = 0
         for part in self.parts:
             here = ((positions >= first) & (positions < first + len(part))).nonzero().flatten()
-            inside = positions[here] - first
-            numbers = inside // part.chunk_rows
-            for number in numbers.unique().tolist():
-                own = numbers == number
-                found[here[own]] = part.chunk(number)[inside[own] - number * part.chunk_rows]
+            if len(here):
+                found[here] = part.at(positions[here] - first)
             first += len(part)
         return found
 

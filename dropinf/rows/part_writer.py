@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dropinf.capturing import Proof
@@ -22,11 +21,11 @@ from dropinf.rows.background import Background
 from dropinf.rows.ids import Ids, encoded, kind_of
 from dropinf.rows.journal import Header, Journal, write_all
 from dropinf.rows.packing import Packing
+from dropinf.rows.pages import Pages
 from dropinf.rows.part import (
     IDS_FILES,
     PART_FORMAT,
     Part,
-    bytes_of,
     bytes_per_row,
     new_header,
     read_part,
@@ -65,6 +64,7 @@ class PartWriter:
         self._unknown = False  # what is on the disk: a sync is under way, or failed
         self._thread = Background(_WAITING_BYTES)
         self._closed = False
+        self._pages = Pages()
 
     @classmethod
     def begin(cls, path: Path, header: Header) -> PartWriter:
@@ -95,8 +95,6 @@ class PartWriter:
     ) -> None:
         """Add rows as they are kept (see `packing`); they are flushed if that is due.
 
-        Nobody may change them from here on.
-
         Raises:
             ValueError: they have ids of another kind.
             OSError: they, or rows before, cannot be written; what was flushed stays.
@@ -110,7 +108,7 @@ class PartWriter:
             )
         # The thread gets bytes: what torch computes in it would get threads of its own.
         batch = _Batch(
-            bytes_of(packed),
+            *self._pages.copied(packed),
             len(packed),
             len(packed) if num_examples is None else num_examples,
             (~valid).nonzero().flatten().tolist(),
@@ -137,7 +135,7 @@ class PartWriter:
 
     def _write(self, batch: _Batch) -> None:
         """An error leaves the rows before as they were."""
-        extent, header, data = self.extent, self.header, memoryview(batch.rows)
+        extent, header, data = self.extent, self.header, batch.rows
         row_bytes = bytes_per_row(header)
         write_all(self._files["rows.bin"], data, extent.rows * row_bytes)
         if batch.ids is not None:
@@ -163,6 +161,7 @@ class PartWriter:
         extent.batches += 1
         extent.state = extent.state if batch.state is None else batch.state
         self._unsynced_bytes += len(data)
+        self._pages.give_back(batch.pages)
         if self._is_due or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS / 2:
             self._flush()
         elif self._unsynced_bytes >= _SYNC_BYTES:
@@ -240,6 +239,7 @@ class _Batch:
     """What `append` was given, as bytes; `invalid` counts from its own first row."""
 
     rows: memoryview
+    pages: mmap.mmap | None  # that they are in
     num_rows: int
     examples: int
     invalid: list[int]
@@ -250,17 +250,6 @@ class _Batch:
     @property
     def num_bytes(self) -> int:
         return len(self.rows) + len(self.ids or b"") + len(self.origin or b"")
-
-
-def copied(rows: Tensor) -> Tensor:
-    """On the CPU and contiguous, in pages of its own.
-
-    What one thread allocates and another frees, malloc keeps: hundreds of MB for wide rows.
-    """
-    if not rows.numel():
-        return rows.detach().to("cpu", copy=True)
-    pages = mmap.mmap(-1, rows.numel() * rows.element_size())
-    return torch.frombuffer(pages, dtype=rows.dtype).view(rows.shape).copy_(rows.detach())
 
 
 def file_names(header: Header) -> list[str]:

@@ -25,7 +25,7 @@ from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
 from dropinf.rows.packing import DTYPES, Packing
 from dropinf.rows.part import Part, new_header
-from dropinf.rows.part_writer import PartWriter, copied, make_part
+from dropinf.rows.part_writer import PartWriter, make_part
 from dropinf.rows.parts import Parts
 from dropinf.rows.resuming import Past
 from dropinf.rows.store import RowStore
@@ -186,7 +186,6 @@ class RowWriter:
         if self.path is None:
             self._keep(packed.cpu(), valid, origin, ids)
         else:
-            packed = copied(packed)  # which are written later
             if self._part is None:
                 self._begin(origin, ids)
             self._part.append(packed, valid, ids, origin, num_examples, state)

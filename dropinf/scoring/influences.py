@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dropinf import losses
 from dropinf.compression import Compression, Dropout, Plan
-from dropinf.rows import LossFn, RowStore, collect
+from dropinf.rows import LossFn, RowStore, collect, energies
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Cholesky
 
@@ -31,7 +31,8 @@ def influence(
         model: its trainable parameters are tracked.
         train_loader, query_loader: in a fixed order; batches of any type that `loss_fn` takes.
         loss_fn: (model, batch) -> [B], one loss per example.
-        compression: None is Dropout(r=1024).
+        compression: None is Dropout(r=1024, energies=energies(model, train_loader, loss_fn)); of a
+            train_loader that is gone after one pass (an iterator), Dropout(r=1024).
         damping: relative, see `solvers.Cholesky`.
         mode: see `capture`.
         progress: show a bar for each loader.
@@ -48,7 +49,11 @@ def influence(
         ValueError: `fisher` is none of these, or loss_fn does not say what the outputs are.
     """
     curvature = _curvature_loss(fisher, loss_fn)
-    plan = Plan.make(model, Dropout(r=1024) if compression is None else compression)
+    if compression is None:
+        once = hasattr(train_loader, "__next__")
+        found = None if once else energies(model, train_loader, loss_fn, mode=mode)
+        compression = Dropout(r=1024, energies=found)
+    plan = Plan.make(model, compression)
 
     def rows(loader: Iterable, loss: LossFn, label: str) -> RowStore:
         return collect(model, loader, loss, plan, mode=mode, progress=progress and label)

@@ -10,8 +10,10 @@ from score_cases import formula, plan_of, stores
 import dropinf.rows.part
 import dropinf.rows.row_passes
 from dropinf import (
+    Dropout,
     Full,
     RowStore,
+    energies,
     ensemble,
     influence,
     mean_query,
@@ -48,6 +50,27 @@ def test_full_influence_is_exact(case, mode):
     sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in layers]
     truth = formula(train, queried, sizes, 0.1)
     torch.testing.assert_close(got, truth, rtol=0, atol=1e-10 * truth.abs().max().item())
+
+
+def test_influence_draws_by_energy():
+    """Unless the loader is gone after one pass."""
+    case = CASES[0]
+    model, batch = build(case, torch.float32)
+    model = torch.nn.Sequential(model, torch.nn.Linear(model(batch[0]).shape[-1], 2000))
+    loader = [example(batch, slice(0, 3)), example(batch, slice(3, None))]
+
+    def loss_fn(model, batch):
+        return model(batch[0]).flatten(1).square().mean(1)
+
+    def found(train, **options):
+        return influence(model, train, loader, loss_fn, progress=False, **options)
+
+    by_energy = Dropout(r=1024, energies=energies(model, loader, loss_fn))
+    drawn = found(loader, compression=by_energy)
+    uniform = found(loader, compression=Dropout(r=1024))
+    assert not torch.equal(drawn, uniform)
+    assert torch.equal(found(loader), drawn)
+    assert torch.equal(found(iter(loader)), uniform)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])

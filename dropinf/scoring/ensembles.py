@@ -52,7 +52,8 @@ def ensemble(
     """
     given = None if isinstance(weights, str) else _part_weights(weights)
     same = weights if isinstance(weights, str) else "same"
-    count, mean, squares, linear = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    count, mean, squares = 0, torch.empty(0), torch.empty(0)
+    linear: Tensor | list[float] = []  # Σ w² (s - mean), which is zero with equal weights
     total = total_squares = 0.0
     for queries, store, solver in parts:
         if given is not None and count == len(given):
@@ -60,7 +61,8 @@ def ensemble(
         w = 1.0 if given is None else given[count]
         found = scores(queries, store, solver, relative=relative, weights=same)
         if count == 0:
-            mean, squares, linear = (torch.zeros_like(found) for _ in range(3))
+            mean, squares = torch.zeros_like(found), torch.zeros_like(found)
+            linear = [0.0] * len(found) if given is None else torch.zeros_like(found)
         if found.shape != mean.shape:
             raise ValueError(
                 f"ensemble: part {count} has scores {list(found.shape)}, those before it "
@@ -69,12 +71,13 @@ def ensemble(
         total += w
         # Of a query at a time, so that there are no more tensors [m, n].
         for new, average, square, line in zip(found, mean, squares, linear, strict=True):
-            # Welford's update of Σ w² (s - mean)² and Σ w² (s - mean): no large sums cancel.
+            # Welford's update of Σ w² (s - mean)² and of `linear`: no large sums cancel.
             step = (new - average) * (w / total)
             average += step
             off = new - average
             square += step * (step * total_squares - 2 * line) + w**2 * off.square()
-            line += w**2 * off - step * total_squares
+            if given is not None:
+                line += w**2 * off - step * total_squares
         total_squares += w**2
         count += 1
         del found  # before there are those of the next part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,8 +52,7 @@ def ensemble(
     """
     given = None if isinstance(weights, str) else _part_weights(weights)
     same = weights if isinstance(weights, str) else "same"
-    count, mean, squares = 0, torch.empty(0), torch.empty(0)
-    linear: Tensor | list[float] = []  # Σ w² (s - mean), which is zero with equal weights
+    count, mean, squares, linear = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     total = total_squares = 0.0
     for queries, store, solver in parts:
         if given is not None and count == len(given):
@@ -62,22 +61,16 @@ def ensemble(
         found = scores(queries, store, solver, relative=relative, weights=same)
         if count == 0:
             mean, squares = torch.zeros_like(found), torch.zeros_like(found)
-            linear = [0.0] * len(found) if given is None else torch.zeros_like(found)
+            if given is not None:
+                linear = torch.zeros_like(found)
         if found.shape != mean.shape:
             raise ValueError(
                 f"ensemble: part {count} has scores {list(found.shape)}, those before it "
                 f"{list(mean.shape)}; give the same queries and training examples to all"
             )
         total += w
-        # Of a query at a time, so that there are no more tensors [m, n].
-        for new, average, square, line in zip(found, mean, squares, linear, strict=True):
-            # Welford's update of Σ w² (s - mean)² and of `linear`: no large sums cancel.
-            step = (new - average) * (w / total)
-            average += step
-            off = new - average
-            square += step * (step * total_squares - 2 * line) + w**2 * off.square()
-            if given is not None:
-                line += w**2 * off - step * total_squares
+        sums = mean, squares, linear
+        _take_in(found, sums if given is not None else sums[:2], w, total, total_squares)
         total_squares += w**2
         count += 1
         del found  # before there are those of the next part
@@ -87,6 +80,22 @@ def ensemble(
         raise ValueError(f"ensemble: {len(given)} weights were given for {count} parts")
     more = count / (count - 1) if count > 1 else torch.nan
     return Ensemble(mean, squares.clamp_(min=0).mul_(more).sqrt_().div_(total))
+
+
+def _take_in(
+    found: Tensor, sums: Sequence[Tensor], w: float, total: float, total_squares: float
+) -> None:
+    """Welford's update of the mean, of Σ w² (s - mean)², and of Σ w² (s - mean), which is zero with
+    equal weights: no large sums cancel. Of a query at a time, for no more tensors [m, n].
+    """
+    for new, mean, squares, *linear in zip(found, *sums, strict=True):
+        step = (new - mean).mul_(w / total)
+        mean += step
+        off = new - mean
+        squares.addcmul_(off, off, value=w**2).addcmul_(step, step, value=total_squares)
+        for line in linear:
+            squares.addcmul_(step, line, value=-2)
+            line.add_(off, alpha=w**2).sub_(step, alpha=total_squares)
 
 
 def _part_weights(weights: Iterable[float]) -> list[float]:

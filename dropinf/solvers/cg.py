@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
-from dropinf.solvers.base import Solver
+from dropinf.solvers.by_passes import ByPasses
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import multiply, product_bytes, solvable
+from dropinf.solvers.gauss_newton import multiply, solvable
 from dropinf.solvers.number_range import diagonal_of
-from dropinf.solvers.room import Room
 from dropinf.user_warning import warn_user
 
 # Directions below this share of the longest are rounding: they are dropped.
 _DEPENDENT = 1e-12
 
 
-class CG(Solver):
+class CG(ByPasses):
     """(F_l + λ_l) x = q for all m queries at once, by products with the rows alone.
 
     Block conjugate gradients (O'Leary 1980, doi 10.1016/0024-3795(80)90247-5): each step finds the
@@ -53,6 +51,9 @@ class CG(Solver):
         RuntimeError: at `solve`, a layer did not come to `tol`. Rounding alone can keep it from
             there where the condition of A is above 1e8 or so: take `Cholesky` or `Eigen`.
     """
+
+    # A system's five and a diagonal, and what one layer's step makes beside them.
+    _num_tensors = 16
 
     def __init__(
         self,
@@ -86,24 +87,12 @@ class CG(Solver):
                 )
                 break
 
-    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
-        blocks = [block for block, _ in self._layers]
-        part_bytes, tensors = room.part_bytes, room.share(1 / 2)
-        for layers, at in tensors.pieces(
-            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
-        ):
-            self._solve_some(self._layers[layers], rows[at], solved[at], part_bytes)
-
     def _solve_some(
-        self,
-        layers: Sequence[tuple[LayerPlan, float]],
-        rows: Tensor,
-        solved: Tensor,
-        part_bytes: int | None,
+        self, layers: slice, rows: Tensor, solved: Tensor, part_bytes: int | None
     ) -> None:
         systems = [
             _System(block, λ, self._diagonal[block.entries], rows[:, block.entries].double())
-            for block, λ in layers
+            for block, λ in self._layers[layers]
         ]
         most = self.max_iterations
         if most is None:
@@ -128,11 +117,6 @@ class CG(Solver):
                 f"(layers not done: {len(systems)}); raise max_iterations, tol or the damping, or "
                 "take Cholesky or Eigen"
             )
-
-
-def _query_bytes(width: int, part_bytes: int | None) -> int:
-    """Of a system's five tensors and a diagonal, and what one layer's step makes beside them."""
-    return 16 * 8 * width + product_bytes(width, part_bytes)
 
 
 class _System:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
-from dropinf.solvers.base import Solver
+from dropinf.solvers.by_passes import ByPasses
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import parts, product_bytes
+from dropinf.solvers.gauss_newton import parts
 from dropinf.solvers.number_range import diagonal_of
-from dropinf.solvers.room import Room, span, within
+from dropinf.solvers.room import span, within
 
 
-class DataInf(Solver):
+class DataInf(ByPasses):
     """x = (1/n) Σ_i (g_i g_iᵀ + λ_l)⁻¹ q, each inverse by Sherman-Morrison.
 
         x = (1 / (n λ)) Σ_i (q - g_i (g_i · q) / (λ + |g_i|²))
@@ -37,6 +35,8 @@ class DataInf(Solver):
         ValueError: an argument is out of range; or, at `fit`, it is 0 for a layer that is
             not all zeros (which would give zeros).
     """
+
+    _num_tensors = 3  # a query and its sum, and their difference
 
     def __init__(
         self,
@@ -61,35 +61,19 @@ class DataInf(Solver):
                 )
         self._n = n
 
-    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
-        blocks = [block for block, _ in self._layers]
-        part_bytes, tensors = room.part_bytes, room.share(1 / 2)
-        for layers, at in tensors.pieces(
-            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
-        ):
-            self._solve_some(self._layers[layers], rows[at], solved[at], part_bytes)
-
     def _solve_some(
-        self,
-        layers: Sequence[tuple[LayerPlan, float]],
-        rows: Tensor,
-        solved: Tensor,
-        part_bytes: int | None,
+        self, layers: slice, rows: Tensor, solved: Tensor, part_bytes: int | None
     ) -> None:
-        columns = span([block for block, _ in layers])
+        some = self._layers[layers]
+        columns = span([block for block, _ in some])
         queries = rows[:, columns].double()
         sums = torch.zeros_like(queries)
         for part in parts(self.store, columns, part_bytes):
-            for block, λ in layers:
+            for block, λ in some:
                 at = within(block, columns)
                 G, q = part[:, at], queries[:, at]
                 weights = 1 / (self._n * (λ + G.square().sum(1)))
                 sums[:, at].addmm_(q @ G.T * weights, G)
-        for block, λ in layers:
+        for block, λ in some:
             at = within(block, columns)
             solved[:, block.entries] = torch.sub(queries[:, at], sums[:, at]).div_(λ)
-
-
-def _query_bytes(width: int, part_bytes: int | None) -> int:
-    """A query and its sum, a difference of both, and its products with a part."""
-    return 3 * 8 * width + product_bytes(width, part_bytes)

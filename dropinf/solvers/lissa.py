@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan
 from dropinf.rows import RowStore
-from dropinf.solvers.base import Solver
+from dropinf.solvers.by_passes import ByPasses
 from dropinf.solvers.damping import Damping
-from dropinf.solvers.gauss_newton import multiply, parts, product_bytes, solvable
+from dropinf.solvers.gauss_newton import multiply, parts, solvable
 from dropinf.solvers.number_range import diagonal_of
-from dropinf.solvers.room import Room, span, within
+from dropinf.solvers.room import span, within
 from dropinf.user_warning import warn_user
 
 # The series converges for scales above (σ_max + λ) / 2, so with this margin an estimate of
@@ -26,7 +25,7 @@ _POWER_VECTORS = 4
 _MARGIN = 1.1
 
 
-class LiSSA(Solver):
+class LiSSA(ByPasses):
     """x <- q + x - (F_l + λ_l) x / scale_l from x = q; the result is x / scale_l.
 
     Agarwal et al. 2017 (arXiv 1602.03943), with the scale of Koh and Liang 2017 (arXiv 1703.04730,
@@ -61,6 +60,9 @@ class LiSSA(Solver):
     Warns:
         UserWarning: at `solve` with all rows, a layer did not come to `tol` in `depth` steps.
     """
+
+    # A chain's q and x, the product and its sum, and what one layer's step makes beside them.
+    _num_tensors = 8
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class LiSSA(Solver):
         norms, longest = [], [0.0] * len(blocks)
         tensors = room.share(1 / 2)
         for some, _ in tensors.pieces(
-            blocks, 1, lambda r: _POWER_VECTORS * _query_bytes(r, room.part_bytes)
+            blocks, 1, lambda r: _POWER_VECTORS * self._query_bytes(r, room.part_bytes)
         ):
             norms += self._largest(store, blocks[some], generator, room.part_bytes)
         if self.batch_size is not None:
@@ -138,22 +140,17 @@ class LiSSA(Solver):
             vectors = list(zip(blocks, products, strict=True))
         return norms
 
-    def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
+    def _solve_some(
+        self, layers: slice, rows: Tensor, solved: Tensor, part_bytes: int | None
+    ) -> None:
         run = self._with_all_rows if self.batch_size is None else self._with_sampled_rows
-        blocks = [block for block, _ in self._layers]
-        part_bytes, tensors = room.part_bytes, room.share(1 / 2)
-        for layers, at in tensors.pieces(
-            blocks, len(rows), partial(_query_bytes, part_bytes=part_bytes)
-        ):
-            chains = [
-                _Chain(block, λ, scale, rows[at, block.entries].double())
-                for (block, λ), scale in zip(
-                    self._layers[layers], self._scales[layers], strict=True
-                )
-            ]
-            run(chains, part_bytes)
-            for chain in chains:
-                solved[at, chain.block.entries] = chain.x * (chain.norms / chain.scale)
+        chains = [
+            _Chain(block, λ, scale, rows[:, block.entries].double())
+            for (block, λ), scale in zip(self._layers[layers], self._scales[layers], strict=True)
+        ]
+        run(chains, part_bytes)
+        for chain in chains:
+            solved[:, chain.block.entries] = chain.x * (chain.norms / chain.scale)
 
     def _with_all_rows(self, chains: list[_Chain], part_bytes: int | None) -> None:
         for _ in range(self.depth):
@@ -219,11 +216,6 @@ class LiSSA(Solver):
             f"LiSSA.solve: layer {chain.block.name!r} diverges at scale={chain.scale:.4g}; give "
             f"scale={works:.4g}, which is above every layer's largest eigenvalue, or leave it out"
         )
-
-
-def _query_bytes(width: int, part_bytes: int | None) -> int:
-    """A chain's q and x, the product and its sum, and what one layer's step makes beside them."""
-    return 8 * 8 * width + product_bytes(width, part_bytes)
 
 
 class _Chain:

@@ -1,10 +1,4 @@
-"""A part of a store: the rows that one process wrote, in memory or in a directory.
-
-A directory `part-000000` has rows.bin (row-major, so that [n, R] is one memory map), ids.bin or
-ids.jsonl, origin.bin, journal.jsonl, which says how far they go, and part.json once it is finished.
-What lies in the files behind the journal's last line is not there for a reader, and the next writer
-writes over it.
-"""
+"""A part of a store: the rows that one process wrote, in memory or in a directory."""
 
 from __future__ import annotations
 
@@ -22,17 +16,22 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import Plan
-from dropinf.manifest import field, read_manifest, read_regular
-from dropinf.rows.ids import Ids, decoded, kind_of
-from dropinf.rows.journal import Extent, Found, Header, read_journal
-from dropinf.rows.packing import DTYPES, Packing, finite_rows, row_bytes
+from dropinf.manifest import read_regular
+from dropinf.rows.ids import Ids, decoded
+from dropinf.rows.journal import Extent, Header
+from dropinf.rows.packing import DTYPES, Packing, finite_rows
+from dropinf.rows.part_files import (
+    IDS_FILES,
+    REMEDY,
+    bytes_of,
+    bytes_per_row,
+    new_header,
+    read_part,
+    rows_per_chunk,
+)
 
 T = TypeVar("T")
 
-PART_FORMAT = "dropinf part 2"
-CHUNK_BYTES = 1 << 24  # of one checksum, and of one step over the store
-_REMEDY = "collect it again"
-IDS_FILES = {"integers": "ids.bin", "strings": "ids.jsonl"}
 _MOST_BYTES = 1 << 40  # of ids or origin
 
 
@@ -111,7 +110,7 @@ class Part:
         if there < wanted or (finished and there > wanted):
             raise ValueError(
                 f"RowStore: {file} is truncated or damaged: {there} bytes instead of {wanted}; "
-                f"{_REMEDY}"
+                f"{REMEDY}"
             )
         part = cls.__new__(cls)
         part.path, part.header, part.extent, part.finished = path, header, extent, finished
@@ -144,7 +143,7 @@ class Part:
         if self.packing.num_scales != self.header.scales:
             raise ValueError(
                 f"RowStore: {self.path} has {self.header.scales} scales a row, for "
-                f"{len(bounds) - 1} layers; {_REMEDY}"
+                f"{len(bounds) - 1} layers; {REMEDY}"
             )
         return self
 
@@ -201,10 +200,10 @@ class Part:
             data = read_regular(file, _MOST_BYTES)
         except (FileNotFoundError, ValueError) as error:
             why = "it is missing" if isinstance(error, FileNotFoundError) else error
-            raise ValueError(f"RowStore: {file} is damaged: {why}; {_REMEDY}") from None
+            raise ValueError(f"RowStore: {file} is damaged: {why}; {REMEDY}") from None
         whole = len(data) == num_bytes or (len(data) > num_bytes and not self.finished)
         if not whole or zlib.crc32(data[:num_bytes]) != crc32:
-            raise ValueError(f"RowStore: {file} is damaged; {_REMEDY}")
+            raise ValueError(f"RowStore: {file} is damaged; {REMEDY}")
         return data[:num_bytes]
 
     def chunks(self, count: int = 1) -> Iterator[tuple[int, Tensor]]:
@@ -238,7 +237,7 @@ class Part:
             if k in self._unverified and zlib.crc32(bytes_of(chunk)) != self.extent.chunks[k]:
                 raise ValueError(
                     f"RowStore: {self.path}/rows.bin is damaged in rows {k * step} to "
-                    f"{k * step + len(chunk) - 1}; {_REMEDY}"
+                    f"{k * step + len(chunk) - 1}; {REMEDY}"
                 )
             self._unverified.discard(k)
         return whole[: stop - start]
@@ -335,18 +334,6 @@ def _described(t: Tensor) -> str:
     return f"{t.dtype} {tuple(t.shape)}"
 
 
-def new_header(packing: Packing, ids: Ids | None, origin: Tensor | None) -> Header:
-    """Of a part of such rows."""
-    name = str(packing.dtype).removeprefix("torch.")
-    step = rows_per_chunk(packing.width, packing.dtype)
-    return Header(name, packing.width, step, kind_of(ids), origin is not None, packing.num_scales)
-
-
-def bytes_per_row(header: Header) -> int:
-    """In rows.bin."""
-    return row_bytes(DTYPES[header.dtype], header.width, header.scales)
-
-
 def _reopened(path: Path, marks: Marks, bounds: Sequence[int]) -> Part:
     return Part.open(path, bounds[-1], marks).lay_out(bounds)
 
@@ -358,34 +345,6 @@ def restored(kind: type[T], fields: dict[str, Any]) -> T:
     return made
 
 
-def read_part(path: Path) -> tuple[bool, Found]:
-    """Whether the part is finished, and its journal."""
-    # First, since the journal of a part that is finished changes no more.
-    finished = os.path.lexists(path / "part.json")
-    manifest = read_manifest("RowStore", path / "part.json", _REMEDY) if finished else {}
-    file = path / "journal.jsonl"
-    try:
-        found = read_journal(file)
-        header = found.header
-        if header.dtype not in DTYPES:
-            raise ValueError(f"'dtype' is none of {', '.join(DTYPES)}")
-        if header.scales > header.width:
-            raise ValueError("'scales' is out of range")
-        if header.chunk_rows > 1 and header.chunk_rows * bytes_per_row(header) > 1 << 26:
-            raise ValueError("'chunk_rows' is out of range")
-        if finished:
-            told = field(manifest, "format", str), field(manifest, "rows", int)
-            told += field(manifest, "journal_bytes", int), field(manifest, "journal_crc32", int)
-            text = found.text
-            if told != (PART_FORMAT, found.extent.rows, len(text), zlib.crc32(text)):
-                raise ValueError("it does not belong to part.json")
-    except FileNotFoundError:
-        raise ValueError(f"RowStore: {file} is missing; {_REMEDY}") from None
-    except ValueError as error:
-        raise ValueError(f"RowStore: {file} is damaged: {error}; {_REMEDY}") from None
-    return finished, found
-
-
 def _identity(descriptor: int) -> tuple[int, int]:
     """Tells a file that is mapped from one that took its place."""
     found = os.fstat(descriptor)
@@ -395,16 +354,3 @@ def _identity(descriptor: int) -> tuple[int, int]:
 def _size(file: Path) -> int:
     """Bytes of a regular file, else 0."""
     return file.stat().st_size if file.is_file() else 0
-
-
-def bytes_of(rows: Tensor) -> memoryview:
-    """The rows, or any numbers, as bytes, little-endian as all machines are that torch runs on."""
-    rows = rows.resolve_neg().contiguous()
-    # Of a single row or number, contiguous ones have any stride.
-    flat = rows.as_strided((rows.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def rows_per_chunk(width: int, dtype: torch.dtype) -> int:
-    """So many that they take CHUNK_BYTES as they are read, float32 or wider."""
-    return max(1, CHUNK_BYTES // (width * max(4, dtype.itemsize)))

@@ -22,10 +22,10 @@ from dropinf.rows.ids import Ids, encoded, kind_of
 from dropinf.rows.journal import Header, Journal, write_all
 from dropinf.rows.packing import Packing
 from dropinf.rows.pages import Pages
-from dropinf.rows.part import (
+from dropinf.rows.part import Part
+from dropinf.rows.part_files import (
     IDS_FILES,
     PART_FORMAT,
-    Part,
     bytes_per_row,
     new_header,
     read_part,

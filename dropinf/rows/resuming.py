@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.ids import GivenIds, Ids, as_ids, ids_of_batch, listed
-from dropinf.rows.part import bytes_of
+from dropinf.rows.part_files import bytes_of
 from dropinf.user_warning import warn_user
 
 _OTHER_PATH = "give another path, or remove it"

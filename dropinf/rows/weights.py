@@ -9,7 +9,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from dropinf.compression import Plan, unwrap
-from dropinf.rows.part import bytes_of
+from dropinf.rows.part_files import bytes_of
 
 _STEP = 1 << 20  # bytes under one CRC-32
 

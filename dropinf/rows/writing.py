@@ -24,7 +24,8 @@ from dropinf.rows.about import (
 from dropinf.rows.ids import Ids
 from dropinf.rows.lock import Lock
 from dropinf.rows.packing import DTYPES, Packing
-from dropinf.rows.part import Part, new_header
+from dropinf.rows.part import Part
+from dropinf.rows.part_files import new_header
 from dropinf.rows.part_writer import PartWriter, make_part
 from dropinf.rows.parts import Parts
 from dropinf.rows.resuming import Past

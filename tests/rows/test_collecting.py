@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader, TensorDataset
 
-import dropinf.rows.part
+import dropinf.rows.part_files
 from dropinf import Dropout, Full, Plan, RowStore, collect
 
 MLP = CASES[0]
@@ -74,7 +74,7 @@ def test_loaders_run_outside_of_the_capture(setup):
 
 def test_many_chunks(setup, tmp_path, monkeypatch):
     model, loader, plan = setup
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 4 * plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 4 * plan.width * 8)
     store = gather(model, loader, plan, path=tmp_path / "rows")
     assert [len(chunk) for _, chunk in store.chunks()] == [4, 4, 4, 4, 4, 3]
     assert [start for start, _ in store.chunks()] == [0, 4, 8, 12, 16, 20]

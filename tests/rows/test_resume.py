@@ -30,7 +30,8 @@ from dropinf.rows import LockedError, RowWriter, part_writer
 from dropinf.rows.journal import read_journal
 from dropinf.rows.lock import Lock
 from dropinf.rows.packing import Packing
-from dropinf.rows.part import Part, new_header
+from dropinf.rows.part import Part
+from dropinf.rows.part_files import new_header
 
 FILES = ("rows.bin", "ids.bin")
 

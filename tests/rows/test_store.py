@@ -18,7 +18,7 @@ from survival_cases import tensors
 from torch import nn
 from torch.utils.data import DataLoader
 
-import dropinf.rows.part
+import dropinf.rows.part_files
 from dropinf import Dropout, Full, Plan, RowStore, collect, scores, self_influence, topk
 from dropinf.manifest import sealed
 from dropinf.rows import RowWriter
@@ -147,7 +147,7 @@ def test_pickled_by_its_path(tmp_path, monkeypatch):
 
 def test_a_reader_beside_a_writer(tmp_path, monkeypatch):
     monkeypatch.setattr("dropinf.rows.part_writer._FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 4 * 24)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 4 * 24)
     rows, seen = rows_of(21), []
     with RowWriter(PLAN, tmp_path / "rows") as writer:
         for start in range(0, 21, 3):
@@ -256,7 +256,7 @@ def saved(tmp_path_factory):
     """A store of two parts and chunks, with ids and origin, one of int8, and a solver."""
     folder = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dropinf.rows.part, "CHUNK_BYTES", 4 * 24)
+        patch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 4 * 24)
         valid = torch.ones(9, dtype=torch.bool)
         valid[[2, 5]] = False
         store = RowStore(rows_of(9), PLAN, valid, torch.arange(18).view(9, 2), ids=range(9))

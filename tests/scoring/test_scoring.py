@@ -7,7 +7,7 @@ from cases import CASES, build, example
 from conftest import EPS32, assert_within
 from score_cases import formula, plan_of, stores
 
-import dropinf.rows.part
+import dropinf.rows.part_files
 import dropinf.rows.row_passes
 from dropinf import (
     Dropout,
@@ -123,7 +123,7 @@ def test_identity():
 
 def test_invalid_rows_do_not_count(monkeypatch):
     store, queries = stores(40, 6, 5, 50)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 7 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 7 * store.plan.width * 8)
     valid = torch.ones(40, dtype=torch.bool)
     valid[[0, 9, 33]] = False
     rows = store.rows.clone()
@@ -145,7 +145,7 @@ def test_invalid_rows_do_not_count(monkeypatch):
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
 def test_topk_equals_sorted_scores(k, rows_a_chunk, monkeypatch):
     store, queries = stores(40, 6, 5, 9)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", rows_a_chunk * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", rows_a_chunk * store.plan.width * 8)
     solver = Cholesky().fit(store)
     values, indices = topk(queries, store, solver, k)
     all_scores = scores(queries, store, solver)
@@ -157,7 +157,7 @@ def test_topk_equals_sorted_scores(k, rows_a_chunk, monkeypatch):
 @pytest.mark.parametrize("n, sizes", [(40, (5, 17)), (9, (5, 60))], ids=["r x r", "n x n"])
 def test_self_influence_and_relative_scores(n, sizes, monkeypatch):
     store, queries = stores(n, 6, *sizes)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 3 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 3 * store.plan.width * 8)
     monkeypatch.setattr(dropinf.rows.row_passes, "PART_BYTES", 7 * store.plan.width * 8)
     valid = torch.ones(n, dtype=torch.bool)
     valid[4] = False
@@ -247,7 +247,7 @@ def test_ensemble_with_weights():
 def test_scores_by_layer(solver, monkeypatch):
     """Each layer's own part, which add up; NaN where a row is invalid."""
     store, queries = stores(40, 6, 5, 9, 13)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 7 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 7 * store.plan.width * 8)
     store.valid[3] = queries.valid[2] = False
     got = scores(queries, store, solver.fit(store), by="layer")
     assert got.shape == (3, 6, 40)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from score_cases import plan_of, stores
 
-import dropinf.rows.part
+import dropinf.rows.part_files
 from dropinf import RowStore, ops, scores
 from dropinf.manifest import sealed
 from dropinf.rows import RowWriter
@@ -128,7 +128,7 @@ def test_memory_bound(where, dtype, tmp_path, monkeypatch):
     """Layers in several groups, factors in a file: the answers of one group in memory."""
     store, _ = mixed(dtype=dtype)
     monkeypatch.setattr(
-        dropinf.rows.part, "CHUNK_BYTES", 4 * store.plan.width * store.rows.itemsize
+        dropinf.rows.part_files, "CHUNK_BYTES", 4 * store.plan.width * store.rows.itemsize
     )
     if where == "disk":
         store = on_disk(store, tmp_path / "rows")
@@ -160,7 +160,7 @@ def test_memory_bound(where, dtype, tmp_path, monkeypatch):
 
 def test_invalid_rows_in_both_forms(tmp_path, monkeypatch):
     store, _ = mixed()
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 4 * store.plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 4 * store.plan.width * 8)
     valid = torch.ones(30, dtype=torch.bool)
     valid[[0, 1, 2, 3, 17]] = False
     rows = store.rows.clone()

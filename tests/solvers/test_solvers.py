@@ -7,7 +7,7 @@ import pytest
 import torch
 from score_cases import formula, plan_of, stores
 
-import dropinf.rows.part
+import dropinf.rows.part_files
 import dropinf.rows.row_passes
 import dropinf.solvers.eigen
 import dropinf.solvers.gauss_newton
@@ -131,7 +131,7 @@ def test_layer_of_zeros(name):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_store_in_parts_with_invalid_rows(name, rows_a_part, monkeypatch):
     plan = plan_of(5, 12, 50)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 7 * plan.width * 8)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 7 * plan.width * 8)
     monkeypatch.setattr(dropinf.rows.row_passes, "PART_BYTES", rows_a_part * plan.width * 8)
     store, queries = stores(40, 6, 5, 12, 50)
     store.valid[[0, 9, 10, 33]] = False
@@ -153,7 +153,7 @@ def test_damping_of_each_layer(name):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rows_of_a_directory(name, tmp_path, monkeypatch):
     store, queries = stores(40, 5, 6, 50, dtype=torch.float32)
-    monkeypatch.setattr(dropinf.rows.part, "CHUNK_BYTES", 11 * store.plan.width * 4)
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 11 * store.plan.width * 4)
     valid = torch.ones(40, dtype=torch.bool)
     valid[[3, 39]] = False
     with RowWriter(store.plan, tmp_path / "rows") as writer:

@@ -151,6 +151,21 @@ def test_appending_waits_for_a_flush_that_is_late(tmp_path, disk, monkeypatch):
         assert len(writer.finish()) == 200
 
 
+def test_rows_are_flushed_by_the_time_alone(tmp_path, monkeypatch):
+    """Those before half of the seconds went, with the batch that comes then."""
+    monkeypatch.setattr(part_writer, "_FLUSH_SECONDS", 60.0)
+    now = time.monotonic()
+    with RowWriter(PLAN, tmp_path / "rows") as writer:
+        for number, later in enumerate((0.0, 29.0, 31.0)):
+            monkeypatch.setattr(time, "monotonic", lambda t=now + later: t)
+            writer.append(rows_of(number), VALID)
+            writer._part._thread.wait()
+            with pytest.warns(UserWarning, match="is not finished"):
+                found = len(RowStore.load(tmp_path / "rows"))
+            assert found == (2, 2, 6)[number]
+        writer.finish()
+
+
 @pytest.mark.parametrize("where", ["rows", "sync", "journal"])
 @pytest.mark.parametrize("flush", [0.0, 1e9])
 def test_errors_of_the_thread(tmp_path, disk, monkeypatch, where, flush):

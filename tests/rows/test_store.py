@@ -170,6 +170,31 @@ def test_a_reader_beside_a_writer(tmp_path, monkeypatch):
     assert torch.equal(early.rows, rows[:6]) and early.ids.tolist() == list(range(6))
 
 
+def test_damage_is_found_by_whoever_reads_it_first(tmp_path, monkeypatch):
+    """One row, and chunks that are read some at a time: nothing is taken unverified."""
+    monkeypatch.setattr(dropinf.rows.part_files, "CHUNK_BYTES", 4 * 24)
+    rows = rows_of(22)
+    RowStore(rows, PLAN).save(tmp_path / "rows")
+    file = tmp_path / "rows" / "part-000000" / "rows.bin"
+    content = bytearray(file.read_bytes())
+    content[24 * 9 + 5] ^= 4  # in the third chunk, of rows 8 to 11
+    file.write_bytes(content)
+    queries, store = RowStore(rows_of(2, 1), PLAN), RowStore.load(tmp_path / "rows")
+    assert torch.equal(store.at([7, 12]), rows[[7, 12]])
+    solver = Identity().fit(store)
+    for read in (
+        lambda: store.at([7, 10]),
+        lambda: store[[10]],
+        lambda: store.rows,
+        lambda: list(store.chunks()),
+        lambda: list(store.kept()),
+        lambda: topk(queries, store, solver, 3),
+        store.verify,
+    ):
+        with pytest.raises(ValueError, match="damaged in rows 8 to 11"):
+            read()
+
+
 def test_what_lies_beside_survives(tmp_path):
     """Whatever names the user's own files have, they stay as they are."""
     for name in ("rows.partial", "rows.tmp", ".rows", "solver.partial"):

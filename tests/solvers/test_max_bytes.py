@@ -54,6 +54,17 @@ def test_fit_and_solve(name, dtype):
     check_close(solve.result, SOLVERS[name]().fit(store).solve(queries.rows))
 
 
+@pytest.mark.parametrize("name", PASSES)
+def test_more_queries_than_have_room(name):
+    """Of a layer alone, too: they are solved for some at a time."""
+    store, queries = stores(100, 300, 400, 400, dtype=torch.float64)
+    bound = 1_000_000
+    solver = SOLVERS[name](max_bytes=bound).fit(store)
+    solve = measured(lambda: solver.solve(queries.rows))
+    assert queries.num_bytes > bound and solve.peak - queries.num_bytes <= bound
+    check_close(solve.result, SOLVERS[name]().fit(store).solve(queries.rows))
+
+
 @TYPES
 @pytest.mark.parametrize("name", [name for name in SOLVERS if "lissa" not in name])
 def test_self_influence(name, dtype):

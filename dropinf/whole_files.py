@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from dropinf.processes import host, started
 
 
 @contextlib.contextmanager
@@ -21,8 +25,8 @@ def appearing(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}-", dir=path.parent) as beside:
-        made = Path(beside) / path.name
+    with workplace(path) as beside:
+        made = beside / path.name
         yield made
         if made.is_dir():
             for file in sorted(made.rglob("*")):
@@ -33,6 +37,24 @@ def appearing(path: Path, replace: bool = False) -> Iterator[Path]:
             raise FileExistsError(f"{path} exists by now")
         os.replace(made, path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def workplace(path: Path) -> Iterator[Path]:
+    """A new directory beside `path`, whose name says whose it is, and which goes with the context.
+
+    What processes of this host left that were killed in one, for a file of this name, goes too.
+    """
+    of_host = re.sub(r"[^\w.]", "_", host())[:60]
+    whose = f".{path.name[:60]}-{of_host}-"
+    for entry in list(os.scandir(path.parent)):
+        left = re.fullmatch(re.escape(whose) + r"(\d{1,10})-(-?\d+|None)-\w{8}", entry.name)
+        if left and str(started(int(left[1]))) != left[2] and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+    pid = os.getpid()
+    prefix = f"{whose}{pid}-{started(pid)}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as beside:
+        yield Path(beside)
 
 
 def sync(path: Path) -> None:

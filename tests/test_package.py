@@ -181,7 +181,7 @@ ROOMS = [
     ["scoring"],
     ["integrations", "tools"],
 ]
-LEAVES = ("manifest", "text_table", "user_warning", "whole_files")
+LEAVES = ("manifest", "processes", "text_table", "user_warning", "whole_files")
 
 
 def room_of(module):

@@ -6,15 +6,15 @@ import contextlib
 import json
 import os
 import secrets
-import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dropinf import processes
 from dropinf.manifest import field, read_regular
 from dropinf.text_table import printable
 from dropinf.user_warning import warn_user
+from dropinf.whole_files import workplace
 
 try:
     import fcntl
@@ -47,12 +47,12 @@ class Lock:
                 if holder is None:
                     continue
                 host, pid = holder["host"], holder["pid"]
-                if host != _host():
+                if host != processes.host():
                     raise LockedError(
                         f"{op}: {self.directory} is being written by process {pid} on host "
                         f"{printable(host)}; if that process is gone, remove {self._file}"
                     )
-                if _started(pid) == holder["start"]:
+                if processes.started(pid) == holder["start"]:
                     raise LockedError(
                         f"{op}: {self.directory} is being written by process {pid} on this host "
                         f"({printable(host)}); wait for it, or give another path"
@@ -84,9 +84,14 @@ class Lock:
     def _made(self) -> bool:
         """Make the file whole, by a link; False if there is one."""
         pid = os.getpid()
-        own = {"host": _host(), "pid": pid, "start": _started(pid), "token": self._token}
-        with tempfile.TemporaryDirectory(prefix=".lock-", dir=self.directory) as beside:
-            new = Path(beside) / "lock"
+        own = {
+            "host": processes.host(),
+            "pid": pid,
+            "start": processes.started(pid),
+            "token": self._token,
+        }
+        with workplace(self._file) as beside:
+            new = beside / "lock"
             new.write_text(json.dumps(own))
             try:
                 os.link(new, self._file)
@@ -118,29 +123,6 @@ class Lock:
             raise LockedError(
                 f"{self._file} does not say who holds it ({error}); if nobody does, remove it"
             ) from None
-
-
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this host started, in ticks of its clock; -1 if there is none.
-
-    None where that cannot be known, though there is one.
-    """
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return -1
-    except PermissionError:
-        pass
-    try:
-        # Behind the name, which may hold anything: the state, and start time as the 20th.
-        after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return -1 if after[0] in "ZX" else int(after[19])
 
 
 @contextlib.contextmanager

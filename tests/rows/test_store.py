@@ -1,6 +1,7 @@
 """RowStore: parts, ids, joining, pickling; readers beside a writer; what is damaged or hostile."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -225,6 +226,46 @@ def test_what_lies_beside_survives(tmp_path):
     umask = os.umask(0o022)
     os.umask(umask)
     assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def killed_while_it_saves(path, begun):
+    with appearing(path) as new:
+        new.mkdir()
+        (new / "half").write_text("of a store")
+        begun.set()
+        time.sleep(60)
+
+
+def test_what_killed_processes_left_goes(tmp_path):
+    """With the next of that name; what lives, is of another name or host, or the user's stays."""
+    path, processes = tmp_path / "rows", multiprocessing.get_context("forkserver")
+    begun = [processes.Event() for _ in range(2)]
+    living, killed = (
+        processes.Process(target=killed_while_it_saves, args=(path, one)) for one in begun
+    )
+    for process in (living, killed):
+        process.start()
+    assert all(one.wait(60) for one in begun)
+    both = set(tmp_path.iterdir())
+    assert len(both) == 2
+    killed.kill()
+    killed.join()
+    (gone,) = (p for p in both if f"-{killed.pid}-" in p.name)
+    kept = set()
+    for name in (
+        gone.name.replace(".rows-", ".other-"),
+        gone.name[:-9],
+        gone.name[:-1],
+        gone.name + "x",
+        gone.name.replace(f"-{killed.pid}-", f"-elsewhere-{killed.pid}-"),
+        ".rows-mine",
+    ):
+        (tmp_path / name).mkdir()
+        kept.add(tmp_path / name)
+    RowStore(rows_of(3), PLAN).save(path)
+    assert set(tmp_path.iterdir()) == {path, *kept, *(both - {gone})}
+    living.kill()
+    living.join()
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])

@@ -18,6 +18,7 @@ from dropinf.compression import (
     energies_from_adam,
 )
 from dropinf.ops import BackendError, backends
+from dropinf.results import Attribution, attribute
 from dropinf.rows import LockedError, RowStore, collect, energies
 from dropinf.scoring import (
     ensemble,
@@ -29,12 +30,12 @@ from dropinf.scoring import (
     topk,
 )
 from dropinf.solvers import choose_damping
-
-__version__ = "0.1.0"  # pyproject.toml reads it here, so that a checkout has it too
+from dropinf.version import __version__ as __version__
 
 __all__ = [
     "FJLT",
     "SJLT",
+    "Attribution",
     "BackendError",
     "Dropout",
     "DropoutProjector",
@@ -49,6 +50,7 @@ __all__ = [
     "Rademacher",
     "RowStore",
     "Sketch",
+    "attribute",
     "backends",
     "capture",
     "choose_damping",

@@ -179,9 +179,10 @@ ROOMS = [
     ["rows"],
     ["solvers"],
     ["scoring"],
+    ["results"],
     ["integrations", "tools"],
 ]
-LEAVES = ("manifest", "processes", "text_table", "user_warning", "whole_files")
+LEAVES = ("manifest", "processes", "text_table", "user_warning", "version", "whole_files")
 
 
 def room_of(module):

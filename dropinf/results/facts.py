@@ -1,0 +1,90 @@
+"""How scores were made: plan, solver, weights, proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dropinf.rows import RowStore
+from dropinf.solvers import Solver
+from dropinf.version import __version__
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How scores were made.
+
+    Attributes:
+        compression: as it is written, "Dropout(r=1024, seed=0)".
+        layers, parameters, width: of the plan; width is R, entries of a row.
+        masks: how many plans or checkpoints the scores are averaged over.
+        plans: fingerprint of each.
+        examples, invalid: rows of the store, and how many are not valid.
+        queries: rows asked about.
+        solver: as it is written, "Cholesky(damping=0.1)".
+        relative: whether scores are divided by the root of each example's self-influence.
+        weights: fingerprint of the weights of each, None where it is not known.
+        dtype: in which rows are kept.
+        proof: on how many examples rows were compared with plain autograd.
+        versions: of dropinf and torch.
+    """
+
+    compression: str
+    layers: int
+    parameters: int
+    width: int
+    masks: int
+    plans: tuple[str, ...]
+    examples: int
+    invalid: int
+    queries: int
+    solver: str
+    relative: bool
+    weights: tuple[str | None, ...]
+    dtype: str
+    proof: str
+    versions: str
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how) for a table."""
+        invalid = f", {self.invalid:,} of them invalid" if self.invalid else ""
+        masks = f", {self.masks} of them averaged" if self.masks > 1 else ""
+        known = [weights or "not known" for weights in dict.fromkeys(self.weights)]
+        return [
+            ("training examples", f"{self.examples:,}{invalid}"),
+            ("queries", f"{self.queries:,}"),
+            ("compression", f"{self.compression}{masks}"),
+            ("entries of a row", f"{self.width:,} of {self.parameters:,} in {self.layers} layers"),
+            ("kept in", self.dtype),
+            ("solver", self.solver),
+            ("scores", "relative to self-influence" if self.relative else "of the summed loss"),
+            ("plan", ", ".join(dict.fromkeys(self.plans))),
+            ("weights", ", ".join(known)),
+            ("proof", self.proof),
+            ("versions", self.versions),
+        ]
+
+
+def facts_of(parts: Sequence[tuple[RowStore, RowStore, Solver]], relative: bool = False) -> Facts:
+    """Of (queries, store, solver) of each mask or checkpoint."""
+    queries, store, solver = parts[0]
+    plan = store.plan
+    return Facts(
+        compression=repr(plan.compression),
+        layers=len(plan.blocks),
+        parameters=sum(block.P for block in plan.blocks),
+        width=plan.width,
+        masks=len(parts),
+        plans=tuple(store.plan.fingerprint for _, store, _ in parts),
+        examples=len(store),
+        invalid=int((~store.valid).sum()),
+        queries=len(queries),
+        solver=repr(solver),
+        relative=relative,
+        weights=tuple(store.weights for _, store, _ in parts),
+        dtype=str(store.dtype).removeprefix("torch."),
+        proof="; ".join(dict.fromkeys(str(store.proof) for _, store, _ in parts)),
+        versions=f"dropinf {__version__}, torch {torch.__version__}",
+    )

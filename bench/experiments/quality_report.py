@@ -147,7 +147,7 @@ def draw(measured: Measured, dataset: str, path: Path) -> Path:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = dataset  # the same figure is the same file
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     names = [name for name in compressions(measured, dataset) if name not in FEWER_BYTES]
     for panel, measure in zip(panels, ("lds", "auc", "rho"), strict=True):
         for number, name in enumerate(names):
@@ -173,7 +173,8 @@ def draw(measured: Measured, dataset: str, path: Path) -> Path:
         panel.minorticks_off()
         panel.set_xlabel("r over all layers")
         panel.set_title(f"{MEASURES[measure]}, {dataset}", fontsize=10)
-    panels[-1].legend(fontsize=7)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

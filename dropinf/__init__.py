@@ -21,12 +21,14 @@ from dropinf.ops import BackendError, backends
 from dropinf.results import Attribution, attribute
 from dropinf.rows import LockedError, RowStore, collect, energies
 from dropinf.scoring import (
+    agreement,
     ensemble,
     influence,
     mean_query,
     optimizer_updates,
     scores,
     self_influence,
+    stability,
     topk,
 )
 from dropinf.solvers import choose_damping
@@ -50,6 +52,7 @@ __all__ = [
     "Rademacher",
     "RowStore",
     "Sketch",
+    "agreement",
     "attribute",
     "backends",
     "capture",
@@ -67,6 +70,7 @@ __all__ = [
     "scores",
     "self_influence",
     "solvers",
+    "stability",
     "topk",
     "verify",
 ]

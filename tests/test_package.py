@@ -182,7 +182,7 @@ ROOMS = [
     ["results"],
     ["integrations", "tools"],
 ]
-LEAVES = ("manifest", "processes", "text_table", "user_warning", "version", "whole_files")
+LEAVES = ("manifest", "processes", "ranks", "text_table", "user_warning", "version", "whole_files")
 
 
 def room_of(module):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dropinf.ranks import standard_ranks
 from dropinf.rows import RowStore
 from dropinf.solvers.cholesky import Cholesky
 from dropinf.solvers.eigen import Eigen
@@ -89,16 +90,7 @@ def choose_damping(
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """[k, m, n] -> ranks over the valid training examples, mean 0 and mean square 1, float64.
-
-    Ties share their mean rank; a query without any order has zeros, which agree with nothing.
-    """
+    """[k, m, n] -> ranks over the valid training examples, of the valid queries."""
     valid_rows = ~scores[0].isnan().all(0)
     valid_queries = ~scores[0].isnan().all(1)
-    kept = scores[:, valid_queries][:, :, valid_rows].contiguous()
-    ordered = kept.sort(-1).values
-    below = torch.searchsorted(ordered, kept)
-    ranks = (below + torch.searchsorted(ordered, kept, right=True)).double()
-    ranks -= ranks.mean(-1, keepdim=True)
-    size = ranks.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(size > 0, ranks / size, 0.0)
+    return standard_ranks(scores[:, valid_queries][:, :, valid_rows])

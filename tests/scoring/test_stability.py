@@ -1,0 +1,212 @@
+"""Agreement between masks against its definition in numpy, and at which r there is enough of it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+import dropinf
+from dropinf import Dropout, Full, Plan, RowStore
+from dropinf.scoring import Agreement, Stability
+from dropinf.solvers import Cholesky
+
+
+def squared(model, batch):
+    x, y = batch
+    return (model(x) - y).square().sum(1)
+
+
+@pytest.fixture(scope="module")
+def task():
+    """A model, 60 training examples, 7 queries."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 2))
+    draw = [
+        (torch.randn(n, 6, generator=generator), torch.randn(n, 2, generator=generator))
+        for n in (60, 7)
+    ]
+    return model, [draw[0]], [draw[1]]
+
+
+def parts_of(task, r, seeds):
+    model, train, asked = task
+    for seed in seeds:
+        plan = Plan.make(model, Dropout(r=r, seed=seed))
+        store, queries = (
+            dropinf.collect(model, loader, squared, plan, progress=False)
+            for loader in (train, asked)
+        )
+        yield queries, store, Cholesky().fit(store)
+
+
+def by_hand(found, k):
+    """Correlation and overlap [m] of scores, by scipy and by sets."""
+    pairs = list(itertools.combinations(found, 2))
+    correlation = [
+        [scipy.stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)] for a, b in pairs
+    ]
+    overlap = [
+        [
+            len(set(np.argsort(-x)[:k]) & set(np.argsort(-y)[:k])) / k
+            for x, y in zip(a, b, strict=True)
+        ]
+        for a, b in pairs
+    ]
+    return np.mean(correlation, 0), np.mean(overlap, 0)
+
+
+@pytest.mark.parametrize("k, masks", [(1, 2), (5, 3), (60, 2), (500, 2)])
+def test_agreement_is_its_definition(task, k, masks):
+    parts = list(parts_of(task, 12, range(masks)))
+    got = dropinf.agreement(iter(parts), k)
+    found = [dropinf.scores(*part).double().numpy() for part in parts]
+    correlation, overlap = by_hand(found, min(k, 60))
+    root = len(correlation) ** 0.5
+    expected = [
+        correlation.mean(),
+        correlation.std(ddof=1) / root,
+        overlap.mean(),
+        overlap.std(ddof=1) / root,
+    ]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+    assert isinstance(got, Agreement) and (k < 60 or got.overlap == 1)
+
+
+def test_invalid_rows_do_not_count(task):
+    parts = list(parts_of(task, 12, range(2)))
+    expected = dropinf.agreement(parts, 5)
+    more = []
+    for queries, store, solver in parts:
+        wider = [
+            RowStore(
+                torch.cat([s.rows, torch.zeros(2, s.plan.width)]),
+                s.plan,
+                torch.arange(len(s) + 2) < len(s),
+            )
+            for s in (queries, store)
+        ]
+        more.append((*wider, solver))
+    got = dropinf.agreement(more, 5, weights="any")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def test_agreement_refuses_what_shows_nothing(task):
+    parts = list(parts_of(task, 12, range(2)))
+    with pytest.raises(ValueError, match="two masks or more, got 1; collect with"):
+        dropinf.agreement(parts[:1])
+    with pytest.raises(ValueError, match="have the same plan, so they agree at any r"):
+        dropinf.agreement([parts[0], parts[0]])
+    with pytest.raises(ValueError, match="k must be positive, got 0"):
+        dropinf.agreement(parts, 0)
+    model, train, _ = task
+    few = parts_of((model, train, [tuple(t[:3] for t in train[0])]), 12, [1])
+    with pytest.raises(ValueError, match=r"differ in queries or examples: .*7, 60.*3, 60"):
+        dropinf.agreement([parts[0], *few])
+    none = RowStore(parts[0][0].rows * 0, parts[0][0].plan, torch.zeros(7, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no query and training example is valid"):
+        dropinf.agreement([(none, *parts[0][1:]), parts[1]], weights="any")
+
+
+def test_stability_is_agreement_at_each_size(task):
+    model, train, asked = task
+    found = dropinf.stability(
+        model,
+        train,
+        asked,
+        squared,
+        r=(40, 8),
+        masks=2,
+        k=5,
+        compression=Dropout(r=1, seed=4),
+        progress=False,
+    )
+    assert found.sizes == (8, 40) and found.widths == (16, 80)
+    for r, got in zip(found.sizes, found.agreements, strict=True):
+        expected = dropinf.agreement(parts_of(task, int(r), (4, 5)), 5)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+    header, *rows = found.rows()
+    assert header[-1] == "top-5 overlap" and len(rows) == 2 and rows[0][0] == "8"
+
+
+def test_by_energy_unless_told(task):
+    model, train, asked = task
+    found = dropinf.stability(model, train, asked, squared, (8,), 2, progress=False)
+    energies = dropinf.energies(model, train, squared)
+    same = dropinf.stability(
+        model,
+        train,
+        asked,
+        squared,
+        (8,),
+        2,
+        compression=Dropout(r=1, energies=energies),
+        progress=False,
+    )
+    assert found.agreements == same.agreements
+
+
+def test_a_size_that_leaves_nothing_out_is_not_run(task):
+    model, train, asked = task
+    ran = []
+
+    def counted(model, batch):
+        ran.append(1)
+        return squared(model, batch)
+
+    given = {"compression": Dropout(rate=0.5), "progress": False}
+    found = dropinf.stability(model, train, asked, counted, (1.0,), 2, **given)
+    assert found.agreements == (Agreement(1.0, 0.0, 1.0, 0.0),) and not ran
+    assert found.widths == (sum(p.numel() for p in model.parameters()),)
+
+
+def test_smallest_size_from_which_all_reach_the_level():
+    found = Stability(
+        (1, 2, 3, 4),
+        (1, 2, 3, 4),
+        tuple(Agreement(c, 0.0, o, 0.0) for c, o in ((0.9, 0.8), (0.6, 0.5), (0.8, 0.8), (0.9, 1))),
+        2,
+        10,
+    )
+    assert found.smallest(0.8) == 3 and found.smallest(0.85) == 4
+    assert found.smallest(0.5) == 1 and found.smallest(0.95, of="correlation") is None
+    assert found.smallest(0.6, of="correlation") == 1
+    with pytest.raises(ValueError, match="of must be 'overlap' or 'correlation'"):
+        found.smallest(of="rho")
+    with pytest.raises(ValueError, match="level must be 0 to 1"):
+        found.smallest(80)
+    unknown = Stability((1,), (1,), (Agreement(*[float("nan")] * 4),), 2, 10)
+    assert unknown.smallest(0.0) is None
+
+
+def test_plot_shows_both(task):
+    pytest.importorskip("matplotlib")
+    agreements = (Agreement(0.5, 0.1, 0.3, 0.1), Agreement(0.9, 0.1, 0.8, 0.1))
+    axes = Stability((1, 2), (64, 256), agreements, 3, 10).plot().axes[0]
+    lines = {container.get_label(): container[0].get_ydata() for container in axes.containers}
+    assert [list(values) for values in lines.values()] == [[0.5, 0.9], [0.3, 0.8]]
+
+
+def test_refusals(task):
+    model, train, asked = task
+    for given, words in (
+        ({"r": ()}, "need sizes and at least two masks"),
+        ({"masks": 1}, "need sizes and at least two masks"),
+        ({"compression": Full()}, "has no size and seed to vary"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dropinf.stability(model, train, asked, squared, **given)
+    with pytest.raises(ValueError, match="query_loader is gone after one pass"):
+        dropinf.stability(model, train, iter(asked), squared)
+
+
+def test_more_coordinates_agree_more(task):
+    """The law that the table is for."""
+    model, train, asked = task
+    found = dropinf.stability(
+        model, train, asked, squared, (2, 30, 120), 4, compression=Dropout(r=1), progress=False
+    )
+    values = [each.correlation for each in found.agreements]
+    assert values == sorted(values) and values[-1] - values[0] > 0.2

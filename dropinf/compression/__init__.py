@@ -2,6 +2,7 @@
 
 from dropinf.compression.adam_energies import energies_from_adam
 from dropinf.compression.baselines import FJLT, SJLT, Gaussian, LoGra, Rademacher
+from dropinf.compression.coordinates import coordinates_of
 from dropinf.compression.dropout import Dropout, Full
 from dropinf.compression.energy import Energies
 from dropinf.compression.energy_fit import FewOfEach, fit
@@ -39,6 +40,7 @@ __all__ = [
     "SignedSums",
     "Sketch",
     "by_entry",
+    "coordinates_of",
     "energies_from_adam",
     "fit",
     "peeled",

@@ -75,7 +75,7 @@ class ParamPlan:
         """Whether its values have a factor."""
         return isinstance(self.scale, Tensor) or self.scale != 1
 
-    def scaled(self, values: Tensor, which: Tensor | None = None) -> Tensor:
+    def scaled(self, values: Tensor, which: Tensor | slice | None = None) -> Tensor:
         """The values [..., k] at the coordinates numbered `which` [k], times their factor."""
         if not isinstance(self.scale, Tensor):
             return values * self.scale

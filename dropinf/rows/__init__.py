@@ -6,6 +6,7 @@ from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
 from dropinf.rows.lock import LockedError
+from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
     PART_BYTES,
@@ -28,6 +29,7 @@ __all__ = [
     "Drawn",
     "LockedError",
     "LossFn",
+    "OptimizerSteps",
     "RowStore",
     "RowWriter",
     "Weights",

@@ -37,6 +37,7 @@ def collect(
     on_nonfinite: str = "raise",
     check: bool = True,
     dtype: torch.dtype | None = None,
+    updates: torch.optim.Optimizer | None = None,
     **options: Unpack[CaptureOptions],
 ) -> RowStore:
     """The rows of every example of a loader, in its order.
@@ -70,6 +71,12 @@ def collect(
         dtype: in which rows are kept: torch.float32, bfloat16, float16 or int8, and read as float32
             again; None is that in which they are computed. float16 and int8 have a scale for each
             row and layer, so that nothing is beyond their range.
+        updates: an optimizer, as it was when the model had these weights: rows are of the update
+            that it would make of each example's gradient, see `optimizer_updates`, which under
+            `Dropout`, `FactoredDropout` and `Full` does so afterwards. Here any plan will do, as
+            the update is made of the coordinates before they are summed up or projected. A batch
+            then takes a row of coordinates an example: s r of each layer for `Sketch`, all P for
+            projections. Collect queries without it.
         options: per=, batch_dim=, closed= and backend= of `capture`. Of a row of tokens or
             segments, `RowStore.origin` says the example and the token or segment.
 
@@ -78,7 +85,8 @@ def collect(
 
     Raises:
         TypeError: a Dataset was given for a loader.
-        ValueError: the loader is empty, the losses are not one per example, or not finite.
+        ValueError: the loader is empty, the losses are not one per example, or not finite; or
+            `updates` is not known, is sharded, or has no state of a parameter.
         RuntimeError: gradients are disabled.
         ProofError: rows are not what plain autograd gives.
         FileExistsError: there is something at `path`, and `resume` is False.
@@ -106,6 +114,7 @@ def collect(
             on_nonfinite=on_nonfinite,
             check=check,
             dtype=dtype,
+            updates=updates,
             **options,
         ) as collection,
         contextlib.closing(Source(loader, ids, collection.past, path)) as source,

@@ -18,6 +18,8 @@ from dropinf.rows.about import proof_of
 from dropinf.rows.batches import Batches, CaptureOptions, LossFn
 from dropinf.rows.checks import Checks
 from dropinf.rows.ids import picked
+from dropinf.rows.optimizer_steps import OptimizerSteps
+from dropinf.rows.packing import finite_rows
 from dropinf.rows.resuming import Past, Source
 from dropinf.rows.store import RowStore
 from dropinf.rows.weights import Weights
@@ -48,6 +50,7 @@ class Collection:
         on_nonfinite: str = "raise",
         check: bool = True,
         dtype: torch.dtype | None = None,
+        updates: torch.optim.Optimizer | None = None,
         **options: Unpack[CaptureOptions],
     ) -> None:
         """`expected` rows, 0 if that is not known; all else as of `collect`.
@@ -65,13 +68,21 @@ class Collection:
             )
         if (options.get("per", "example") == "segment") != (segment_ids is not None):
             raise ValueError("collect: per='segment' and segment_ids= go together")
+        self._steps: OptimizerSteps | None = None
+        captured = plan
+        if updates is not None:
+            _refuse_updates(trained, options.get("per", "example"))
+            self._steps = OptimizerSteps("collect", updates, model, plan)
+            captured = self._steps.coordinates
         self._batches = Batches(
-            model, loss_fn, plan, mode, options, segment_ids, loss_scale, on_nonfinite
+            model, loss_fn, captured, mode, options, segment_ids, loss_scale, on_nonfinite
         )
         self._checks = Checks(self._batches) if check else None
         self._writer = RowWriter(plan, path, expected, resume=resume, dtype=dtype)
         self._weights = None if trained else Weights(model, plan)
         self._options = _shaping(model, mode, segment_ids, loss_scale, dtype, options)
+        if self._steps is not None:
+            self._options["updates"] = self._steps.said
         self._state: dict[str, Any] | None = None  # as it was written last
         self._unmet = {slot.name for slot in plan.slots}
         self._before = Proof()  # of a store that is gone on with
@@ -153,6 +164,9 @@ class Collection:
         rows, valid = batches.rows(batch)
         if checks is not None:
             checks.after(batch, rows, valid)
+        if self._steps is not None:
+            with batches.tap.paused():
+                rows = self._updated(self._steps, rows, valid)
         own, ids = batches.origin(), None
         if source is not None:
             with batches.tap.paused():
@@ -170,6 +184,19 @@ class Collection:
         self._writer.append(rows, valid, own, ids, batches.num_examples, self._news())
         batches.seen += batches.num_examples
         self._number += 1
+
+    def _updated(self, steps: OptimizerSteps, gradients: Tensor, valid: Tensor) -> Tensor:
+        """Rows of updates, from those of gradients at the coordinates."""
+        rows = steps.entries(gradients)
+        rows[~valid] = 0
+        finite = finite_rows(rows)
+        if not finite.all():
+            at = self._batches.seen + int((~finite).nonzero()[0, 0])
+            raise ValueError(
+                f"collect: the update of example {at} (in the loader's order) is not finite, as of "
+                "an Adam without eps where no gradient was; give its groups an eps"
+            )
+        return rows
 
     def _describe(self, source: Source | None) -> None:
         """Know the weights, now that a pass has shown which buffers it changes."""
@@ -196,8 +223,23 @@ class Collection:
         slots = self._batches.plan.slots
         unmet = [slot.name for slot in slots if slot.name in self._unmet]
         if unmet:
-            warn_user(f"collect: no example had a gradient for {unmet}; their entries are zeros")
+            made = "zeros" if self._steps is None else "steps of no gradient"
+            warn_user(f"collect: no example had a gradient for {unmet}; their entries are {made}")
         return self._writer.finish(None if self._checks is None else self._checks.proof)
+
+
+def _refuse_updates(trained: bool, per: str) -> None:
+    """Refuse updates of what is no example, or of an optimizer that takes steps meanwhile."""
+    if trained:
+        raise ValueError(
+            "collect: updates= are of one state of the optimizer, which changes while it trains; "
+            "collect after training"
+        )
+    if per != "example":
+        raise ValueError(
+            f"collect: updates= go with rows of examples, as updates of parts (per={per!r}) do not "
+            "add up to that of their sum; leave per= out"
+        )
 
 
 def _shaping(

@@ -120,7 +120,7 @@ class RowStore:
         """The rows of one store after the other; nothing is copied.
 
         Raises:
-            ValueError: they are of different plans, weights or dtypes, or share an id.
+            ValueError: they are of different plans, weights, updates or dtypes, or share an id.
         """
         if not stores:
             raise ValueError("RowStore.join: no stores were given")
@@ -129,6 +129,7 @@ class RowStore:
             for what, mine, theirs in (
                 ("plan", first.plan.fingerprint, store.plan.fingerprint),
                 ("weights", first.weights, store.weights),
+                ("updates", first.updates, store.updates),
                 ("dtype", first.dtype, store.dtype),
                 ("ids", first._parts.kind, store._parts.kind),
                 ("origin", first._parts.has_origin, store._parts.has_origin),
@@ -225,6 +226,11 @@ class RowStore:
     def weights(self) -> str | None:
         """Fingerprint of the weights that made the rows, None if that is not known."""
         return self.about.weights
+
+    @property
+    def updates(self) -> str | None:
+        """Of rows that are steps of an optimizer, which, and a digest of its state; None if not."""
+        return self.about.options.get("updates")
 
     @property
     def finished(self) -> bool:

@@ -25,7 +25,7 @@ class Weights:
         self._model = unwrap("collect", model)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         self._parameters = {
-            _plain(slot.name): _digest(parameters[slot.name])
+            _plain(slot.name): digest_of(parameters[slot.name])
             for slot in plan.slots
             if slot.name in parameters
         }
@@ -47,7 +47,7 @@ class Weights:
 
     def _buffers_now(self) -> dict[str, bytes]:
         return {
-            _plain(f"{prefix}.{name}" if prefix else name): _digest(buffer)
+            _plain(f"{prefix}.{name}" if prefix else name): digest_of(buffer)
             for prefix, module in self._model.named_modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
@@ -59,7 +59,8 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _digest(tensor: Tensor) -> bytes:
+def digest_of(tensor: Tensor) -> bytes:
+    """Of dtype, shape and bytes."""
     tensor = tensor.detach()
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if tensor.is_meta:

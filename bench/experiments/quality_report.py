@@ -64,7 +64,7 @@ def head(data: dict[str, Any]) -> Iterator[str]:
         "the largest r. Rows in fewer bytes are not timed."
     )
     yield (
-        "- by energy: the first 64 training examples, the same for every seed, give the energies. "
+        "- by energy: 64 training examples, the same for every seed, give the energies. "
         "In bfloat16, float16, int8: training rows and queries are kept so, with the coordinates "
         "that Dropout has at the same seed."
     )

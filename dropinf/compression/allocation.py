@@ -124,7 +124,10 @@ def _shares(
     if energies is not None:
         least = min(e.shift for layer in energies for e in layer)
         wholes = [sum(energy_of(e, least) for e in layer) for layer in energies]
-        return [math.isqrt(E * P) for E, P in zip(wholes, sizes, strict=True)]
+        roots = [math.isqrt(E * P) for E, P in zip(wholes, sizes, strict=True)]
+        # A layer without energy has a tenth of what its size would give it, as coordinates have.
+        whole, of = sum(roots), 10 * sum(sizes)
+        return [s * of if s else P * whole for s, P in zip(roots, sizes, strict=True)]
     return [math.isqrt(P << 40) for P in sizes]  # six digits behind the point
 
 

@@ -29,7 +29,8 @@ def sampled(loss_fn: Any, seed: int = 0) -> Rows:
         solver = dropinf.solvers.Cholesky().fit(F)
 
     Labels are a function of what the batch has of the example and of the seed, not of the batches
-    or calls before; equal examples have equal labels. What it returns is no likelihood: only its
+    or calls before, nor of padding that the batch's "attention_mask" tells; equal examples have
+    equal labels. What it returns is no likelihood: only its
     gradients mean something.
 
     Args:
@@ -77,7 +78,8 @@ def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Rows
 
 def _noise(found: Likelihood, batch: Any, seed: int, loss_fn: LikelihoodLoss) -> Noise:
     f = found.outputs
-    return Noise(batch, len(f), seed, f.device, loss_fn.inputs)
+    positions = f.shape[1] if f.dim() > 2 else 1
+    return Noise(batch, len(f), seed, f.device, loss_fn.inputs, positions)
 
 
 def _of_inputs(rows_of: Any, loss_fn: LikelihoodLoss) -> Rows:

@@ -12,35 +12,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dropinf.losses.likelihoods import IGNORED
+
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the step of splitmix64, as a signed number
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Noise:
-    """Random numbers for the B examples of a batch."""
+    """Random numbers for the B examples of a batch.
+
+    Padding does not count: of tensors [B, T, ...], positions where the batch's "attention_mask"
+    [B, T] is 0, and everywhere labels that are ignored. A text has the same numbers at its tokens
+    on whichever side, and however far, it is padded.
+    """
 
     def __init__(
-        self, batch: Any, B: int, seed: int, device: torch.device, inputs: int = 1
+        self,
+        batch: Any,
+        B: int,
+        seed: int,
+        device: torch.device,
+        inputs: int = 1,
+        positions: int = 1,
     ) -> None:
         """From every tensor in the batch that holds B examples; or B pairs, with two inputs.
+
+        `positions` are those of the outputs that the numbers are for, [B, positions, ...].
 
         Raises:
             ValueError: there is none.
         """
         self._key, found = torch.full((B,), seed, dtype=torch.int64, device=device), False
+        real, ranks = _real(batch, (B, inputs * B), device)
         for t in _tensors(batch):
-            if t.dim() and len(t) in (B, inputs * B) and not t.is_complex():
-                found = True
-                own = _bits(t.detach().to(device)).reshape(len(t) // B, B, t[0].numel())
-                own = own.transpose(0, 1).flatten(1)
-                at = torch.arange(1, own.shape[1] + 1, device=device)
-                # A sum modulo 2^64 of mixed numbers: in any order the same.
-                self._key = _mixed(self._key + _mixed(own + _mixed(at * _GOLDEN)).sum(1))
+            if not (t.dim() and len(t) in (B, inputs * B)) or t.is_complex():
+                continue
+            found = True
+            t = t.detach().to(device)
+            own = _bits(t).reshape(len(t), -1)  # [N, k]
+            counts = own != IGNORED if not t.is_floating_point() else torch.ones_like(own).bool()
+            at = torch.arange(1, own.shape[1] + 1, device=device).expand_as(own)
+            if real is not None and ranks is not None and t.shape[:2] == real.shape:
+                each = own.shape[1] // t.shape[1]  # numbers at a position
+                counts = counts & real.repeat_interleave(each, 1)
+                at = _numbered(ranks, each)
+            # The second input of a pair is behind the first.
+            at = at + (torch.arange(len(t), device=device) // B << 32)[:, None]
+            # A sum modulo 2^64 of mixed numbers: in any order the same.
+            mixed = _mixed(own + _mixed(at * _GOLDEN)).where(counts, 0).sum(1)
+            self._key = _mixed(self._key + mixed.reshape(-1, B).sum(0))
         if not found:
             raise ValueError(
                 f"sampled: the batch, a {type(batch).__name__}, holds no tensor of {B} examples "
                 "that labels could be drawn for; give batches of tensors"
             )
+        # Of outputs at each position, or at each but the last.
+        fits = ranks is not None and len(ranks) == B and 0 <= ranks.shape[1] - positions <= 1
+        self._positions, self._ranks = positions, ranks[:, :positions] if fits else None
 
     def uniform(self, k: int) -> Tensor:
         """[B, k] float64 in (0, 1)."""
@@ -53,7 +81,26 @@ class Noise:
 
     def _raw(self, k: int) -> Tensor:
         at = torch.arange(1, k + 1, device=self._key.device)
+        if self._ranks is not None and k % self._positions == 0:
+            at = _numbered(self._ranks, k // self._positions)
         return _mixed(self._key[:, None] + at * _GOLDEN)
+
+
+def _real(
+    batch: Any, sizes: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """[N, T] which positions are no padding, and the rank of each: those that are none first."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) not in sizes:
+        return None, None
+    real = mask.to(device) != 0
+    order = real.cumsum(1) - 1
+    return real, order.where(real, real.sum(1, keepdim=True) + (~real).cumsum(1) - 1)
+
+
+def _numbered(ranks: Tensor, each: int) -> Tensor:
+    """[N, T * each] from 1 on: of `each` numbers at the position of each rank."""
+    return (ranks[:, :, None] * each + torch.arange(1, each + 1, device=ranks.device)).flatten(1)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import distributed, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from typing_extensions import Unpack
 
 from dropinf.compression import Energies, FewOfEach, Plan, fit, tracked
 from dropinf.rows.batches import Batches, CaptureOptions, LossFn
+from dropinf.user_warning import warn_user
 
 _OP = "energies"
 
@@ -45,7 +47,9 @@ def energies(
 
     Args:
         model, loader, loss_fn: as of `collect`.
-        examples: how many to take; the first ones of the loader, or all if it has fewer.
+        examples: how many to take, or all if the loader has fewer: of a DataLoader that goes
+            through its data set in order, spread over it, as data are often sorted and the first
+            ones alike; of any other loader the first ones.
         include, exclude: parameters to leave out, as in `Plan.make`; a plan may have fewer.
         mode: "activations" or "grads", see `capture`.
         options: batch_dim=, closed= and backend= of `capture`.
@@ -65,16 +69,19 @@ def energies(
     plan = Plan(layers, FewOfEach())
     batches = Batches(model, loss_fn, plan, mode, options, None, 1.0, "skip", op=_OP)
     sums = torch.zeros(plan.width, dtype=torch.float64)
+    some, positions = _spread(loader, examples)
     with batches.opened():
-        for batch in batches.drawn(loader):
+        for batch in batches.drawn(some):
             rows, valid = batches.rows(batch)
+            rows, valid = rows[: examples - batches.seen], valid[: examples - batches.seen]
             if not valid.all():
                 at = batches.seen + int((~valid).nonzero()[0, 0])
                 raise ValueError(
-                    f"{_OP}: the loss or gradient of example {at} (in the loader's order) is not "
+                    f"{_OP}: the loss or gradient of example "
+                    f"{at if positions is None else positions[at]} (in the loader's order) is not "
                     "finite; mend or remove it"
                 )
-            for row in rows[: examples - batches.seen]:  # one by one, as float64 is wide
+            for row in rows:  # one by one, as float64 is wide
                 sums = sums.to(row.device)
                 sums += row.double().square()
             batches.seen += len(rows)
@@ -82,7 +89,14 @@ def energies(
                 break
     if not batches.seen:
         raise ValueError(f"{_OP}: the loader is empty; it gave no batch")
-    means = (sums / min(examples, batches.seen)).cpu().numpy()
+    means = (sums / batches.seen).cpu().numpy()
+    still = [b.name for b in plan.blocks if not means[b.entries].any()]
+    if 0 < len(still) < len(plan.blocks):
+        warn_user(
+            f"{_OP}: no gradient of {_named(still)} was other than zero, so that there is nothing "
+            "to draw them by, and allocation='energy' gives them a tenth of their share by size; "
+            "of adapters that begin at zero, measure after some steps of training"
+        )
     found = Energies.of(
         _OP,
         {
@@ -95,3 +109,26 @@ def energies(
         distributed.broadcast_object_list(shared)
         (found,) = shared
     return found
+
+
+def _spread(loader: Iterable, examples: int) -> tuple[Iterable, Sequence[int] | None]:
+    """A loader of examples all over the data set, and their positions; or itself, and None."""
+    if (
+        type(loader) is not DataLoader
+        or type(loader.sampler) is not SequentialSampler
+        or type(loader.batch_sampler) is not BatchSampler
+        or loader.sampler.data_source is not loader.dataset
+        or len(loader.dataset) <= examples
+    ):
+        return loader, None
+    n = len(loader.dataset)
+    positions = [i * n // examples for i in range(examples)]
+    subset = Subset(loader.dataset, positions)
+    some = DataLoader(subset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+    return some, positions
+
+
+def _named(layers: Sequence[str]) -> str:
+    """Some of them."""
+    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+    return f"{', '.join(map(repr, layers[:3]))}{more}"

@@ -108,14 +108,15 @@ def test_shares_by_energy():
             "2.bias": ((100,), np.zeros(100), np.ones(1)),
         },
     )
-    # 4 * 90 : 0.5 * 440 : 0, that is 360 : 220
+    # 4 * 90 : 0.5 * 440, that is 360 : 220; and without energy a tenth of 4100 of 4630, which is
+    # 0.089 beside 1 for the other two together: of 58, 33.05, 20.2 and 4.7
     for compression in (
         Dropout(total=61, allocation="energy", energies=energies),
         Sketch(total=61, s=2, allocation="energy", energies=energies),
     ):
-        assert [b.r for b in Plan.make(net, compression).blocks] == [37, 23, 1]
+        assert [b.r for b in Plan.make(net, compression).blocks] == [34, 21, 6]
     plan = Plan.make(net, Dropout(r=20, allocation="energy", energies=energies))
-    assert [b.r for b in plan.blocks] == [36, 23, 1]
+    assert [b.r for b in plan.blocks] == [33, 21, 6]
     plan = Plan.make(net, Dropout(rate=1.0, allocation="energy", energies=energies))
     assert [b.r for b in plan.blocks] == [90, 440, 4100]  # what has no energy gets what is left
 

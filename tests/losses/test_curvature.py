@@ -167,6 +167,55 @@ def test_what_is_in_an_example_counts():
     assert torch.equal(pairs[2:3], Noise(one, 1, 0, ids.device, inputs=2).uniform(50))
 
 
+def padded(ids, left, right):
+    """A batch of one text, padded on both sides by other tokens each time."""
+    mask = [0] * left + [1] * len(ids) + [0] * right
+    at = [left] * left + ids + [right + 7] * right
+    labels = [-100] * left + ids + [-100] * right
+    named = {"input_ids": at, "attention_mask": mask, "labels": labels}
+    return {name: torch.tensor([values]) for name, values in named.items()}
+
+
+@pytest.mark.parametrize("shifted", [0, 1])
+@pytest.mark.parametrize("each", [1, 5])
+def test_padding_does_not_count(shifted, each):
+    """Nor on which side it is; of outputs at each position, or at each but the last."""
+    ids, T = [4, 4, 9, 2], 4
+    found = []
+    for left, right in ((0, 0), (0, 3), (2, 0), (5, 1)):
+        positions = T + left + right - shifted
+        noise = Noise(padded(ids, left, right), 1, 3, torch.device("cpu"), positions=positions)
+        u = noise.uniform(positions * each).view(positions, each)
+        assert len(u.unique()) == u.numel()
+        found.append(u[left : left + T - shifted])
+    assert all(torch.equal(u, found[0]) for u in found[1:])
+    for other in ([4, 9, 4, 2], [4, 4, 9], [4, 4, 9, 2, 2]):
+        assert Noise(padded(other, 0, 2), 1, 3, torch.device("cpu")).uniform(1) != found[0][0, 0]
+    real = padded(ids, 0, 2)
+    real["attention_mask"][0, 4] = 1  # one that is a token, and has no label
+    assert Noise(real, 1, 3, torch.device("cpu")).uniform(1) != found[0][0, 0]
+
+
+def test_a_text_has_the_same_row_however_it_is_padded():
+    """Through a model that reads its mask."""
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(30, 11)
+
+    @losses.likelihood
+    def loss_fn(model, batch):
+        logits = model(batch["input_ids"])[:, :-1]
+        return losses.Categorical(logits, batch["labels"][:, 1:])
+
+    for of in (losses.sampled, losses.gauss_newton):
+        rows = []
+        for left, right in ((0, 0), (0, 6)):
+            of(loss_fn)(table, padded([4, 4, 9, 2, 17], left, right)).sum().backward()
+            rows.append(table.weight.grad[[4, 9, 2]].clone())
+            table.weight.grad = None
+        torch.testing.assert_close(rows[1], rows[0])
+        assert rows[0].abs().max() > 0.1
+
+
 @pytest.mark.parametrize("of", [losses.gauss_newton, losses.sampled])
 def test_rows_are_reproducible(of):
     """Of any batches, in any order, one by one; other seeds and other examples differ."""

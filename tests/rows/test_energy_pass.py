@@ -101,6 +101,56 @@ def test_not_of_the_batches_but_of_the_first_examples():
     assert len(asked) == 2
 
 
+def test_what_is_beyond_the_examples_does_not_count():
+    """Nor is it refused."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    x, label = torch.randn(30, 6), torch.randint(4, (30,))
+    of_20 = dropinf.energies(model, [(x, label)], cross_entropy, examples=20)
+    x[20] = torch.nan
+    assert dropinf.energies(model, [(x, label)], cross_entropy, examples=20) == of_20
+    with pytest.raises(ValueError, match="of example 20 "):
+        dropinf.energies(model, [(x, label)], cross_entropy, examples=21)
+
+
+@pytest.mark.parametrize("examples", [1, 7, 8, 29, 30, 31])
+def test_spread_over_a_data_set_in_order(examples):
+    """As of data sorted by class; a loader that shuffles, or does something else, is as it is."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    x, label = torch.randn(30, 6), torch.arange(30) // 8
+    data = torch.utils.data.TensorDataset(x, label)
+    at = torch.arange(min(examples, 30)) * 30 // min(examples, 30)
+    expected = dropinf.energies(model, [(x[at], label[at])], cross_entropy, examples=examples)
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    assert dropinf.energies(model, loader, cross_entropy, examples=examples) == expected
+    first = dropinf.energies(model, [data[:examples]], cross_entropy, examples=examples)
+    assert (first == expected) == (examples in (1, 29, 30, 31))
+
+    class Other(torch.utils.data.DataLoader):
+        pass
+
+    sampler = list(range(30))
+    for other in (Other(data, 4), torch.utils.data.DataLoader(data, 4, sampler=sampler)):
+        assert dropinf.energies(model, other, cross_entropy, examples=examples) == first
+    wrong = x.clone()
+    wrong[at[-1]] = torch.nan
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(wrong, label), 4)
+    with pytest.raises(ValueError, match=f"of example {at[-1]} "):
+        dropinf.energies(model, loader, cross_entropy, examples=examples)
+
+
+def test_a_layer_without_gradients_is_named():
+    """As the A of a LoRA whose B is zero; all layers without are an error."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3, bias=False))
+    nn.init.zeros_(model[1].weight)
+    batch = torch.randn(9, 6), torch.randint(3, (9,))
+    with pytest.warns(UserWarning, match="no gradient of '0' was other than zero"):
+        energies = dropinf.energies(model, [batch], cross_entropy)
+    made = Dropout(total=12, energies=energies, allocation="energy")
+    assert [block.r for block in Plan.make(model, made).blocks] == [2, 10]
+
+
 def test_both_modes_and_a_model_left_as_it_was():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))

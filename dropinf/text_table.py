@@ -1,9 +1,13 @@
-"""Tables for people, as text; what a terminal would act on, or cannot show, is written out."""
+"""Tables for people, as text and HTML; what a terminal would act on, or cannot show, is escaped."""
 
 from __future__ import annotations
 
+import html
 import sys
 from collections.abc import Collection, Sequence
+from typing import Any
+
+from dropinf.extras import optional
 
 
 def printable(text: str) -> str:
@@ -11,17 +15,64 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def print_table(rows: Sequence[Sequence[str]], right: Collection[int]) -> None:
-    """Print rows of cells in aligned columns; the columns in `right` at their right edges."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    shown = [
-        [printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in cells]
-        for cells in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for cells in shown:
-        aligned = [
-            cell.rjust(w) if j in right else cell.ljust(w)
-            for j, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        print("  ".join(aligned).rstrip())
+class Table:
+    """Cells under headings. It prints as aligned columns, and shows itself in a notebook.
+
+    Attributes:
+        columns: the headings.
+        rows: lists of cells, as text.
+        notes: lines below.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        right: Collection[int] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`right` are the columns that stand at their right edges."""
+        self.columns, self.rows, self.notes = list(columns), [list(row) for row in rows], [*notes]
+        self._right = set(right)
+
+    def __str__(self) -> str:
+        """As the terminal can show it: in the encoding of sys.stdout."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+
+        def shown(text: str) -> str:
+            return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+        table = [list(map(shown, cells)) for cells in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for cells in table:
+            aligned = [
+                cell.rjust(w) if j in self._right else cell.ljust(w)
+                for j, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            ]
+            lines.append("  ".join(aligned).rstrip())
+        return "\n".join([*lines, *map(shown, self.notes)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook; every cell is escaped."""
+
+        def line(cells: Sequence[str], of: str) -> str:
+            return "".join(
+                f'<{of} dir="auto"{self._edge(j)}>{html.escape(cell)}</{of}>'
+                for j, cell in enumerate(cells)
+            )
+
+        body = "\n".join(f"<tr>{line(cells, 'td')}</tr>" for cells in self.rows)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        head = f"<thead><tr>{line(self.columns, 'th')}</tr></thead>"
+        return f"<table>\n{head}\n<tbody>\n{body}\n</tbody></table>\n{notes}"
+
+    def _edge(self, column: int) -> str:
+        return ' style="text-align: right"' if column in self._right else ""
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame of the cells, as text."""
+        pandas = optional("pandas", "report", "Table.to_pandas")
+        return pandas.DataFrame(self.rows, columns=self.columns)

@@ -40,7 +40,7 @@ with dropinf.capture(model, plan, mode="grads") as grads_tap:
     row: Tensor = grads_tap.row()
 store = dropinf.collect(model, loader, loss_fn, plan, progress=False)
 solver = solvers.Cholesky(damping=0.1).fit(store)
-solver.describe()
+print(solver.describe())
 scores: Tensor = dropinf.scores(store, store, solver)
 values, indices = dropinf.topk(store, store, solver, k=2)
 best: Tensor = values[:, 0]

@@ -65,6 +65,7 @@ scores = dropinf.influence(
 )
 assert scores.shape == (5, 5) and scores.isfinite().all()
 tools = {"captum", "dattri", "lightning", "sklearn", "trak", "transformers"}
+tools |= {"jinja2", "matplotlib", "pandas", "pyarrow", "rich", "typer"}
 assert not tools & set(sys.modules)  # those that adapters and the demo are for
 for name, state in dropinf.backends().items():
     print(f"{name}: {state}")
@@ -182,7 +183,16 @@ ROOMS = [
     ["results"],
     ["integrations", "tools"],
 ]
-LEAVES = ("manifest", "processes", "ranks", "text_table", "user_warning", "version", "whole_files")
+LEAVES = (
+    "extras",
+    "manifest",
+    "processes",
+    "ranks",
+    "text_table",
+    "user_warning",
+    "version",
+    "whole_files",
+)
 
 
 def room_of(module):
@@ -279,6 +289,18 @@ def test_readme_solvers(tmp_path, monkeypatch):
     assert namespace["many"].shape == (4, 20, 100) and namespace["own"].shape == (100,)
     assert namespace["mean"].shape == namespace["error"].shape == (20, 100)
     assert namespace["choice"].damping in (1e-3, 1e-2, 0.1, 1.0)
+
+
+def test_readme_results(tmp_path, monkeypatch, capsys):
+    """And those on looking at results."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    first, *others = readme_blocks()
+    exec(first, namespace)
+    exec(next(block for block in others if "dropinf.attribute(" in block), namespace)
+    printed = capsys.readouterr().out
+    assert "example 99" in printed and "top-10 overlap" in printed
+    assert (tmp_path / "influence.csv").read_text().count("\n") == 1 + 20 * 2 * 5
 
 
 def test_readme_losses():

@@ -16,14 +16,15 @@ import numpy as np
 
 from dropinf.compression import projections
 from dropinf.compression.allocation import Allocation, Layer, allocate, check_budget, entries_of
+from dropinf.compression.as_written import AsWritten
 from dropinf.compression.entry_map import DenseProjection
 from dropinf.compression.grid import grid_sides
 from dropinf.compression.parts import Part
 from dropinf.compression.projections import Projection
 
 
-@dataclass(frozen=True)
-class _Projected(ABC):
+@dataclass(frozen=True, repr=False)
+class _Projected(AsWritten, ABC):
     """A projection of each layer's gradient."""
 
     r: int | None = None
@@ -48,7 +49,7 @@ class _Projected(ABC):
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gaussian(_Projected):
     """Independent Gaussian weights, as in TRAK (arXiv 2303.14186, section 3.2).
 
@@ -61,7 +62,7 @@ class Gaussian(_Projected):
         return projections.GaussianProjection(P, r, self.seed, layer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rademacher(_Projected):
     """Independent weights of +1 and -1 (Achlioptas 2003), the default of TRAK.
 
@@ -74,7 +75,7 @@ class Rademacher(_Projected):
         return projections.RademacherProjection(P, r, self.seed, layer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SJLT(_Projected):
     """A sparse projection: s entries for each coordinate, random signs (Kane & Nelson 2014).
 
@@ -90,7 +91,7 @@ class SJLT(_Projected):
         return projections.SJLTProjection(P, r, self.seed, layer, s=min(self.s, r))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FJLT(_Projected):
     """Random signs, a Hadamard transform, and r of its entries (Ailon & Chazelle 2009).
 
@@ -103,7 +104,7 @@ class FJLT(_Projected):
         return projections.FJLTProjection(P, r, self.seed, layer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoGra(_Projected):
     """Two-sided: a weight's gradient [O, I] between Gaussian matrices (arXiv 2405.13954).
 

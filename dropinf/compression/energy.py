@@ -169,7 +169,7 @@ class Energies:
         return hash(tuple(self._params))
 
     def __repr__(self) -> str:
-        return f"Energies({len(self)} parameters)"
+        return f"<Energies of {len(self)} parameters>"
 
     def saved(self, names: Any) -> dict[str, Any]:
         """Those of some parameters, as JSON."""

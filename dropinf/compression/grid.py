@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dropinf.compression.allocation import Allocation, Layer, allocate, check_budget, entries_of
+from dropinf.compression.as_written import AsWritten
 from dropinf.compression.parts import Part, by_parameter, draw
 
 
-@dataclass(frozen=True)
-class FactoredDropout:
+@dataclass(frozen=True, repr=False)
+class FactoredDropout(AsWritten):
     """Keep a grid of sampled rows x sampled columns of each weight.
 
     Cheaper than `Dropout` at small r, since one small product gives the whole grid, and it keeps

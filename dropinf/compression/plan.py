@@ -26,7 +26,7 @@ from dropinf.compression.parts import Part
 from dropinf.compression.sketch import Sketch
 from dropinf.compression.tracking import Layers, tracked
 from dropinf.manifest import MOST_BYTES, field, read_manifest, reason, sealed
-from dropinf.text_table import print_table
+from dropinf.text_table import Table
 from dropinf.whole_files import appearing
 
 Compression = (
@@ -211,8 +211,8 @@ class Plan:
                     digest.update(slot.entry_map.digest())
         return digest.hexdigest()[:16]
 
-    def describe(self) -> None:
-        """Print a table of the layers: what is kept of each, and how it is computed.
+    def describe(self) -> Table:
+        """A table, to print, of the layers: what is kept of each, and how it is computed.
 
         The path is what captures under this plan have taken so far: "closed form" samples the
         coordinates from the layer's input and output gradient; "pulled back" does so for what is
@@ -220,7 +220,7 @@ class Plan:
         that are formed a few examples at a time; "a pass for each loss" is slow, and says at which
         function examples were not known apart; ".grad" reads gradient buffers.
         """
-        rows = [("layer", "type", "parameters", "path", "entries", "bytes a row")]
+        rows, notes = [], []
         for block in self.blocks:
             paths = {self.paths.get(slot.name, "not run yet") for slot in block.slots}
             rows.append(
@@ -235,17 +235,18 @@ class Plan:
             )
         P = sum(block.P for block in self.blocks)
         rows.append(("total", "", f"{P:,}", "", f"{self.width:,}", f"{4 * self.width:,}"))
-        print_table(rows, right=(2, 4, 5))
         if not isinstance(self.compression, Full):
             layers = [(name, [s for _, s in params]) for name, params in self._layers]
             wanted = sum(
                 entries_of(self.compression, layers, *_energies(self.compression, self._layers))
             )
             if wanted > self.width:
-                print(
+                notes.append(
                     f"{wanted:,} entries were asked for: grids of a x b have no more than "
                     f"{self.width:,} of them"
                 )
+        columns = ("layer", "type", "parameters", "path", "entries", "bytes a row")
+        return Table(columns, rows, right=(2, 4, 5), notes=notes)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as one small JSON file; an existing file is replaced at once or not."""

@@ -15,13 +15,14 @@ from dropinf.compression.allocation import (
     check_budget,
     entries_of,
 )
+from dropinf.compression.as_written import AsWritten
 from dropinf.compression.energy import Energies
 from dropinf.compression.entry_map import SignedSums
 from dropinf.compression.parts import Part, draw_layer
 
 
-@dataclass(frozen=True)
-class Sketch:
+@dataclass(frozen=True, repr=False)
+class Sketch(AsWritten):
     """Keep sums of s coordinates each, with random signs.
 
     r s coordinates are drawn without replacement inside a layer, uniformly or by energy, all P of

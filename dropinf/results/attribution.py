@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from dropinf.results import exports, showing
+from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
 from dropinf.rows import RowStore
 from dropinf.scoring import ensemble, topk
 from dropinf.solvers import Solver
+from dropinf.text_table import Table
+from dropinf.whole_files import appearing
 
 One = TypeVar("One")
 _NOWHERE = torch.iinfo(torch.int64).max  # an invalid query's index, as topk has it
@@ -35,7 +41,7 @@ class Ranked:
     ids: list[list[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """What `attribute` returns.
 
@@ -53,6 +59,79 @@ class Attribution:
 
     def __len__(self) -> int:
         return len(self.query_ids)
+
+    def describe(self, texts: Contents | None = None) -> Table:
+        """Both ends of the first queries as a table, and how they were made.
+
+        `texts` of the training examples, see `show`.
+        """
+        return showing.table_of(self, texts)
+
+    def __str__(self) -> str:
+        return str(self.describe())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
+
+    def show(
+        self,
+        texts: Contents | None = None,
+        query_texts: Contents | None = None,
+        images: Contents | None = None,
+        query_images: Contents | None = None,
+    ) -> Any:
+        """Print the examples of each query; with images, a figure of matplotlib (extra "report").
+
+        Args:
+            texts, images: of the training examples: a mapping by id, a function of the id, or a
+                sequence in which ids are positions. Images are [H, W] or [H, W, 3] arrays, or
+                tensors whose channels may come first.
+            query_texts, query_images: of the queries.
+
+        Returns:
+            The figure, which a notebook shows, or None.
+
+        Raises:
+            ValueError: there is nothing for an id.
+        """
+        if images is None:
+            print(showing.as_text(self, Lookup(texts, "texts"), Lookup(query_texts, "query_texts")))
+            return None
+        own = Lookup(query_images, "query_images")
+        return showing.picture(self, Lookup(images, "images"), own)
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame (extra "report"), a row for each query, side and rank.
+
+        Columns: query, side ("top" or "bottom"), rank (from 1), example (its id), position (in the
+        store), score, and error with several masks. An invalid query has no examples or scores.
+        """
+        return exports.to_pandas(self)
+
+    def to_arrow(self) -> Any:
+        """A pyarrow.Table of the columns of `to_pandas` (extra "arrow")."""
+        return exports.to_arrow(self)
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Write the columns of `to_pandas`; an existing file is replaced at once or not."""
+        exports.to_csv(self, path)
+
+    def to_html(self, path: str | os.PathLike | None = None, texts: Contents | None = None) -> str:
+        """The table of all queries as a page, written to `path` if that is given.
+
+        For one with search, pictures and more see `dropinf.write_report`.
+        """
+        body = showing.table_of(self, texts, most=None)._repr_html_()
+        page = (
+            '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>dropinf</title>\n'
+            f"<body>\n{body}\n</body>\n</html>\n"
+        )
+        if path is not None:
+            with appearing(Path(path), replace=True) as new:
+                new.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        return page
 
 
 def attribute(
@@ -105,7 +184,12 @@ def attribute(
         mean, error = ensemble(parts, relative=relative, weights=weights)
         ends = [_extreme(mean, error, k, largest) for largest in (True, False)]
     top, bottom = (Ranked(*end, _ids_at(known, end[2])) for end in ends)
-    return Attribution(top, bottom, _listed(asked.ids), facts_of(parts, relative))
+    return Attribution(
+        top,
+        bottom,
+        asked.ids.tolist() if isinstance(asked.ids, Tensor) else [*asked.ids],
+        facts_of(parts, relative),
+    )
 
 
 def _several(given: One | Sequence[One]) -> list[One]:
@@ -125,9 +209,12 @@ def _extreme(mean: Tensor, error: Tensor, k: int, largest: bool) -> tuple[Tensor
 
 
 def _ids_at(store: RowStore, indices: Tensor) -> list[list[Any]]:
-    own = _listed(store.ids)
+    own = store.ids
+    if isinstance(own, Tensor):
+        known = indices.cpu() != _NOWHERE
+        found = own[indices.cpu().where(known, 0)].tolist()
+        return [
+            [i if there else None for i, there in zip(*both, strict=True)]
+            for both in zip(found, known.tolist(), strict=True)
+        ]
     return [[None if i == _NOWHERE else own[i] for i in row] for row in indices.tolist()]
-
-
-def _listed(ids: Tensor | list[str]) -> list[Any]:
-    return ids.tolist() if isinstance(ids, Tensor) else list(ids)

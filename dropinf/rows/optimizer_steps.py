@@ -125,7 +125,7 @@ def _state(
         )
     tensors = {key: state[key] for key in needed if key != "step"}
     if group["weight_decay"] and not group.get("decoupled_weight_decay"):  # AdamW's is beside g
-        tensors["θ"] = p
+        tensors["parameter"] = p
     for t in (p, *tensors.values()):
         if hasattr(t, "device_mesh") or t.shape != p.shape:  # a DTensor, or ZeRO's
             raise ValueError(
@@ -156,8 +156,8 @@ def _at(t: Tensor, slot: ParamPlan) -> Tensor:
 
 def _adam(g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     β1, β2 = group["betas"]
-    if "θ" in state:
-        g = g + group["weight_decay"] * state["θ"]
+    if "parameter" in state:
+        g = g + group["weight_decay"] * state["parameter"]
     m = β1 * state["exp_avg"] + (1 - β1) * g
     v = β2 * state["exp_avg_sq"] + (1 - β2) * g.square()
     if group["amsgrad"]:
@@ -167,8 +167,8 @@ def _adam(g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
 
 
 def _sgd(g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    if "θ" in state:
-        g = g + group["weight_decay"] * state["θ"]
+    if "parameter" in state:
+        g = g + group["weight_decay"] * state["parameter"]
     if not group["momentum"]:
         return g
     step = group["momentum"] * state["momentum_buffer"] + (1 - group["dampening"]) * g

@@ -24,6 +24,7 @@ from dropinf.rows.packing import Kept
 from dropinf.rows.part import Marks, Part, checked_part, restored
 from dropinf.rows.part_writer import write_part
 from dropinf.rows.parts import Parts
+from dropinf.text_table import Table
 from dropinf.user_warning import warn_user
 from dropinf.whole_files import appearing
 
@@ -333,9 +334,33 @@ class RowStore:
             Plan.load(self.path, read_about(self.path)[0])
         self._parts.verify()
 
+    def describe(self) -> Table:
+        """What is in here, and how it was made, as a table to print."""
+        invalid = int((~self.valid).sum())
+        ids = "strings" if isinstance(self.ids, list) else "integers"
+        updates = [("updates of", self.updates)] if self.updates else []
+        rows = [
+            ("rows", f"{len(self):,}" + ("" if self.finished else ", not finished")),
+            ("invalid", f"{invalid:,}"),
+            ("ids", ids),
+            ("width", f"{self.plan.width:,}"),
+            ("kept in", str(self.dtype).removeprefix("torch.")),
+            ("bytes", f"{self.num_bytes:,}"),
+            ("path", "in memory" if self.path is None else str(self.path)),
+            ("compression", repr(self.plan.compression)),
+            ("plan", self.plan.fingerprint),
+            ("weights", self.weights or "not known"),
+            *updates,
+            ("proof", str(self.proof)),
+        ]
+        return Table(("what", "is"), rows)
+
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else f"in {self.path}"
-        size = f"{len(self)} rows of width {self.plan.width}"
+        kept = (
+            "" if self.dtype == torch.float32 else f" in {str(self.dtype).removeprefix('torch.')}"
+        )
+        size = f"{len(self)} rows of width {self.plan.width}{kept}"
         so_far = "" if self.finished else " so far"
         return f"RowStore({size} {where}{so_far}, plan {self.plan.fingerprint}, {self.proof})"
 

@@ -9,14 +9,16 @@ from typing import Any
 from torch import nn
 
 from dropinf.compression import Compression, Dropout, Plan
+from dropinf.extras import optional
 from dropinf.rows import LossFn, RowStore, collect, energies
 from dropinf.scoring.between_masks import Agreement, agreement
 from dropinf.solvers import Cholesky, Solver
+from dropinf.text_table import Table
 
 _SIZES = ("r", "rate", "total")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Stability:
     """What `stability` returns.
 
@@ -51,30 +53,37 @@ class Stability:
             found = size
         return found
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """A table of text: a header, and a row for each size."""
-        table = [("r", "entries of a row", "rank correlation", f"top-{self.k} overlap")]
-        for size, width, found in zip(self.sizes, self.widths, self.agreements, strict=True):
-            correlation, correlation_error, overlap, overlap_error = found
-            table.append(
-                (
-                    f"{size:,}",
-                    f"{width:,}",
-                    f"{correlation:.3f} ± {correlation_error:.3f}",
-                    f"{overlap:.2f} ± {overlap_error:.2f}",
-                )
+    def describe(self) -> Table:
+        """A row for each size; errors are standard errors over the queries."""
+        columns = ("size", "R", "rank correlation", f"top-{self.k} overlap")
+        rows = [
+            (
+                f"{size:,}",
+                f"{width:,}",
+                f"{found.correlation:.3f} +- {found.correlation_error:.3f}",
+                f"{found.overlap:.2f} +- {found.overlap_error:.2f}",
             )
-        return table
+            for size, width, found in zip(self.sizes, self.widths, self.agreements, strict=True)
+        ]
+        stable = self.smallest()
+        where = "At none of these sizes" if stable is None else f"From size {stable:,} on"
+        note = (
+            f"Between two of {self.masks} masks. {where} the top {self.k} overlap by 0.8 or more."
+        )
+        return Table(columns, rows, right=range(4), notes=[note])
+
+    def __str__(self) -> str:
+        return str(self.describe())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
 
     def plot(self) -> Any:
         """Both against r, as a figure of matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError(
-                "stability: a plot needs matplotlib: pip install 'dropinf[report]'"
-            ) from None
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figures = optional("matplotlib.figure", "report", "Stability.plot")
+        figure = figures.Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for name, label in (("correlation", "rank correlation"), ("overlap", f"top-{self.k}")):
             axes.errorbar(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +37,27 @@ class Solver(ABC):
     weights: str | None = None
     max_bytes: int | None = None
     _kept_bytes: int = 0  # in memory, between fit and solve
+    _given: Mapping[str, Any] = MappingProxyType({})  # arguments
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Remembers the arguments, for its repr."""
+        made = super().__new__(cls)
+        with contextlib.suppress(TypeError):  # which __init__ says better
+            given = inspect.signature(cls.__init__).bind(made, *args, **options).arguments
+            made._given = {k: v for k, v in given.items() if k != "self"}
+        return made
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        rows = "" if self.store is None else f" on {len(self.store):,} rows"
+        fitted = "" if self.plan is None else f" fitted{rows}"
+        return f"{type(self).__name__}({shown}){fitted}"
+
+    def _shown(self) -> dict[str, Any]:
+        """Arguments that are not left to their defaults; and the damping always."""
+        found = inspect.signature(type(self).__init__).parameters
+        damping = {"damping": found["damping"].default} if "damping" in found else {}
+        return damping | {k: v for k, v in self._given.items() if v != found[k].default}
 
     def fit(self: Self, store: RowStore) -> Self:
         """Learn F from the valid rows of `store`.

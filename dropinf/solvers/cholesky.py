@@ -20,7 +20,7 @@ from dropinf.solvers.group import Group, Layer, Setting
 from dropinf.solvers.primal import Primal
 from dropinf.solvers.room import Room
 from dropinf.solvers.saving import load_solver, save_solver
-from dropinf.text_table import print_table
+from dropinf.text_table import Table
 
 
 class Cholesky(Solver):
@@ -206,12 +206,13 @@ class Cholesky(Solver):
             estimates.update(zip(group.blocks, group.condition(), strict=True))
         return [estimates[block] for block in self._order]
 
-    def describe(self) -> None:
-        """Print a table of the layers: form, λ, condition estimate, failed pivots, retries."""
+    def describe(self) -> Table:
+        """A table, to print, of the layers: form, λ, condition estimate, failed pivots, retries."""
         self._need_fit("describe")
-        table = [("layer", "r", "form", "lambda", "condition", "retries", "failed pivots")]
+        columns = ("layer", "r", "form", "lambda", "condition", "retries", "failed pivots")
+        rows = []
         for layer, condition in zip(self.layers, self.condition(), strict=True):
-            table.append(
+            rows.append(
                 (
                     layer.name or "(model)",
                     f"{layer.r:,}",
@@ -222,7 +223,7 @@ class Cholesky(Solver):
                     ", ".join(map(str, layer.failed_pivots)),
                 )
             )
-        print_table(table, right=(1, 3, 4, 5))
+        return Table(columns, rows, right=(1, 3, 4, 5))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted solver to a new directory, which appears whole or not at all.

@@ -11,19 +11,19 @@ import torch
 
 import dropinf
 from dropinf.ops import dispatch, selftest
-from dropinf.text_table import print_table
+from dropinf.text_table import Table
 
 
 def main() -> int:
     """Print it all; return 1 if a self-test fails, else 0."""
-    print_table([("what", "version"), *_versions()], right=())
+    print(Table(("what", "version"), _versions()))
     print()
-    print_table([("device", "is"), *_devices()], right=())
+    print(Table(("device", "is"), _devices()))
     print()
-    print_table([("backend", "state"), *dispatch.backends().items()], right=())
+    print(Table(("backend", "state"), list(dispatch.backends().items())))
     print()
     rows, failed = _self_tests()
-    print_table([("op", "backend", "on", "self-test", "picked by default"), *rows], right=())
+    print(Table(("op", "backend", "on", "self-test", "picked by default"), rows))
     return failed
 
 

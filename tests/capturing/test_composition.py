@@ -592,7 +592,7 @@ def test_shared_and_frozen():
 def test_describe(capsys):
     model, batch = build(transformer, torch.float64)
     plan = Plan.make(model, Dropout(r=30))
-    plan.describe()
+    print(plan.describe())
     text = capsys.readouterr().out
     assert text.splitlines()[0].split() == [
         "layer",
@@ -607,7 +607,7 @@ def test_describe(capsys):
     assert text.count("not run yet") == len(plan.blocks)
     with capture(model, plan) as tap:
         tap.rows(transformer.loss_fn(model, batch))
-    plan.describe()
+    print(plan.describe())
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if line.startswith("layers.0.attention.qkv "))
     assert line.split() == [
@@ -627,5 +627,5 @@ def test_describe(capsys):
     ]
     with capture(model, plan, "grads") as tap:
         tap.rows(transformer.loss_fn(model, batch))
-    plan.describe()
+    print(plan.describe())
     assert " .grad " in capsys.readouterr().out

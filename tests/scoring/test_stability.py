@@ -127,8 +127,12 @@ def test_stability_is_agreement_at_each_size(task):
     for r, got in zip(found.sizes, found.agreements, strict=True):
         expected = dropinf.agreement(parts_of(task, int(r), (4, 5)), 5)
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-    header, *rows = found.rows()
-    assert header[-1] == "top-5 overlap" and len(rows) == 2 and rows[0][0] == "8"
+    table = found.describe()
+    assert table.columns[-1] == "top-5 overlap" and [row[:2] for row in table.rows] == [
+        ["8", "16"],
+        ["40", "80"],
+    ]
+    assert str(found).count("+-") == 4
 
 
 def test_by_energy_unless_told(task):
@@ -171,6 +175,7 @@ def test_smallest_size_from_which_all_reach_the_level():
         10,
     )
     assert found.smallest(0.8) == 3 and found.smallest(0.85) == 4
+    assert "From size 3 on the top 10 overlap by 0.8 or more" in str(found)
     assert found.smallest(0.5) == 1 and found.smallest(0.95, of="correlation") is None
     assert found.smallest(0.6, of="correlation") == 1
     with pytest.raises(ValueError, match="of must be 'overlap' or 'correlation'"):
@@ -178,7 +183,7 @@ def test_smallest_size_from_which_all_reach_the_level():
     with pytest.raises(ValueError, match="level must be 0 to 1"):
         found.smallest(80)
     unknown = Stability((1,), (1,), (Agreement(*[float("nan")] * 4),), 2, 10)
-    assert unknown.smallest(0.0) is None
+    assert unknown.smallest(0.0) is None and "At none of these sizes" in str(unknown)
 
 
 def test_plot_shows_both(task):

@@ -372,7 +372,7 @@ def test_full_is_one_matrix(n):
 def test_describe(capsys):
     store, sizes = mixed()
     solver = Cholesky().fit(store)
-    solver.describe()
+    print(solver.describe())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["layer", "r", "form", "lambda"] and len(lines) == 1 + len(sizes)
     assert [line.split()[1] for line in lines[1:]] == list(map(str, sizes))

@@ -67,22 +67,22 @@ def energies(
     sums = torch.zeros(plan.width, dtype=torch.float64)
     with batches.opened():
         for batch in batches.drawn(loader):
-            rows, valid = batches.rows(batch)
+            rows, valid = (part[: examples - batches.seen] for part in batches.rows(batch))
             if not valid.all():
                 at = batches.seen + int((~valid).nonzero()[0, 0])
                 raise ValueError(
                     f"{_OP}: the loss or gradient of example {at} (in the loader's order) is not "
                     "finite; mend or remove it"
                 )
-            for row in rows[: examples - batches.seen]:  # one by one, as float64 is wide
+            for row in rows:  # one by one, as float64 is wide
                 sums = sums.to(row.device)
                 sums += row.double().square()
             batches.seen += len(rows)
-            if batches.seen >= examples:
+            if batches.seen == examples:
                 break
     if not batches.seen:
         raise ValueError(f"{_OP}: the loader is empty; it gave no batch")
-    means = (sums / min(examples, batches.seen)).cpu().numpy()
+    means = (sums / batches.seen).cpu().numpy()
     found = Energies.of(
         _OP,
         {

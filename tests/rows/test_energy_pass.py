@@ -90,6 +90,8 @@ def test_not_of_the_batches_but_of_the_first_examples():
     assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
     x[20:] *= 100
     assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
+    x[20:] = float("nan")
+    assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
     asked = []
 
     def loader():

@@ -29,7 +29,7 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
         optimizer: Adam, AdamW, NAdam or RAdam of torch.optim, which has trained `model` or was
             loaded with the state of one that has; or what Accelerate wraps around it.
         model: its trainable parameters that the optimizer has get energies; what has had no
-            gradient has none.
+            gradient has none, and a layer of such is named in a warning.
 
     Raises:
         TypeError: the optimizer is another one.
@@ -68,7 +68,9 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
             columns = v.sum(0, dtype=torch.float64).cpu().numpy() / correction
             columns /= rows.sum() or 1
         found[name] = tuple(p.shape), rows, columns
-    return Energies.of(_OP, found)
+    energies = Energies.of(_OP, found)
+    energies.warn_of_zeros(_OP, layers)
+    return energies
 
 
 def _whole(name: str, p: Tensor, v: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dropinf.compression.energy import Energies, ParamEnergy, energy_of
+from dropinf.compression.energy_draw import OF, UNIFORM
 
 Allocation = Literal["size", "sqrt", "equal", "energy"]
 Layer = tuple[str, Sequence[tuple[int, ...]]]  # its name, and the shapes of its parameters
@@ -96,8 +97,6 @@ def allocate(
         weights = (
             room if shares is None else [s * (m > 0) for s, m in zip(shares, room, strict=True)]
         )
-        if not any(weights):
-            weights = room  # no energy is left
         quotas = [Fraction(left * w, sum(weights)) for w in weights]
         full = [l for l, (q, m) in enumerate(zip(quotas, room, strict=True)) if q >= m > 0]
         for l in full:
@@ -124,7 +123,12 @@ def _shares(
     if energies is not None:
         least = min(e.shift for layer in energies for e in layer)
         wholes = [sum(energy_of(e, least) for e in layer) for layer in energies]
-        return [math.isqrt(E * P) for E, P in zip(wholes, sizes, strict=True)]
+        roots = [math.isqrt(E * P) for E, P in zip(wholes, sizes, strict=True)]
+        # Mixed with the shares by size, as coordinates are with the uniform draw: what the examples
+        # did not move, such as A of LoRA while B is 0, may move later. A layer then has at least a
+        # tenth of its share by size.
+        by_energy, by_size = sum(sizes) * (OF - UNIFORM), (sum(roots) or 1) * UNIFORM
+        return [root * by_energy + P * by_size for root, P in zip(roots, sizes, strict=True)]
     return [math.isqrt(P << 40) for P in sizes]  # six digits behind the point
 
 

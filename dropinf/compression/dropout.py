@@ -34,7 +34,7 @@ class Dropout:
         allocation: how `total` is shared out: "size" in proportion to the layer's size, "sqrt" to
             its square root, "equal" alike; "energy", which shares out r or rate too, of all layers
             together, in proportion to sqrt(energy * size), the energy being that of all of the
-            layer's coordinates.
+            layer's coordinates, and a tenth of it by size.
         energies: of `dropinf.energies` or `dropinf.energies_from_adam`. Coordinate j is then kept
             with a probability pi_j in proportion to sqrt(E g_j^2), at least a tenth of what it
             would be uniformly, and at most 1.

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from dropinf.manifest import field, integers
+from dropinf.user_warning import warn_user
 
 STEPS = 8  # levels an octave of energy: a coordinate's is at most 9 percent off
 TOP = 255  # the level of the largest row, and column; 0 is no energy at all
 _MOST_SHIFT = 1 << 15
 _MOST_SIZE, _MOST_DIMS = 1 << 48, 64  # of a parameter in a file; torch sums no more dimensions
+_NAMED = 3  # layers in a warning
 _WAY_OUT = "measure those of this model, with dropinf.energies"
 
 
@@ -57,6 +59,11 @@ class ParamEnergy:
         # Of each by itself, as a product may be beyond what a float holds.
         (r, top_r), (c, top_c) = _levels(rows), _levels(columns)
         return cls(tuple(shape), r, c, top_r + top_c)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no coordinate has any."""
+        return not (self.rows.any() and self.columns.any())
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows [a] and columns [b], whose products are the E g^2."""
@@ -151,6 +158,22 @@ class Energies:
                         f"shape {self._params[name].shape}; {_WAY_OUT}"
                     )
         return [[self._params[name] for name, _ in params] for _, params in layers]
+
+    def warn_of_zeros(self, op: str, layers: Sequence[Any]) -> None:
+        """Warn if layers (name, [(parameter name, shape), ...]) have no energy at all."""
+        none = []
+        for layer, params in layers:
+            known = [self._params[name] for name, _ in params if name in self._params]
+            if known and all(param.is_zero for param in known):
+                none.append(layer or "(model)")
+        if none:
+            more = f" and {len(none) - _NAMED} more" if len(none) > _NAMED else ""
+            warn_user(
+                f"{op}: every gradient of {', '.join(map(repr, none[:_NAMED]))}{more} was zero, so "
+                "that draws there are uniform, and allocation='energy' gives a tenth of a share by "
+                "size; if they will have gradients (as LoRA's A once B is not 0), measure after "
+                "some steps of training, or take another allocation"
+            )
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows [a] and columns [b] of a parameter, float64; their products are its E g^2."""

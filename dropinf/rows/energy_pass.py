@@ -41,7 +41,8 @@ def energies(
     parameter), in the rows of an ordinary capture: no gradient is formed, and what positions add
     up to is in it. A convolution [O, C, *kernel] has output channels x (channels and taps in), an
     embedding tokens x width, packed experts [E, I, O] (experts and inputs) x outputs, a vector a
-    number for each element. Several uses of one parameter add up, as in its gradient.
+    number for each element. Several uses of one parameter add up, as in its gradient. A layer whose
+    every gradient is zero, such as LoRA's A while B is 0, is named in a warning.
 
     Args:
         model, loader, loss_fn: as of `collect`.
@@ -94,4 +95,5 @@ def energies(
         shared = [found]
         distributed.broadcast_object_list(shared)
         (found,) = shared
+    found.warn_of_zeros(_OP, layers)
     return found

@@ -46,7 +46,8 @@ def row(plan, gradients):
 
 @pytest.mark.parametrize("kind", [Dropout, Sketch], ids=["Dropout", "Sketch"])
 @pytest.mark.parametrize("where", ["seen", "not seen"])
-def test_products_of_rows_are_unbiased(kind, where):
+@pytest.mark.parametrize("allocation", ["size", "energy"])
+def test_products_of_rows_are_unbiased(kind, where, allocation):
     """Mean over 800 draws within 4.5 standard errors; also where the energies are zero."""
     net, rng = model(), np.random.default_rng(1)
     energies = energies_of(net)
@@ -59,7 +60,8 @@ def test_products_of_rows_are_unbiased(kind, where):
     h = {name: h[name] + g[name] for name in g}
     products = []
     for seed in range(800):
-        plan = Plan.make(net, kind(r=24, seed=seed, energies=energies))
+        made = kind(r=24, seed=seed, energies=energies, allocation=allocation)
+        plan = Plan.make(net, made)
         products.append(row(plan, g) @ row(plan, h))
     truth = sum((g[name] * h[name]).sum() for name in g)
     error = np.std(products) / np.sqrt(len(products))
@@ -108,16 +110,41 @@ def test_shares_by_energy():
             "2.bias": ((100,), np.zeros(100), np.ones(1)),
         },
     )
-    # 4 * 90 : 0.5 * 440 : 0, that is 360 : 220
+    # One each, and of 58 more: 0.9 * 58 as 4 * 90 : 0.5 * 440 : 0, that is 32.4 and 19.8, and the
+    # tenth as 90 : 440 : 4100, that is 0.11, 0.55 and 5.14.
     for compression in (
         Dropout(total=61, allocation="energy", energies=energies),
         Sketch(total=61, s=2, allocation="energy", energies=energies),
     ):
-        assert [b.r for b in Plan.make(net, compression).blocks] == [37, 23, 1]
+        assert [b.r for b in Plan.make(net, compression).blocks] == [34, 21, 6]
     plan = Plan.make(net, Dropout(r=20, allocation="energy", energies=energies))
-    assert [b.r for b in plan.blocks] == [36, 23, 1]
+    # Of 57: 31.8 + 0.11, 19.5 + 0.54 and 5.05.
+    assert [b.r for b in plan.blocks] == [33, 21, 6]
     plan = Plan.make(net, Dropout(rate=1.0, allocation="energy", energies=energies))
     assert [b.r for b in plan.blocks] == [90, 440, 4100]  # what has no energy gets what is left
+
+
+@pytest.mark.parametrize("total", [300, 1100, 4000])
+def test_no_layer_has_less_than_a_tenth_of_its_share_by_size(total):
+    net = model()
+    energies = Energies.of(
+        "test",
+        {
+            name: (tuple(p.shape), np.full(len(p), 1.0 if name == "2.weight" else 0.0), np.ones(b))
+            for name, p in net.named_parameters()
+            for b in [p[0].numel() if p.dim() > 1 else 1]
+        },
+    )
+    plans = [
+        Plan.make(net, Dropout(total=total, allocation=allocation, energies=energies))
+        for allocation in ("energy", "size")
+    ]
+    for one, other in zip(plans[0].blocks, plans[1].blocks, strict=True):
+        assert one.r >= int(0.1 * other.r)
+    assert sum(b.r for b in plans[0].blocks) == min(total, 240 + 396 + 65)
+    only = Plan.make(net, Dropout(total=30, allocation="energy", energies=energies), exclude="2")
+    by_size = Plan.make(net, Dropout(total=30, energies=energies), exclude="2")
+    assert only.fingerprint == by_size.fingerprint  # where there is no energy, by size
 
 
 def saved(plan, tmp_path):

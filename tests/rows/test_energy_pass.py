@@ -143,6 +143,49 @@ def test_lora():
     assert rows.shape == (5, 16)  # and collect has compared them with plain autograd
 
 
+class LoRA(nn.Module):
+    """y = B A x + W x, with B = 0 at the beginning, so that no gradient of A is other than zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(20, 4).requires_grad_(False)
+        self.A, self.B = nn.Linear(20, 3, bias=False), nn.Linear(3, 4, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.B(self.A(x))
+
+
+def test_lora_at_its_beginning(recwarn):
+    model = LoRA()
+    batch = torch.randn(9, 20), torch.randint(4, (9,))
+    with pytest.warns(
+        UserWarning, match="every gradient of 'A' was zero, .* measure after"
+    ) as told:
+        energies = dropinf.energies(model, [batch], cross_entropy)
+    assert len(told) == 1 and told[0].filename == __file__
+    by_energy = Dropout(r=6, allocation="energy", energies=energies)
+    # Of 10 beyond one each: B 9 + 0.1 * 10 * 12 / 72, A 0.1 * 10 * 60 / 72 = 0.83.
+    assert [block.r for block in Plan.make(model, by_energy).blocks] == [2, 10]
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    cross_entropy(model, batch).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="energies_from_adam: every gradient of 'A' was zero"):
+        dropinf.energies_from_adam(optimizer, model)
+    recwarn.clear()
+    after = dropinf.energies(model, [batch], cross_entropy)
+    assert not recwarn.list and after["A.weight"][0].any()
+
+
+def test_a_warning_names_some_layers_of_many():
+    model = nn.ModuleList([nn.Linear(6, 4) for _ in range(6)])
+    batch = torch.randn(9, 6), torch.randint(4, (9,))
+    with pytest.warns(UserWarning, match="every gradient of '1', '2', '3' and 2 more was zero"):
+        dropinf.energies(model, [batch], lambda model, batch: cross_entropy(model[0], batch))
+
+
 @pytest.mark.parametrize("kind", [dropinf.Dropout, dropinf.Sketch], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rows_by_energy_are_exact(case, kind):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -30,7 +31,7 @@ def check_budget(compression: Any) -> None:
     if len(given) != 1:
         raise ValueError(f"{name}: give exactly one of r, rate, total; got {given or 'none'}")
     rate, seed = compression.rate, compression.seed
-    if rate is not None and not 0 < rate <= 1:
+    if rate is not None and not (isinstance(rate, Real) and 0 < rate <= 1):
         raise ValueError(f"{name}: rate must be in (0, 1], got {rate!r}")
     if not _is_whole(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"{name}: seed must be in 0 .. 2^64 - 1, got {seed!r}")

@@ -115,6 +115,12 @@ class Energies:
     def __init__(self, params: Mapping[str, ParamEnergy]) -> None:
         """By the names of the parameters."""
         self._params = dict(params)
+        for name, param in self._params.items():
+            if not isinstance(param, ParamEnergy):
+                raise TypeError(
+                    f"Energies: {name!r} has a {type(param).__name__}; make them with "
+                    "dropinf.energies, or of mean squares with Energies.of"
+                )
 
     @classmethod
     def of(
@@ -125,9 +131,15 @@ class Energies:
         """Of (shape, rows [a], columns [b]) of each parameter, whose products are its E g^2.
 
         Raises:
-            ValueError: some are NaN, infinite or negative, or all are zero.
+            ValueError: some are NaN, infinite or negative, or all are zero; or of other sizes.
         """
-        for name, (_, rows, columns) in found.items():
+        for name, (shape, rows, columns) in found.items():
+            if (len(rows), len(columns)) != sides(shape):
+                raise ValueError(
+                    f"{op}: {name!r} of shape {tuple(shape)} has {len(rows)} rows and "
+                    f"{len(columns)} columns of energies, which must be {sides(shape)}; give "
+                    "those of its matrix"
+                )
             for values in (rows, columns):
                 wrong = values[~(np.isfinite(values) & (values >= 0))]
                 if len(wrong):
@@ -137,8 +149,8 @@ class Energies:
                     )
         if not any(rows.any() and columns.any() for _, rows, columns in found.values()):
             raise ValueError(
-                f"{op}: every gradient was zero, so that there is nothing to draw by; give "
-                "examples on which the model has something to learn"
+                f"{op}: every gradient was zero, so that there is nothing to draw by; measure "
+                "where the model has something to learn"
             )
         return cls({name: ParamEnergy.of(*parts) for name, parts in found.items()})
 
@@ -151,7 +163,10 @@ class Energies:
         for _, params in layers:
             for name, shape in params:
                 if name not in self._params:
-                    raise ValueError(f"{op}: the energies have no {name!r}; {_WAY_OUT}")
+                    raise ValueError(
+                        f"{op}: the energies have no {name!r}; {_WAY_OUT}, or leave it out of the "
+                        "plan with exclude="
+                    )
                 if self._params[name].shape != tuple(shape):
                     raise ValueError(
                         f"{op}: {name!r} has shape {tuple(shape)}, and the energies are of one of "

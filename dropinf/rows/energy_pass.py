@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from typing_extensions import Unpack
@@ -58,7 +59,8 @@ def energies(
     Raises:
         ValueError: the loader is empty, or a gradient is not finite, or all of them are zero.
     """
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+    whole = isinstance(examples, int | np.integer) and not isinstance(examples, bool)
+    if not whole or examples < 1:
         raise ValueError(f"{_OP}: examples must be a whole number from 1, got {examples!r}")
     if options.get("per", "example") != "example":
         raise ValueError(f"{_OP}: per must be 'example', got {options['per']!r}")

@@ -238,7 +238,7 @@ def test_a_plan_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
 
 def test_energies_of_another_model():
     energies = energies_of(model())
-    with pytest.raises(ValueError, match=r"'weight'; measure those of this model"):
+    with pytest.raises(ValueError, match=r"'weight'; measure those of this model.* exclude="):
         Plan.make(nn.Linear(3, 4), Dropout(r=2, energies=energies))
     wider = nn.Sequential(nn.Embedding(31, 8), nn.Flatten(), nn.Linear(32, 12), nn.Linear(12, 5))
     with pytest.raises(ValueError, match=r"\(31, 8\), and the energies are .*\(30, 8\)"):
@@ -252,6 +252,13 @@ def test_energies_must_be_finite_and_positive(value):
         Energies.of("test", {"w": ((3, 2), rows, np.ones(2))})
 
 
+def test_energies_of_other_sizes():
+    with pytest.raises(ValueError, match=r"'w' of shape \(3, 2\) has 2 rows and 2 columns"):
+        Energies.of("test", {"w": ((3, 2), np.ones(2), np.ones(2))})
+    with pytest.raises(TypeError, match="Energies: 'w' has a int; make them with"):
+        Energies({"w": 3})
+
+
 def test_no_energy_at_all():
     with pytest.raises(ValueError, match="every gradient was zero"):
         Energies.of("test", {"w": ((3, 2), np.zeros(3), np.ones(2))})
@@ -263,6 +270,8 @@ def test_arguments():
         ValueError, match=r"energies must be what dropinf.energies returns, got dict"
     ):
         Dropout(r=3, energies={})
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\], got '0.1'"):
+        Dropout(rate="0.1", energies=energies)
     with pytest.raises(ValueError, match="allocation='energy' needs energies="):
         Dropout(r=3, allocation="energy")
     with pytest.raises(ValueError, match="allocation='sqrt' shares out total="):

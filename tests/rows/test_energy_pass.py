@@ -230,6 +230,10 @@ def test_what_energies_refuses():
         dropinf.energies(model, [(x, label)], cross_entropy, per="token")
     with pytest.raises(ValueError, match="energies: every gradient was zero"):
         dropinf.energies(model, [(x, label)], lambda m, b: 0 * cross_entropy(m, b))
+    with pytest.raises(TypeError, match="energies: the loader must be .* got NoneType"):
+        dropinf.energies(model, None, cross_entropy)
+    some = dropinf.energies(model, [(x, label)], cross_entropy, examples=np.int64(5))
+    assert some == dropinf.energies(model, [(x, label)], cross_entropy, examples=5)
     x[5, 2] = float("nan")
     with pytest.raises(ValueError, match="energies: the loss or gradient of example 5 "):
         dropinf.energies(model, [(x[:3], label[:3]), (x[3:], label[3:])], cross_entropy)
@@ -290,11 +294,26 @@ def test_what_energies_from_adam_refuses():
         optimizer, model
     )
     refuses(ValueError, "no state yet", torch.optim.Adam(model.parameters()))
-    refuses(ValueError, "no parameter of this model", model=nn.Linear(2, 2))
+    refuses(
+        ValueError,
+        "no parameter of this model; give .* or, if it trains flattened",
+        model=nn.Linear(2, 2),
+    )
     good = optimizer.state[p]["exp_avg_sq"]
     for bad in (float("nan"), float("inf"), -1.0):
         optimizer.state[p]["exp_avg_sq"] = good.clone()
         optimizer.state[p]["exp_avg_sq"][1, 1] = bad
         refuses(ValueError, "exp_avg_sq of '0.weight' must be finite and not negative")
+    for bad in (None, [1.0], good.to(torch.int8), good.to(torch.complex64), good.to("meta")):
+        optimizer.state[p]["exp_avg_sq"] = bad
+        refuses(ValueError, "exp_avg_sq of '0.weight' must be a tensor of floating-point numbers")
+    optimizer.state[p]["exp_avg_sq"] = good
+    for bad in (None, torch.tensor(0.0), torch.tensor(float("nan")), -2, torch.ones(2)):
+        optimizer.state[p]["step"] = bad
+        refuses(ValueError, "step of '0.weight' must be a number from 1, got")
+    optimizer.state[p]["step"] = torch.tensor(3.0)
+    for param in model.parameters():
+        optimizer.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+    refuses(ValueError, "every gradient was zero, .*; measure where the model has something")
     optimizer.state[p]["exp_avg_sq"] = good[:2]
     refuses(ValueError, r"'0.weight' is sharded or flattened, Tensor of shape \(2, 6\)")

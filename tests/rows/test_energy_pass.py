@@ -230,7 +230,7 @@ def test_what_energies_refuses():
         dropinf.energies(model, [(x, label)], cross_entropy, per="token")
     with pytest.raises(ValueError, match="energies: every gradient was zero"):
         dropinf.energies(model, [(x, label)], lambda m, b: 0 * cross_entropy(m, b))
-    with pytest.raises(TypeError, match="energies: the loader must be .* got NoneType"):
+    with pytest.raises(TypeError, match=r"energies: the loader must be .* got NoneType"):
         dropinf.energies(model, None, cross_entropy)
     some = dropinf.energies(model, [(x, label)], cross_entropy, examples=np.int64(5))
     assert some == dropinf.energies(model, [(x, label)], cross_entropy, examples=5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,12 +112,17 @@ class Energies:
     Made by `dropinf.energies` or `dropinf.energies_from_adam`. A parameter's are the products of
     rows [a] and columns [b] of the matrix that `sides` takes it for, kept as integer levels, so
     that what is drawn from them is the same on every machine.
+
+    Attributes:
+        params: by the names of the parameters, in their order in the model.
+        size: numbers of all parameters together.
+        fingerprint: 16 hexadecimal digits of shapes and levels; names do not count.
     """
 
     def __init__(self, params: Mapping[str, ParamEnergy]) -> None:
         """By the names of the parameters."""
-        self._params = dict(params)
-        for name, param in self._params.items():
+        self.params = dict(params)
+        for name, param in self.params.items():
             if not isinstance(param, ParamEnergy):
                 raise TypeError(
                     f"Energies: {name!r} has a {type(param).__name__}; make them with "
@@ -162,23 +169,37 @@ class Energies:
         """
         for _, params in layers:
             for name, shape in params:
-                if name not in self._params:
+                if name not in self.params:
                     raise ValueError(
                         f"{op}: the energies have no {name!r}; {_WAY_OUT}, or leave it out of the "
                         "plan with exclude="
                     )
-                if self._params[name].shape != tuple(shape):
+                if self.params[name].shape != tuple(shape):
                     raise ValueError(
                         f"{op}: {name!r} has shape {tuple(shape)}, and the energies are of one of "
-                        f"shape {self._params[name].shape}; {_WAY_OUT}"
+                        f"shape {self.params[name].shape}; {_WAY_OUT}"
                     )
-        return [[self._params[name] for name, _ in params] for _, params in layers]
+        return [[self.params[name] for name, _ in params] for _, params in layers]
+
+    @property
+    def size(self) -> int:
+        """Numbers of all parameters together."""
+        return sum(math.prod(param.shape) for param in self.params.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of shapes and levels; names do not count."""
+        digest = hashlib.sha256()
+        for param in self.params.values():
+            digest.update(json.dumps([param.shape, param.shift]).encode())
+            digest.update(param.rows.tobytes() + param.columns.tobytes())
+        return digest.hexdigest()[:16]
 
     def warn_of_zeros(self, op: str, layers: Sequence[Any]) -> None:
         """Warn if layers (name, [(parameter name, shape), ...]) have no energy at all."""
         none = []
         for layer, params in layers:
-            known = [self._params[name] for name, _ in params if name in self._params]
+            known = [self.params[name] for name, _ in params if name in self.params]
             if known and all(param.is_zero for param in known):
                 none.append(layer or "(model)")
         if none:
@@ -192,26 +213,26 @@ class Energies:
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows [a] and columns [b] of a parameter, float64; their products are its E g^2."""
-        return self._params[name].values()
+        return self.params[name].values()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
+        return iter(self.params)
 
     def __len__(self) -> int:
-        return len(self._params)
+        return len(self.params)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Energies) and self.saved(self) == other.saved(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._params))
+        return hash(tuple(self.params))
 
     def __repr__(self) -> str:
         return f"<Energies of {len(self)} parameters>"
 
     def saved(self, names: Any) -> dict[str, Any]:
         """Those of some parameters, as JSON."""
-        return {name: self._params[name].saved() for name in names}
+        return {name: self.params[name].saved() for name in names}
 
     @classmethod
     def load(cls, saved: Any) -> Energies:

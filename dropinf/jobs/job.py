@@ -28,7 +28,7 @@ _TYPES = {
     str: "a string",
     int: "a whole number",
     float: "a number",
-    list: "a list of strings",
+    tuple: "a list of strings",
 }
 
 
@@ -72,7 +72,7 @@ class Job:
     )
     dtype: str = _key(
         "model.dtype",
-        "of the model's weights: float32, bfloat16, float16, float64; auto is that of its files",
+        "of the model's weights, auto being that of its files",
         "auto",
         choices=("auto", *_DTYPES),
     )
@@ -132,7 +132,7 @@ class Job:
     )
     loss: str | None = _key(
         "loss.kind",
-        "default: the model's own, one for each example, summed over its tokens",
+        "summed over each example's tokens (default: the model's own)",
         example="causal_lm",
         choices=(
             *("causal_lm", "seq2seq", "masked_lm", "token_classification"),
@@ -142,9 +142,7 @@ class Job:
     compression: str = _key(
         "plan.compression", "which entries of a gradient are kept", "Dropout", choices=_COMPRESSIONS
     )
-    r: int | None = _key(
-        "plan.r", f"entries of each layer (default {_R}) ...", example=_R, least=1
-    )
+    r: int | None = _key("plan.r", f"entries of each layer (default {_R}) ...", example=_R, least=1)
     rate: float | None = _key("plan.rate", "... or a fraction of each layer", example=0.001)
     total: int | None = _key("plan.total", "... or entries of all layers", example=65536, least=1)
     seed: int = _key("plan.seed", "of the draw", 0, least=0)
@@ -156,20 +154,23 @@ class Job:
     )
     allocation: str = _key(
         "plan.allocation",
-        "how a total is shared out: size, sqrt, equal; energy needs energies",
+        "how a total is shared out, by energy where there are energies",
         "size",
         choices=("size", "sqrt", "equal", "energy"),
     )
-    include: str | list[str] | None = _key(
+    include: str | tuple[str, ...] | None = _key(
         "plan.include",
         "track these parameters only: names of them or of modules above, or patterns",
         example=["*.mlp.*"],
     )
-    exclude: str | list[str] | None = _key(
+    exclude: str | tuple[str, ...] | None = _key(
         "plan.exclude", "leave these out", example=["*embed*"]
     )
     batch_tokens: int = _key(
-        "collect.batch_tokens", "a batch has so many tokens at most, with its padding", 4096, least=1
+        "collect.batch_tokens",
+        "a batch has so many tokens at most, with its padding",
+        4096,
+        least=1,
     )
     batch_size: int | None = _key(
         "collect.batch_size",
@@ -179,7 +180,7 @@ class Job:
     )
     rows_dtype: str | None = _key(
         "collect.dtype",
-        "in which rows are kept: float32, bfloat16, float16, int8 (default: as they are computed)",
+        "in which rows are kept (default: that in which they are computed)",
         example="float16",
         choices=("float32", "bfloat16", "float16", "int8"),
     )
@@ -199,6 +200,9 @@ class Job:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
+            if type(value) is list:  # of TOML
+                value = tuple(value)
+                object.__setattr__(self, one.name, value)
             if value is not one.default:
                 _check(one, value, _named(one))
 
@@ -265,7 +269,9 @@ class Job:
 
         Relative paths are written as they are from there.
         """
-        job_file.write(Path(path), [(one.metadata, getattr(self, one.name)) for one in fields(self)])
+        job_file.write(
+            Path(path), [(one.metadata, getattr(self, one.name)) for one in fields(self)]
+        )
 
     def plan(self, model: nn.Module, energies: Energies | None = None) -> Plan:
         """The plan of this model.
@@ -321,10 +327,11 @@ def _named(one: Field) -> str:
 
 def _check(one: Field, value: Any, where: str) -> None:
     """Refuse a value of another type than the field's, or beside its choices."""
-    names = one.type.replace("[str]", "").split(" | ")
+    value = tuple(value) if type(value) is list else value
+    names = one.type.replace("[str, ...]", "").split(" | ")
     allowed = [kind for kind in _TYPES if kind.__name__ in names]
     fits = type(value) in allowed or (type(value) is int and float in allowed)
-    if type(value) is list:
+    if type(value) is tuple:
         fits = fits and all(type(item) is str for item in value)
     if not fits:
         wanted = " or ".join(_TYPES[kind] for kind in allowed)

@@ -51,7 +51,7 @@ def write(path: Path, keys: Iterable[tuple[Mapping[str, Any], Any]]) -> None:
             lines += ["", f"[{section}]"]
         text = about["about"]
         if about.get("choices"):
-            text += f": {', '.join(about['choices'])}"
+            text += f": {', '.join(map(str, about['choices']))}"
         lines += textwrap.wrap(text, 98, initial_indent="# ", subsequent_indent="# ")
         if value is not None and about.get("path"):
             value = _from(path, value)
@@ -70,6 +70,6 @@ def _toml(value: Any) -> str:
     """As TOML writes it: strings are those of JSON, but for one sign."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     return repr(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def stacked(items: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
 
 
 def _load(directory: Path) -> Any:
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError("images need Pillow; pip install pillow")
     import transformers
 
     if not any((directory / name).exists() for name in _PROCESSOR):

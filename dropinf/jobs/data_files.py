@@ -157,7 +157,7 @@ def _csv(path: Path) -> DataFile:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            for number, header, fields in _records(reader):
+            for number, header, fields in _records(path, reader):
                 if len(fields) != len(header):
                     raise ValueError(
                         f"{path}, line {number} has {len(fields)} fields where the header has "
@@ -172,7 +172,7 @@ def _csv(path: Path) -> DataFile:
     return DataFile(path, rows, lines)
 
 
-def _records(reader: Any) -> Iterator[tuple[int, list[str], list[str]]]:
+def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str], list[str]]]:
     """(first line, header, fields) of each record that is not blank."""
     header: list[str] | None = None
     before = 0
@@ -180,6 +180,9 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str], list[str]]]:
         number, before = before + 1, reader.line_num
         if header is None:
             header = fields
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise ValueError(f"{path} has two columns {twice[0]!r}")
         elif fields:
             yield number, header, fields
 

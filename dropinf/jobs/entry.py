@@ -39,7 +39,7 @@ def given_by(entry: str) -> tuple[nn.Module, Callable, Examples, Examples | None
     if not isinstance(found, Mapping):
         raise ValueError(
             f"entry {entry} must give (model, train_loader, loss_fn), (model, train_loader, "
-            f"query_loader, loss_fn) or a mapping of these, got a {type(found).__name__}"
+            f"query_loader, loss_fn) or a mapping of these, got {type(found).__name__}"
         )
     unknown = [name for name in found if name not in _NAMES]
     missing = [name for name in ("model", "train", "loss_fn") if found.get(name) is None]
@@ -68,7 +68,7 @@ def _called(entry: str) -> Any:
     except Exception as error:
         raise ValueError(f"entry {entry} cannot be imported: {_said(error)}") from error
     if not callable(found):
-        raise ValueError(f"entry {entry} is a {type(found).__name__}, not a function")
+        raise ValueError(f"entry {entry} is no function but {type(found).__name__}")
     try:
         return found()
     except Exception as error:
@@ -78,10 +78,10 @@ def _called(entry: str) -> Any:
 def _refuse_types(entry: str, found: Mapping[str, Any]) -> None:
     if not isinstance(found["model"], nn.Module):
         kind = type(found["model"]).__name__
-        raise ValueError(f"entry {entry}: the model must be a torch.nn.Module, got a {kind}")
+        raise ValueError(f"entry {entry}: the model must be a torch.nn.Module, got {kind}")
     if not callable(found["loss_fn"]):
         kind = type(found["loss_fn"]).__name__
-        raise ValueError(f"entry {entry}: loss_fn must be a function, got a {kind}")
+        raise ValueError(f"entry {entry}: loss_fn must be a function, got {kind}")
     for name in ("train", "queries"):
         loader = found.get(name)
         if loader is not None and (
@@ -89,7 +89,7 @@ def _refuse_types(entry: str, found: Mapping[str, Any]) -> None:
         ):
             raise ValueError(
                 f"entry {entry}: {name} must be a loader that can be gone through again, such as a "
-                f"DataLoader or a list of batches, got a {type(loader).__name__}"
+                f"DataLoader or a list of batches, got {type(loader).__name__}"
             )
 
 

@@ -258,8 +258,8 @@ def test_images(tmp_path):
     config |= {"image_size": 8, "patch_size": 4, **CLASSES}
     saved(tmp_path / "model", "ViTForImageClassification", "ViTConfig", **config)
     size = {"height": 8, "width": 8}
-    mean = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    transformers.ViTImageProcessor(size=size, do_resize=False, **mean).save_pretrained(
+    exact = {"rescale_factor": 1 / 256, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    transformers.ViTImageProcessor(size=size, do_resize=False, **exact).save_pretrained(
         tmp_path / "model"
     )
     (tmp_path / "pictures").mkdir()
@@ -272,7 +272,7 @@ def test_images(tmp_path):
     ready, plan, rows = rows_of(job_of(tmp_path, examples, id="id", batch_size=2))
 
     def truth(values, label):
-        x = ((values.double() / 255 - 0.5) / 0.25).permute(2, 0, 1)[None].float().double()
+        x = ((values.double() / 256 - 0.5) / 0.25).permute(2, 0, 1)[None]
         y = torch.tensor([CLASSES["label2id"].get(label, label)])
         return lambda model: F.cross_entropy(model(pixel_values=x).logits, y)
 

@@ -10,6 +10,7 @@ import typer
 
 from dropinf import solvers
 from dropinf.cli.terminal import Terminal
+from dropinf.jobs import Job
 from dropinf.manifest import read_manifest
 from dropinf.rows import RowStore
 from dropinf.solvers import Solver
@@ -108,18 +109,13 @@ def new_solver(
 ) -> Solver:
     """A solver that is not fitted, of these options; without any, that of a job's file."""
     if kind is None and damping is None and job is not None and job.exists():
-        return solver_of_job(job, max_bytes)
+        return Job.load(job).but(max_bytes=max_bytes).solver()
     if kind not in (None, *SOLVERS):
         raise typer.BadParameter(f"--kind must be one of {', '.join(SOLVERS)}, got {kind!r}")
     options: dict[str, Any] = {} if damping is None else {"damping": damping}
     if kind == "Identity" and options:
         raise typer.BadParameter("Identity inverts nothing and takes no --damping")
     return getattr(solvers, kind or "Cholesky")(max_bytes=max_bytes, **options)
-
-
-def solver_of_job(job: Path, max_bytes: int | None) -> Solver:
-    """What the job of a run asks for."""
-    raise NotImplementedError
 
 
 def fitted(

@@ -18,6 +18,7 @@ from dropinf.compression import (
     energies_from_adam,
 )
 from dropinf.ops import BackendError, backends
+from dropinf.reporting import write_report
 from dropinf.results import Attribution, attribute
 from dropinf.rows import LockedError, RowStore, collect, energies
 from dropinf.scoring import (
@@ -73,4 +74,5 @@ __all__ = [
     "stability",
     "topk",
     "verify",
+    "write_report",
 ]

@@ -181,7 +181,7 @@ ROOMS = [
     ["solvers"],
     ["scoring"],
     ["results"],
-    ["integrations"],
+    ["reporting", "integrations"],
     ["jobs"],
     ["tools"],
     ["cli"],
@@ -302,6 +302,8 @@ def test_readme_results(tmp_path, monkeypatch, capsys):
     first, *others = readme_blocks()
     exec(first, namespace)
     exec(next(block for block in others if "dropinf.attribute(" in block), namespace)
+    exec(next(block for block in others if "dropinf.write_report(" in block), namespace)
+    assert "self-influence" in (tmp_path / "report.html").read_text()
     printed = capsys.readouterr().out
     assert "example 99" in printed and "top-10 overlap" in printed
     assert (tmp_path / "influence.csv").read_text().count("\n") == 1 + 20 * 2 * 5

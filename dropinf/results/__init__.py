@@ -1,6 +1,17 @@
 """What people look at: the best and worst examples of each query, and how that was found."""
 
 from dropinf.results.attribution import Attribution, Ranked, attribute
+from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
+from dropinf.results.showing import UNIT
 
-__all__ = ["Attribution", "Facts", "Ranked", "attribute", "facts_of"]
+__all__ = [
+    "UNIT",
+    "Attribution",
+    "Contents",
+    "Facts",
+    "Lookup",
+    "Ranked",
+    "attribute",
+    "facts_of",
+]

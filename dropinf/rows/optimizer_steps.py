@@ -75,17 +75,20 @@ class OptimizerSteps:
     @torch.no_grad()
     def entries(self, gradients: Tensor) -> Tensor:
         """[n, R] of the plan, from gradients [n, C] at the coordinates, which are written over."""
-        rows = gradients.new_zeros(len(gradients), self.plan.width)
-        for l, (slot, own) in enumerate(zip(self.plan.slots, self.coordinates.slots, strict=True)):
-            if not own.r:
-                continue
+        slots = list(zip(self.plan.slots, self.coordinates.slots, strict=True))
+        for l, (_, own) in enumerate(slots):
             values = gradients[:, own.entries]
             for start in range(0, own.r, _PIECE):
                 at = slice(start, start + _PIECE)
                 part = values[:, at]
                 for some in part.split(max(1, _PIECE // part.shape[1])):
                     some.copy_(self.scaled(l, some, at))
-            rows[:, slot.entries] += values if slot.entry_map is None else slot.entry_map(values)
+        if not self.plan.has_entry_maps:
+            return gradients  # whose coordinates stand as the entries do
+        rows = gradients.new_zeros(len(gradients), self.plan.width)
+        for slot, own in slots:
+            if own.r:
+                rows[:, slot.entries] += slot.entry_map(gradients[:, own.entries])
         return rows
 
 

@@ -90,8 +90,10 @@ def test_updates_are_projected_steps(kind, compression):
         assert any(slot.entry_map.shares_last for slot in plan.slots)
 
 
-def test_weights_of_each_coordinate():
-    """Of a draw by energy, before the signed sums."""
+@pytest.mark.parametrize("piece", [1, 3, 1 << 15])
+def test_weights_of_each_coordinate(monkeypatch, piece):
+    """Of a draw by energy, before the signed sums; few numbers at a time too."""
+    monkeypatch.setattr("dropinf.rows.optimizer_steps._PIECE", piece)
     model, optimizer, data = trained("Adam")
     energies = dropinf.energies_from_adam(optimizer, model)
     plan = Plan.make(model, Sketch(r=5, s=2, energies=energies))

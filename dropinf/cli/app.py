@@ -114,4 +114,4 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-from dropinf.cli import collecting, measuring, scoring, stores  # noqa: E402, F401, the commands
+from dropinf.cli import collecting, measuring, reporting, scoring, stores  # noqa: E402, F401, the commands

@@ -119,8 +119,8 @@ class Collection:
                 f"model has {own}; load those weights, or give another path"
             )
         self._batches.seen = self.past.examples
-        if "unmet" in state:
-            self._unmet = {name for name in self._unmet if name in state["unmet"]}
+        if self._writer.unmet is not None:
+            self._unmet &= self._writer.unmet
         self._before = proof_of([state])
         if self._checks is not None:
             self._checks.proof = self._before

@@ -45,6 +45,7 @@ class RowWriter:
         num_rows: so far, those of a store that is gone on with among them.
         past: what that store has already.
         state: of the collection that is gone on with.
+        unmet: parameters that no example of what is there had a gradient for, None if unknown.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RowWriter:
         self.about = About()
         self.past = Past()
         self.state: dict[str, Any] = {}
+        self.unmet: set[str] | None = None
         self.num_rows = 0
         self._plan, self._expected, self._resume = plan, expected, resume
         self.path = None if path is None else Path(path)
@@ -121,6 +123,9 @@ class RowWriter:
                     "have no row, as of no segment, and nothing says which these are; collect "
                     "again, under another path"
                 )
+            states = [part.extent.state for part in collected]
+            told = [set(state["unmet"]) for state in states if "unmet" in state]
+            self.unmet = set.intersection(*told) if told else None
             self.num_rows = sum(map(len, parts))
             for path, part in zip(paths, parts, strict=True):
                 if not part.finished:

@@ -1,4 +1,4 @@
-"""python -m dropinf doctor: what is here, and whether every backend computes what it should."""
+"""dropinf doctor: what is here, and whether every backend computes what it should."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from dropinf.ops import dispatch, selftest
 from dropinf.text_table import Table
 
 
-def main() -> int:
-    """Print it all; return 1 if a self-test fails, else 0."""
-    print(Table(("what", "version"), _versions()))
-    print()
-    print(Table(("device", "is"), _devices()))
-    print()
-    print(Table(("backend", "state"), list(dispatch.backends().items())))
-    print()
+def look() -> tuple[dict[str, Table], int]:
+    """What there is to print, and 1 if a self-test fails, else 0."""
     rows, failed = _self_tests()
-    print(Table(("op", "backend", "on", "self-test", "picked by default"), rows))
-    return failed
+    tables = {
+        "versions": Table(("what", "version"), _versions()),
+        "devices": Table(("device", "is"), _devices()),
+        "backends": Table(("backend", "state"), list(dispatch.backends().items())),
+        "self-tests": Table(("op", "backend", "on", "self-test", "picked by default"), rows),
+    }
+    return tables, failed
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -480,6 +480,14 @@ def test_ids_of_tokens(tmp_path):
     torch.testing.assert_close(store[5].rows, example.rows)
 
 
+def test_a_finished_store_is_gone_on_with(whole, tmp_path, recwarn):
+    """Nothing is left to do, and no parameter is said to have had no gradient."""
+    shutil.copytree(whole, tmp_path / "rows")
+    gather(tmp_path / "rows", True)
+    assert_same(tmp_path / "rows", whole)
+    assert not [str(said.message) for said in recwarn if "no example had" in str(said.message)]
+
+
 def test_what_is_said():
     net = model()
     plan = Plan.make(net, Dropout(r=8))

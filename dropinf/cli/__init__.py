@@ -1,0 +1,5 @@
+"""The command line: `dropinf`, of the extra "cli"."""
+
+from dropinf.cli.app import main
+
+__all__ = ["main"]

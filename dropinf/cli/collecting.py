@@ -1,0 +1,190 @@
+"""Commands that run a model: init, plan, energies, collect."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import dropinf
+from dropinf.cli.app import command
+from dropinf.cli.job_options import takes_job
+from dropinf.cli.run_directory import Run
+from dropinf.cli.terminal import Terminal
+from dropinf.compression import Energies, Plan
+from dropinf.jobs import Examples, Job, Ready, prepare
+from dropinf.rows import RowStore
+from dropinf.text_table import Table
+
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
+_FREE = ("queries", "out", "device", "solver_kind", "damping", "max_bytes")  # of a run that goes on
+_EXAMPLES = 64  # for energies, where the job does not say
+
+
+@command("dropinf init my-model --train train.jsonl --queries queries.jsonl")
+@takes_job
+def init(
+    terminal: Terminal,
+    job: Job,
+    to: Annotated[Path, typer.Option(help="File to write.")] = Path("job.toml"),
+) -> None:
+    """Write a commented job file for a model's directory."""
+    for name in ("model", "adapter", "train", "queries"):
+        path = getattr(job, name)
+        if path is not None and not os.path.exists(path):
+            raise FileNotFoundError(f"there is no {path} ({name})")
+    if os.path.lexists(to):
+        raise FileExistsError(f"{to} exists; remove it, or name another file with --to")
+    job.save(to)
+    todo = "" if job.train or job.entry else f"name the training examples in {to}, then "
+    terminal.show({"path": str(to)}, f"{to} is written; {todo}dropinf collect {to} runs it")
+
+
+@command("dropinf plan job.toml")
+@takes_job
+def plan(terminal: Terminal, job: Job) -> None:
+    """Choose what is kept of each layer, and show it; collect then takes that plan."""
+    run, ready = Run.of(Path(job.out)), _prepared(terminal, job)
+    made = plan_of(terminal, job, ready, run)
+    layers = [{"layer": block.name, "parameters": block.P, "r": block.r} for block in made.blocks]
+    facts = {"path": str(run.plan), "plan": made.fingerprint, "width": made.width, "layers": layers}
+    terminal.show(facts, f"{made.describe()}\n{run.plan}: {made}")
+
+
+@command("dropinf energies job.toml")
+@takes_job
+def energies(terminal: Terminal, job: Job) -> None:
+    """Measure where the gradients are: the energy of each parameter, E g^2 summed up."""
+    ready = _prepared(terminal, job)
+    found = _measured(terminal, job, ready, job.energies or _EXAMPLES)
+    sums = {name: float(found[name][0].sum() * found[name][1].sum()) for name in found}
+    total = sum(sums.values())
+    named = dict(ready.model.named_parameters())
+    rows = [
+        (name, f"{named[name].numel():,}", f"{energy:.3g}", f"{energy / total:.1%}")
+        for name, energy in sums.items()
+    ]
+    terminal.show(sums, Table(("parameter", "entries", "energy", "share"), rows, right=(1, 2, 3)))
+
+
+@command(
+    "dropinf collect job.toml, or dropinf collect my-model --train train.jsonl --r 1024 --out run",
+    goes_on="the same command with --resume goes on",
+)
+@takes_job
+def collect(terminal: Terminal, job: Job, resume: Resume = False) -> None:
+    """Compress the gradient of every training example and query into the directory of a run."""
+    run = Run.of(Path(job.out))
+    _refuse_what_is_there(run, job, resume)
+    started = time.monotonic()
+    ready = _prepared(terminal, job)
+    made = plan_of(terminal, job, ready, run)
+    job.save(run.job)
+    stores = {"train": _collected(terminal, job, ready, ready.train, made, run.train)}
+    if ready.queries is not None:
+        stores["queries"] = _collected(terminal, job, ready, ready.queries, made, run.queries)
+    facts = {
+        "out": str(run.path),
+        **{name: len(store) for name, store in stores.items()},
+        "width": made.width,
+        "plan": made.fingerprint,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    lines = [f"{store.path}: {store}" for store in stores.values()]
+    terminal.show(facts, "\n".join([*lines, f"dropinf report {run.path} shows what they say"]))
+
+
+def plan_of(terminal: Terminal, job: Job, ready: Ready, run: Run) -> Plan:
+    """The plan of a run, made and saved if it has none.
+
+    Raises:
+        ValueError: the one that is there is another job's.
+    """
+    if run.plan.exists():
+        known = Plan.load(run.plan)
+        of = getattr(known.compression, "energies", None)
+        wanted = None
+        if bool(of) == bool(job.energies):
+            wanted = job.plan(ready.model, of)
+        if wanted is None or wanted.fingerprint != known.fingerprint:
+            raise ValueError(
+                f"{run.plan} is the plan of another job or model ({known.compression!r}); remove "
+                "it, or give another --out"
+            )
+        return known
+    found = _measured(terminal, job, ready, job.energies) if job.energies else None
+    made = job.plan(ready.model, found)
+    run.path.mkdir(parents=True, exist_ok=True)
+    made.save(run.plan)
+    return made
+
+
+def _prepared(terminal: Terminal, job: Job) -> Ready:
+    ready = prepare(job)
+    for sentence in ready.notes:
+        terminal.note(sentence)
+    return ready
+
+
+def _measured(terminal: Terminal, job: Job, ready: Ready, n: int) -> Energies:
+    terminal.note(f"measuring energies on {n} training examples or fewer")
+    return dropinf.energies(
+        ready.model,
+        ready.train.spread(n),
+        ready.loss_fn,
+        n,
+        include=job.include,
+        exclude=job.exclude,
+    )
+
+
+def _collected(
+    terminal: Terminal, job: Job, ready: Ready, examples: Examples, made: Plan, path: Path
+) -> RowStore:
+    return dropinf.collect(
+        ready.model,
+        examples.loader,
+        ready.loss_fn,
+        made,
+        path,
+        progress=terminal.progress and path.name,
+        resume=True,  # what must not be there was looked at
+        ids=examples.ids,
+        dtype=None if job.rows_dtype is None else getattr(torch, job.rows_dtype),
+    )
+
+
+def _refuse_what_is_there(run: Run, job: Job, resume: bool) -> None:
+    """Without --resume, rows must not be there; with it, the job must be that of the run.
+
+    Raises:
+        FileExistsError, ValueError: it is not so.
+    """
+    if not resume:
+        for path in (run.train, run.queries):
+            if os.path.lexists(path):
+                raise FileExistsError(
+                    f"{path} is there already; go on with it by --resume, or give another --out"
+                )
+        return
+    if not run.job.exists():
+        return
+    before = Job.load(run.job)
+    for one in fields(Job):
+        mine, its = (_absolute(one.metadata, getattr(of, one.name)) for of in (job, before))
+        free = one.name in _FREE and not (one.name == "queries" and its and run.queries.exists())
+        if mine != its and not free:
+            where = f"[{one.metadata['section']}] {one.metadata['name']}"
+            raise ValueError(
+                f"the run in {run.path} was begun with {where} = {its!r}, and this job has "
+                f"{mine!r}; dropinf collect {run.path} --resume goes on as it was begun"
+            )
+
+
+def _absolute(about: object, value: object) -> object:
+    return os.path.abspath(value) if value is not None and about.get("path") else value

@@ -1,0 +1,122 @@
+"""The report of a run: what is missing is fitted and scored, and goes on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor
+
+import dropinf
+from dropinf.cli.app import command
+from dropinf.cli.job_options import takes_job
+from dropinf.cli.run_directory import Run, can_be_saved, load_solver
+from dropinf.cli.scoring import K, most_suspicious
+from dropinf.cli.terminal import Terminal
+from dropinf.extras import optional
+from dropinf.jobs import Examples, Job, prepare
+from dropinf.rows import RowStore
+from dropinf.solvers import Solver
+
+_MOST_SCORES = 1 << 24  # of all layers, held at once for the page's charts
+_QUERIES = 20  # where the job names none
+
+
+@command("dropinf report job.toml, or dropinf report dropinf-run --k 5")
+@takes_job
+def report(
+    terminal: Terminal,
+    job: Job,
+    to: Annotated[
+        Path | None, typer.Option(help="File to write, if not report.html in the run's directory.")
+    ] = None,
+    k: K = 10,
+) -> None:
+    """Write what a run says as one HTML file, fitting and scoring what is not there yet.
+
+    Without queries, the training examples of largest self-influence are asked about.
+    """
+    optional("jinja2", "report", "the report")
+    run = Run.of(Path(job.out))
+    to = to or run.path / "report.html"
+    if to.is_dir():
+        raise IsADirectoryError(f"{to} is a directory; name a file with --to")
+    store, asked = run.training_rows(), run.query_rows()
+    contents = _contents(job, asked is not None)  # what is wrong there is found first
+    solver = _solver_of(terminal, run, job, store)
+    own = dropinf.self_influence(store, solver)
+    title = "What taught the model"
+    if asked is None:
+        asked = store[[_listed(store.ids)[i] for i in most_suspicious(store, own, _QUERIES)]]
+        title = "What the examples of largest self-influence were learnt with"
+        terminal.note(
+            f"there are no queries; the {len(asked)} training examples of largest self-influence "
+            "are asked about"
+        )
+    terminal.note(f"scoring {len(store):,} training examples for {len(asked):,} queries")
+    found = dropinf.attribute(asked, store, solver, k)
+    dropinf.write_report(
+        to,
+        found,
+        **contents,
+        **_all_scores(asked, store, solver),
+        self_influence=own,
+        ids=store.ids,
+        title=title,
+    )
+    facts = {"path": str(to), "queries": len(asked), "examples": len(store)}
+    terminal.show(facts, f"{to}: {len(asked):,} queries, {len(store):,} training examples")
+
+
+def _solver_of(terminal: Terminal, run: Run, job: Job, store: RowStore) -> Solver:
+    """The solver of a run; the job's, fitted and saved where that can be, if there is none."""
+    if run.solver.exists():
+        return load_solver(run.solver, store, job.max_bytes)
+    solver = job.solver()
+    terminal.note(f"fitting {solver} on {len(store):,} rows of {run.train}")
+    solver.fit(store)
+    if can_be_saved(solver):
+        solver.save(run.solver)
+    return solver
+
+
+def _all_scores(asked: RowStore, store: RowStore, solver: Solver) -> dict[str, Any]:
+    """Every score and each layer's part, for charts, if they are not too many to hold."""
+    blocks = store.plan.blocks
+    cells = len(asked) * len(store)
+    if cells * len(blocks) <= _MOST_SCORES:
+        layers = dropinf.scores(asked, store, solver, by="layer")
+        parts = dict(zip((block.name for block in blocks), layers, strict=True))
+        return {"scores": layers.sum(0), "layers": parts}
+    if cells <= _MOST_SCORES:
+        return {"scores": dropinf.scores(asked, store, solver)}
+    return {}
+
+
+def _contents(job: Job, queries: bool) -> dict[str, Any]:
+    """Texts and images by the ids of the rows."""
+    ready = prepare(job)
+    asked = ready.queries if queries else ready.train
+    found: dict[str, Any] = {}
+    for prefix, examples in (("", ready.train), ("query_", asked)):
+        if examples is not None and examples.texts is not None:
+            found[f"{prefix}texts"] = _by_id(examples, examples.texts.__getitem__)
+        if examples is not None and examples.images is not None:
+            found[f"{prefix}images"] = _by_id(examples, _image(examples.images))
+    return found
+
+
+def _by_id(examples: Examples, content: Callable[[int], Any]) -> Callable[[Any], Any]:
+    return lambda id_: content(examples.position(id_))
+
+
+def _image(files: Any) -> Callable[[int], Any]:
+    image = optional("PIL.Image", "report", "a report with images")
+    numpy = optional("numpy", "report", "a report with images")
+    return lambda position: numpy.asarray(image.open(files[position]).convert("RGB"))
+
+
+def _listed(ids: Any) -> list[Any]:
+    return ids.tolist() if isinstance(ids, Tensor) else list(ids)

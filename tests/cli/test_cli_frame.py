@@ -1,0 +1,189 @@
+"""What all commands share: help, wrong calls, exit codes, JSON, no colours where none belong."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from cli_runs import call, make_run, one_object, one_sentence, started
+from places import PACKAGE
+
+typer = pytest.importorskip("typer")
+
+from dropinf.cli import errors  # noqa: E402
+from dropinf.cli.app import app, command  # noqa: E402
+
+PARAMETERS = typer.main.get_command(app).commands
+OWN = ("demo", "bench")  # which print by themselves
+
+
+@pytest.fixture
+def dropinf_(monkeypatch, capsys):
+    return lambda *arguments: call(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_help(dropinf_, name):
+    """A sentence, an example that is called so, and the shared options."""
+    code, told, _ = dropinf_(name, "--help")
+    assert code == 0 and f"Example: dropinf {name}" in " ".join(told.split())
+    shared = {"--debug"} if name in OWN else {"--debug", "--json", "--quiet"}
+    assert shared <= {option for one in PARAMETERS[name].params for option in one.opts}
+    assert all(one.help for one in PARAMETERS[name].params)
+
+
+def test_examples_parse():
+    """What the help shows is no wrong call."""
+    for name, one in PARAMETERS.items():
+        for line in one.epilog.removeprefix("Example: ").split(", or "):
+            program, called, *arguments = line.split()
+            assert (program, called) == ("dropinf", name)
+            one.make_context(name, arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, command, said",
+    [
+        ([], "dropinf", "Missing command"),
+        (["tokp"], "dropinf", "No such command 'tokp'"),
+        (["topk", "--k", "0"], "dropinf topk", "Invalid value for '--k'"),
+        (["topk", "--k", "many"], "dropinf topk", "Invalid value for '--k'"),
+        (["topk", "--kk"], "dropinf topk", "No such option"),
+        (["score"], "dropinf score", "Missing option '--to'"),
+        (["bench", "--preset", "x"], "dropinf bench", "Invalid value for '--preset'"),
+        (["topk", "--weights", "all"], "dropinf topk", "Invalid value for '--weights'"),
+    ],
+)
+def test_wrong_calls(dropinf_, arguments, command, said):
+    code, out, err = dropinf_(*arguments)
+    assert code == 2 and out == ""
+    sentence = one_sentence(command, err)
+    assert sentence.startswith(said) and sentence.endswith(f"; {command} --help says what there is")
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (ValueError("k must\nbe \x1b[31m"), 2, r"k must be \x1b[31m"),
+        (ValueError("rows.bin is damaged; collect it again"), 1, "rows.bin is damaged; collect it"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "No such file or directory: x"),
+        (FileExistsError("x exists"), 2, "x exists"),
+        (PermissionError(13, "Permission denied", "x"), 1, "Permission denied: x"),
+        (OSError(28, "No space left on device", "x"), 1, "No space left on device: x; make room"),
+        (RuntimeError("locked"), 1, "locked"),
+        (MemoryError(), 1, "out of memory: MemoryError; make batches smaller"),
+        (KeyError("x"), 1, "KeyError: 'x'; --debug shows where"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_ends(error, code, said):
+    sentence, found = errors.sentence_of(error)
+    assert found == code and sentence.startswith(said)
+
+
+def test_debug_shows_where(dropinf_, tmp_path):
+    code, _, err = dropinf_("info", tmp_path / "none", "--debug")
+    assert code == 2 and "Traceback" in err and "FileNotFoundError" in err
+    code, _, err = dropinf_("info", tmp_path / "none")
+    assert code == 2 and one_sentence("dropinf info", err) == f"there is no {tmp_path / 'none'}"
+
+
+def test_json_is_all_of_stdout(dropinf_, tmp_path):
+    run = make_run(tmp_path / "run", ids=str)
+    for arguments in (
+        ["backends"],
+        ["info", run],
+        ["verify", run],
+        ["fit", run],
+        ["topk", run],
+        ["self", run],
+        ["score", run, "--to", tmp_path / "scores.npy"],
+        ["export", run / "train", "--to", tmp_path / "rows.npy"],
+        ["join", run / "train", "--to", tmp_path / "joint"],
+    ):
+        code, out, _ = dropinf_(*arguments, "--json")
+        assert code == 0 and one_object(out)
+
+
+def test_quiet_leaves_notes_out(dropinf_, tmp_path):
+    run = make_run(tmp_path / "run")
+    assert one_sentence("dropinf topk", dropinf_("topk", run)[2]).startswith("fitting Cholesky(")
+    assert dropinf_("topk", run, "-q")[2] == ""
+
+
+def test_no_colours_beside_a_terminal():
+    """As a pipe, and where NO_COLOR is set on a terminal, as far as there are boxes at all."""
+    environment = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"}
+    for more in ({}, {"NO_COLOR": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-m", "dropinf", "--help"],
+            capture_output=True,
+            env={**environment, **more, "PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0 and b"\x1b" not in done.stdout and b"topk" in done.stdout
+
+
+def test_a_pipe_that_closes(tmp_path):
+    """`dropinf backends | true`: no traceback."""
+    process = started("backends")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() in (0, 1)
+
+
+def test_a_full_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dropinf", "backends"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert one_sentence("dropinf backends", done.stderr).startswith("No space left on device")
+
+
+def test_completion():
+    """What a shell asks for is answered."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dropinf"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "_DROPINF_COMPLETE": "complete_bash",
+            "COMP_WORDS": "dropinf to",
+            "COMP_CWORD": "1",
+        },
+    )
+    assert done.stdout.split() == ["topk"], done.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra(missing):
+    """One sentence says what to install."""
+    code = f"import sys; sys.modules[{missing!r}] = None; import dropinf.__main__ as m; m.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    said = f"the command line needs {missing}: pip install 'dropinf[cli]'"
+    assert one_sentence("dropinf", done.stderr) == said
+
+
+def test_nothing_heavy_before_a_command_runs():
+    """`dropinf --help` imports torch, which the package does, and no more of that kind."""
+    heavy = ["transformers", "peft", "sklearn", "matplotlib", "pandas", "pyarrow", "jinja2", "PIL"]
+    code = f"import sys, dropinf.cli; sys.exit(str(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "set()\n"
+
+
+def test_every_command_is_a_file_of_commands():
+    """Those of the issue; that their functions stand in files of their kind."""
+    for name in (
+        *("demo", "doctor", "backends", "bench", "init", "plan", "energies", "collect", "fit"),
+        *("score", "topk", "self", "report", "verify", "join", "export", "info"),
+    ):
+        assert name in PARAMETERS
+    assert command.__module__ == "dropinf.cli.app"
+    for file in (PACKAGE / "cli").glob("*.py"):
+        assert len(re.findall("\n", file.read_text())) <= 300, file

@@ -1,0 +1,337 @@
+"""Commands that run a model: from a directory and a file to a report; what ends them early."""
+
+import os
+import re
+import signal
+import subprocess
+import textwrap
+import time
+
+import pytest
+import torch
+from cli_runs import call, one_object, one_sentence, started
+
+pytest.importorskip("typer")
+pytest.importorskip("jinja2")
+pytest.importorskip("transformers", minversion="5")
+
+from job_models import gpt2, lines, sentences
+
+import dropinf
+from dropinf import Plan, RowStore
+from dropinf.jobs import Job, prepare
+
+
+@pytest.fixture
+def dropinf_(monkeypatch, capsys):
+    return lambda *arguments: call(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def ok(dropinf_):
+    """stdout of a call that works."""
+
+    def run(*arguments):
+        code, out, err = dropinf_(*arguments)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A directory of a model, train.jsonl and queries.jsonl."""
+    path = tmp_path_factory.mktemp("given")
+    gpt2(path / "model")
+    lines(path / "train.jsonl", [{"text": text} for text in sentences(40)])
+    lines(path / "queries.jsonl", [{"text": text} for text in sentences(3, seed=1)])
+    return path
+
+
+@pytest.fixture
+def here(given, tmp_path, monkeypatch):
+    """A working directory with those."""
+    for name in ("model", "train.jsonl", "queries.jsonl"):
+        os.symlink(given / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def by_hand(r=1024, **job):
+    """The rows that a job in Python has."""
+    job = Job.of(model="model", train="train.jsonl", queries="queries.jsonl", r=r, **job)
+    ready = prepare(job)
+    plan = job.plan(ready.model)
+    return [
+        dropinf.collect(ready.model, of.loader, ready.loss_fn, plan, ids=of.ids, progress=False)
+        for of in (ready.train, ready.queries)
+    ]
+
+
+def test_three_commands(ok, here):
+    """A report of a model's directory and two files; its best examples are those of Python."""
+    ok("init", "model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--r", 50)
+    found = one_object(ok("collect", "job.toml", "--json"))
+    assert (found["train"], found["queries"]) == (40, 3)
+    printed = ok("report", "job.toml")
+    assert printed.startswith("dropinf-run/report.html: ")
+    run = here / "dropinf-run"
+    names = {"plan.json", "train", "queries", "solver", "job.toml", "report.html"}
+    assert {path.name for path in run.iterdir()} == names
+    store, asked = by_hand(50)
+    assert torch.equal(RowStore.load(run / "train").rows, store.rows)
+    assert torch.equal(RowStore.load(run / "queries").rows, asked.rows)
+    solver = dropinf.solvers.Cholesky().fit(store)
+    truth = dropinf.topk(asked, store, solver, 2, ids=True)[1].tolist()
+    told = one_object(ok("topk", run, "-k", 2, "--json"))
+    assert [[one["example"] for one in query["top"]] for query in told["queries"]] == truth
+    page = (run / "report.html").read_text("utf-8")
+    texts = sentences(40)
+    for q, text in enumerate(sentences(3, seed=1)):
+        assert text in page and all(texts[i] in page for i in truth[q])
+    assert (
+        Job.load(run / "job.toml")
+        == Job.load("job.toml").but(**{name: os.path.normpath(run / ".." / name) for name in ()})
+        or Job.load(run / "job.toml").r == 50
+    )
+
+
+def test_options_in_place_of_a_file(ok, here):
+    """And over what it says; the run keeps the job as it ran."""
+    ok("init", "model", "--train", "train.jsonl", "--r", 50, "--to", "other.toml")
+    ok("collect", "other.toml", "--r", 30, "--queries", "queries.jsonl", "--out", "first", "-q")
+    flags = ["--train", "train.jsonl", "--queries", "queries.jsonl", "--text", "text"]
+    ok("collect", "model", *flags, "--r", 30, "--out", "second", "--quiet")
+    first, second = (RowStore.load(here / name / "train") for name in ("first", "second"))
+    assert first.plan.fingerprint == second.plan.fingerprint and first.plan.blocks[0].r == 30
+    assert torch.equal(first.rows, second.rows)
+    kept = Job.load("first/job.toml")
+    assert kept.r == 30 and os.path.samefile(kept.model, "model") and kept.out == "first"
+    ok(
+        "collect",
+        "model",
+        *flags,
+        "--include",
+        "*.mlp.*",
+        "--include",
+        "*.ln_f.*",
+        "--out",
+        "third",
+    )
+    names = [block.name for block in RowStore.load("third/train").plan.blocks]
+    assert len(names) == 5 and all("mlp" in name or "ln_f" in name for name in names)
+
+
+def test_without_queries(dropinf_, here):
+    """The examples of largest self-influence are asked about, which is said."""
+    assert dropinf_("collect", "model", "--train", "train.jsonl", "--r", 30)[0] == 0
+    code, out, err = dropinf_("report", "dropinf-run", "--json")
+    assert code == 0 and one_object(out)["queries"] == 20
+    assert "the 20 training examples of largest self-influence are asked about" in err
+    assert not (here / "dropinf-run" / "queries").exists()
+
+
+def test_energies_and_plan(ok, here):
+    """The plan that is there is the one that rows are collected under."""
+    flags = ["model", "--train", "train.jsonl", "--r", 30, "--energies", 16]
+    energies = one_object(ok("energies", *flags, "--json"))
+    assert "transformer.h.0.attn.c_attn.weight" in energies and min(energies.values()) > 0
+    assert not (here / "dropinf-run").exists()
+    found = one_object(ok("plan", *flags, "--json"))
+    plan = Plan.load("dropinf-run/plan.json")
+    assert found["plan"] == plan.fingerprint and plan.compression.energies is not None
+    assert sum(layer["r"] for layer in found["layers"]) == plan.width == found["width"]
+    ok("collect", *flags)
+    assert RowStore.load("dropinf-run/train").plan.fingerprint == plan.fingerprint
+
+
+def test_a_solver_that_is_not_saved(ok, here):
+    flags = ["model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--r", 30]
+    ok("collect", *flags, "--solver-kind", "DataInf", "--damping", 0.2)
+    ok("report", "dropinf-run")
+    assert not (here / "dropinf-run" / "solver").exists()
+    told = one_object(ok("topk", "dropinf-run", "--json"))
+    assert told["facts"]["solver"].startswith("DataInf(damping=0.2")
+
+
+def wrong(dropinf_, command, *arguments, code=2):
+    """The sentence that a call ends with."""
+    found, out, err = dropinf_(command, *arguments)
+    assert (found, out) == (code, ""), err
+    return one_sentence(f"dropinf {command}", err.splitlines(True)[-1])
+
+
+def test_wrong_jobs(dropinf_, here):
+    """One sentence and code 2, and no directory of a run."""
+    lines(here / "empty.jsonl", [])
+    (here / "broken.toml").write_text("[plan]\nr = 'many'\n")
+    (here / "unknown.toml").write_text("[data]\ntrian = 'x'\n")
+    gpt2(here / "bare")
+    for file in (here / "bare").glob("*token*"):
+        file.unlink()
+    (here / "file").write_text("")
+    data = ["--train", "train.jsonl"]
+    for arguments, said in (
+        (["model", *data, "--text", "body"], "train.jsonl, line 1 has no column 'body'"),
+        (["model", "--train", "empty.jsonl"], "empty.jsonl holds no example"),
+        (["model", "--train", "none.jsonl"], "there is no data file none.jsonl"),
+        (["model"], "the job names no train"),
+        ([], "the job names no model"),
+        (["bare", *data], "bare has no tokenizer"),
+        (["nowhere", *data], "there is no model directory nowhere"),
+        (["none.toml"], "there is no job file none.toml"),
+        (["broken.toml"], "broken.toml: [plan] r must be a whole number, got 'many'"),
+        (["unknown.toml"], "unknown.toml: 'trian' is no key of [data]; did you mean 'train'?"),
+        (["model", *data, "--adapter", "model"], "model is no adapter directory"),
+        (["model", *data, "--r", "0"], "[plan] r must be a whole number from 1, got 0"),
+        (["model", *data, "--compression", "Best"], "[plan] compression must be one of"),
+        (["model", *data, "--device", "cuda:9"], "device 'cuda:9' cannot be used"),
+        (["model", *data, "--include", "*.nothing"], "Plan.make: "),
+        (["model", *data, "--entry", "x:y"], "the job has an entry"),
+        (["--entry", "no_module:x"], "entry no_module:x cannot be imported"),
+    ):
+        assert wrong(dropinf_, "collect", *arguments).startswith(said), arguments
+    assert wrong(dropinf_, "collect", "model", *data, "--out", "file/run").startswith("Not a direc")
+    assert wrong(dropinf_, "report", "model", *data).startswith("there are no training rows at")
+    for name, said in (("train", "there is no none"), ("adapter", "there is no none (adapter)")):
+        assert wrong(dropinf_, "init", "model", f"--{name}", "none").startswith(said)
+    assert not (here / "dropinf-run").exists() and not (here / "job.toml").exists()
+
+
+def test_what_is_there_stays(dropinf_, ok, here):
+    """Without --resume; and with it, the job must be the run's."""
+    flags = ["model", "--train", "train.jsonl"]
+    ok("init", *flags)
+    before = (here / "job.toml").read_bytes()
+    assert wrong(dropinf_, "init", *flags).startswith("job.toml exists; remove it, or name another")
+    assert (here / "job.toml").read_bytes() == before
+    ok("plan", *flags, "--r", 30)
+    assert wrong(dropinf_, "collect", *flags, "--r", 31).startswith(
+        "dropinf-run/plan.json is the plan of another job or model (Dropout(r=30))"
+    )
+    gpt2(here / "wider", n_embd=24)
+    assert "plan of another job" in wrong(dropinf_, "collect", "wider", *flags[1:], "--r", 30)
+    assert not (here / "dropinf-run" / "train").exists()
+    ok("collect", *flags, "--r", 30)
+    rows = (here / "dropinf-run" / "train" / "part-000000" / "rows.bin").read_bytes()
+    assert wrong(dropinf_, "collect", *flags, "--r", 30).startswith(
+        "dropinf-run/train is there already; go on with it by --resume"
+    )
+    assert wrong(dropinf_, "collect", *flags, "--r", 31, "--resume").startswith(
+        "the run in dropinf-run was begun with [plan] r = 30, and this job has 31"
+    )
+    gpt2(here / "model2", seed=1)
+    said = wrong(dropinf_, "collect", "model2", *flags[1:], "--r", 30, "--resume")
+    assert said.startswith("the run in dropinf-run was begun with [model] path = ")
+    ok("collect", "dropinf-run", "--resume", "--queries", "queries.jsonl")  # which are new
+    assert (here / "dropinf-run" / "train" / "part-000000" / "rows.bin").read_bytes() == rows
+    assert len(RowStore.load("dropinf-run/queries")) == 3
+
+
+def test_other_weights(dropinf_, ok, here):
+    """Of a model that was changed in its directory since."""
+    os.unlink(here / "model")
+    gpt2(here / "model")
+    flags = ["model", "--train", "train.jsonl", "--r", 30]
+    ok("collect", *flags)
+    gpt2(here / "model", seed=1)
+    said = wrong(dropinf_, "collect", *flags, "--queries", "queries.jsonl", "--resume")
+    assert said.startswith("collect: the rows in dropinf-run/train were made with weights ")
+    assert not (here / "dropinf-run" / "queries").exists()
+
+
+SLOW = """
+import time, torch
+from torch.utils.data import DataLoader, Dataset
+from dropinf.rows import part_writer
+part_writer._FLUSH_SECONDS = 0
+class Examples(Dataset):
+    def __len__(self): return 60
+    def __getitem__(self, i):
+        time.sleep(0.02)
+        return torch.sin(torch.arange(5.0) * (i + 1))
+def job():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    data = DataLoader(Examples(), 3)
+    return model, data, data, lambda m, x: m(x).square().sum(1)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """A job of 20 batches, 60 ms each, and a finished run of it in `whole`."""
+    (tmp_path / "slow_job.py").write_text(textwrap.dedent(SLOW))
+    monkeypatch.chdir(tmp_path)
+    job = ["collect", "--entry", "slow_job:job", "--r", "9"]
+    whole = started(*job, "--out", "whole", "--quiet")
+    assert whole.wait() == 0, whole.stderr.read()
+    return job
+
+
+@pytest.mark.parametrize(
+    "number, code, queries",
+    [(signal.SIGINT, 130, False), (signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)],
+)
+def test_signals(slow, tmp_path, number, code, queries):
+    """They leave rows that --resume goes on with, to the same bytes; nothing else is left."""
+    process = started(*slow, "--out", "run")
+    place = tmp_path / "run" / ("queries" if queries else "train") / "part-000000" / "journal.jsonl"
+    while not place.exists() or place.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == code and out == "" and "Traceback" not in err
+    if number == signal.SIGINT:
+        said = err.splitlines()[-1]
+        assert said == "dropinf collect: interrupted; the same command with --resume goes on"
+    with pytest.warns(UserWarning, match="not finished"):
+        assert 0 < len(RowStore.load(place.parent.parent)) < 60
+    assert (
+        "is there already; go on with it by --resume"
+        in started(*slow, "--out", "run").stderr.read()
+    )
+    resumed = started(*slow, "--out", "run", "--resume", "--quiet")
+    assert resumed.wait() == 0 and resumed.stderr.read() == ""
+    for name in ("train", "queries"):
+        files = [tmp_path / run / name / "part-000000" / "rows.bin" for run in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    left = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert left == {path.name for path in (tmp_path / "whole").rglob("*")}
+
+
+def test_progress_is_on_stderr(slow):
+    process = started(*slow, "--out", "run", "--json")
+    out, err = process.communicate()
+    assert one_object(out)["train"] == 60
+    assert re.search(r"train: +\d+%.*/60 .*<00:0\d.*ex/s", err)  # with the time that is left
+
+
+def test_a_full_disk(slow, tmp_path):
+    """Code 1, one sentence last, and what is there can be gone on with."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64k", "none"]
+    if subprocess.run(["mount", *options, disk], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(32 << 10))
+        process = started(*slow, "--out", disk / "run", "--quiet")
+        out, err = process.communicate()
+        assert process.returncode == 1 and out == "" and "Traceback" not in err
+        assert "No space left on device" in err.splitlines()[-1]
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        resumed = started(*slow, "--out", disk / "run", "--resume", "--quiet")
+        assert resumed.wait() == 0, resumed.stderr.read()
+        for name in ("train", "queries"):
+            mine, whole = (
+                path / name / "part-000000" / "rows.bin"
+                for path in (disk / "run", tmp_path / "whole")
+            )
+            assert mine.read_bytes() == whole.read_bytes()
+    finally:
+        subprocess.run(["umount", disk], check=True)

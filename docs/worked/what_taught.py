@@ -1,4 +1,4 @@
-"""Worked job: which texts taught it. Fine-tune a language model, collect, look, remove, retrain, compare.
+"""Worked job: what taught a language model. Fine-tune, collect, look, remove, retrain, compare.
 
     python docs/worked/what_taught.py
 

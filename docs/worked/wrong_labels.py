@@ -84,9 +84,8 @@ def main() -> None:
     own = suspicion(model, x[:n], given)
     most = int(LOOKED_AT * n)
     suspects = own.argsort(descending=True)[:most]
-    print(
-        f"{n} digits, {int(wrong.sum())} with a wrong label; the model has {accuracy(model, x[:n], given):.3f} of the given labels right."
-    )
+    fits = accuracy(model, x[:n], given)
+    print(f"{n} digits, {int(wrong.sum())} with a wrong label; the model fits {fits:.3f} of them.")
     print(f"AUC of self-influence: {roc_auc_score(wrong, own):.3f}")
     print(f"Of the {most} most suspicious, {int(wrong[suspects].sum())} have a wrong label.\n")
 

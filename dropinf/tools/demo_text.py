@@ -7,6 +7,7 @@ import re
 import sysconfig
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 import dropinf
 from dropinf import solvers
 from dropinf.compression import Compression
+from dropinf.rows import RowStore
 
 # Topics of Python's own library, whose docstrings are on every machine.
 TOPICS = {
@@ -41,23 +43,23 @@ class Texts(NamedTuple):
     query_topics: Tensor  # [m]
 
 
-def main() -> None:
+def main(page: Path) -> None:
     """Train, ask of each held-out sentence what taught it, and count how many share its topic."""
     texts = load_texts()
     vocabulary = words_of(texts.train)
     torch.manual_seed(0)
     model = LanguageModel(len(vocabulary) + 2)
     train, queries = (encode(some, vocabulary) for some in (texts.train, texts.queries))
-    start = time.perf_counter()
+    start, topics = time.perf_counter(), len(texts.query_topics.unique())
     fit(model, train)
     print(
-        f"{len(texts.train)} sentences of {len(TOPICS)} topics of Python's own documentation; a "
+        f"{len(texts.train)} sentences of {topics} topics of Python's own documentation; a "
         f"language model of {sum(p.numel() for p in model.parameters()):,} parameters, trained in "
         f"{time.perf_counter() - start:.0f} s.\n{len(texts.queries)} other sentences are asked "
         f"about: how many of the {TOP} that taught most are of the same topic?\n"
     )
     print(f"{'method':38}{'same topic':>12}{'seconds':>10}{'bytes stored':>15}")
-    print(f"{'chance':38}{1 / len(TOPICS):12.2f}")
+    print(f"{'chance':38}{1 / topics:12.2f}")
     loaders = [DataLoader(some, batch_size=64) for some in (train, queries)]
     energies = dropinf.energies(model, loaders[0], loss_fn)
     by_energy = dropinf.Dropout(R, energies=energies, allocation="energy")
@@ -66,7 +68,18 @@ def main() -> None:
         (f"Dropout, r = {R}", dropinf.Dropout(R), solvers.Cholesky()),
         ("Dropout, layers' shares by energy", by_energy, solvers.Cholesky()),
     ):
-        report(method, texts, model, loaders, compression, solver)
+        store, asked = report(method, texts, model, loaders, compression, solver)
+    found = dropinf.attribute(asked, store, solver, TOP)
+    dropinf.write_report(
+        page,
+        found,
+        texts=texts.train,
+        query_texts=texts.queries,
+        tokens=shares(model, texts, train, found, asked, solver),
+        self_influence=dropinf.self_influence(store, solver),
+        title="What taught a language model",
+    )
+    print(f"\nEach sentence with what taught it, word by word: {page.resolve()}")
 
 
 def load_texts() -> Texts:
@@ -75,6 +88,8 @@ def load_texts() -> Texts:
     train, queries, topics, query_topics = [], [], [], []
     for number, names in enumerate(TOPICS.values()):
         found = sorted({text for name in names for text in docstrings(name)})
+        if len(found) < 3 * ASKED:  # a Python without that module
+            continue
         order = torch.randperm(len(found), generator=generator)[: EACH + ASKED].tolist()
         chosen = [found[i] for i in order]
         queries += chosen[:ASKED]
@@ -164,8 +179,8 @@ def report(
     loaders: list[DataLoader],
     compression: Compression,
     solver: solvers.Solver,
-) -> None:
-    """Print one line of the table."""
+) -> tuple[RowStore, RowStore]:
+    """Print one line of the table; return the rows of texts and queries."""
     start = time.perf_counter()
     plan = dropinf.Plan.make(model, compression)
     store, queries = (
@@ -175,7 +190,33 @@ def report(
     same = (texts.topics[indices] == texts.query_topics[:, None]).double().mean()
     seconds = time.perf_counter() - start
     print(f"{method:38}{same:12.2f}{seconds:10.2f}{store.num_bytes:15,}")
+    return store, queries
 
 
-if __name__ == "__main__":
-    main()
+def shares(
+    model: nn.Module,
+    texts: Texts,
+    train: Tensor,
+    found: dropinf.Attribution,
+    asked: RowStore,
+    solver: solvers.Solver,
+) -> Callable[[int, int], list[tuple[str, float]]]:
+    """(query, example) -> the example's words, and the part of the score where each is predicted.
+
+    Of the examples that are shown, whose rows are taken apart into tokens.
+    """
+    shown = sorted({i for end in (found.top, found.bottom) for row in end.ids for i in row})
+    loader = DataLoader(train[shown], batch_size=64)
+    tokens = dropinf.collect(model, loader, loss_fn, asked.plan, per="token", progress=False)
+    scores = dropinf.scores(asked, tokens, solver)
+    example, place = tokens.origin.T
+    parts = {i: (example == number) for number, i in enumerate(shown)}
+
+    def of(query: int, i: int) -> list[tuple[str, float]]:
+        first, *words = split(texts.train[i])
+        values = scores[query, parts[i]][place[parts[i]].argsort()].tolist()
+        return [(f"{first} ", 0.0)] + [
+            (f"{word} ", value) for word, value in zip(words, values, strict=False)
+        ]
+
+    return of

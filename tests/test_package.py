@@ -180,7 +180,9 @@ ROOMS = [
     ["solvers"],
     ["scoring"],
     ["results"],
-    ["integrations", "tools"],
+    ["integrations"],
+    ["jobs"],
+    ["tools"],
 ]
 LEAVES = ("manifest", "processes", "text_table", "user_warning", "version", "whole_files")
 

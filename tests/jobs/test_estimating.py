@@ -119,6 +119,15 @@ def gpt2(vocabulary=50):
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=512, **sizes, **ends))
 
 
+def test_arithmetic_of_attention():
+    """Two products forward and five backward of [T, T], beside the layers and the head."""
+    num, tokens, width, layers, vocabulary = 4, 64, 32, 2, 50
+    found = estimate(*on_meta(gpt2), causal_lm_loss, token_batch(num, tokens))
+    weights = 12 * width**2 * layers + vocabulary * width
+    products = 14 * num * tokens**2 * width * layers
+    assert found.flops == 4 * num * tokens * weights + products
+
+
 def test_attention_keeps_no_scores():
     """Memory is a line in the tokens; with padding there is a mask [B, 1, T, T]."""
     model, plan = on_meta(gpt2)

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import html
 import sys
+import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from dropinf.extras import optional
 
+_ABOVE = ("Mn", "Me")  # what stands on the character before it
+
 
 def printable(text: str) -> str:
     """`text` on one line, its control characters as Python escapes: names come out of files too."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(text: str) -> str:
+    """As `printable`, of characters that sys.stdout has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def width_of(text: str) -> int:
+    """Cells of a terminal that it takes: wide characters two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else unicodedata.category(c) not in _ABOVE
+        for c in text
+    )
 
 
 class Table:
@@ -37,19 +56,14 @@ class Table:
 
     def __str__(self) -> str:
         """As the terminal can show it: in the encoding of sys.stdout."""
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-
-        def shown(text: str) -> str:
-            return printable(text).encode(encoding, "backslashreplace").decode(encoding)
-
         table = [list(map(shown, cells)) for cells in (self.columns, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        widths = [max(map(width_of, column)) for column in zip(*table, strict=True)]
         lines = []
         for cells in table:
-            aligned = [
-                cell.rjust(w) if j in self._right else cell.ljust(w)
-                for j, (cell, w) in enumerate(zip(cells, widths, strict=True))
-            ]
+            aligned = []
+            for j, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+                space = " " * (width - width_of(cell))
+                aligned.append(space + cell if j in self._right else cell + space)
             lines.append("  ".join(aligned).rstrip())
         return "\n".join([*lines, *map(shown, self.notes)])
 

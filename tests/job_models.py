@@ -33,10 +33,14 @@ CHAT = (
 )
 
 
-def tokenizer(ends=False, **given):
-    """One token a word; `ends` puts one at both ends of a text, as BERT's does."""
+def tokenizer(ends=False, hyphens=False, **given):
+    """One token a word; `ends` puts one at both ends of a text, as BERT's does.
+
+    With `hyphens` a word is split at them.
+    """
     made = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    split = pre_tokenizers.Whitespace if hyphens else pre_tokenizers.WhitespaceSplit
+    made.pre_tokenizer = split()
     if ends:
         special = [(name, VOCABULARY[name]) for name in ("<s>", "</s>")]
         made.post_processor = processors.TemplateProcessing(

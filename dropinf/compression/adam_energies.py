@@ -29,7 +29,7 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
         optimizer: Adam, AdamW, NAdam or RAdam of torch.optim, which has trained `model` or was
             loaded with the state of one that has; or what Accelerate wraps around it.
         model: its trainable parameters that the optimizer has get energies; what has had no
-            gradient has none.
+            gradient has none, and a layer of such is named in a warning.
 
     Raises:
         TypeError: the optimizer is another one.
@@ -50,7 +50,8 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
     mine = {name: p for name, p in mine.items() if id(p) in beta2}
     if not mine:
         raise ValueError(
-            f"{_OP}: the optimizer has no parameter of this model; give the model that it trains"
+            f"{_OP}: the optimizer has no parameter of this model; give the model that it trains, "
+            "or, if it trains flattened or sharded copies, measure energies with dropinf.energies"
         )
     if not any("exp_avg_sq" in optimizer.state.get(p, ()) for p in mine.values()):
         raise ValueError(
@@ -63,15 +64,33 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
         rows, columns = np.zeros(a), np.zeros(b)
         if "exp_avg_sq" in state:
             v = _whole(name, p, state["exp_avg_sq"]).reshape(a, b)
-            correction = 1 - beta2[id(p)] ** float(state["step"])
+            correction = 1 - beta2[id(p)] ** _step(name, state.get("step"))
             rows = v.sum(1, dtype=torch.float64).cpu().numpy() / correction
             columns = v.sum(0, dtype=torch.float64).cpu().numpy() / correction
             columns /= rows.sum() or 1
         found[name] = tuple(p.shape), rows, columns
-    return Energies.of(_OP, found)
+    energies = Energies.of(_OP, found)
+    energies.warn_of_zeros(_OP, layers)
+    return energies
+
+
+def _step(name: str, step: Any) -> float:
+    numbers = isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta
+    if not (numbers or isinstance(step, int | float)) or not 1 <= float(step) < float("inf"):
+        raise ValueError(
+            f"{_OP}: step of {name!r} must be a number from 1, got {step!r}; load a state that is "
+            "sound, or measure energies with dropinf.energies"
+        )
+    return float(step)
 
 
 def _whole(name: str, p: Tensor, v: Any) -> Tensor:
+    if not isinstance(v, Tensor) or not v.is_floating_point() or v.is_meta:
+        what = f"{v.dtype} on {v.device.type}" if isinstance(v, Tensor) else type(v).__name__
+        raise ValueError(
+            f"{_OP}: exp_avg_sq of {name!r} must be a tensor of floating-point numbers, got "
+            f"{what}; load a state that has them, or measure energies with dropinf.energies"
+        )
     if hasattr(v, "full_tensor") or v.shape != p.shape:
         raise ValueError(
             f"{_OP}: the state of {name!r} is sharded or flattened, {type(v).__name__} of shape "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dropinf.compression.energy import Energies, ParamEnergy, energy_of
+from dropinf.compression.energy_draw import OF, UNIFORM
 
 Allocation = Literal["size", "sqrt", "equal", "energy"]
 Layer = tuple[str, Sequence[tuple[int, ...]]]  # its name, and the shapes of its parameters
@@ -29,7 +31,7 @@ def check_budget(compression: Any) -> None:
     if len(given) != 1:
         raise ValueError(f"{name}: give exactly one of r, rate, total; got {given or 'none'}")
     rate, seed = compression.rate, compression.seed
-    if rate is not None and not 0 < rate <= 1:
+    if rate is not None and not (isinstance(rate, Real) and 0 < rate <= 1):
         raise ValueError(f"{name}: rate must be in (0, 1], got {rate!r}")
     if not _is_whole(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"{name}: seed must be in 0 .. 2^64 - 1, got {seed!r}")
@@ -96,8 +98,6 @@ def allocate(
         weights = (
             room if shares is None else [s * (m > 0) for s, m in zip(shares, room, strict=True)]
         )
-        if not any(weights):
-            weights = room  # no energy is left
         quotas = [Fraction(left * w, sum(weights)) for w in weights]
         full = [l for l, (q, m) in enumerate(zip(quotas, room, strict=True)) if q >= m > 0]
         for l in full:
@@ -125,9 +125,11 @@ def _shares(
         least = min(e.shift for layer in energies for e in layer)
         wholes = [sum(energy_of(e, least) for e in layer) for layer in energies]
         roots = [math.isqrt(E * P) for E, P in zip(wholes, sizes, strict=True)]
-        # A layer without energy has a tenth of what its size would give it, as coordinates have.
-        whole, of = sum(roots), 10 * sum(sizes)
-        return [s * of if s else P * whole for s, P in zip(roots, sizes, strict=True)]
+        # Mixed with the shares by size, as coordinates are with the uniform draw: what the examples
+        # did not move, such as A of LoRA while B is 0, may move later. A layer then has at least a
+        # tenth of its share by size.
+        by_energy, by_size = sum(sizes) * (OF - UNIFORM), (sum(roots) or 1) * UNIFORM
+        return [root * by_energy + P * by_size for root, P in zip(roots, sizes, strict=True)]
     return [math.isqrt(P << 40) for P in sizes]  # six digits behind the point
 
 

@@ -15,13 +15,12 @@ from dropinf.compression.allocation import (
     check_budget,
     entries_of,
 )
-from dropinf.compression.as_written import AsWritten
 from dropinf.compression.energy import Energies
 from dropinf.compression.parts import Part, by_parameter, draw_layer
 
 
-@dataclass(frozen=True, repr=False)
-class Dropout(AsWritten):
+@dataclass(frozen=True)
+class Dropout:
     """Keep coordinates drawn without replacement: uniformly (arXiv 2509.15651, section 3.1), or by
     energy.
 
@@ -35,7 +34,7 @@ class Dropout(AsWritten):
         allocation: how `total` is shared out: "size" in proportion to the layer's size, "sqrt" to
             its square root, "equal" alike; "energy", which shares out r or rate too, of all layers
             together, in proportion to sqrt(energy * size), the energy being that of all of the
-            layer's coordinates; one without energy has a tenth of its share by size.
+            layer's coordinates, and a tenth of it by size.
         energies: of `dropinf.energies` or `dropinf.energies_from_adam`. Coordinate j is then kept
             with a probability pi_j in proportion to sqrt(E g_j^2), at least a tenth of what it
             would be uniformly, and at most 1.
@@ -67,8 +66,8 @@ class Dropout(AsWritten):
         return kept
 
 
-@dataclass(frozen=True, repr=False)
-class Full(AsWritten):
+@dataclass(frozen=True)
+class Full:
     """Keep every coordinate: the exact method, for small models and tests."""
 
     def keep(self, layers: Sequence[Layer]) -> list[list[Part]]:

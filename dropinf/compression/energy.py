@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from dropinf.manifest import field, integers
+from dropinf.user_warning import warn_user
 
 STEPS = 8  # levels an octave of energy: a coordinate's is at most 9 percent off
 TOP = 255  # the level of the largest row, and column; 0 is no energy at all
 _MOST_SHIFT = 1 << 15
 _MOST_SIZE, _MOST_DIMS = 1 << 48, 64  # of a parameter in a file; torch sums no more dimensions
+_NAMED = 3  # layers in a warning
 _WAY_OUT = "measure those of this model, with dropinf.energies"
 
 
@@ -57,6 +61,11 @@ class ParamEnergy:
         # Of each by itself, as a product may be beyond what a float holds.
         (r, top_r), (c, top_c) = _levels(rows), _levels(columns)
         return cls(tuple(shape), r, c, top_r + top_c)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no coordinate has any."""
+        return not (self.rows.any() and self.columns.any())
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows [a] and columns [b], whose products are the E g^2."""
@@ -103,11 +112,22 @@ class Energies:
     Made by `dropinf.energies` or `dropinf.energies_from_adam`. A parameter's are the products of
     rows [a] and columns [b] of the matrix that `sides` takes it for, kept as integer levels, so
     that what is drawn from them is the same on every machine.
+
+    Attributes:
+        params: by the names of the parameters, in their order in the model.
+        size: numbers of all parameters together.
+        fingerprint: 16 hexadecimal digits of shapes and levels; names do not count.
     """
 
     def __init__(self, params: Mapping[str, ParamEnergy]) -> None:
         """By the names of the parameters."""
-        self._params = dict(params)
+        self.params = dict(params)
+        for name, param in self.params.items():
+            if not isinstance(param, ParamEnergy):
+                raise TypeError(
+                    f"Energies: {name!r} has a {type(param).__name__}; make them with "
+                    "dropinf.energies, or of mean squares with Energies.of"
+                )
 
     @classmethod
     def of(
@@ -118,9 +138,15 @@ class Energies:
         """Of (shape, rows [a], columns [b]) of each parameter, whose products are its E g^2.
 
         Raises:
-            ValueError: some are NaN, infinite or negative, or all are zero.
+            ValueError: some are NaN, infinite or negative, or all are zero; or of other sizes.
         """
-        for name, (_, rows, columns) in found.items():
+        for name, (shape, rows, columns) in found.items():
+            if (len(rows), len(columns)) != sides(shape):
+                raise ValueError(
+                    f"{op}: {name!r} of shape {tuple(shape)} has {len(rows)} rows and "
+                    f"{len(columns)} columns of energies, which must be {sides(shape)}; give "
+                    "those of its matrix"
+                )
             for values in (rows, columns):
                 wrong = values[~(np.isfinite(values) & (values >= 0))]
                 if len(wrong):
@@ -130,8 +156,8 @@ class Energies:
                     )
         if not any(rows.any() and columns.any() for _, rows, columns in found.values()):
             raise ValueError(
-                f"{op}: every gradient was zero, so that there is nothing to draw by; give "
-                "examples on which the model has something to learn"
+                f"{op}: every gradient was zero, so that there is nothing to draw by; measure "
+                "where the model has something to learn"
             )
         return cls({name: ParamEnergy.of(*parts) for name, parts in found.items()})
 
@@ -143,37 +169,70 @@ class Energies:
         """
         for _, params in layers:
             for name, shape in params:
-                if name not in self._params:
-                    raise ValueError(f"{op}: the energies have no {name!r}; {_WAY_OUT}")
-                if self._params[name].shape != tuple(shape):
+                if name not in self.params:
+                    raise ValueError(
+                        f"{op}: the energies have no {name!r}; {_WAY_OUT}, or leave it out of the "
+                        "plan with exclude="
+                    )
+                if self.params[name].shape != tuple(shape):
                     raise ValueError(
                         f"{op}: {name!r} has shape {tuple(shape)}, and the energies are of one of "
-                        f"shape {self._params[name].shape}; {_WAY_OUT}"
+                        f"shape {self.params[name].shape}; {_WAY_OUT}"
                     )
-        return [[self._params[name] for name, _ in params] for _, params in layers]
+        return [[self.params[name] for name, _ in params] for _, params in layers]
+
+    @property
+    def size(self) -> int:
+        """Numbers of all parameters together."""
+        return sum(math.prod(param.shape) for param in self.params.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of shapes and levels; names do not count."""
+        digest = hashlib.sha256()
+        for param in self.params.values():
+            digest.update(json.dumps([param.shape, param.shift]).encode())
+            digest.update(param.rows.tobytes() + param.columns.tobytes())
+        return digest.hexdigest()[:16]
+
+    def warn_of_zeros(self, op: str, layers: Sequence[Any]) -> None:
+        """Warn if layers (name, [(parameter name, shape), ...]) have no energy at all."""
+        none = []
+        for layer, params in layers:
+            known = [self.params[name] for name, _ in params if name in self.params]
+            if known and all(param.is_zero for param in known):
+                none.append(layer or "(model)")
+        if none:
+            more = f" and {len(none) - _NAMED} more" if len(none) > _NAMED else ""
+            warn_user(
+                f"{op}: every gradient of {', '.join(map(repr, none[:_NAMED]))}{more} was zero, so "
+                "that draws there are uniform, and allocation='energy' gives a tenth of a share by "
+                "size; if they will have gradients (as LoRA's A once B is not 0), measure after "
+                "some steps of training, or take another allocation"
+            )
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows [a] and columns [b] of a parameter, float64; their products are its E g^2."""
-        return self._params[name].values()
+        return self.params[name].values()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
+        return iter(self.params)
 
     def __len__(self) -> int:
-        return len(self._params)
+        return len(self.params)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Energies) and self.saved(self) == other.saved(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._params))
+        return hash(tuple(self.params))
 
     def __repr__(self) -> str:
         return f"<Energies of {len(self)} parameters>"
 
     def saved(self, names: Any) -> dict[str, Any]:
         """Those of some parameters, as JSON."""
-        return {name: self._params[name].saved() for name in names}
+        return {name: self.params[name].saved() for name in names}
 
     @classmethod
     def load(cls, saved: Any) -> Energies:

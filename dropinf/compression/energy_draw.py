@@ -24,12 +24,13 @@ import numpy as np
 
 from dropinf.compression.energy import STEPS, ParamEnergy, table
 
-# The uniform part is 1 of 10. On digits (an MLP) and text of bench/experiments/quality_tasks.py, at
-# r = 256 and 1024 in all, 5 seeds, the rank correlation with uncompressed influence is 0 to 0.006
-# below that without one (each to 0.003), also by energies of two digits or two texts alone; with 4
-# of 10, 0.009 to 0.016. Without one, what the examples did not show would be lost; with a tenth, no
-# coordinate adds more than 10 times what it does to the variance of a uniform draw's product.
-_UNIFORM, _OF = 1, 10
+# The uniform part is 1 of 10, of coordinates and of a total that layers share. On digits (an MLP)
+# and text of bench/experiments/quality_tasks.py, at r = 256 and 1024 in all, 5 seeds, the rank
+# correlation with uncompressed influence is 0 to 0.006 below that without one (each to 0.003), also
+# by energies of two digits or two texts alone; with 4 of 10, 0.009 to 0.016. Without one, what the
+# examples did not show would be lost; with a tenth, no coordinate adds more than 10 times what it
+# does to the variance of a uniform draw's product.
+UNIFORM, OF = 1, 10
 _BITS = 10  # of the mean w, and of the mean v
 _ROOTS = table(2 * STEPS)
 
@@ -132,7 +133,7 @@ def _measures(energies: Sequence[ParamEnergy], P: int) -> list[_Measure]:
         sums = np.concatenate([[0], np.cumsum(v)])
         measures.append(_Measure(w, v, column, sums, 0, np.zeros(a, dtype=np.int64)))
     by_energy = sum(int(m.rows().sum()) for m in measures)
-    floor = max(1, by_energy * _UNIFORM // ((_OF - _UNIFORM) * P))
+    floor = max(1, by_energy * UNIFORM // ((OF - UNIFORM) * P))
     for m in measures:
         m.floor = floor
     return measures

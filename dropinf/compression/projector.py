@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.compression.parts import draw
+from dropinf.compression.energy import Energies, ParamEnergy
+from dropinf.compression.parts import draw_layer
 
 Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -23,8 +24,8 @@ class _Mask(NamedTuple):
 
     index: Tensor  # [n] int64, sorted coordinates
     group: Tensor | None  # [r, s] which of them each entry sums, or None if entry k is number k
-    sign: Tensor | None  # [r, s] +1, -1; 0 where an entry has fewer than s
-    scale: float
+    sign: Tensor | None  # [r, s] +1, -1, times 1 / sqrt(pi); 0 where an entry has fewer than s
+    scale: float | Tensor  # factor of the entries; [r], or one for all
     # Sizes of the parts -> for each that has some: its number, where they go, positions in it.
     places: dict[tuple[int, ...], list[tuple[int, slice, Tensor]]]
 
@@ -35,12 +36,14 @@ class DropoutProjector:
     proj_type "dropout": entry k is coordinate i_k, drawn uniformly without replacement (arXiv
     2509.15651, section 3.1), times sqrt(D / r). "sketch": entry k is the sum of s coordinates with
     random signs, r s of all D drawn without replacement (all D once r s ≥ D), times
-    sqrt(D / (r s)). So a product of two projections is unbiased for that of the gradients. The
-    coordinates depend on (grad_dim, proj_dim, seed, model_id) alone: any device, batch size and
-    dtype has the same.
+    sqrt(D / (r s)). By energy, coordinate j is drawn with a probability pi_j in proportion to
+    sqrt(E g_j^2), as in `dropinf.Dropout`, and its factor is 1 / sqrt(pi_j). So a product of two
+    projections is unbiased for that of the gradients, whatever the energies. The coordinates depend
+    on (grad_dim, proj_dim, seed, model_id, energies) alone: any device, batch size and dtype has
+    the same.
 
-    Time is O(B r) and memory O(r), beside O(B r) for the result. Gradients are read where they
-    are: a dictionary or list of parameters is neither flattened, joined nor cast.
+    Time is O(B r) and memory O(r), beside O(B r) for the result, and the energies. Gradients are
+    read where they are: a dictionary or list of parameters is neither flattened, joined nor cast.
 
     Args:
         grad_dim: D, numbers in an example's gradient; may exceed 2^31.
@@ -50,9 +53,14 @@ class DropoutProjector:
         device: of the gradients and the result.
         dtype: of the result, floating point.
         s: coordinates of an entry of a sketch.
+        energies: those of `dropinf.energies` or `dropinf.energies_from_adam`, of the parameters
+            whose gradients are projected, in their order in the model; or E g^2 as a tensor [D],
+            such as the mean square of some gradients, which takes O(D) memory and O(D log D) time
+            when a model_id is first met. None draws uniformly.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; or the energies are of another size, not finite,
+            negative, or all zero.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class DropoutProjector:
         dtype: torch.dtype = torch.float32,
         *,
         s: int = 4,
+        energies: Energies | Tensor | None = None,
     ) -> None:
         name = "DropoutProjector"
         if grad_dim < 1 or not 1 <= proj_dim <= grad_dim:
@@ -83,8 +92,20 @@ class DropoutProjector:
         self.grad_dim, self.proj_dim, self.seed = int(grad_dim), int(proj_dim), int(seed)
         self.proj_type, self.s, self.dtype = proj_type, int(s), dtype
         self.device = torch.device(device)
+        self._is_sketch = proj_type == "sketch"
         self._masks: dict[int, _Mask] = {}
-        self._shapes: dict[str, torch.Size] | None = None  # of the first dictionary
+        # Of the gradients in a dictionary, in order, and where they are from.
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._shapes_of = "the first call"
+        self._energies: list[ParamEnergy] | None = None
+        if energies is not None:
+            checked = _checked(name, energies, self.grad_dim)
+            self._energies = list(checked.params.values())
+            if checked is energies:
+                self._shapes = {n: param.shape for n, param in checked.params.items()}
+                self._shapes_of = "the energies"
+            # TRAK compares it with that of the results in its save_dir.
+            self.proj_type += f" by energy {checked.fingerprint}"
 
     @torch.no_grad()
     def project(
@@ -94,7 +115,8 @@ class DropoutProjector:
 
         Args:
             grads: [B, D]; or the gradients of all parameters, [B, *shape] each, in a list, or in a
-                dictionary, whose order in the first call counts from then on.
+                dictionary, whose order in the first call counts from then on; or that of energies
+                with names.
             model_id: whose coordinates to take; another number, other coordinates. None is 0.
             ensemble_id: dattri's name for it.
 
@@ -110,9 +132,9 @@ class DropoutProjector:
             )
         parts = self._parts(grads)
         mask = self._mask(next((i for i in (model_id, ensemble_id) if i is not None), 0))
-        if mask.group is None:
-            return self._gather(parts, mask).mul_(mask.scale)
         gathered = self._gather(parts, mask)
+        if mask.group is None:
+            return gathered.mul_(mask.scale)
         # One term after the other: the order of `sum` is not the same on every device.
         wide = torch.promote_types(self.dtype, torch.float32)
         out = torch.zeros(len(gathered), self.proj_dim, dtype=wide, device=self.device)
@@ -149,11 +171,15 @@ class DropoutProjector:
 
     def _drawn(self, model_id: int) -> _Mask:
         D, r = self.grad_dim, self.proj_dim
-        if self.proj_type == "dropout":
-            index = torch.from_numpy(draw(D, r, self.seed, model_id)).to(self.device)
-            return _Mask(index, None, None, math.sqrt(D / r), {})
-        n = min(D, r * self.s)
-        index = torch.from_numpy(draw(D, n, self.seed, model_id)).to(self.device)
+        n = min(D, r * self.s) if self._is_sketch else r
+        # As of one layer with one parameter.
+        ((drawn, _, scale),) = draw_layer([(D,)], n, self.seed, model_id, self._energies)
+        index = torch.from_numpy(drawn).to(self.device)
+        if isinstance(scale, np.ndarray):
+            wide = torch.promote_types(self.dtype, torch.float32)
+            scale = torch.from_numpy(scale).to(self.device, wide)
+        if not self._is_sketch:
+            return _Mask(index, None, None, scale, {})
         # Integers of a counter-based stream, apart from the draw's by the top bit of the key.
         key = np.array([self.seed, model_id + 2**63], dtype=np.uint64)
         raw = np.random.Philox(key=key).random_raw(2 * n)
@@ -163,8 +189,12 @@ class DropoutProjector:
         group[:n] = np.argsort(raw[:n], kind="stable")
         sign[:n] = 2 * (raw[n:] >> np.uint64(63)).astype(np.int8) - 1
         # Entry k has numbers k, k + r, ...: where n is no multiple of r, sizes differ by one.
-        shaped = (torch.from_numpy(a.reshape(s, r).T.copy()).to(self.device) for a in (group, sign))
-        return _Mask(index, *shaped, math.sqrt(D / n), {})
+        group, sign = (
+            torch.from_numpy(a.reshape(s, r).T.copy()).to(self.device) for a in (group, sign)
+        )
+        if isinstance(scale, Tensor):
+            sign, scale = sign * scale[group], 1.0
+        return _Mask(index, group, sign, scale, {})
 
     def _parts(self, grads: Grads) -> list[Tensor]:
         """The gradients [B, *shape] of all parameters, checked."""
@@ -222,9 +252,34 @@ class DropoutProjector:
                 if names
             )
             raise ValueError(
-                f"project: the names and shapes must be those of the first call: {'; '.join(said)}"
+                f"project: the names and shapes must be those of {self._shapes_of}: "
+                f"{'; '.join(said)}"
             )
         return [grads[name] for name in self._shapes]
+
+
+def _checked(op: str, energies: Energies | Tensor, grad_dim: int) -> Energies:
+    """Energies of grad_dim numbers; those of a tensor are of one vector."""
+    if isinstance(energies, Tensor):
+        if energies.shape != (grad_dim,) or energies.is_complex():
+            raise ValueError(
+                f"{op}: energies must be real numbers [grad_dim={grad_dim}], got {energies.dtype} "
+                f"{tuple(energies.shape)}; such as the mean of the squares of some gradients"
+            )
+        values = energies.detach().double().cpu().numpy()
+        return Energies.of(op, {"energies": ((grad_dim,), values, np.ones(1))})
+    if not isinstance(energies, Energies):
+        raise ValueError(
+            f"{op}: energies must be what dropinf.energies returns, or a tensor [grad_dim], got "
+            f"{type(energies).__name__}"
+        )
+    if energies.size != grad_dim:
+        raise ValueError(
+            f"{op}: the energies are of {energies.size} numbers, grad_dim is {grad_dim}; measure "
+            "those of the parameters whose gradients are projected, with "
+            "dropinf.energies(..., include=)"
+        )
+    return energies
 
 
 def _places(sizes: Sequence[int], index: Tensor) -> Iterator[tuple[int, slice, Tensor]]:

@@ -7,6 +7,9 @@ Its random projections replaced, while TRAKAttributor, TracIn and DVEmb work:
         attributor.cache(train_loader)
         scores = attributor.attribute(test_loader)
 
+By energy, which keeps more of the scores at the same proj_dim: `projection("dropout", energies)`,
+with those of `dropinf.energies`, or the mean square [P] of some of dattri's own gradients.
+
 dattri has no argument for a projection of one's own, so `projection` replaces the function by which
 those modules make one, and puts it back. DVEmb works with factorization_type="none": the factorised
 ones of dattri 0.3 project both sides of a layer with one seed, so that sampled inputs and outputs
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from dropinf.compression import Compression, DropoutProjector, Plan
+from dropinf.compression import Compression, DropoutProjector, Energies, Plan
 from dropinf.integrations.batching import batched_outputs, check_first, first_alone
 from dropinf.integrations.versions import require
 from dropinf.rows import RowStore, collect
@@ -50,7 +53,9 @@ _NAME = "DropinfAttributor"
 
 
 @contextmanager
-def projection(proj_type: str = "dropout") -> Iterator[None]:
+def projection(
+    proj_type: str = "dropout", energies: Energies | Tensor | None = None
+) -> Iterator[None]:
     """While open, TRAKAttributor, the TracIn and the DVEmb attributors project by dropout.
 
     An attributor belongs to the `projection` it was made in: one made inside is refused by dattri
@@ -59,12 +64,16 @@ def projection(proj_type: str = "dropout") -> Iterator[None]:
     Args:
         proj_type: "dropout" or "sketch", see `dropinf.DropoutProjector`. Dimension, seed and device
             are those of dattri's projector_kwargs, whose proj_type must not be given.
+        energies: to draw by, as of `dropinf.DropoutProjector`, for all checkpoints alike; of the
+            parameters in the attributor's layer_name, in that order, if it has one.
 
     Raises:
         ValueError: in a call of the attributor: it was made outside, has a proj_type of its own, or
             is a DVEmbAttributor with factors; or what `dropinf.DropoutProjector` refuses.
     """
     made: dict[Any, DropoutProjector] = {}  # dattri asks for one a batch
+    own_type = proj_type
+    wanted = proj_type if energies is None else _with_energies(proj_type, energies)
 
     def random_project(
         feature: Tensor | dict[str, Tensor],
@@ -83,20 +92,19 @@ def projection(proj_type: str = "dropout") -> Iterator[None]:
             )
         parts = list(feature.values()) if isinstance(feature, dict) else [feature]
         grad_dim = sum(part.numel() for part in parts) // feature_batch_size
-        key = (grad_dim, proj_dim, proj_seed, proj_type, str(device), parts[0].dtype)
+        key = (grad_dim, proj_dim, proj_seed, own_type, str(device), parts[0].dtype)
         if key not in made:
-            made[key] = DropoutProjector(*key)
+            made[key] = DropoutProjector(*key, energies=energies)
 
         def project(feature: Tensor | dict[str, Tensor], ensemble_id: int = 0) -> Tensor:
             return made[key].project(feature, ensemble_id=ensemble_id)
 
         return project
 
-    wanted = proj_type
     with ExitStack() as stack:
         for module in (trak, tracin, dvemb):
             # Attributors take them, and those of trak and tracin write projector_kwargs into them.
-            defaults = {**module.DEFAULT_PROJECTOR_KWARGS, "proj_type": proj_type}
+            defaults = {**module.DEFAULT_PROJECTOR_KWARGS, "proj_type": wanted}
             for name, value in (
                 ("DEFAULT_PROJECTOR_KWARGS", defaults),
                 ("random_project", random_project),
@@ -105,6 +113,12 @@ def projection(proj_type: str = "dropout") -> Iterator[None]:
         patch = mock.patch.object(dvemb.DVEmbAttributor, "_setup_projectors", _refuse_factors)
         stack.enter_context(patch)
         yield
+
+
+def _with_energies(proj_type: str, energies: Energies | Tensor) -> str:
+    """proj_type with what tells these energies from others; they are checked."""
+    size = energies.numel() if isinstance(energies, Tensor) else getattr(energies, "size", 1)
+    return DropoutProjector(size, 1, proj_type=proj_type, energies=energies).proj_type
 
 
 def _refuse_factors(attributor: dvemb.DVEmbAttributor, batch_size: int) -> None:

@@ -4,6 +4,8 @@ Its projection replaced, one argument; TRAK forms each example's gradient:
 
     TRAKer(model, task, n, projector=dropinf.DropoutProjector(grad_dim=P, proj_dim=512), ...)
 
+By energy, with `DropoutProjector(..., energies=dropinf.energies(model, loader, loss_fn))`.
+
 Gradients and projection replaced; the features are computed inside one batched backward pass:
 
     from dropinf.integrations.trak import fused

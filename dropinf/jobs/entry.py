@@ -99,7 +99,7 @@ def _examples(entry: str, name: str, loader: Iterable, texts: Any, ids: Any) -> 
         names, texts = list(texts), list(texts.values())
     if texts is not None and not isinstance(texts, Sequence):
         raise ValueError(
-            f"entry {entry}: {name} must be a sequence or a mapping by ids, got a "
+            f"entry {entry}: {name} must be a sequence or a mapping by ids, got "
             f"{type(texts).__name__}"
         )
     if texts is not None and (names is None) != (ids is None):

@@ -22,7 +22,7 @@ class Batch(dict):
     ids: list[Any] | None = None
 
 
-def ids_of(batch: Batch) -> list[Any]:
+def ids_of(batch: Batch) -> list[Any] | None:
     """What `collect` takes as ids=."""
     return batch.ids
 

@@ -29,7 +29,7 @@ class Loaded:
         directory: of the model, not of its adapter.
         config: of the model.
         num_embeddings: tokens it has an embedding of; 0 of images.
-        loss_fn: its own loss.
+        loss_fn: its own loss; None if it is not known.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Loaded:
     directory: Path
     config: Any
     num_embeddings: int
-    loss_fn: Callable
+    loss_fn: Callable | None
 
     @property
     def device(self) -> torch.device:

@@ -85,11 +85,10 @@ def prepare(job: Job) -> Ready:
         raise ValueError(
             f"no loss is known for {type(loaded.model).__name__}; name one as [loss] kind"
         )
-    ready = Ready(loaded.model, loss_fn, train=None, queries=None)
     make = _of_images if loaded.kind == "image_classification" else _of_texts
-    for name, data in files.items():
-        setattr(ready, name, make(job, loaded, data, name == "queries", ready.notes))
-    return ready
+    notes: list[str] = []
+    made = {name: make(job, loaded, data, name == "queries", notes) for name, data in files.items()}
+    return Ready(loaded.model, loss_fn, **made, notes=notes)
 
 
 def _of_texts(

@@ -28,10 +28,15 @@ def sampled(loss_fn: Any, seed: int = 0) -> Rows:
         F = dropinf.collect(model, loader, dropinf.losses.sampled(loss_fn), plan)
         solver = dropinf.solvers.Cholesky().fit(F)
 
-    Labels are a function of what the batch has of the example and of the seed, not of the batches
-    or calls before, nor of padding that the batch's "attention_mask" tells; equal examples have
-    equal labels. What it returns is no likelihood: only its
-    gradients mean something.
+    A label is a function of the seed, of what the batch has of the example without its padding, and
+    of the position among those that count (whose labels of classes are not -100, from the last one
+    on). So it depends neither on the batches and calls before, nor on how long the other texts are,
+    nor on which side is padded; equal examples have equal labels. Padding is where the batch's
+    "attention_mask" [B, T] is 0; without one, what follows the last label of "labels" [B, T] or of
+    a pair (x, labels). In other batches, such as tuples with a mask of their own, it counts as
+    content, as does what it alters: positions of tokens that count it in, where a text begins.
+
+    What it returns is no likelihood: only its gradients mean something.
 
     Args:
         loss_fn: of `dropinf.losses`, or made with `dropinf.losses.likelihood`.
@@ -78,8 +83,7 @@ def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Rows
 
 def _noise(found: Likelihood, batch: Any, seed: int, loss_fn: LikelihoodLoss) -> Noise:
     f = found.outputs
-    positions = f.shape[1] if f.dim() > 2 else 1
-    return Noise(batch, len(f), seed, f.device, loss_fn.inputs, positions)
+    return Noise(batch, len(f), seed, f.device, loss_fn.inputs)
 
 
 def _of_inputs(rows_of: Any, loss_fn: LikelihoodLoss) -> Rows:
@@ -90,12 +94,12 @@ def _of_inputs(rows_of: Any, loss_fn: LikelihoodLoss) -> Rows:
 def _signs(found: Likelihood, noise: Noise, output: int | None) -> Tensor:
     f = found.outputs
     if output is None:
-        return noise.signs(f[0].numel()).reshape(f.shape).to(f.dtype)
+        return noise.signs(found.places(), f.shape[-1]).reshape(f.shape).to(f.dtype)
     C = f.shape[-1]
     if not 0 <= output < C:
         raise ValueError(f"gauss_newton: output must be 0 to {C - 1}, got {output}")
     s = torch.zeros_like(f)
-    s[..., output] = C**0.5 * noise.signs(f[0, ..., 0].numel()).reshape(f.shape[:-1]).to(f.dtype)
+    s[..., output] = C**0.5 * noise.signs(found.places()).reshape(f.shape[:-1]).to(f.dtype)
     return s
 
 

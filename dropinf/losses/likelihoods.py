@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label of what has no part in the loss
+from dropinf.losses.noise import IGNORED
+
+Uniform = Callable[[Tensor, int], Tensor]
 
 
 class Likelihood(ABC):
@@ -46,6 +48,11 @@ class Likelihood(ABC):
         """[B] whose gradients are sqrt(weight) Jᵀ direction, for a direction like outputs."""
         return self.weight**0.5 * _summed(direction.detach() * self.outputs)
 
+    def places(self) -> Tensor:
+        """[n] or [B, n] int64: a number for each of an example's n positions, whatever padding
+        stands behind it."""
+        return torch.arange(self.outputs[0, ..., 0].numel(), device=self.outputs.device)
+
     @abstractmethod
     def _losses(self) -> Tensor:
         """Without the weight, [B, ...]."""
@@ -55,10 +62,10 @@ class Likelihood(ABC):
         """S s for s like outputs."""
 
     @abstractmethod
-    def gradient(self, uniform: Callable[[int], Tensor]) -> Tensor:
+    def gradient(self, uniform: Uniform) -> Tensor:
         """Of the loss at a target drawn from the model, with respect to the outputs.
 
-        uniform(k) gives [B, k] numbers in (0, 1).
+        uniform(places, k) gives [B, n, k] numbers in (0, 1), k for each of n places.
         """
 
 
@@ -102,17 +109,23 @@ class Categorical(Likelihood):
         labels = self.labels
         return labels.sum(-1, keepdim=True) if self.soft else (labels != IGNORED)[..., None]
 
+    def places(self) -> Tensor:
+        """Of those that count, counted from the last one: on the right of it is no padding, and a
+        text that is padded on the left has a label more, that of its first token."""
+        counted = (self._counts() != 0).flatten(1)  # [B, n]
+        return counted.sum(1, keepdim=True) - counted.cumsum(1)
+
     def root(self, s: Tensor) -> Tensor:
         """S s = a - p sum(a) with a = sqrt(p) s."""
         p = self._p()
         a = p.sqrt() * s
         return (a - p * a.sum(-1, keepdim=True)) * self._counts().to(p.dtype).sqrt()
 
-    def gradient(self, uniform: Callable[[int], Tensor]) -> Tensor:
+    def gradient(self, uniform: Uniform) -> Tensor:
         """p - e_y of classes y drawn from p."""
         p = self._p()
         cumulated = p.cumsum(-1)
-        u = uniform(p[0, ..., 0].numel()).reshape(*p.shape[:-1], 1).to(p.dtype)
+        u = uniform(self.places(), 1).reshape(*p.shape[:-1], 1).to(p.dtype)
         u = u.clamp(max=1 - torch.finfo(p.dtype).eps)  # which may have been rounded to 1
         # Times the last sum, which rounding makes a little more or less than 1.
         y = torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True)
@@ -143,10 +156,11 @@ class Bernoulli(Likelihood):
         z = self.outputs.detach()
         return (z.sigmoid() * (-z).sigmoid()).sqrt() * s
 
-    def gradient(self, uniform: Callable[[int], Tensor]) -> Tensor:
+    def gradient(self, uniform: Uniform) -> Tensor:
         """p - y of y drawn with probability p."""
         p = self.outputs.detach().sigmoid()
-        return p - (uniform(p[0].numel()).reshape(p.shape) < p).to(p.dtype)
+        u = uniform(self.places(), p.shape[-1]).reshape(p.shape)
+        return p - (u < p).to(p.dtype)
 
 
 class SquaredError(Likelihood):
@@ -171,10 +185,11 @@ class SquaredError(Likelihood):
         """sqrt(2) s."""
         return 2**0.5 * s
 
-    def gradient(self, uniform: Callable[[int], Tensor]) -> Tensor:
+    def gradient(self, uniform: Uniform) -> Tensor:
         """2 (f - y) of y drawn around f."""
         f = self.outputs
-        return 2**0.5 * torch.special.ndtri(uniform(f[0].numel())).reshape(f.shape).to(f.dtype)
+        u = uniform(self.places(), f.shape[-1]).reshape(f.shape)
+        return 2**0.5 * torch.special.ndtri(u).to(f.dtype)
 
 
 Predict = Callable[[Any, Any], Likelihood]

@@ -1,7 +1,8 @@
 """Random numbers of each example: a function of what is in it and of a seed, and of nothing else.
 
 A generator's next numbers would depend on the batches, and on how often the loss function is
-called: `collect` calls it again to check rows.
+called: `collect` calls it again to check rows. What a batch has of an example depends on the
+others too, which it is padded for; so padding does not count, where it is known.
 """
 
 from __future__ import annotations
@@ -12,95 +13,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.losses.likelihoods import IGNORED
-
+IGNORED = -100  # the label of what has no part in the loss
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the step of splitmix64, as a signed number
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Noise:
-    """Random numbers for the B examples of a batch.
-
-    Padding does not count: of tensors [B, T, ...], positions where the batch's "attention_mask"
-    [B, T] is 0, and everywhere labels that are ignored. A text has the same numbers at its tokens
-    on whichever side, and however far, it is padded.
-    """
+    """Random numbers for the B examples of a batch."""
 
     def __init__(
-        self,
-        batch: Any,
-        B: int,
-        seed: int,
-        device: torch.device,
-        inputs: int = 1,
-        positions: int = 1,
+        self, batch: Any, B: int, seed: int, device: torch.device, inputs: int = 1
     ) -> None:
         """From every tensor in the batch that holds B examples; or B pairs, with two inputs.
-
-        `positions` are those of the outputs that the numbers are for, [B, positions, ...].
 
         Raises:
             ValueError: there is none.
         """
         self._key, found = torch.full((B,), seed, dtype=torch.int64, device=device), False
-        real, ranks = _real(batch, (B, inputs * B), device)
-        for t in _tensors(batch):
-            if not (t.dim() and len(t) in (B, inputs * B)) or t.is_complex():
-                continue
-            found = True
-            t = t.detach().to(device)
-            own = _bits(t).reshape(len(t), -1)  # [N, k]
-            counts = own != IGNORED if not t.is_floating_point() else torch.ones_like(own).bool()
-            at = torch.arange(1, own.shape[1] + 1, device=device).expand_as(own)
-            if real is not None and ranks is not None and t.shape[:2] == real.shape:
-                each = own.shape[1] // t.shape[1]  # numbers at a position
-                counts = counts & real.repeat_interleave(each, 1)
-                at = _numbered(ranks, each)
-            # The second input of a pair is behind the first.
-            at = at + (torch.arange(len(t), device=device) // B << 32)[:, None]
-            # A sum modulo 2^64 of mixed numbers: in any order the same.
-            mixed = _mixed(own + _mixed(at * _GOLDEN)).where(counts, 0).sum(1)
-            self._key = _mixed(self._key + mixed.reshape(-1, B).sum(0))
+        for t, real in _tensors(batch):
+            if t.dim() and len(t) in (B, inputs * B) and not t.is_complex():
+                found = True
+                content = _content(t.detach().to(device), real)
+                for own in content.reshape(len(t) // B, B):
+                    self._key = _mixed(self._key + own)
         if not found:
             raise ValueError(
                 f"sampled: the batch, a {type(batch).__name__}, holds no tensor of {B} examples "
                 "that labels could be drawn for; give batches of tensors"
             )
-        # Of outputs at each position, or at each but the last.
-        fits = ranks is not None and len(ranks) == B and 0 <= ranks.shape[1] - positions <= 1
-        self._positions, self._ranks = positions, ranks[:, :positions] if fits else None
 
-    def uniform(self, k: int) -> Tensor:
-        """[B, k] float64 in (0, 1)."""
+    def uniform(self, places: Tensor, each: int = 1) -> Tensor:
+        """[B, n, each] float64 in (0, 1), of places [B, n] or [n] int64 in the examples."""
         # 53 bits, and half of the last one so that 0 is not among them.
-        return ((self._raw(k) >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+        raw = self._raw(places, each)
+        return ((raw >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
 
-    def signs(self, k: int) -> Tensor:
-        """[B, k] float32 of 1 and -1."""
-        return torch.where(self._raw(k) < 0, -1.0, 1.0)
+    def signs(self, places: Tensor, each: int = 1) -> Tensor:
+        """[B, n, each] float32 of 1 and -1."""
+        return torch.where(self._raw(places, each) < 0, -1.0, 1.0)
 
-    def _raw(self, k: int) -> Tensor:
-        at = torch.arange(1, k + 1, device=self._key.device)
-        if self._ranks is not None and k % self._positions == 0:
-            at = _numbered(self._ranks, k // self._positions)
-        return _mixed(self._key[:, None] + at * _GOLDEN)
-
-
-def _real(
-    batch: Any, sizes: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """[N, T] which positions are no padding, and the rank of each: those that are none first."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) not in sizes:
-        return None, None
-    real = mask.to(device) != 0
-    order = real.cumsum(1) - 1
-    return real, order.where(real, real.sum(1, keepdim=True) + (~real).cumsum(1) - 1)
+    def _raw(self, places: Tensor, each: int) -> Tensor:
+        of_places = _mixed(self._key[:, None] + (places + 1) * _GOLDEN)
+        at = torch.arange(1, each + 1, device=self._key.device)
+        return _mixed(of_places[..., None] + at * _GOLDEN)
 
 
-def _numbered(ranks: Tensor, each: int) -> Tensor:
-    """[N, T * each] from 1 on: of `each` numbers at the position of each rank."""
-    return (ranks[:, :, None] * each + torch.arange(1, each + 1, device=ranks.device)).flatten(1)
+def _content(t: Tensor, real: Tensor | None) -> Tensor:
+    """[len(t)] int64: of the numbers that are real, each with how many there are before it.
+
+    A sum modulo 2^64 of mixed numbers: in any order the same.
+    """
+    own = _bits(t).flatten(1) if t.dim() > 1 else _bits(t)[:, None]
+    if real is None:
+        at = torch.arange(own.shape[1], device=own.device)
+        return _mixed(own + _mixed((at + 1) * _GOLDEN)).sum(1)
+    real = real.to(own.device).reshape(len(own), -1)
+    each = own.shape[1] // max(1, real.shape[1])
+    own = own.unflatten(1, (real.shape[1], each))
+    at = (real.cumsum(1) - 1)[..., None] * each + torch.arange(each, device=own.device)
+    return (_mixed(own + _mixed((at + 1) * _GOLDEN)) * real[..., None]).flatten(1).sum(1)
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -120,12 +91,45 @@ def _bits(t: Tensor) -> Tensor:
     return (t.view(_INTS[t.element_size()]) if t.is_floating_point() else t).to(torch.int64)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def _tensors(batch: Any, real: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The tensors in a batch, and which of their numbers are no padding: bool of their first two
+    dimensions, as those are of `real` if they have its sizes; None for all."""
     if isinstance(batch, Tensor):
-        yield batch
+        belongs = real is not None and batch.shape[:2] == real.shape
+        yield batch, real if belongs else None
     elif isinstance(batch, Mapping):
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask != 0
+        else:
+            real, mask = _until_last_label(labels), None
         for name in sorted(batch, key=str):
-            yield from _tensors(batch[name])
+            if name == "labels" and isinstance(labels, Tensor):
+                yield labels, _counted(labels)
+            elif labels is not None and str(name).startswith("decoder_"):
+                continue  # made of the labels, and padded without a mask
+            elif name != "attention_mask" or mask is None:
+                yield from _tensors(batch[name], real)
     elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        for part in batch:
-            yield from _tensors(part)
+        if len(batch) == 2 and isinstance(batch[0], Tensor):  # as of `target_of`
+            real = _until_last_label(batch[1])
+            yield from _tensors(batch[0], real)
+            if isinstance(batch[1], Tensor):
+                yield batch[1], _counted(batch[1])
+            else:
+                yield from _tensors(batch[1])
+        else:
+            for part in batch:
+                yield from _tensors(part, real)
+
+
+def _counted(labels: Tensor) -> Tensor | None:
+    return None if labels.is_floating_point() or labels.is_complex() else labels != IGNORED
+
+
+def _until_last_label(labels: Any) -> Tensor | None:
+    """[B, T] of labels [B, T]: without a mask, padding can only be what follows."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return None
+    counted = _counted(labels)
+    return None if counted is None else counted.flip(1).cummax(1).values.flip(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dropinf.extras import optional
 from dropinf.reporting import charts
 from dropinf.reporting.page_contents import PageContents, list_of, plain
-from dropinf.results import UNIT, Attribution, Contents, Ranked
+from dropinf.results import Attribution, Contents, Ranked
 from dropinf.scoring import Stability
 from dropinf.solvers import DampingChoice
 from dropinf.whole_files import appearing
@@ -135,7 +135,7 @@ def _page(jinja2: Any, title: str, data: Mapping[str, Any], attribution: Attribu
             style_hash=_hash(parts["style.css"]),
             script_hash=_hash(parts["script.js"]),
             data=text,
-            unit=UNIT,
+            unit=attribution.facts.unit,
             versions=attribution.facts.versions,
         )
     )

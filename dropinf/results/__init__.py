@@ -3,10 +3,8 @@
 from dropinf.results.attribution import Attribution, Ranked, attribute
 from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
-from dropinf.results.showing import UNIT
 
 __all__ = [
-    "UNIT",
     "Attribution",
     "Contents",
     "Facts",

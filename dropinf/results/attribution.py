@@ -86,8 +86,8 @@ class Attribution:
 
         Args:
             texts, images: of the training examples: a mapping by id, a function of the id, or a
-                sequence in which ids are positions. Images are [H, W] or [H, W, 3] arrays, or
-                tensors whose channels may come first.
+                sequence in which ids are positions. Images are arrays, tensors or images of PIL,
+                [H, W], [H, W, C] or [C, H, W]; colours that are not from 0 to 1 are scaled to it.
             query_texts, query_images: of the queries.
 
         Returns:
@@ -96,8 +96,11 @@ class Attribution:
         Raises:
             ValueError: there is nothing for an id.
         """
-        if images is None:
+        if images is None and query_images is not None:
+            raise ValueError("show: query_images go with images=, of the training examples")
+        if images is None or texts is not None or query_texts is not None:
             print(showing.as_text(self, Lookup(texts, "texts"), Lookup(query_texts, "query_texts")))
+        if images is None:
             return None
         own = Lookup(query_images, "query_images")
         return showing.picture(self, Lookup(images, "images"), own)
@@ -107,11 +110,15 @@ class Attribution:
 
         Columns: query, side ("top" or "bottom"), rank (from 1), example (its id), position (in the
         store), score, and error with several masks. An invalid query has no examples or scores.
+        How they were made is in `attrs`.
         """
         return exports.to_pandas(self)
 
     def to_arrow(self) -> Any:
-        """A pyarrow.Table of the columns of `to_pandas` (extra "arrow")."""
+        """A pyarrow.Table of the columns of `to_pandas` (extra "arrow").
+
+        How they were made is in its metadata, as JSON under "dropinf".
+        """
         return exports.to_arrow(self)
 
     def to_csv(self, path: str | os.PathLike) -> None:
@@ -157,7 +164,8 @@ def attribute(
         relative, weights: as in `scores`.
 
     Raises:
-        ValueError: as in `scores` and `ensemble`; or k is not positive.
+        ValueError: as in `scores` and `ensemble`; k is not positive; or the rows of one mask are of
+            other examples than the first's, or in another order.
     """
     parts = list(zip(_several(queries), _several(store), _several(solver), strict=False))
     lengths = [len(_several(given)) for given in (queries, store, solver)]
@@ -181,6 +189,7 @@ def attribute(
             )
         ]
     else:
+        _check_ids(parts)
         mean, error = ensemble(parts, relative=relative, weights=weights)
         ends = [_extreme(mean, error, k, largest) for largest in (True, False)]
     top, bottom = (Ranked(*end, _ids_at(known, end[2])) for end in ends)
@@ -194,6 +203,21 @@ def attribute(
 
 def _several(given: One | Sequence[One]) -> list[One]:
     return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _check_ids(parts: Sequence[tuple[RowStore, RowStore, Solver]]) -> None:
+    """Scores of one mask are averaged with those of another place by place."""
+    for which, name in enumerate(("queries", "store")):
+        stores = [part[which] for part in parts]
+        first = stores[0].ids
+        for number, store in enumerate(stores):
+            own = store.ids
+            tensors = isinstance(own, Tensor) and isinstance(first, Tensor)
+            if not (torch.equal(own, first) if tensors else own is first or own == first):
+                raise ValueError(
+                    f"attribute: {name} number {number} has other ids than the first, or in "
+                    "another order; collect all from one loader that does not shuffle"
+                )
 
 
 def _extreme(mean: Tensor, error: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:

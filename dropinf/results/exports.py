@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
+def _facts(found: Attribution) -> dict[str, str]:
+    return {"unit": found.facts.unit, **dict(found.facts.rows())}
+
+
 def to_pandas(found: Attribution) -> Any:
     pandas = optional("pandas", "report", "to_pandas")
     columns = columns_of(found)
@@ -53,7 +58,9 @@ def to_pandas(found: Attribution) -> Any:
         else values
         for name, values in columns.items()
     }
-    return pandas.DataFrame(made)
+    frame = pandas.DataFrame(made)
+    frame.attrs.update(_facts(found))
+    return frame
 
 
 def to_arrow(found: Attribution) -> Any:
@@ -63,7 +70,10 @@ def to_arrow(found: Attribution) -> Any:
     for name in ("query", "rank", "example", "position"):
         strings = any(isinstance(value, str) for value in columns[name])
         types[name] = pyarrow.string() if strings else pyarrow.int64()
-    return pyarrow.table({k: pyarrow.array(v, types[k]) for k, v in columns.items()})
+    return pyarrow.table(
+        {k: pyarrow.array(v, types[k]) for k, v in columns.items()},
+        metadata={"dropinf": json.dumps(_facts(found))},
+    )
 
 
 def to_csv(found: Attribution, path: str | os.PathLike) -> None:

@@ -17,13 +17,13 @@ class Facts:
     """How scores were made.
 
     Attributes:
-        compression: as it is written, "Dropout(r=1024, seed=0)".
+        compression: as it is written, "Dropout(r=1024)".
         layers, parameters, width: of the plan; width is R, entries of a row.
         masks: how many plans or checkpoints the scores are averaged over.
         plans: fingerprint of each.
         examples, invalid: rows of the store, and how many are not valid.
         queries: rows asked about.
-        solver: as it is written, "Cholesky(damping=0.1)".
+        solver: as it is written, "Cholesky(damping=0.1) fitted on 1,200 rows".
         relative: whether scores are divided by the root of each example's self-influence.
         weights: fingerprint of the weights of each, None where it is not known.
         dtype: in which rows are kept.
@@ -47,6 +47,27 @@ class Facts:
     proof: str
     versions: str
 
+    @property
+    def unit(self) -> str:
+        """What the number of a score says."""
+        if self.relative:
+            return (
+                "A score is divided by the root of the example's self-influence, for an order; it "
+                "is no change of a loss."
+            )
+        if self.solver.startswith("Identity(cosine=True"):
+            return "A score is the cosine of two gradients, from -1 to 1."
+        if self.solver.startswith("Identity("):
+            return (
+                "A score is the product of two gradients: a step of size s down the example's "
+                "lowers the query's loss by about s times its score."
+            )
+        return (
+            "A score is per example, of the summed loss, not divided by n: training without one "
+            "example changes the query's loss by about its score / n, up where the score is "
+            "positive."
+        )
+
     def rows(self) -> list[tuple[str, str]]:
         """(what, how) for a table."""
         invalid = f", {self.invalid:,} of them invalid" if self.invalid else ""
@@ -59,7 +80,6 @@ class Facts:
             ("entries of a row", f"{self.width:,} of {self.parameters:,} in {self.layers} layers"),
             ("kept in", self.dtype),
             ("solver", self.solver),
-            ("scores", "relative to self-influence" if self.relative else "of the summed loss"),
             ("plan", ", ".join(dict.fromkeys(self.plans))),
             ("weights", ", ".join(known)),
             ("proof", self.proof),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from dropinf.extras import optional
 from dropinf.results.contents import Contents, Lookup, shortened
-from dropinf.text_table import Table, printable
+from dropinf.text_table import Table, printable, shown
 
 if TYPE_CHECKING:
     from dropinf.results.attribution import Attribution, Ranked
 
-UNIT = (
-    "A score is per example, of the summed loss, not divided by n: training without one example "
-    "changes the query's loss by about its score / n, up where the score is positive."
-)
 _MOST_QUERIES = 20  # in a table of text
 
 
@@ -26,9 +25,9 @@ def table_of(
     columns = ["query", "rank", "top", "score", "bottom", "score"]
     if lookup:
         columns = ["query", "rank", "top", "score", "text", "bottom", "score", "text"]
-    shown = len(found) if most is None else min(most, len(found))
+    few = len(found) if most is None else min(most, len(found))
     rows = []
-    for q in range(shown):
+    for q in range(few):
         for j in range(len(found.top.ids[q])):
             cells = [str(found.query_ids[q]) if j == 0 else "", str(j + 1)]
             for ranked in (found.top, found.bottom):
@@ -38,15 +37,19 @@ def table_of(
                     cells.append("" if example is None else shortened(lookup(example), 40))
             rows.append(cells)
     numbers = [j for j, name in enumerate(columns) if name in ("rank", "score")]
-    more = [f"... and {len(found) - shown:,} queries more"] if shown < len(found) else []
-    facts = [f"{what}: {how}" for what, how in found.facts.rows()]
-    return Table(columns, rows, numbers, [*more, UNIT, *facts])
+    more = [f"... and {len(found) - few:,} queries more"] if few < len(found) else []
+    return Table(columns, rows, numbers, [*more, *_made(found)])
 
 
-def score_of(ranked: Ranked, q: int, j: int) -> str:
+def _made(found: Attribution) -> list[str]:
+    """What scores say, and how they were made."""
+    return [found.facts.unit, *(f"{what}: {how}" for what, how in found.facts.rows())]
+
+
+def score_of(ranked: Ranked, q: int, j: int, digits: int = 4) -> str:
     """With its standard error, if there is one."""
     error = "" if ranked.errors is None else f" +- {float(ranked.errors[q, j]):.2g}"
-    return f"{float(ranked.scores[q, j]):.4g}{error}"
+    return f"{float(ranked.scores[q, j]):.{digits}g}{error}"
 
 
 def as_text(found: Attribution, texts: Lookup, query_texts: Lookup) -> str:
@@ -63,7 +66,7 @@ def as_text(found: Attribution, texts: Lookup, query_texts: Lookup) -> str:
                 )
                 lines.append(f"    {score_of(ranked, q, j):>12}  {example}{text}")
         lines.append("")
-    return "\n".join(printable(line) for line in [*lines, UNIT])
+    return "\n".join(map(shown, [*lines, *_made(found)]))
 
 
 def picture(found: Attribution, images: Lookup, query_images: Lookup) -> Any:
@@ -79,28 +82,60 @@ def picture(found: Attribution, images: Lookup, query_images: Lookup) -> Any:
     for q, query in enumerate(found.query_ids):
         cells: list[tuple[Any, str]] = []
         if query_images:
-            cells.append((query_images(query), f"query {query}"))
+            cells.append((query_images(query), f"query {_name(query)}"))
         else:
-            axes[q][0].text(0.5, 0.5, f"query {query}", ha="center", va="center", fontsize=8)
+            place = {"ha": "center", "va": "center", "parse_math": False}
+            axes[q][0].text(0.5, 0.5, f"query {_name(query)}", fontsize=8, **place)
             cells.append((None, ""))
         for ranked in (found.top, found.bottom):
             cells += [
-                (images(example), f"{example}\n{float(ranked.scores[q, j]):.3g}")
+                (images(example), f"{_name(example)}\n{score_of(ranked, q, j, 3)}")
                 for j, example in enumerate(ranked.ids[q])
             ]
         for axis, (image, title) in zip(axes[q], cells, strict=True):
             if image is not None:
                 axis.imshow(_array(image), cmap="gray")
-            axis.set_title(title, fontsize=7)
-    figure.suptitle("the query; the examples that lower its loss; those that raise it", fontsize=9)
+            axis.set_title(title, fontsize=7, parse_math=False)  # ids may have dollar signs
+    facts = found.facts
+    figure.suptitle(
+        "the query; the examples that lower its loss; those that raise it\n"
+        + printable(f"{facts.unit} {facts.compression}, {facts.solver}; {facts.proof}"),
+        fontsize=8,
+        parse_math=False,
+        wrap=True,
+    )
     return figure
 
 
+def _name(id_: Any) -> str:
+    return printable(shortened(str(id_), 24))
+
+
 def _array(image: Any) -> Any:
-    """[H, W] or [H, W, 3] of an array, or of a tensor whose channels may come first."""
+    """[H, W], or [H, W, 3 or 4] from 0 to 1 or of bytes.
+
+    Raises:
+        ValueError: it is no image.
+    """
     import numpy as np
 
-    array = np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-        array = array.transpose(1, 2, 0)
-    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image  # numpy has none
+    array, channels = np.asarray(image), (1, 3, 4)
+    # Where both ends may be the channels, tensors have them first and arrays last.
+    first = isinstance(image, Tensor) or array.shape[-1:] not in [(c,) for c in channels]
+    if array.ndim == 3 and array.shape[0] in channels and first:
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in channels):
+        raise ValueError(
+            f"show: an image must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got "
+            f"{list(array.shape)}"
+        )
+    if array.ndim == 3 and array.dtype.kind == "f" and array.size:
+        low, high = array.min(), array.max()
+        if low < 0 or high > 1:  # as normalised for a model, or 0 to 255
+            array = (array - low) / (high - low if high > low else 1)
+    return array

@@ -95,6 +95,11 @@ class Batches:
     def drawn(self, loader: Iterable) -> Iterator[Any]:
         """The batches of a loader, which runs as without a capture: watched, it would be slow."""
         end = object()
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise TypeError(
+                f"{self._op}: the loader must be what batches can be taken from, such as a "
+                f"DataLoader or a list of batches, got {type(loader).__name__}"
+            )
         with self.tap.paused():
             left = iter(loader)
         while True:

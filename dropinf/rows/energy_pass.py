@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
@@ -11,7 +12,6 @@ from typing_extensions import Unpack
 
 from dropinf.compression import Energies, FewOfEach, Plan, fit, tracked
 from dropinf.rows.batches import Batches, CaptureOptions, LossFn
-from dropinf.user_warning import warn_user
 
 _OP = "energies"
 
@@ -43,7 +43,8 @@ def energies(
     parameter), in the rows of an ordinary capture: no gradient is formed, and what positions add
     up to is in it. A convolution [O, C, *kernel] has output channels x (channels and taps in), an
     embedding tokens x width, packed experts [E, I, O] (experts and inputs) x outputs, a vector a
-    number for each element. Several uses of one parameter add up, as in its gradient.
+    number for each element. Several uses of one parameter add up, as in its gradient. A layer whose
+    every gradient is zero, such as LoRA's A while B is 0, is named in a warning.
 
     Args:
         model, loader, loss_fn: as of `collect`.
@@ -61,7 +62,8 @@ def energies(
     Raises:
         ValueError: the loader is empty, or a gradient is not finite, or all of them are zero.
     """
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+    whole = isinstance(examples, int | np.integer) and not isinstance(examples, bool)
+    if not whole or examples < 1:
         raise ValueError(f"{_OP}: examples must be a whole number from 1, got {examples!r}")
     if options.get("per", "example") != "example":
         raise ValueError(f"{_OP}: per must be 'example', got {options['per']!r}")
@@ -85,18 +87,11 @@ def energies(
                 sums = sums.to(row.device)
                 sums += row.double().square()
             batches.seen += len(rows)
-            if batches.seen >= examples:
+            if batches.seen == examples:
                 break
     if not batches.seen:
         raise ValueError(f"{_OP}: the loader is empty; it gave no batch")
     means = (sums / batches.seen).cpu().numpy()
-    still = [b.name for b in plan.blocks if not means[b.entries].any()]
-    if 0 < len(still) < len(plan.blocks):
-        warn_user(
-            f"{_OP}: no gradient of {_named(still)} was other than zero, so that there is nothing "
-            "to draw them by, and allocation='energy' gives them a tenth of their share by size; "
-            "of adapters that begin at zero, measure after some steps of training"
-        )
     found = Energies.of(
         _OP,
         {
@@ -108,6 +103,7 @@ def energies(
         shared = [found]
         distributed.broadcast_object_list(shared)
         (found,) = shared
+    found.warn_of_zeros(_OP, layers)
     return found
 
 
@@ -126,9 +122,3 @@ def _spread(loader: Iterable, examples: int) -> tuple[Iterable, Sequence[int] | 
     subset = Subset(loader.dataset, positions)
     some = DataLoader(subset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
     return some, positions
-
-
-def _named(layers: Sequence[str]) -> str:
-    """Some of them."""
-    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-    return f"{', '.join(map(repr, layers[:3]))}{more}"

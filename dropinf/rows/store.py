@@ -24,7 +24,7 @@ from dropinf.rows.packing import Kept
 from dropinf.rows.part import Marks, Part, checked_part, restored
 from dropinf.rows.part_writer import write_part
 from dropinf.rows.parts import Parts
-from dropinf.text_table import Table
+from dropinf.text_table import Table, printable
 from dropinf.user_warning import warn_user
 from dropinf.whole_files import appearing
 
@@ -356,7 +356,7 @@ class RowStore:
         return Table(("what", "is"), rows)
 
     def __repr__(self) -> str:
-        where = "in memory" if self.path is None else f"in {self.path}"
+        where = "in memory" if self.path is None else f"in {printable(str(self.path))}"
         kept = (
             "" if self.dtype == torch.float32 else f" in {str(self.dtype).removeprefix('torch.')}"
         )

@@ -27,6 +27,7 @@ class Solver(ABC):
         plan: of the rows it was fitted on; None before `fit`.
         store: what it was fitted on; None before `fit`, and for a solver that was loaded.
         weights: fingerprint of those that made the rows of the fit, None if it is not known.
+        num_rows: n, the valid rows of the fit; 0 before `fit`.
         max_bytes: bound of the memory of `fit` and what it leaves, of each `solve`, and of
             self-influences, beyond what these are given and return. None: `solve` takes its queries
             all at once, what goes over all rows of a store takes 256 MB or a row at a time.
@@ -35,6 +36,7 @@ class Solver(ABC):
     plan: Plan | None = None
     store: RowStore | None = None
     weights: str | None = None
+    num_rows: int = 0
     max_bytes: int | None = None
     _kept_bytes: int = 0  # in memory, between fit and solve
     _given: Mapping[str, Any] = MappingProxyType({})  # arguments
@@ -49,8 +51,7 @@ class Solver(ABC):
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
-        rows = "" if self.store is None else f" on {len(self.store):,} rows"
-        fitted = "" if self.plan is None else f" fitted{rows}"
+        fitted = "" if self.plan is None else f" fitted on {self.num_rows:,} rows"
         return f"{type(self).__name__}({shown}){fitted}"
 
     def _shown(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class Solver(ABC):
         self._kept_bytes = 0
         self._fit(store, n)
         self.plan, self.store, self.weights = store.plan, store, store.weights
+        self.num_rows = n
         return self
 
     def solve(self, rows: Tensor) -> Tensor:

@@ -264,6 +264,7 @@ class Cholesky(Solver):
         groups = saved.groups(blocks, None if max_bytes is None else max_bytes // 4)
         solver._set(blocks, groups)
         solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
+        solver.num_rows = saved.setting.n
         return solver
 
     def _need_fit(self, what: str) -> None:

@@ -46,7 +46,8 @@ def row(plan, gradients):
 
 @pytest.mark.parametrize("kind", [Dropout, Sketch], ids=["Dropout", "Sketch"])
 @pytest.mark.parametrize("where", ["seen", "not seen"])
-def test_products_of_rows_are_unbiased(kind, where):
+@pytest.mark.parametrize("allocation", ["size", "energy"])
+def test_products_of_rows_are_unbiased(kind, where, allocation):
     """Mean over 800 draws within 4.5 standard errors; also where the energies are zero."""
     net, rng = model(), np.random.default_rng(1)
     energies = energies_of(net)
@@ -59,7 +60,8 @@ def test_products_of_rows_are_unbiased(kind, where):
     h = {name: h[name] + g[name] for name in g}
     products = []
     for seed in range(800):
-        plan = Plan.make(net, kind(r=24, seed=seed, energies=energies))
+        made = kind(r=24, seed=seed, energies=energies, allocation=allocation)
+        plan = Plan.make(net, made)
         products.append(row(plan, g) @ row(plan, h))
     truth = sum((g[name] * h[name]).sum() for name in g)
     error = np.std(products) / np.sqrt(len(products))
@@ -108,17 +110,41 @@ def test_shares_by_energy():
             "2.bias": ((100,), np.zeros(100), np.ones(1)),
         },
     )
-    # 4 * 90 : 0.5 * 440, that is 360 : 220; and without energy a tenth of 4100 of 4630, which is
-    # 0.089 beside 1 for the other two together: of 58, 33.05, 20.2 and 4.7
+    # One each, and of 58 more: 0.9 * 58 as 4 * 90 : 0.5 * 440 : 0, that is 32.4 and 19.8, and the
+    # tenth as 90 : 440 : 4100, that is 0.11, 0.55 and 5.14.
     for compression in (
         Dropout(total=61, allocation="energy", energies=energies),
         Sketch(total=61, s=2, allocation="energy", energies=energies),
     ):
         assert [b.r for b in Plan.make(net, compression).blocks] == [34, 21, 6]
     plan = Plan.make(net, Dropout(r=20, allocation="energy", energies=energies))
+    # Of 57: 31.8 + 0.11, 19.5 + 0.54 and 5.05.
     assert [b.r for b in plan.blocks] == [33, 21, 6]
     plan = Plan.make(net, Dropout(rate=1.0, allocation="energy", energies=energies))
     assert [b.r for b in plan.blocks] == [90, 440, 4100]  # what has no energy gets what is left
+
+
+@pytest.mark.parametrize("total", [300, 1100, 4000])
+def test_no_layer_has_less_than_a_tenth_of_its_share_by_size(total):
+    net = model()
+    energies = Energies.of(
+        "test",
+        {
+            name: (tuple(p.shape), np.full(len(p), 1.0 if name == "2.weight" else 0.0), np.ones(b))
+            for name, p in net.named_parameters()
+            for b in [p[0].numel() if p.dim() > 1 else 1]
+        },
+    )
+    plans = [
+        Plan.make(net, Dropout(total=total, allocation=allocation, energies=energies))
+        for allocation in ("energy", "size")
+    ]
+    for one, other in zip(plans[0].blocks, plans[1].blocks, strict=True):
+        assert one.r >= int(0.1 * other.r)
+    assert sum(b.r for b in plans[0].blocks) == min(total, 240 + 396 + 65)
+    only = Plan.make(net, Dropout(total=30, allocation="energy", energies=energies), exclude="2")
+    by_size = Plan.make(net, Dropout(total=30, energies=energies), exclude="2")
+    assert only.fingerprint == by_size.fingerprint  # where there is no energy, by size
 
 
 def saved(plan, tmp_path):
@@ -212,7 +238,7 @@ def test_a_plan_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
 
 def test_energies_of_another_model():
     energies = energies_of(model())
-    with pytest.raises(ValueError, match=r"'weight'; measure those of this model"):
+    with pytest.raises(ValueError, match=r"'weight'; measure those of this model.* exclude="):
         Plan.make(nn.Linear(3, 4), Dropout(r=2, energies=energies))
     wider = nn.Sequential(nn.Embedding(31, 8), nn.Flatten(), nn.Linear(32, 12), nn.Linear(12, 5))
     with pytest.raises(ValueError, match=r"\(31, 8\), and the energies are .*\(30, 8\)"):
@@ -226,6 +252,13 @@ def test_energies_must_be_finite_and_positive(value):
         Energies.of("test", {"w": ((3, 2), rows, np.ones(2))})
 
 
+def test_energies_of_other_sizes():
+    with pytest.raises(ValueError, match=r"'w' of shape \(3, 2\) has 2 rows and 2 columns"):
+        Energies.of("test", {"w": ((3, 2), np.ones(2), np.ones(2))})
+    with pytest.raises(TypeError, match="Energies: 'w' has a int; make them with"):
+        Energies({"w": 3})
+
+
 def test_no_energy_at_all():
     with pytest.raises(ValueError, match="every gradient was zero"):
         Energies.of("test", {"w": ((3, 2), np.zeros(3), np.ones(2))})
@@ -237,6 +270,8 @@ def test_arguments():
         ValueError, match=r"energies must be what dropinf.energies returns, got dict"
     ):
         Dropout(r=3, energies={})
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\], got '0.1'"):
+        Dropout(rate="0.1", energies=energies)
     with pytest.raises(ValueError, match="allocation='energy' needs energies="):
         Dropout(r=3, allocation="energy")
     with pytest.raises(ValueError, match="allocation='sqrt' shares out total="):
@@ -250,7 +285,7 @@ def test_equal_energies_are_one():
     assert one == other and hash(one) == hash(other) and Dropout(r=1, energies=one) is not None
     assert one != energies_of(model(), 1) and one != 3
     assert list(one) == [name for name, _ in model().named_parameters()]
-    assert repr(one) == "Energies(5 parameters)"
+    assert repr(one) == "<Energies of 5 parameters>"
 
 
 def test_levels_are_kept_as_they_are():

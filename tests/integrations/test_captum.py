@@ -109,19 +109,21 @@ def test_all_coordinates_and_no_inverse_are_captums_tracin(name, model, tracin):
     assert_close(ours.self_influence(asked), theirs.self_influence(asked))
 
 
+@pytest.mark.parametrize("by_energy", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("mode", ["activations", "grads"])
-def test_equals_dropinf(solver, mode, model):
+def test_equals_dropinf(solver, mode, by_energy, model):
     def losses(model, batch):
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     x, labels = examples(M, 2)
-    ours = DropoutInfluence(
-        model, data(), SUM, dropinf.Dropout(r=20), solver=SOLVERS[solver](), mode=mode
-    )
-    plan = dropinf.Plan.make(model, dropinf.Dropout(r=20))
+    loader = DataLoader(data(), batch_size=9)
+    energies = dropinf.energies(model, loader, losses) if by_energy else None
+    compression = dropinf.Dropout(r=20, energies=energies)
+    ours = DropoutInfluence(model, data(), SUM, compression, solver=SOLVERS[solver](), mode=mode)
+    plan = dropinf.Plan.make(model, compression)
     options = {"mode": mode, "progress": False}
-    store = dropinf.collect(model, DataLoader(data(), batch_size=9), losses, plan, **options)
+    store = dropinf.collect(model, loader, losses, plan, **options)
     asked = dropinf.collect(model, [(x, labels)], losses, plan, **options)
     fitted = SOLVERS[solver]().fit(store)
     wanted = dropinf.scores(asked, store, fitted)

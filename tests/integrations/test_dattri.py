@@ -37,14 +37,18 @@ def assert_equal_to_rounding(found, truth):
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
+@pytest.mark.parametrize("by_energy", [False, True])
 @pytest.mark.parametrize("batch_of_one", [True, False])
 @pytest.mark.parametrize("target", [None, own_margins])
-def test_scores_are_dropinfs(batch_of_one, target):
+def test_scores_are_dropinfs(batch_of_one, target, by_energy):
     """Over two checkpoints: the mean of dropinf's own, transposed; a part of the data is a part."""
     model, states = network(), checkpoints()
-    plan = dropinf.Plan.make(model, dropinf.Dropout(r=12))
+    energies = dropinf.energies(model, loader(N), own_losses) if by_energy else None
+    compression = dropinf.Dropout(r=12, energies=energies)
+    plan = dropinf.Plan.make(model, compression)
     task = task_of(model, states, batch_of_one, target)
-    attributor = DropinfAttributor(task, plan, batch_of_one=batch_of_one)
+    given = compression if by_energy else plan
+    attributor = DropinfAttributor(task, given, batch_of_one=batch_of_one)
     train, queries = loader(N), loader(M)
     attributor.cache(train)
     found = attributor.attribute(train, queries)

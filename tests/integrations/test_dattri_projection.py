@@ -13,6 +13,8 @@ from dattri.algorithm.tracin import TracInAttributor
 from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
 from dattri_cases import M, N, checkpoints, loader, network, own_losses, own_margins, task_of
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dropinf.integrations.dattri import projection
 
@@ -165,6 +167,97 @@ def test_projections_do_not_mix(monkeypatch):
     with pytest.raises(ValueError, match="Invalid proj_type"):
         run(inside)
     run(outside)
+
+
+WIDE = 30
+
+
+def skewed(n):
+    """Of features whose sizes are over orders of magnitude."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.exp(1.5 * torch.randn(WIDE, generator=generator))
+    x = torch.randn(n, WIDE, generator=generator) * sizes
+    return DataLoader(TensorDataset(x, torch.arange(n) % 3), 16)
+
+
+def own_tracin(task, kwargs):
+    attributor = TracInAttributor(task, torch.ones(1), False, kwargs)
+    return attributor.attribute(skewed(N), skewed(M))
+
+
+def own_trak(task, kwargs):
+    loss = task.get_loss_func(flatten=False)
+    attributor = TRAKAttributor(
+        task, lambda params, data: torch.exp(-loss(params, data)), kwargs, regularization=1e-2
+    )
+    attributor.cache(skewed(N))
+    return attributor.attribute(skewed(M))
+
+
+def own_dvemb(task, kwargs):
+    attributor = DVEmbAttributor(task, **kwargs)
+    attributor.cache_gradients(0, next(iter(skewed(N))), torch.arange(16), 0.1)
+    attributor.cache()
+    return attributor.attribute(skewed(M))
+
+
+@pytest.mark.parametrize("run", [own_tracin, own_trak, own_dvemb])
+@pytest.mark.parametrize("form", ["energies", "a tensor"])
+@pytest.mark.parametrize("proj_type", TYPES)
+def test_energies(proj_type, form, run):
+    """Of 16 entries, scores agree more with those of all 819 coordinates than of uniform ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDE, 24), nn.Tanh(), nn.Linear(24, 3))
+    task = task_of(model, batch_of_one=False)
+    if form == "energies":
+        energies = dropinf.energies(model, skewed(N), own_losses)
+    else:
+        gradients = task.get_grad_loss_func(in_dims=(None, 0))
+        energies = gradients(task.get_param(0)[0], next(iter(skewed(N)))).square().mean(0)
+
+    def scores(proj_type, proj_dim, seed=0, by=None):
+        with projection(proj_type, by):
+            return run(task, {"proj_dim": proj_dim, "proj_seed": seed}).flatten().double()
+
+    exact = scores("dropout", 819)  # which leaves the gradients as they are
+    mean = {}
+    for by in (None, energies):
+        found = torch.stack([exact, *(scores(proj_type, 16, seed, by) for seed in range(10))])
+        mean[by] = float(torch.corrcoef(found)[0, 1:].mean())
+    assert mean[energies] > mean[None] + 0.1
+
+
+def test_bad_energies_are_refused():
+    """Those of other parameters than the attributor's, and none at all, when it is called."""
+    task = task_of(network(), batch_of_one=False)
+    energies = dropinf.energies(network(), loader(N), own_losses)
+    layer = ["2.weight", "2.bias"]
+    of_layer = dropinf.energies(network(), loader(N), own_losses, include=layer)
+
+    def run(given, **options):
+        with projection(energies=given):
+            attributor = TracInAttributor(
+                task, torch.ones(1), False, {"proj_dim": 8, "proj_seed": 0}, **options
+            )
+            return attributor.attribute(loader(N), loader(M))
+
+    with pytest.raises(ValueError, match=f"energies are of {D} numbers, grad_dim is 21; .*include"):
+        run(energies, layer_name=layer)
+    assert run(of_layer, layer_name=layer).shape == (N, M)
+    with pytest.raises(ValueError, match=r"'dropout by energy .*', not 'dropout by energy .*'"):
+        with projection(energies=torch.rand(D)):
+            attributor = TracInAttributor(task, torch.ones(1), False, {"proj_dim": 8})
+        with projection(energies=torch.rand(D)):
+            attributor.attribute(loader(N), loader(M))
+    for wrong, said in {
+        "nan": (torch.full((D,), float("nan")), "must be finite"),
+        "none": (torch.zeros(D), "nothing to draw by"),
+        "a list": ([1.0] * D, "what dropinf.energies returns, or a tensor .*, got list"),
+    }.values():
+        with pytest.raises(ValueError, match=said), projection(energies=wrong):
+            pass
+    with pytest.raises(ValueError, match=rf"real numbers \[grad_dim={D}\], got torch.float32 \(5,"):
+        run(torch.ones(5))
 
 
 def test_readme_example(monkeypatch):

@@ -46,9 +46,15 @@ def own_features(model, task, batch, plan):
 @pytest.mark.parametrize(
     "task", [ImageClassificationModelOutput(), IterativeImageClassificationModelOutput()]
 )
-@pytest.mark.parametrize("compression", [dropinf.Dropout(r=20), dropinf.Full()], ids=str)
-def test_features_equal_traks(compression, task, B):
+@pytest.mark.parametrize("kind", ["dropout", "by energy", "full"])
+def test_features_equal_traks(kind, task, B):
     model, batch = network(), images(B)
+    compression = dropinf.Full() if kind == "full" else dropinf.Dropout(r=20)
+    if kind == "by energy":
+        energies = dropinf.energies(
+            model, [images(7)], lambda model, batch: model(batch[0]).square().sum(1)
+        )
+        compression = dropinf.Dropout(r=20, energies=energies)
     plan = dropinf.Plan.make(model, compression)
     truth = own_features(model, ImageClassificationModelOutput(), batch, plan)
     computer = DropoutGradientComputer(model, task, plan=plan, device="cpu")

@@ -46,15 +46,17 @@ def test_model_directories(tmp_path, said):
     assert said() == "model is no model directory: it has no config.json or adapter_config.json"
     (tmp_path / "file").touch()
     assert said(model=str(tmp_path / "file")) == "file is not a model directory but a file"
-    gpt2(tmp_path / "model")
+    model = gpt2(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     weights = tmp_path / "model" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     assert said().startswith("the weights in model cannot be loaded: ")
     weights.unlink()
-    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     assert said().startswith("model has no weights in safetensors; save the model with")
+    (tmp_path / "model" / "other.safetensors").write_bytes(whole)
+    assert said().startswith("the weights in model cannot be loaded: ")  # nor is the pickle
     weights.write_bytes(whole)
     for architecture, wanted in (
         ("GPT2Model", "model/config.json names GPT2Model, which is no language model, classifier"),

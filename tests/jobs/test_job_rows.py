@@ -234,17 +234,21 @@ def test_masked_tokens(tmp_path):
 
 
 def test_token_classes(tmp_path):
+    """A word of several tokens has its loss at the first."""
     config = {**IDS, **SMALL, **CLASSES}
     saved(tmp_path / "model", "BertForTokenClassification", "BertConfig", ends=True, **config)
-    words = [text.split() for text in sentences(5)]
+    tokenizer(ends=True, hyphens=True).save_pretrained(tmp_path / "model")
+    words = [["sat-on", *text.split()] for text in sentences(5, longest=8)]
     labels = [["good" if i % 2 else 2 for i in range(len(w))] for w in words]
     examples = [{"words": w, "tags": y} for w, y in zip(words, labels, strict=True)]
     ready, plan, rows = rows_of(job_of(tmp_path, examples, text="words", label="tags"))
 
     def truth(words, labels):
         y = torch.tensor([CLASSES["label2id"].get(label, label) for label in labels])
+        tokens = ids("<s>", "sat", "-", "on", *words[1:], "</s>")
+        firsts = [1, *range(4, tokens.shape[1] - 1)]
         return lambda model: F.cross_entropy(
-            model(input_ids=ids("<s>", *words, "</s>")).logits[0, 1:-1], y, reduction="sum"
+            model(input_ids=tokens).logits[0, firsts], y, reduction="sum"
         )
 
     assert_rows(ready.model, plan, rows, [truth(*e) for e in zip(words, labels, strict=True)])

@@ -155,65 +155,124 @@ def test_what_is_in_an_example_counts():
     """Other numbers, or the same ones elsewhere, have other noise; and every number has its own."""
     ids = torch.tensor([[1, 2, 3], [2, 1, 3], [0, 3, 3], [1, 2, 4]])
     for batch in (ids, [ids.double()], {"x": ids.bfloat16(), "y": torch.zeros(9)}):
-        u = Noise(batch, 4, 0, ids.device).uniform(50)
+        u = Noise(batch, 4, 0, ids.device).uniform(torch.arange(50))
         assert len(u.unique()) == 200 and u.min() > 0 and u.max() < 1
-    assert torch.equal(u, Noise({"x": ids.bfloat16()}, 4, 0, ids.device).uniform(50))
+    assert torch.equal(u, Noise({"x": ids.bfloat16()}, 4, 0, ids.device).uniform(torch.arange(50)))
     one = {"x": ids[:1].bfloat16(), "y": torch.zeros(9)}  # a table, which is no example's
-    assert torch.equal(u[:1], Noise(one, 1, 0, ids.device).uniform(50))
+    assert torch.equal(u[:1], Noise(one, 1, 0, ids.device).uniform(torch.arange(50)))
     more = {"x": ids.bfloat16(), "none": ids[:, :0]}  # a field without numbers
-    assert torch.equal(u, Noise(more, 4, 0, ids.device).uniform(50))
-    pairs = Noise(torch.cat([ids, ids + 1]), 4, 0, ids.device, inputs=2).uniform(50)
+    assert torch.equal(u, Noise(more, 4, 0, ids.device).uniform(torch.arange(50)))
+    pairs = Noise(torch.cat([ids, ids + 1]), 4, 0, ids.device, inputs=2).uniform(torch.arange(50))
     one = torch.stack([ids[2], ids[2] + 1])
-    assert torch.equal(pairs[2:3], Noise(one, 1, 0, ids.device, inputs=2).uniform(50))
+    assert torch.equal(pairs[2:3], Noise(one, 1, 0, ids.device, inputs=2).uniform(torch.arange(50)))
 
 
-def padded(ids, left, right):
-    """A batch of one text, padded on both sides by other tokens each time."""
-    mask = [0] * left + [1] * len(ids) + [0] * right
-    at = [left] * left + ids + [right + 7] * right
-    labels = [-100] * left + ids + [-100] * right
-    named = {"input_ids": at, "attention_mask": mask, "labels": labels}
-    return {name: torch.tensor([values]) for name, values in named.items()}
+class Masked(nn.Module):
+    """Logits that depend on what a text has before them, and on no padding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, 6), nn.Linear(6, 20)
+
+    def forward(self, input_ids, attention_mask):
+        real = self.embed(input_ids) * attention_mask[..., None]
+        return self.head(real.cumsum(1).tanh())
 
 
-@pytest.mark.parametrize("shifted", [0, 1])
-@pytest.mark.parametrize("each", [1, 5])
-def test_padding_does_not_count(shifted, each):
-    """Nor on which side it is; of outputs at each position, or at each but the last."""
-    ids, T = [4, 4, 9, 2], 4
-    found = []
-    for left, right in ((0, 0), (0, 3), (2, 0), (5, 1)):
-        positions = T + left + right - shifted
-        noise = Noise(padded(ids, left, right), 1, 3, torch.device("cpu"), positions=positions)
-        u = noise.uniform(positions * each).view(positions, each)
-        assert len(u.unique()) == u.numel()
-        found.append(u[left : left + T - shifted])
-    assert all(torch.equal(u, found[0]) for u in found[1:])
-    for other in ([4, 9, 4, 2], [4, 4, 9], [4, 4, 9, 2, 2]):
-        assert Noise(padded(other, 0, 2), 1, 3, torch.device("cpu")).uniform(1) != found[0][0, 0]
-    real = padded(ids, 0, 2)
-    real["attention_mask"][0, 4] = 1  # one that is a token, and has no label
-    assert Noise(real, 1, 3, torch.device("cpu")).uniform(1) != found[0][0, 0]
+def padded(texts, side, pad, labels=None):
+    """As of a collator: ids and labels [B, T], T the longest and `pad` more."""
+    T = max(map(len, texts)) + pad
+
+    def of(rows, value):
+        rows = [list(row) for row in rows]
+        fill = [[value] * (T - len(row)) for row in rows]
+        sides = zip(rows, fill, strict=True)
+        return torch.tensor([row + f if side == "right" else f + row for row, f in sides])
+
+    return {
+        "input_ids": of(texts, 3),
+        "attention_mask": of([[1] * len(text) for text in texts], 0),
+        "labels": of(texts if labels is None else labels, -100),
+    }
 
 
-def test_a_text_has_the_same_row_however_it_is_padded():
-    """Through a model that reads its mask."""
-    torch.manual_seed(0)
-    table = torch.nn.Embedding(30, 11)
+TEXTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7], [9, 2, 6]]
+# Without the first token's label, which a text padded on the left has and another has not.
+LABELS = [[-100, *text[1:]] for text in TEXTS]
 
-    @losses.likelihood
-    def loss_fn(model, batch):
-        logits = model(batch["input_ids"])[:, :-1]
-        return losses.Categorical(logits, batch["labels"][:, 1:])
 
-    for of in (losses.sampled, losses.gauss_newton):
-        rows = []
-        for left, right in ((0, 0), (0, 6)):
-            of(loss_fn)(table, padded([4, 4, 9, 2, 17], left, right)).sum().backward()
-            rows.append(table.weight.grad[[4, 9, 2]].clone())
-            table.weight.grad = None
-        torch.testing.assert_close(rows[1], rows[0])
-        assert rows[0].abs().max() > 0.1
+@pytest.mark.parametrize("of", [losses.gauss_newton, losses.sampled])
+@pytest.mark.parametrize("side, pad", [("right", 0), ("right", 4), ("left", 0), ("left", 4)])
+def test_padding_does_not_count(of, side, pad):
+    """Rows of texts in a batch are those of each alone, where it has none."""
+    model = Masked().double()
+    rows = []
+    for texts, labels, where in (
+        *(([text], [label], ("right", 0)) for text, label in zip(TEXTS, LABELS, strict=True)),
+        (TEXTS, LABELS, (side, pad)),
+    ):
+        for total in of(losses.causal_lm_loss)(model, padded(texts, *where, labels)):
+            rows.append(torch.autograd.grad(total, model.head.weight, retain_graph=True)[0])
+    alone, together = torch.stack(rows).split(len(TEXTS))
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    assert alone.flatten(1).norm(dim=1).min() > 0.1
+
+
+def test_a_first_label_more_leaves_the_others():
+    """As padding on the left gives it."""
+    weight = []
+    for side in ("right", "left"):
+        batch = padded(TEXTS, side, 1)
+        z = torch.zeros(*batch["labels"].shape, 20, dtype=torch.float64, requires_grad=True)
+        losses.sampled(losses.causal_lm_loss)(lambda z=z, **batch: z, batch).sum().backward()
+        drawn = [u[u.abs().sum(1) > 0].argmin(1).tolist() for u in z.grad]
+        weight.append(drawn)
+    right, left = weight
+    assert [len(row) for row in right] == [4, 1, 6, 2]
+    assert [row[1:] for row in left] == right
+
+
+def uniform(batch, B, **options):
+    return Noise(batch, B, 0, torch.device("cpu"), **options).uniform(torch.arange(4))
+
+
+def test_what_padding_is():
+    ids, more = padded(TEXTS, "right", 0), padded(TEXTS, "right", 2)
+    without = [{k: v for k, v in b.items() if k != "attention_mask"} for b in (ids, more)]
+    pairs = [(b["input_ids"], b["labels"]) for b in (ids, more)]
+    of_classes = [{**b, "labels": torch.arange(4)} for b in (ids, more)]
+    types = [{**b, "token_type_ids": b["attention_mask"]} for b in (ids, more)]
+    embedded = [{**b, "inputs_embeds": torch.stack([b["input_ids"]] * 3, 2)} for b in (ids, more)]
+    inside = [{"inputs": b, "weight": torch.ones(4)} for b in (ids, more)]
+    targets = [[1, 2, 3], [4, 5], [6], [7, 8, 9]]
+    seq2seq = []  # of as many positions as the inputs once, whose padding is not theirs
+    for longest in (2, 4, 6):
+        labels = padded(targets, "right", longest)["labels"]
+        shifted = labels.roll(1).clamp(min=0)
+        seq2seq.append({**ids, "labels": labels, "decoder_input_ids": shifted})
+    for batches in (without, pairs, of_classes, types, embedded, inside, seq2seq):
+        drawn = [uniform(batch, 4) for batch in batches]
+        assert all(torch.equal(one, drawn[0]) for one in drawn)
+        assert len(drawn[0].unique()) == 16
+    chosen = [
+        uniform(padded(TEXTS, side, n), 2, inputs=2) for side in ("left", "right") for n in (0, 2)
+    ]
+    assert all(torch.equal(one, chosen[0]) for one in chosen) and len(chosen[0].unique()) == 8
+
+
+def test_what_no_padding_is():
+    """Token by token, also of the same number as the padding's; labels; and tables as wide."""
+    ids = padded(TEXTS, "right", 0)
+    other = [
+        padded([[*text, 3] for text in TEXTS], "right", 0),
+        padded([[3, *text] for text in TEXTS], "right", 0),
+        padded([text[:-1] for text in TEXTS], "right", 1),
+        padded(TEXTS, "right", 0, LABELS),
+        {**ids, "features": torch.arange(4)[:, None]},
+    ]
+    for batch in other:
+        assert not (uniform(batch, 4) == uniform(ids, 4)).any()
 
 
 @pytest.mark.parametrize("of", [losses.gauss_newton, losses.sampled])

@@ -3,6 +3,7 @@
 import csv
 import errno
 import html.parser
+import json
 import os
 
 import numpy as np
@@ -88,6 +89,24 @@ def test_ties_are_in_the_order_of_the_store():
         assert found.top.indices[0].tolist() == found.bottom.indices[0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("strings", [False, True])
+def test_masks_of_other_examples_are_refused(strings):
+    """As of a loader that shuffled anew: another example's score would be averaged in."""
+    ids = [str(i) for i in range(6)] if strings else list(range(6))
+    store, turned = (RowStore(torch.randn(6, 4), plan_of(4), ids=own) for own in (ids, ids[::-1]))
+    positions = RowStore(torch.randn(6, 4), plan_of(4))
+    solvers = [Cholesky().fit(store)] * 2
+    with pytest.raises(ValueError, match="store number 1 has other ids than the first, or in ano"):
+        attribute([store, store], [store, turned], solvers)
+    with pytest.raises(ValueError, match="queries number 1 has other ids"):
+        attribute([store, turned], [store, store], solvers)
+    known = attribute([store, store], [store, store], solvers, k=1)
+    assert known.top.scores.shape == (6, 1)
+    if strings:
+        with pytest.raises(ValueError, match="store number 1 has other ids"):
+            attribute([store, store], [store, positions], solvers)
+
+
 def test_refusals(case):
     queries, store, solver = case
     with pytest.raises(ValueError, match="k must be positive, got 0"):
@@ -108,13 +127,15 @@ def test_pandas_arrow_and_csv_say_the_same(case, tmp_path):
     one = frame[(frame["query"] == 3) & (frame.side == "bottom") & (frame["rank"] == 2)].iloc[0]
     assert one.example == found.bottom.ids[3][1] == 7 * one.position
     assert one.score == float(found.bottom.scores[3, 1])
-    assert frame[frame["query"] == 2][["example", "position", "score"]].isna().all(None)
+    assert frame[frame["query"] == 2][["example", "position", "score"]].isna().all(axis=None)
     table = found.to_arrow()
     assert table.schema.field("example").type == pyarrow.int64()
     assert table.to_pylist() == [
         {k: None if pandas.isna(v) else v for k, v in row.items()}
         for row in frame.to_dict("records")
     ]
+    made = {"unit": found.facts.unit, **dict(found.facts.rows())}
+    assert frame.attrs == json.loads(table.schema.metadata[b"dropinf"]) == made
     found.to_csv(tmp_path / "found.csv")
     again = pandas.read_csv(tmp_path / "found.csv", dtype=dict(frame.dtypes))
     pandas.testing.assert_frame_equal(again, frame, check_exact=True)
@@ -267,7 +288,7 @@ def test_facts_are_those_of_the_run(case):
     assert (facts.examples, facts.invalid, facts.queries, facts.width) == (30, 1, 5, 15)
     said = dict(facts.rows())
     assert said["training examples"] == "30, 1 of them invalid" and said["compression"] == "Full()"
-    assert said["solver"] == "Cholesky(damping=0.3) fitted on 30 rows"
+    assert said["solver"] == "Cholesky(damping=0.3) fitted on 29 rows"  # one is invalid
     assert said["versions"].startswith(f"dropinf {dropinf.__version__}, torch ")
 
 
@@ -285,6 +306,6 @@ def test_stores_and_solvers_say_what_they_are(case, tmp_path):
     )
     solver.save(tmp_path / "solver")
     loaded = Cholesky.load(tmp_path / "solver")
-    assert "Cholesky(damping=0.3" in repr(loaded) and repr(loaded).endswith(") fitted")
+    assert "Cholesky(damping=0.3" in repr(loaded) and repr(loaded).endswith(") fitted on 29 rows")
     for made in ("Dropout(r=7)", "Dropout(rate=0.5, seed=3)", "Sketch(r=7, s=2)", "Full()"):
         assert repr(eval(f"dropinf.{made}")) == made

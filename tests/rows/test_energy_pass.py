@@ -90,6 +90,8 @@ def test_not_of_the_batches_but_of_the_first_examples():
     assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
     x[20:] *= 100
     assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
+    x[20:] = float("nan")
+    assert dropinf.energies(model, cut, cross_entropy, examples=20) == one
     asked = []
 
     def loader():
@@ -145,7 +147,7 @@ def test_a_layer_without_gradients_is_named():
     model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3, bias=False))
     nn.init.zeros_(model[1].weight)
     batch = torch.randn(9, 6), torch.randint(3, (9,))
-    with pytest.warns(UserWarning, match="no gradient of '0' was other than zero"):
+    with pytest.warns(UserWarning, match="every gradient of '0' was zero"):
         energies = dropinf.energies(model, [batch], cross_entropy)
     made = Dropout(total=12, energies=energies, allocation="energy")
     assert [block.r for block in Plan.make(model, made).blocks] == [2, 10]
@@ -189,6 +191,49 @@ def test_lora():
     plan = Plan.make(model, Dropout(r=8, energies=energies))
     rows = dropinf.collect(model, [batch], loss_fn, plan, progress=False).rows
     assert rows.shape == (5, 16)  # and collect has compared them with plain autograd
+
+
+class LoRA(nn.Module):
+    """y = B A x + W x, with B = 0 at the beginning, so that no gradient of A is other than zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(20, 4).requires_grad_(False)
+        self.A, self.B = nn.Linear(20, 3, bias=False), nn.Linear(3, 4, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.B(self.A(x))
+
+
+def test_lora_at_its_beginning(recwarn):
+    model = LoRA()
+    batch = torch.randn(9, 20), torch.randint(4, (9,))
+    with pytest.warns(
+        UserWarning, match="every gradient of 'A' was zero, .* measure after"
+    ) as told:
+        energies = dropinf.energies(model, [batch], cross_entropy)
+    assert len(told) == 1 and told[0].filename == __file__
+    by_energy = Dropout(r=6, allocation="energy", energies=energies)
+    # Of 10 beyond one each: B 9 + 0.1 * 10 * 12 / 72, A 0.1 * 10 * 60 / 72 = 0.83.
+    assert [block.r for block in Plan.make(model, by_energy).blocks] == [2, 10]
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    cross_entropy(model, batch).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="energies_from_adam: every gradient of 'A' was zero"):
+        dropinf.energies_from_adam(optimizer, model)
+    recwarn.clear()
+    after = dropinf.energies(model, [batch], cross_entropy)
+    assert not recwarn.list and after["A.weight"][0].any()
+
+
+def test_a_warning_names_some_layers_of_many():
+    model = nn.ModuleList([nn.Linear(6, 4) for _ in range(6)])
+    batch = torch.randn(9, 6), torch.randint(4, (9,))
+    with pytest.warns(UserWarning, match="every gradient of '1', '2', '3' and 2 more was zero"):
+        dropinf.energies(model, [batch], lambda model, batch: cross_entropy(model[0], batch))
 
 
 @pytest.mark.parametrize("kind", [dropinf.Dropout, dropinf.Sketch], ids=lambda kind: kind.__name__)
@@ -235,6 +280,10 @@ def test_what_energies_refuses():
         dropinf.energies(model, [(x, label)], cross_entropy, per="token")
     with pytest.raises(ValueError, match="energies: every gradient was zero"):
         dropinf.energies(model, [(x, label)], lambda m, b: 0 * cross_entropy(m, b))
+    with pytest.raises(TypeError, match=r"energies: the loader must be .* got NoneType"):
+        dropinf.energies(model, None, cross_entropy)
+    some = dropinf.energies(model, [(x, label)], cross_entropy, examples=np.int64(5))
+    assert some == dropinf.energies(model, [(x, label)], cross_entropy, examples=5)
     x[5, 2] = float("nan")
     with pytest.raises(ValueError, match="energies: the loss or gradient of example 5 "):
         dropinf.energies(model, [(x[:3], label[:3]), (x[3:], label[3:])], cross_entropy)
@@ -295,11 +344,26 @@ def test_what_energies_from_adam_refuses():
         optimizer, model
     )
     refuses(ValueError, "no state yet", torch.optim.Adam(model.parameters()))
-    refuses(ValueError, "no parameter of this model", model=nn.Linear(2, 2))
+    refuses(
+        ValueError,
+        "no parameter of this model; give .* or, if it trains flattened",
+        model=nn.Linear(2, 2),
+    )
     good = optimizer.state[p]["exp_avg_sq"]
     for bad in (float("nan"), float("inf"), -1.0):
         optimizer.state[p]["exp_avg_sq"] = good.clone()
         optimizer.state[p]["exp_avg_sq"][1, 1] = bad
         refuses(ValueError, "exp_avg_sq of '0.weight' must be finite and not negative")
+    for bad in (None, [1.0], good.to(torch.int8), good.to(torch.complex64), good.to("meta")):
+        optimizer.state[p]["exp_avg_sq"] = bad
+        refuses(ValueError, "exp_avg_sq of '0.weight' must be a tensor of floating-point numbers")
+    optimizer.state[p]["exp_avg_sq"] = good
+    for bad in (None, torch.tensor(0.0), torch.tensor(float("nan")), -2, torch.ones(2)):
+        optimizer.state[p]["step"] = bad
+        refuses(ValueError, "step of '0.weight' must be a number from 1, got")
+    optimizer.state[p]["step"] = torch.tensor(3.0)
+    for param in model.parameters():
+        optimizer.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+    refuses(ValueError, "every gradient was zero, .*; measure where the model has something")
     optimizer.state[p]["exp_avg_sq"] = good[:2]
     refuses(ValueError, r"'0.weight' is sharded or flattened, Tensor of shape \(2, 6\)")

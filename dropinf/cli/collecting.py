@@ -17,7 +17,7 @@ from dropinf.cli.job_options import takes_job
 from dropinf.cli.run_directory import Run
 from dropinf.cli.terminal import Terminal
 from dropinf.compression import Energies, Plan
-from dropinf.jobs import Examples, Job, Ready, prepare
+from dropinf.jobs import CARDS, Examples, Job, Ready, estimate_of_job, prepare
 from dropinf.rows import RowStore
 from dropinf.text_table import Table
 
@@ -45,10 +45,34 @@ def init(
     terminal.show({"path": str(to)}, f"{to} is written; {todo}dropinf collect {to} runs it")
 
 
-@command("dropinf plan job.toml")
+@command("dropinf plan job.toml, or dropinf plan my-model --estimate --r 4096 --dtype bfloat16")
 @takes_job
-def plan(terminal: Terminal, job: Job) -> None:
+def plan(
+    terminal: Terminal,
+    job: Job,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate", help="Say what collecting takes, of the model's config; write nothing."
+        ),
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="With --estimate: tokens of a text.")
+    ] = None,
+) -> None:
     """Choose what is kept of each layer, and show it; collect then takes that plan."""
+    if estimate:
+        found = estimate_of_job(job, tokens)
+        names = ("batch_size", "weights", "kept", "rows", "coordinates", "temporary", "peak")
+        facts = {name: getattr(found, name) for name in (*names, "flops")}
+        cards = {
+            name: {"fits": found.fits(card.num_bytes), "seconds": found.seconds(1000, card)}
+            for name, card in CARDS.items()
+        }
+        terminal.show({**facts, "of 1000 examples, predicted": cards}, found.describe())
+        return
+    if tokens is not None:
+        raise typer.BadParameter("--tokens goes with --estimate")
     run, ready = Run.of(Path(job.out)), _prepared(terminal, job)
     made = plan_of(terminal, job, ready, run)
     layers = [{"layer": block.name, "parameters": block.P, "r": block.r} for block in made.blocks]

@@ -1,6 +1,13 @@
 """Jobs: a model, data and a loss that come of flags or one file, without a line of Python."""
 
-from dropinf.jobs.estimating import CARDS, Estimate, estimate, largest_batch, token_batch
+from dropinf.jobs.estimating import (
+    CARDS,
+    Estimate,
+    estimate,
+    estimate_of_job,
+    largest_batch,
+    token_batch,
+)
 from dropinf.jobs.examples import Examples
 from dropinf.jobs.job import Job
 from dropinf.jobs.preparing import Ready, prepare
@@ -12,6 +19,7 @@ __all__ = [
     "Job",
     "Ready",
     "estimate",
+    "estimate_of_job",
     "largest_batch",
     "prepare",
     "token_batch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import contextlib
 import traceback
 import weakref
@@ -135,7 +136,7 @@ def _function_of(error: Exception) -> str:
         if not code.co_filename.startswith(ours):
             owner = frame.f_locals.get("self")
             name = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
-            return f"{name} ({Path(code.co_filename).name}:{line})"
+            return f"{name} ({os.path.basename(code.co_filename)}:{line})"
     return frames[-1][0].f_code.co_name
 
 

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_map
 from dropinf.capturing import ActivationsTap, Prover, Snapshot, capture
 from dropinf.compression import Plan
 from dropinf.jobs.dry_run import dry_run
+from dropinf.jobs.job import Job
+from dropinf.jobs.models import meta_model
 from dropinf.rows import PART_BYTES, LossFn
-from dropinf.text_table import print_table
+from dropinf.text_table import Table
 
 _GB = 1e9
 
@@ -111,21 +113,22 @@ class Estimate:
         widest = 2 * 8 * n**2 if 2 * n <= r else 1.1 * 4 * r**2 * torch.get_num_threads()
         return int(self.factor_bytes(n) + widest + 3 * min(PART_BYTES, self.store_bytes(n)))
 
-    def describe(self, n: int = 1000) -> None:
-        """Print it, with what n examples take."""
-        print(f"batch of {self.batch_size}, predicted")
-        table = [("bytes of", "GB")]
+    def describe(self, n: int = 1000) -> Table:
+        """As a table to print, with what n examples take."""
+        table = []
         for name in ("weights", "kept", "rows", "coordinates", "temporary", "peak"):
             label = {"kept": "kept for the backward pass", "rows": "rows of the batch"}
             table.append((label.get(name, name), f"{getattr(self, name) / _GB:.3f}"))
         table.append((f"{n:,} rows on disk", f"{self.store_bytes(n) / _GB:.3f}"))
         table.append((f"Cholesky on {n:,} rows", f"{self.fit_bytes(n) / _GB:.3f}"))
-        print_table(table, right=(1,))
+        notes = [f"A batch of {self.batch_size}, predicted."]
         for name, card in CARDS.items():
             fits = "fits" if self.fits(card.num_bytes) else "does not fit"
-            print(f"{name}: {fits}, {self.seconds(n, card):.1f} s for {n:,} examples, predicted")
+            seconds = self.seconds(n, card)
+            notes.append(f"{name}: {fits}, {seconds:.1f} s for {n:,} examples, predicted.")
         if self.passes:
-            print(f"slow: a backward pass for each loss, for {self.passes}")
+            notes.append(f"Slow: a backward pass for each loss, for {self.passes}.")
+        return Table(("bytes of", "GB"), table, right=(1,), notes=notes)
 
 
 def estimate(model: nn.Module, plan: Plan, loss_fn: LossFn, batch: Any) -> Estimate:
@@ -218,6 +221,36 @@ def largest_batch(
         else:
             size -= 1
     return best
+
+
+def estimate_of_job(job: Job, tokens: int | None = None) -> Estimate:
+    """What collecting a job's directory takes, from its config alone: no weights, no data.
+
+    Args:
+        job: of the directory of a language model or text classifier.
+        tokens: of a text; None is the job's max_tokens, or else the most that the model takes.
+
+    Raises:
+        ValueError: the job is of a function, of images, or its loss is not known.
+    """
+    if job.model is None:
+        raise ValueError(
+            "estimate: name the directory of a model; one that a function makes is not known "
+            "before it is there"
+        )
+    found = meta_model(job.model, job.adapter, job.dtype)
+    if found.loss_fn is None or found.kind not in ("causal_lm", "masked_lm", "classification"):
+        raise ValueError(
+            f"estimate: {job.model} is a model of kind {found.kind}, which --estimate does not "
+            "know batches of; dropinf.jobs.estimate takes any model and batch"
+        )
+    most = getattr(found.config, "max_position_embeddings", None) or 2048
+    tokens = tokens or min(job.max_tokens or most, most)
+    batch_size = job.batch_size or max(1, job.batch_tokens // tokens)
+    batch = token_batch(batch_size, tokens, padded=True)
+    if found.kind == "classification":
+        batch["labels"] = batch["labels"][:, 0]
+    return estimate(found.model, job.plan(found.model), found.loss_fn, batch)
 
 
 def token_batch(batch_size: int, tokens: int, padded: bool = False) -> dict[str, Tensor]:

@@ -85,6 +85,34 @@ def load_model(path: str, adapter: str | None, dtype: str, device: str) -> Loade
     return Loaded(found, kind, directory, model.config, rows, loss_fn)
 
 
+def meta_model(path: str, adapter: str | None, dtype: str) -> Loaded:
+    """The model of a directory on the meta device, of its config alone: weights may be missing.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `load_model`.
+    """
+    directory = _directory("model", path, _CONFIG)
+    _need("transformers", "transformers", directory)
+    from dropinf.integrations.transformers import loss_fn_for
+
+    config, kind, auto = _config_of(directory)
+    wanted = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    with _silent(), torch.device("meta"):
+        model: nn.Module = auto.from_config(config, dtype=wanted or torch.float32)
+        config.use_cache = False
+        loss_fn = loss_fn_for(model)
+        if adapter is not None:
+            _need("peft", "peft", adapter)
+            _directory("adapter", adapter, _ADAPTER)
+            import peft
+
+            about = peft.PeftConfig.from_pretrained(adapter, local_files_only=True)
+            about.inference_mode = False
+            model = peft.get_peft_model(model, about)
+    rows = 0 if kind == "image_classification" else config.vocab_size
+    return Loaded(model.eval(), kind, directory, config, rows, loss_fn)
+
+
 def _directory(what: str, path: str, *files: str) -> Path:
     """A directory that has one of the files."""
     directory = Path(path)

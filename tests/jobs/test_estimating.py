@@ -252,7 +252,7 @@ def test_a_pass_for_each_loss_is_said(capsys):
         warnings.simplefilter("ignore")
         found = estimate(*on_meta(mlp), sorted_loss, torch.randn(4, WIDTH))
     assert "Sort" in found.passes
-    found.describe(500)
+    print(found.describe(500))
     printed = capsys.readouterr().out
     assert "predicted" in printed and "Sort" in printed and "500 rows on disk" in printed
 

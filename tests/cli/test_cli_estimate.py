@@ -1,0 +1,89 @@
+"""`dropinf plan --estimate`: of a config alone, with neither weights nor data; it writes nothing."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from dropinf import __main__ as command_line
+
+pytest.importorskip("typer")
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 500, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(...): the exit code of `dropinf plan ...`, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dropinf", "plan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return called
+
+
+BERT = {
+    **{"vocab_size": 500, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 64, "max_position_embeddings": 64},
+}
+
+
+def config(kind="GPT2LMHeadModel"):
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    made = (
+        transformers.GPT2Config(architectures=[kind], **SMALL, **ends)
+        if kind.startswith("GPT2")
+        else transformers.BertConfig(architectures=[kind], **BERT)
+    )
+    made.save_pretrained("model")
+
+
+@pytest.mark.parametrize(
+    "kind", ["GPT2LMHeadModel", "BertForSequenceClassification", "BertForMaskedLM"]
+)
+def test_of_a_config_alone(run, kind):
+    config(kind)
+    code, printed, said = run("model", "--estimate", "--tokens", 16, "--batch-size", 4, "--json")
+    assert code == 0 and not said
+    found = json.loads(printed)
+    made = getattr(transformers, kind)(transformers.AutoConfig.from_pretrained("model"))
+    held = {p.data_ptr(): p.nbytes for p in made.parameters()}
+    assert sum(held.values()) <= found["weights"] <= 1.2 * sum(held.values())
+    assert found["batch_size"] == 4 and found["peak"] > found["weights"] + found["kept"]
+    assert os.listdir() == ["model"]
+    more = json.loads(run("model", "--estimate", "--tokens", 32, "--batch-size", 4, "--json")[1])
+    assert more["kept"] > 1.8 * found["kept"] and more["flops"] > 1.9 * found["flops"]
+    code, printed, _ = run("model", "--estimate")
+    assert code == 0 and "H100 SXM 80 GB: fits" in printed and "predicted" in printed
+
+
+def test_with_an_adapter(run):
+    peft = pytest.importorskip("peft")
+    config()
+    whole = json.loads(run("model", "--estimate", "--tokens", 16, "--batch-size", 4, "--json")[1])
+    about = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    about.save_pretrained("adapter")
+    options = ("--adapter", "adapter", "--tokens", 16, "--batch-size", 4, "--json")
+    code, printed, _ = run("model", "--estimate", *options)
+    found = json.loads(printed)
+    assert code == 0 and found["rows"] < whole["rows"] and found["weights"] > whole["weights"]
+
+
+def test_what_it_refuses(run):
+    config()
+    for arguments, words in (
+        (("nowhere", "--estimate"), "there is no model directory nowhere"),
+        (("--entry", "here:job", "--estimate"), "name the directory of a model"),
+        (("model", "--tokens", 16), "--tokens goes with --estimate"),
+        (("model", "--estimate", "--tokens", 1), "--tokens"),
+    ):
+        code, printed, said = run(*arguments)
+        assert code == 2 and not printed and words in said and said.count("\n") == 1, said
+    assert torch.get_default_device().type == "cpu"

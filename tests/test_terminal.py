@@ -30,7 +30,7 @@ ODD = {f"{RED}red": r"\x1b[31mred", "слой": r"\u0441\u043b\u043e\u0439", "a\
 def lines_on_an_ascii_terminal(run):
     """What it prints with sys.stdout as PYTHONIOENCODING=ascii makes it."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    with contextlib.redirect_stdout(terminal):
+    with contextlib.redirect_stdout(terminal), contextlib.suppress(SystemExit):
         run()
     return terminal.buffer.getvalue().decode("ascii").splitlines()
 

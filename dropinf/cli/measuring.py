@@ -25,19 +25,36 @@ class Preset(str, Enum):
     gpu = "gpu"
 
 
-@command("dropinf demo", plain=True)
+class Demo(str, Enum):
+    """What the demo is on."""
+
+    digits = "digits"
+    text = "text"
+
+
+@command("dropinf demo text", plain=True)
 def demo(
     terminal: Terminal,
-    picture: Annotated[Path, typer.Option(help="Where to draw the most suspicious digits.")] = Path(
-        "dropinf-demo.png"
+    on: Annotated[Demo, typer.Argument(help="Images, or text.")] = Demo.digits,
+    picture: Annotated[
+        Path, typer.Option(help="Of digits: where to draw the most suspicious ones.")
+    ] = Path("dropinf-demo.png"),
+    report: Annotated[Path, typer.Option(help="Where to write the report.")] = Path(
+        "dropinf-demo.html"
     ),
 ) -> None:
-    """Find wrong labels in handwritten digits (a minute)."""
-    for module in ("sklearn", "matplotlib"):
+    """Find wrong labels in handwritten digits, or what taught a language model (a minute each)."""
+    if on is Demo.text:
+        optional("jinja2", "demo", "the demo")
+        from dropinf.tools import demo_text
+
+        demo_text.main(report)
+        return
+    for module in ("sklearn", "matplotlib", "jinja2", "PIL"):
         optional(module, "demo", "the demo")
     from dropinf.tools import demo as quickstart
 
-    quickstart.main(picture)
+    quickstart.main(picture, report)
 
 
 @command("dropinf backends")

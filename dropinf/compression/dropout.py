@@ -15,12 +15,13 @@ from dropinf.compression.allocation import (
     check_budget,
     entries_of,
 )
+from dropinf.compression.as_written import AsWritten
 from dropinf.compression.energy import Energies
 from dropinf.compression.parts import Part, by_parameter, draw_layer
 
 
-@dataclass(frozen=True)
-class Dropout:
+@dataclass(frozen=True, repr=False)
+class Dropout(AsWritten):
     """Keep coordinates drawn without replacement: uniformly (arXiv 2509.15651, section 3.1), or by
     energy.
 
@@ -66,8 +67,8 @@ class Dropout:
         return kept
 
 
-@dataclass(frozen=True)
-class Full:
+@dataclass(frozen=True, repr=False)
+class Full(AsWritten):
     """Keep every coordinate: the exact method, for small models and tests."""
 
     def keep(self, layers: Sequence[Layer]) -> list[list[Part]]:

@@ -31,8 +31,8 @@ class Digits(NamedTuple):
     flipped: Tensor  # [n] bool
 
 
-def main(picture: Path) -> None:
-    """Train, score with every method, print the table, and draw the most suspicious digits."""
+def main(picture: Path, page: Path) -> None:
+    """Train, score with every method, print the table, draw the most suspicious; write a report."""
     digits = load_digits()
     model = train_classifier(digits.train)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -60,6 +60,7 @@ def main(picture: Path) -> None:
         "each one hurts,\nand so what its label should be."
     )
     draw(digits, suspects[1024], picture)
+    show(model, digits, page)
 
 
 def load_digits() -> Digits:
@@ -173,3 +174,29 @@ def draw(digits: Digits, scores: Tensor, picture: Path) -> None:
         f"\nOf the {SHOWN} most suspicious (Dropout, r = 1024), {wrong} have a wrong label, and "
         f"{right} suggestions are the true one.\nTheir picture: {picture.resolve()}"
     )
+
+
+def show(model: nn.Module, digits: Digits, page: Path) -> None:
+    """Write the report of one of the runs above."""
+    plan = dropinf.Plan.make(model, dropinf.Dropout(total=1024))
+    store, queries = (
+        dropinf.collect(model, DataLoader(data, batch_size=128), loss_fn, plan, progress=False)
+        for data in (digits.train, digits.queries)
+    )
+    solver = solvers.Cholesky(damping=0.1).fit(store)
+    layers = dropinf.scores(queries, store, solver, by="layer")
+    given, asked = (data.tensors for data in (digits.train, digits.queries))
+    dropinf.write_report(
+        page,
+        dropinf.attribute(queries, store, solver, k=5),
+        texts=[f"labelled {label}" for label in given[1].tolist()],
+        query_texts=[f"a {label}" for label in asked[1].tolist()],
+        images=1 - given[0].reshape(-1, 8, 8),
+        query_images=1 - asked[0].reshape(-1, 8, 8),
+        self_influence=dropinf.self_influence(store, solver),
+        scores=layers.sum(0),
+        layers=dict(zip((block.name for block in plan.blocks), layers, strict=True)),
+        truth=digits.flipped,
+        title="Wrong labels in handwritten digits",
+    )
+    print(f"What helps and harms each query, and every suspicious label: {page.resolve()}")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dropinf.tools import demo
+from dropinf.tools import demo, demo_text
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,9 @@ def printed(tmp_path_factory):
     picture = tmp_path_factory.mktemp("demo") / "picture.png"
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        demo.main(picture)
+        demo.main(picture, picture.with_name("report.html"))
     assert picture.stat().st_size > 10_000 and str(picture) in text.getvalue()
+    assert "labelled 3" in picture.with_name("report.html").read_text()
     return text.getvalue()
 
 
@@ -42,3 +43,34 @@ def test_digits():
     given = digits.train.tensors[1]
     assert (given != digits.true_labels).equal(digits.flipped)
     assert int(digits.flipped.sum()) == 240 and len(digits.queries) == 200
+
+
+def test_text(tmp_path, capsys, monkeypatch):
+    """A few sentences of each topic: above chance, and a report with shaded words."""
+    monkeypatch.setattr(demo_text, "EACH", 60)
+    monkeypatch.setattr(demo_text, "ASKED", 8)
+    demo_text.main(tmp_path / "report.html")
+    printed = capsys.readouterr().out
+    found = dict(re.findall(r"^(.{38}) +(\d\.\d\d)", printed, re.M))
+    chance, *others = map(float, found.values())
+    assert 1 / 6 - 0.01 < chance < 0.34 and len(others) == 3 and max(others) > chance
+    page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path / "report.html") in printed and '"tokens":[["' in page
+
+
+def test_words_are_numbered():
+    text = "one two three four"
+    assert demo_text.split("It's 42, a b-c.") == [
+        "it",
+        "'",
+        "s",
+        "42",
+        ",",
+        "a",
+        "b",
+        "-",
+        "c",
+        ".",
+    ]
+    vocabulary = demo_text.words_of([text, text])
+    assert demo_text.encode([text, "five one"], vocabulary).tolist() == [[2, 3, 4, 5], [1, 2, 0, 0]]

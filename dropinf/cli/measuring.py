@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import dropinf
+from dropinf import tools
 from dropinf.cli.app import command
 from dropinf.cli.terminal import Terminal
 from dropinf.extras import optional
@@ -96,6 +97,4 @@ def bench(
     ] = None,
 ) -> None:
     """What compressing costs, beside other packages."""
-    from dropinf.tools.microbenchmark import main as microbenchmark
-
-    sys.exit(microbenchmark.run(preset.value, out, against))
+    sys.exit(tools.bench(preset.value, out, against))

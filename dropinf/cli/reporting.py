@@ -15,8 +15,9 @@ from dropinf.cli.job_options import takes_job
 from dropinf.cli.run_directory import Run, can_be_saved, load_solver
 from dropinf.cli.scoring import K, most_suspicious
 from dropinf.cli.terminal import Terminal
+from dropinf.cli.token_shares import shares_of_tokens
 from dropinf.extras import optional
-from dropinf.jobs import Examples, Job, prepare
+from dropinf.jobs import Examples, Job, Ready, prepare
 from dropinf.rows import RowStore
 from dropinf.solvers import Solver
 
@@ -44,7 +45,8 @@ def report(
     if to.is_dir():
         raise IsADirectoryError(f"{to} is a directory; name a file with --to")
     store, asked = run.training_rows(), run.query_rows()
-    contents = _contents(job, asked is not None)  # what is wrong there is found first
+    ready = prepare(job)  # what is wrong there is found first
+    contents = _contents(ready, asked is not None)
     solver = _solver_of(terminal, run, job, store)
     own = dropinf.self_influence(store, solver)
     title = "What taught the model"
@@ -61,6 +63,7 @@ def report(
         to,
         found,
         **contents,
+        tokens=shares_of_tokens(terminal, ready, found, asked, solver),
         **_all_scores(asked, store, solver),
         self_influence=own,
         ids=store.ids,
@@ -95,9 +98,8 @@ def _all_scores(asked: RowStore, store: RowStore, solver: Solver) -> dict[str, A
     return {}
 
 
-def _contents(job: Job, queries: bool) -> dict[str, Any]:
+def _contents(ready: Ready, queries: bool) -> dict[str, Any]:
     """Texts and images by the ids of the rows."""
-    ready = prepare(job)
     asked = ready.queries if queries else ready.train
     found: dict[str, Any] = {}
     for prefix, examples in (("", ready.train), ("query_", asked)):

@@ -67,17 +67,30 @@ class Examples:
         A loader that is not made here is given as it is.
         """
         loader = self.loader
-        if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Encoded):
+        if not _made_here(loader):
             return loader
+        m = len(loader.dataset)
+        return self.only([i * m // n for i in range(n)] if n < m else range(m))
+
+    def only(self, positions: Sequence[int], one_by_one: bool = False) -> Iterable:
+        """A loader of the examples at these positions; `one_by_one` it is in their order.
+
+        Raises:
+            ValueError: the loader is a function's, of whose examples nothing is known.
+        """
+        loader = self.loader
+        if not _made_here(loader):
+            raise ValueError("the loader is given by an entry, which gives all of its examples")
         data: Encoded = loader.dataset
-        picked = [i * len(data) // n for i in range(n)] if n < len(data) else range(len(data))
-        batches = [
-            [picked[i] for i in batch]
-            for batch in by_tokens(
-                [data.lengths[i] for i in picked], data.batch_tokens, data.batch_size
-            )
-        ]
+        lengths = [data.lengths[i] for i in positions]
+        size = 1 if one_by_one else data.batch_size
+        batches = by_tokens(lengths, data.batch_tokens, size, in_order=one_by_one)
+        batches = [[positions[i] for i in batch] for batch in batches]
         return DataLoader(data, batch_sampler=Batches(batches), collate_fn=loader.collate_fn)
+
+
+def _made_here(loader: Iterable) -> bool:
+    return isinstance(loader, DataLoader) and isinstance(loader.dataset, Encoded)
 
 
 class Encoded(Dataset):

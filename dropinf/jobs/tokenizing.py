@@ -10,6 +10,7 @@ from dropinf.jobs.data_files import DataFile
 
 _FILES = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model")
 _AT_ONCE = 1000
+_CONTEXT = 8  # tokens before one, beside which a decoder writes it with its space
 
 
 class Tokens:
@@ -56,8 +57,24 @@ class Tokens:
                 yield position, encoding, bool(encoding.overflowing)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token."""
-        return [self.tokenizer.decode([i]) for i in ids]
+        """The text of each token, with its spaces: put together they are the whole text.
+
+        Of tokens that are bytes of one character, the last has it.
+        """
+        found: list[str] = []
+        bounds = [0]  # between characters, where decoding may begin
+        for end in range(1, len(ids) + 1):
+            start = bounds[-_CONTEXT:][0]
+            text = self._decoded(ids[start:end])
+            if text.endswith("\ufffd") and end < len(ids):
+                found.append("")
+                continue
+            found.append(text[len(self._decoded(ids[start : bounds[-1]])) :])
+            bounds.append(end)
+        return found
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _refuse_unknown(self, encoding: Any, data: DataFile, position: int) -> None:
         largest = max(encoding.ids, default=0)

@@ -1,5 +1,6 @@
 """Commands that run a model: from a directory and a file to a report; what ends them early."""
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("jinja2")
 pytest.importorskip("transformers", minversion="5")
 
-from job_models import gpt2, lines, sentences
+from job_models import VOCABULARY, gpt2, lines, saved, sentences
 
 import dropinf
 from dropinf import Plan, RowStore
@@ -91,6 +92,29 @@ def test_three_commands(ok, here):
         assert text in page and all(texts[i] in page for i in truth[q])
     kept = Job.load("dropinf-run/job.toml")
     assert kept.r == 50 and os.path.samefile(kept.train, "train.jsonl")
+
+
+def test_tokens_are_shaded(ok, here):
+    """Of a model whose layers keep tokens apart; their parts add up to the score."""
+    config = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes = {"intermediate_size": 16, "max_position_embeddings": 16, "pad_token_id": 0}
+    kind = ("LlamaForCausalLM", "LlamaConfig")
+    saved(here / "llama", *kind, vocab_size=len(VOCABULARY), **config, **sizes)
+    data = ["--train", "train.jsonl", "--queries", "queries.jsonl"]
+    ok("collect", "llama", *data, "--r", 30)
+    ok("report", "dropinf-run", "-k", 3)
+    page = (here / "dropinf-run" / "report.html").read_text("utf-8")
+    shown = json.loads(
+        re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S)[1]
+    )
+    texts = sentences(40)
+    for query in shown["queries"]:
+        assert len(query["top"]) == len(query["bottom"]) == 3
+        for example in query["top"] + query["bottom"]:
+            tokens, parts = zip(*example["tokens"], strict=True)
+            assert "".join(tokens) == texts[example["id"]]
+            size = sum(map(abs, parts))
+            assert abs(sum(parts) - example["score"]) <= 1e-5 * size and len(set(parts)) > 1
 
 
 def test_options_in_place_of_a_file(ok, here):

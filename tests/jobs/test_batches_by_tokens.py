@@ -1,4 +1,4 @@
-"""Batches of a job: every example once, and no more tokens than asked for."""
+"""Batches of a job: every example once, and no more tokens than asked for; tokens for people."""
 
 import itertools
 
@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("transformers", minversion="5")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from dropinf.jobs.examples import by_tokens
+from dropinf.jobs.tokenizing import Tokens
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=300)
 
@@ -44,3 +50,40 @@ def test_padding(batch_tokens):
         padded = sum(len(b) * int(lengths[b].max()) for b in batches)
         shares[in_order] = float(lengths.sum() / padded)
     assert shares[False] > 0.96 and shares[True] < 0.5
+
+
+TEXT = "Hello  there, the 😀 family 👨\u200d👩\u200d👧 said: naïve שלום don't stop . \n end"
+
+
+def bytes_of_characters():
+    """As GPT-2's: a token may be a part of a character."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    some = ["the there hello family said"] * 3
+    made.train_from_iterator(some, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet))
+    return made
+
+
+def sentence_pieces():
+    """As Llama's: a token alone is written without the space before it."""
+    made = Tokenizer(models.BPE(byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = [f"<0x{i:02X}>" for i in range(256)]
+    made.train_from_iterator([TEXT[:20]], trainers.BpeTrainer(special_tokens=special))
+    return made
+
+
+@pytest.mark.parametrize("make", [bytes_of_characters, sentence_pieces])
+def test_pieces_are_the_text(make):
+    """A piece a token, with spaces, and no broken characters."""
+    tokens = Tokens.__new__(Tokens)
+    tokens.tokenizer = PreTrainedTokenizerFast(tokenizer_object=make())
+    ids = tokens.tokenizer(TEXT)["input_ids"]
+    pieces = tokens.pieces(ids)
+    assert len(pieces) == len(ids) and "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == tokens._decoded(ids) and "".join(pieces).startswith("Hello  there")
+    assert make is sentence_pieces or "".join(pieces) == TEXT

@@ -1,6 +1,6 @@
 """Worked job: what taught a language model. Fine-tune, collect, look, remove, retrain, compare.
 
-    python docs/worked/what_taught.py
+    python docs/worked/what_taught.py [--seeds 3]
 
 Needs dropinf[transformers]. Two minutes on two cores.
 
@@ -12,6 +12,7 @@ it does not.
 
 from __future__ import annotations
 
+import argparse
 import copy
 
 import numpy as np
@@ -110,6 +111,9 @@ def loss_of(model: nn.Module, texts: list[str], batches: Batches) -> float:
 
 def main() -> None:
     """Print what was found, and what training without it does."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
+    seeds = parser.parse_args().seeds
     topic_of = {text: topic for topic in TOPICS for text in texts_of((topic,))}
     texts = sorted(text for text in topic_of if topic_of[text] not in BASE)
     rng = np.random.default_rng(0)
@@ -145,7 +149,7 @@ def main() -> None:
             print(f"  {scores[i]:9.1f}  {topic_of[train[i]]:8} {train[i][:70]}")
 
     k = len(train) // 10
-    print(f"\nloss of the queries, trained anew without {k} of the texts (three seeds)")
+    print(f"\nloss of the queries, trained anew without {k} of the texts ({seeds} seeds)")
     for what, gone in (
         ("none left out", []),
         ("at random", rng.choice(len(train), k, replace=False).tolist()),
@@ -155,11 +159,11 @@ def main() -> None:
         kept = [text for i, text in enumerate(train) if i not in gone]
         found = [
             loss_of(fit(copy.deepcopy(base), kept, batches, 3, seed), queries, batches)
-            for seed in range(3)
+            for seed in range(seeds)
         ]
         mail = sum(topic_of[train[i]] == ASKED for i in gone)
         of_them = f", {mail} of them about {ASKED}" if gone else ""
-        print(f"{what:16}{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}{of_them}")
+        print(f"{what:16}{np.mean(found):.3f} +- {np.std(found, ddof=1):.3f}{of_them}")
 
 
 if __name__ == "__main__":

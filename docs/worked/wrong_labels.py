@@ -98,7 +98,7 @@ def main() -> None:
         ("all labels right", y[:n]),
     ):
         found = [accuracy(train(x[:n], labels, seed), x[n:], y[n:]) for seed in range(3)]
-        print(f"{what:36}{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}")
+        print(f"{what:36}{np.mean(found):.3f} +- {np.std(found, ddof=1):.3f}")
 
 
 if __name__ == "__main__":

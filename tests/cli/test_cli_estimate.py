@@ -1,4 +1,4 @@
-"""`dropinf plan --estimate`: of a config alone, with neither weights nor data; it writes nothing."""
+"""`dropinf plan --estimate`: of a config alone, without weights or data; it writes nothing."""
 
 import json
 import os

@@ -114,4 +114,5 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-from dropinf.cli import collecting, measuring, reporting, scoring, stores  # noqa: E402, F401, the commands
+# The commands, which are added as they are imported.
+from dropinf.cli import collecting, masks, measuring, reporting, scoring, stores  # noqa: E402, F401

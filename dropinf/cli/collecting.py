@@ -72,8 +72,8 @@ def plan(
         terminal.show({**facts, "of 1000 examples, predicted": cards}, found.describe())
         return
     if tokens is not None:
-        raise typer.BadParameter("--tokens goes with --estimate")
-    run, ready = Run.of(Path(job.out)), _prepared(terminal, job)
+        raise ValueError("--tokens goes with --estimate")
+    run, ready = Run.of(Path(job.out)), prepared(terminal, job)
     made = plan_of(terminal, job, ready, run)
     layers = [{"layer": block.name, "parameters": block.P, "r": block.r} for block in made.blocks]
     facts = {"path": str(run.plan), "plan": made.fingerprint, "width": made.width, "layers": layers}
@@ -84,8 +84,8 @@ def plan(
 @takes_job
 def energies(terminal: Terminal, job: Job) -> None:
     """Measure where the gradients are: the energy of each parameter, E g^2 summed up."""
-    ready = _prepared(terminal, job)
-    found = _measured(terminal, job, ready, job.energies or _EXAMPLES)
+    ready = prepared(terminal, job)
+    found = measured(terminal, job, ready, job.energies or _EXAMPLES)
     sums = {name: float(found[name][0].sum() * found[name][1].sum()) for name in found}
     total = sum(sums.values())
     named = dict(ready.model.named_parameters())
@@ -106,7 +106,7 @@ def collect(terminal: Terminal, job: Job, resume: Resume = False) -> None:
     run = Run.of(Path(job.out))
     _refuse_what_is_there(run, job, resume)
     started = time.monotonic()
-    ready = _prepared(terminal, job)
+    ready = prepared(terminal, job)
     made = plan_of(terminal, job, ready, run)
     job.save(run.job)
     stores = {"train": _collected(terminal, job, ready, ready.train, made, run.train)}
@@ -141,21 +141,23 @@ def plan_of(terminal: Terminal, job: Job, ready: Ready, run: Run) -> Plan:
                 "it, or give another --out"
             )
         return known
-    found = _measured(terminal, job, ready, job.energies) if job.energies else None
+    found = measured(terminal, job, ready, job.energies) if job.energies else None
     made = job.plan(ready.model, found)
     run.path.mkdir(parents=True, exist_ok=True)
     made.save(run.plan)
     return made
 
 
-def _prepared(terminal: Terminal, job: Job) -> Ready:
+def prepared(terminal: Terminal, job: Job) -> Ready:
+    """The job made ready; what people should know of it is said."""
     ready = prepare(job)
     for sentence in ready.notes:
         terminal.note(sentence)
     return ready
 
 
-def _measured(terminal: Terminal, job: Job, ready: Ready, n: int) -> Energies:
+def measured(terminal: Terminal, job: Job, ready: Ready, n: int) -> Energies:
+    """Energies of n training examples."""
     terminal.note(f"measuring energies on {n} training examples or fewer")
     return dropinf.energies(
         ready.model,

@@ -111,10 +111,10 @@ def new_solver(
     if kind is None and damping is None and job is not None and job.exists():
         return Job.load(job).but(max_bytes=max_bytes).solver()
     if kind not in (None, *SOLVERS):
-        raise typer.BadParameter(f"--kind must be one of {', '.join(SOLVERS)}, got {kind!r}")
+        raise ValueError(f"--kind must be one of {', '.join(SOLVERS)}, got {kind!r}")
     options: dict[str, Any] = {} if damping is None else {"damping": damping}
     if kind == "Identity" and options:
-        raise typer.BadParameter("Identity inverts nothing and takes no --damping")
+        raise ValueError("Identity inverts nothing and takes no --damping")
     return getattr(solvers, kind or "Cholesky")(max_bytes=max_bytes, **options)
 
 

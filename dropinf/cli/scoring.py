@@ -67,7 +67,7 @@ def fit(
     run = Run.of(path, train, solver=solver)
     made = new_solver(kind, damping, max_bytes, run.job)
     if not can_be_saved(made):
-        raise typer.BadParameter(
+        raise ValueError(
             f"{type(made).__name__} cannot be saved; score, topk and self fit it themselves, with "
             "the same options"
         )

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 _ATEN = torch.ops.aten
 _FUSED = _ATEN._scaled_dot_product_flash_attention_for_cpu
@@ -37,6 +36,9 @@ class DryRun(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # slow to import
+
+        self._flops_of = flop_registry
         self.now = self.peak = self.flops = 0
         self.at_peak: dict[_Kind, int] = {}
         self._live: dict[int, tuple[_Kind, int]] = {}  # of each storage
@@ -49,8 +51,8 @@ class DryRun(TorchDispatchMode):
             raise NotImplementedError
         given = {_address(t) for t in tree_iter((args, kwargs)) if _is_meta(t)}
         made = func(*args, **kwargs)
-        if op in flop_registry:
-            self.flops += flop_registry[op](*args, **kwargs, out_val=made)
+        if op in self._flops_of:
+            self.flops += self._flops_of[op](*args, **kwargs, out_val=made)
         elif op in _PRODUCTS:
             q, k = args[:2] if op is _FUSED else args[1:3]
             self.flops += 2 * _PRODUCTS[op] * q.numel() * k.shape[-2]

@@ -181,7 +181,7 @@ def test_every_command_is_a_file_of_commands():
     """Those of the issue; that their functions stand in files of their kind."""
     for name in (
         *("demo", "doctor", "backends", "bench", "init", "plan", "energies", "collect", "fit"),
-        *("score", "topk", "self", "report", "verify", "join", "export", "info"),
+        *("score", "topk", "self", "report", "verify", "join", "export", "info", "stability"),
     ):
         assert name in PARAMETERS
     assert command.__module__ == "dropinf.cli.app"

@@ -166,6 +166,25 @@ def test_energies_and_plan(ok, here):
     assert RowStore.load("dropinf-run/train").plan.fingerprint == plan.fingerprint
 
 
+def test_stability(ok, dropinf_, here):
+    """That of Python; every entry is kept at the largest size, where masks agree."""
+    flags = ["model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--seed", 5]
+    sizes = ["--size", 500, "--size", 8]
+    found = one_object(ok("stability", *flags, *sizes, "--masks", 2, "-k", 4, "--json"))
+    ready = prepare(Job.of(model="model", train="train.jsonl", queries="queries.jsonl"))
+    loaders = ready.train.loader, ready.queries.loader
+    truth = dropinf.stability(
+        *(ready.model, *loaders, ready.loss_fn, (8, 500), 2, 4),
+        compression=dropinf.Dropout(r=1, seed=5),
+        progress=False,
+    )
+    assert [one["size"] for one in found["sizes"]] == [8, 500] and found["smallest"] == 500
+    assert [one["overlap"] for one in found["sizes"]] == [a.overlap for a in truth.agreements]
+    assert found["sizes"][0]["overlap"] < 1 == found["sizes"][1]["overlap"]
+    said = wrong(dropinf_, "stability", *flags[:3])
+    assert said == "stability is of queries; name them with --queries"
+
+
 def test_a_solver_that_is_not_saved(ok, here):
     flags = ["model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--r", 30]
     ok("collect", *flags, "--solver-kind", "DataInf", "--damping", 0.2)

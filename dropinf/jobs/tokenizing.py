@@ -10,6 +10,7 @@ from dropinf.jobs.data_files import DataFile
 
 _FILES = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model")
 _AT_ONCE = 1000
+_BROKEN = chr(0xFFFD)  # what a part of a character is decoded to
 _CONTEXT = 8  # tokens before one, beside which a decoder writes it with its space
 
 
@@ -66,7 +67,7 @@ class Tokens:
         for end in range(1, len(ids) + 1):
             start = bounds[-_CONTEXT:][0]
             text = self._decoded(ids[start:end])
-            if text.endswith("\ufffd") and end < len(ids):
+            if text.endswith(_BROKEN) and end < len(ids):
                 found.append("")
                 continue
             found.append(text[len(self._decoded(ids[start : bounds[-1]])) :])

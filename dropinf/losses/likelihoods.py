@@ -46,7 +46,9 @@ class Likelihood(ABC):
 
     def along(self, direction: Tensor) -> Tensor:
         """[B] whose gradients are sqrt(weight) Jᵀ direction, for a direction like outputs."""
-        return self.weight**0.5 * _summed(direction.detach() * self.outputs)
+        direction = direction.detach()
+        products = direction * self.outputs  # NaN where a logit is -inf, of a class ruled out
+        return self.weight**0.5 * _summed(products.masked_fill(direction == 0, 0))
 
     def places(self) -> Tensor:
         """[n] or [B, n] int64: a number for each of an example's n positions, whatever padding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from dropinf.results import exports, showing
 from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
 from dropinf.rows import RowStore
+from dropinf.rows.ids import same
 from dropinf.scoring import ensemble, topk
 from dropinf.solvers import Solver
 from dropinf.text_table import Table
@@ -174,8 +176,12 @@ def attribute(
             "attribute: give one queries, store and solver, or as many of each; got "
             "{}, {} and {}".format(*lengths)
         )
-    if k < 1:
-        raise ValueError(f"attribute: k must be positive, got {k}")
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"attribute: k must be positive, got {k!r}")
+    if any(len(known) and not known.valid.any() for _, known, _ in parts):
+        raise ValueError(
+            "attribute: no row of a store is valid; look for losses that are not finite"
+        )
     asked, known, fitted = parts[0]
     if len(parts) == 1:
         most = min(k, int(known.valid.sum()))
@@ -211,9 +217,7 @@ def _check_ids(parts: Sequence[tuple[RowStore, RowStore, Solver]]) -> None:
         stores = [part[which] for part in parts]
         first = stores[0].ids
         for number, store in enumerate(stores):
-            own = store.ids
-            tensors = isinstance(own, Tensor) and isinstance(first, Tensor)
-            if not (torch.equal(own, first) if tensors else own is first or own == first):
+            if not same(first, store.ids):
                 raise ValueError(
                     f"attribute: {name} number {number} has other ids than the first, or in "
                     "another order; collect all from one loader that does not shuffle"

@@ -24,6 +24,7 @@ class Facts:
         examples, invalid: rows of the store, and how many are not valid.
         queries: rows asked about.
         solver: as it is written, "Cholesky(damping=0.1) fitted on 1,200 rows".
+        updates: the optimizer whose steps the rows are; None where they are gradients.
         relative: whether scores are divided by the root of each example's self-influence.
         weights: fingerprint of the weights of each, None where it is not known.
         dtype: in which rows are kept.
@@ -41,6 +42,7 @@ class Facts:
     invalid: int
     queries: int
     solver: str
+    updates: str | None
     relative: bool
     weights: tuple[str | None, ...]
     dtype: str
@@ -55,8 +57,14 @@ class Facts:
                 "A score is divided by the root of the example's self-influence, for an order; it "
                 "is no change of a loss."
             )
+        example = "the step that the optimizer would take of the example's"
         if self.solver.startswith("Identity(cosine=True"):
+            if self.updates is not None:
+                return f"A score is the cosine of the query's gradient and {example}, from -1 to 1."
             return "A score is the cosine of two gradients, from -1 to 1."
+        if self.updates is not None:
+            how = "" if self.solver.startswith("Identity(") else ", preconditioned by the solver"
+            return f"A score is the product of the query's gradient and {example}{how}."
         if self.solver.startswith("Identity("):
             return (
                 "A score is the product of two gradients: a step of size s down the example's "
@@ -80,6 +88,7 @@ class Facts:
             ("entries of a row", f"{self.width:,} of {self.parameters:,} in {self.layers} layers"),
             ("kept in", self.dtype),
             ("solver", self.solver),
+            *([] if self.updates is None else [("rows are steps of", self.updates)]),
             ("plan", ", ".join(dict.fromkeys(self.plans))),
             ("weights", ", ".join(known)),
             ("proof", self.proof),
@@ -102,6 +111,7 @@ def facts_of(parts: Sequence[tuple[RowStore, RowStore, Solver]], relative: bool 
         invalid=int((~store.valid).sum()),
         queries=len(queries),
         solver=repr(solver),
+        updates=store.updates,
         relative=relative,
         weights=tuple(store.weights for _, store, _ in parts),
         dtype=str(store.dtype).removeprefix("torch."),

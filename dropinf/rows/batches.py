@@ -26,6 +26,15 @@ from dropinf.user_warning import warn_user
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
 
 
+def refuse_dataset(op: str, loader: Any) -> None:
+    """Refuse a Dataset, which would give an example for a batch."""
+    if isinstance(loader, torch.utils.data.Dataset) and hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"{op}: a Dataset gives examples, not batches; give "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+
+
 class CaptureOptions(TypedDict, total=False):
     """What `collect` hands to `capture`, which says what they mean."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from dropinf.compression import Plan
-from dropinf.rows.batches import CaptureOptions, LossFn
+from dropinf.rows.batches import CaptureOptions, LossFn, refuse_dataset
 from dropinf.rows.collection import Collection
 from dropinf.rows.ids import GivenIds
 from dropinf.rows.resuming import Source
@@ -92,11 +92,7 @@ def collect(
         FileExistsError: there is something at `path`, and `resume` is False.
         LockedError: another process writes there.
     """
-    if isinstance(loader, torch.utils.data.Dataset) and hasattr(loader, "__getitem__"):
-        raise TypeError(
-            "collect: a Dataset gives examples, not batches; give "
-            "torch.utils.data.DataLoader(dataset, batch_size=...)"
-        )
+    refuse_dataset("collect", loader)
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
     expected = size if options.get("per", "example") == "example" else 0
     with (

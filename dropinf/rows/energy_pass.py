@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from typing_extensions import Unpack
 
 from dropinf.compression import Energies, FewOfEach, Plan, fit, tracked
-from dropinf.rows.batches import Batches, CaptureOptions, LossFn
+from dropinf.rows.batches import Batches, CaptureOptions, LossFn, refuse_dataset
 
 _OP = "energies"
 
@@ -60,13 +60,16 @@ def energies(
         ranks must call this, and get those of rank 0.
 
     Raises:
+        TypeError: a Dataset was given for a loader.
         ValueError: the loader is empty, or a gradient is not finite, or all of them are zero.
     """
     whole = isinstance(examples, int | np.integer) and not isinstance(examples, bool)
     if not whole or examples < 1:
         raise ValueError(f"{_OP}: examples must be a whole number from 1, got {examples!r}")
+    examples = int(examples)  # of numpy's, products may overflow
     if options.get("per", "example") != "example":
         raise ValueError(f"{_OP}: per must be 'example', got {options['per']!r}")
+    refuse_dataset(_OP, loader)
     layers, _ = tracked(_OP, model, include, exclude)
     plan = Plan(layers, FewOfEach())
     batches = Batches(model, loss_fn, plan, mode, options, None, 1.0, "skip", op=_OP)
@@ -109,16 +112,17 @@ def energies(
 
 def _spread(loader: Iterable, examples: int) -> tuple[Iterable, Sequence[int] | None]:
     """A loader of examples all over the data set, and their positions; or itself, and None."""
+    batches = loader.batch_sampler if type(loader) is DataLoader else None
+    # Its own sampler: that of the loader is another one where batch_sampler= was given.
     if (
-        type(loader) is not DataLoader
-        or type(loader.sampler) is not SequentialSampler
-        or type(loader.batch_sampler) is not BatchSampler
-        or loader.sampler.data_source is not loader.dataset
+        type(batches) is not BatchSampler
+        or type(batches.sampler) is not SequentialSampler
+        or batches.sampler.data_source is not loader.dataset
         or len(loader.dataset) <= examples
     ):
         return loader, None
     n = len(loader.dataset)
     positions = [i * n // examples for i in range(examples)]
     subset = Subset(loader.dataset, positions)
-    some = DataLoader(subset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+    some = DataLoader(subset, batch_size=batches.batch_size, collate_fn=loader.collate_fn)
     return some, positions

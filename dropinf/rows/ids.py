@@ -53,6 +53,20 @@ def ids_of_batch(ids: GivenIds, batch: Any, num_examples: int) -> Ids:
     return found
 
 
+def same(first: Ids, other: Ids) -> bool:
+    """Whether both are the same ones in the same order."""
+    if isinstance(first, Tensor) != isinstance(other, Tensor):
+        return False
+    return torch.equal(first, other) if isinstance(first, Tensor) else first == other
+
+
+def in_order(ids: Ids) -> Tensor:
+    """[n] positions, by which ids come in order; of tokens of an example those stay as they are."""
+    if isinstance(ids, Tensor):
+        return ids.argsort(stable=True)
+    return torch.tensor(sorted(range(len(ids)), key=ids.__getitem__), dtype=torch.int64)
+
+
 def kind_of(ids: Ids | None) -> str:
     """ "integers", "strings", or "" for none."""
     return "" if ids is None else "integers" if isinstance(ids, Tensor) else "strings"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dropinf.ranks import standard_ranks
 from dropinf.rows import RowStore
+from dropinf.rows import ids as id_lists
+from dropinf.rows.ids import Ids
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Solver
 
@@ -35,7 +38,8 @@ def agreement(
 
     Args:
         parts: (queries, store, solver) of two masks or more, of the same queries and training
-            examples in the same order, under plans that differ in their seed.
+            examples by their ids (of another order, as of a loader that shuffles, it is seen to),
+            under plans that differ in their seed.
         k: of the top-k; all valid rows if there are fewer.
         weights: as in `scores`.
 
@@ -43,9 +47,10 @@ def agreement(
         ValueError: there are fewer than two masks, two are the same, or they differ in queries or
             training examples; k is not positive.
     """
-    if k < 1:
-        raise ValueError(f"agreement: k must be positive, got {k}")
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"agreement: k must be positive, got {k!r}")
     plans, found = set(), []
+    ids: list[list[Ids]] = []  # of queries and of examples
     for queries, store, solver in parts:
         if store.plan.fingerprint in plans:
             raise ValueError(
@@ -54,6 +59,7 @@ def agreement(
             )
         plans.add(store.plan.fingerprint)
         found.append(scores(queries, store, solver, weights=weights))
+        ids.append([queries.ids, store.ids])
     if len(found) < 2:
         raise ValueError(
             f"agreement: need (queries, store, solver) of two masks or more, got {len(found)}; "
@@ -62,7 +68,30 @@ def agreement(
     if len({tuple(each.shape) for each in found}) > 1:
         shapes = [list(each.shape) for each in found]
         raise ValueError(f"agreement: the parts differ in queries or examples: {shapes}")
+    found = [_as_first(each, own, ids[0]) for each, own in zip(found, ids, strict=True)]
     return _agreement(torch.stack(found), k)
+
+
+def _as_first(found: Tensor, own: list[Ids], first: list[Ids]) -> Tensor:
+    """Scores [m, n] with queries and examples in the order of the first part's.
+
+    Raises:
+        ValueError: they are other ones.
+    """
+    names = ("queries", "examples")
+    for dim, (name, these, those) in enumerate(zip(names, own, first, strict=True)):
+        if id_lists.same(these, those):
+            continue
+        here, there = id_lists.in_order(these), id_lists.in_order(those)
+        if not id_lists.same(id_lists.picked(these, here), id_lists.picked(those, there)):
+            raise ValueError(
+                f"agreement: a part has {name} of other ids than the first; give the same ones "
+                "to all"
+            )
+        at = torch.empty_like(here)
+        at[there] = here
+        found = found.index_select(dim, at.to(found.device))
+    return found
 
 
 def _agreement(found: Tensor, k: int) -> Agreement:
@@ -74,6 +103,8 @@ def _agreement(found: Tensor, k: int) -> Agreement:
     k = min(k, kept.shape[-1])
     ranks = standard_ranks(kept)
     entered = torch.zeros_like(kept, dtype=torch.bool).scatter_(-1, kept.topk(k).indices, True)
+    if k < kept.shape[-1]:  # where all tie, there is no top, which would agree by its order
+        entered &= (kept.amax(-1) > kept.amin(-1))[..., None]
     pairs = list(itertools.combinations(range(len(kept)), 2))
     correlations = torch.stack([(ranks[a] * ranks[b]).mean(-1) for a, b in pairs]).mean(0)
     overlaps = torch.stack([(entered[a] & entered[b]).sum(-1) / k for a, b in pairs]).mean(0)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dropinf.rows import RowStore
+from dropinf.rows import ids as id_lists
+from dropinf.rows.ids import Ids
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Solver
 
@@ -47,12 +49,13 @@ def ensemble(
         or training row is invalid in any part.
 
     Raises:
-        ValueError: there are no parts, they differ in m or n, or weights are not one positive
+        ValueError: there are no parts, they differ in m, n or ids, or weights are not one positive
             number for each.
     """
     given = None if isinstance(weights, str) else _part_weights(weights)
     same = weights if isinstance(weights, str) else "same"
     count, mean, squares, linear = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    ids: list[Ids] = []  # of the first part's queries and examples
     total = total_squares = 0.0
     for queries, store, solver in parts:
         if given is not None and count == len(given):
@@ -68,6 +71,14 @@ def ensemble(
                 f"ensemble: part {count} has scores {list(found.shape)}, those before it "
                 f"{list(mean.shape)}; give the same queries and training examples to all"
             )
+        own = [queries.ids, store.ids]
+        ids = ids or own
+        for name, first, these in zip(("queries", "examples"), ids, own, strict=True):
+            if not id_lists.same(first, these):
+                raise ValueError(
+                    f"ensemble: part {count} has {name} of other ids than the first, or in another "
+                    "order; collect all from one loader that does not shuffle"
+                )
         total += w
         sums = mean, squares, linear
         _take_in(found, sums if given is not None else sums[:2], w, total, total_squares)

@@ -67,6 +67,7 @@ def scores(
             "were collected with per='token'"
         )
     solver.check_plans("scores", queries, store, weights)
+    _refuse_updates("scores", queries)
     solved = solved_for(queries.rows, store, solver.solve)
     result = (products if by is None else layer_products)(solved, store).to(queries.read_dtype)
     factors = _factors("scores", store, solver, relative, weights)
@@ -108,6 +109,7 @@ def topk(
         ValueError: as in `scores`, or k is out of range.
     """
     solver.check_plans("topk", queries, store, weights)
+    _refuse_updates("topk", queries)
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
@@ -209,3 +211,12 @@ def _factors(
             "definite inverse gives; raise the solver's accuracy or its damping"
         )
     return torch.where(own == 0, 0.0, own.rsqrt())  # a row of zeros has scores of zero
+
+
+def _refuse_updates(op: str, queries: RowStore) -> None:
+    """Of an update there is no change of a loss."""
+    if queries.updates is not None:
+        raise ValueError(
+            f"{op}: the queries are updates (of {queries.updates}); collect them as gradients, "
+            "without updates="
+        )

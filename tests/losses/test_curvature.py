@@ -139,6 +139,29 @@ def test_of_tokens():
         assert error.max() < 0.15 * truth.abs().max()
 
 
+@pytest.mark.parametrize("of", [losses.sampled, losses.gauss_newton])
+def test_a_class_ruled_out_by_an_infinite_logit(of):
+    """As of a vocabulary that was made longer: rows are those of the other classes."""
+    model, (x, y) = nn.Linear(3, 4).double(), (random(6, 3), torch.tensor([0, 2, 1, 2, 0, 1]))
+
+    def padded(model, x):
+        return torch.cat([model(x)[:, :3], torch.full((len(x), 1), -torch.inf)], 1)
+
+    @losses.likelihood
+    def ruled_out(model, batch):
+        return losses.Categorical(padded(model, batch[0]), batch[1])
+
+    @losses.likelihood
+    def few(model, batch):
+        return losses.Categorical(
+            padded(model, batch[0]).masked_fill(torch.arange(4) == 3, -1e9), batch[1]
+        )
+
+    rows = rows_of(model, (x, y), of(ruled_out))
+    assert rows.abs().sum() > 0
+    torch.testing.assert_close(rows, rows_of(model, (x, y), of(few)), rtol=0, atol=1e-12)
+
+
 def test_labels_are_drawn_from_the_model():
     """The frequencies of 20,000 examples, within five standard errors; none of probability 0."""
     p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)

@@ -111,6 +111,12 @@ def test_refusals(case):
     queries, store, solver = case
     with pytest.raises(ValueError, match="k must be positive, got 0"):
         attribute(*case, k=0)
+    with pytest.raises(ValueError, match=r"k must be positive, got 2\.5"):
+        attribute(*case, k=2.5)
+    none = RowStore(store.rows, store.plan, torch.zeros(len(store), dtype=torch.bool))
+    for parts in ((queries, none, solver), ([queries] * 2, [none] * 2, [solver] * 2)):
+        with pytest.raises(ValueError, match="attribute: no row of a store is valid"):
+            attribute(*parts)
     with pytest.raises(ValueError, match=r"as many of each; got 2, 1 and 1"):
         attribute([queries, queries], store, solver)
     with pytest.raises(ValueError, match="got 0, 0 and 0"):

@@ -135,6 +135,15 @@ def test_spread_over_a_data_set_in_order(examples):
     sampler = list(range(30))
     for other in (Other(data, 4), torch.utils.data.DataLoader(data, 4, sampler=sampler)):
         assert dropinf.energies(model, other, cross_entropy, examples=examples) == first
+
+    def by(sampler):
+        return torch.utils.data.DataLoader(
+            data, batch_sampler=torch.utils.data.BatchSampler(sampler, 4, drop_last=False)
+        )
+
+    inside = torch.utils.data.SequentialSampler(data), range(30)  # what a loader asks is not its
+    found = [dropinf.energies(model, by(s), cross_entropy, examples=examples) for s in inside]
+    assert found == [expected, first]
     wrong = x.clone()
     wrong[at[-1]] = torch.nan
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(wrong, label), 4)
@@ -282,6 +291,8 @@ def test_what_energies_refuses():
         dropinf.energies(model, [(x, label)], lambda m, b: 0 * cross_entropy(m, b))
     with pytest.raises(TypeError, match=r"energies: the loader must be .* got NoneType"):
         dropinf.energies(model, None, cross_entropy)
+    with pytest.raises(TypeError, match="energies: a Dataset gives examples, not batches; give "):
+        dropinf.energies(model, torch.utils.data.TensorDataset(x, label), cross_entropy)
     some = dropinf.energies(model, [(x, label)], cross_entropy, examples=np.int64(5))
     assert some == dropinf.energies(model, [(x, label)], cross_entropy, examples=5)
     x[5, 2] = float("nan")

@@ -211,6 +211,10 @@ def test_ensemble_of_masks():
     store, queries = stores(21, 3, 5, 9)
     with pytest.raises(ValueError, match=r"part 1 has scores \[3, 21\], those before it \[3, 20\]"):
         ensemble([parts[0], (queries, store, Cholesky().fit(store))])
+    queries, store, solver = parts[1]
+    turned = RowStore(store.rows, store.plan, ids=list(range(20))[::-1])
+    with pytest.raises(ValueError, match="part 1 has examples of other ids than the first, or in"):
+        ensemble([parts[0], (queries, turned, solver)])
 
 
 def test_ensemble_with_weights():

@@ -93,6 +93,53 @@ def test_invalid_rows_do_not_count(task):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("strings", [False, True])
+def test_the_order_of_a_loader_does_not_count(task, strings):
+    """As of one that shuffles: places are other examples then."""
+    parts = list(parts_of(task, 12, range(2)))
+    expected = dropinf.agreement(parts, 5)
+    (queries, store, solver), (asked, known, fitted) = parts
+
+    def turned(rows, by):
+        order = [(by * i) % len(rows) for i in range(len(rows))]
+        ids = [str(i) for i in order] if strings else order
+        return RowStore(rows.rows[order], rows.plan, ids=ids)
+
+    first = turned(queries, 3), turned(store, 7), solver
+    other = turned(asked, 2), turned(known, 13), fitted
+    got = dropinf.agreement([first, other], 5, weights="any")
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+    for which, name in enumerate(("queries", "examples")):
+        wrong = list(other)
+        rows = other[which]
+        wrong[which] = RowStore(rows.rows, rows.plan, ids=[f"{i}?" for i in range(len(rows))])
+        with pytest.raises(ValueError, match=f"agreement: a part has {name} of other ids"):
+            dropinf.agreement([first, wrong], 5, weights="any")
+
+
+def test_stability_of_a_loader_that_shuffles(task):
+    model, train, asked = task
+    torch.manual_seed(5)
+
+    def found(shuffle):
+        data = torch.utils.data.TensorDataset(*train[0])
+        loader = torch.utils.data.DataLoader(data, batch_size=60, shuffle=shuffle)
+        return dropinf.stability(
+            model, loader, asked, squared, (40,), masks=2, compression=Dropout(r=1), progress=False
+        )
+
+    ordered, shuffled = (found(shuffle).agreements[0] for shuffle in (False, True))
+    np.testing.assert_allclose(shuffled, ordered, rtol=0, atol=1e-3)
+
+
+def test_where_all_scores_tie_there_is_no_overlap(task):
+    _, (_, store, solver), (_, other, fitted) = None, *parts_of(task, 12, range(2))
+    asked, again = (RowStore(torch.zeros(7, s.plan.width), s.plan) for s in (store, other))
+    parts = [(asked, store, solver), (again, other, fitted)]
+    assert dropinf.agreement(parts, 5, weights="any").overlap == 0
+    assert dropinf.agreement(parts, 60, weights="any").overlap == 1
+
+
 def test_agreement_refuses_what_shows_nothing(task):
     parts = list(parts_of(task, 12, range(2)))
     with pytest.raises(ValueError, match="two masks or more, got 1; collect with"):
@@ -101,6 +148,8 @@ def test_agreement_refuses_what_shows_nothing(task):
         dropinf.agreement([parts[0], parts[0]])
     with pytest.raises(ValueError, match="k must be positive, got 0"):
         dropinf.agreement(parts, 0)
+    with pytest.raises(ValueError, match=r"k must be positive, got 2\.5"):
+        dropinf.agreement(parts, 2.5)
     model, train, _ = task
     few = parts_of((model, train, [tuple(t[:3] for t in train[0])]), 12, [1])
     with pytest.raises(ValueError, match=r"differ in queries or examples: .*7, 60.*3, 60"):

@@ -100,6 +100,26 @@ def test_refuses():
             optimizer_updates(mixed, optimizer, model)
 
 
+def test_updates_are_no_queries():
+    """Their products are no change of a loss; and an attribution says what its rows are."""
+    model, optimizer, data = trained("AdamW")
+    store = collect(model, data, dropinf.Plan.make(model, Dropout(r=9)))
+    updates = optimizer_updates(store, optimizer, model)
+    for solver, said in (
+        (Identity(), "product of the query's gradient and the step that the optimizer"),
+        (Identity(cosine=True), "cosine of the query's gradient and the step"),
+        (dropinf.solvers.Cholesky(), "the example's, preconditioned by the solver"),
+    ):
+        solver.fit(updates)
+        for call in (dropinf.scores, dropinf.topk, dropinf.attribute):
+            with pytest.raises(
+                ValueError, match=r"the queries are updates \(of AdamW, .*without up"
+            ):
+                call(updates, updates, solver, **({} if call is dropinf.scores else {"k": 2}))
+        assert said in dropinf.attribute(store, updates, solver, 2).facts.unit
+        assert len(dropinf.self_influence(updates, solver)) == 9
+
+
 def test_rows_of_other_weights_are_refused():
     model, optimizer, data = trained("AdamW")
     store = collect(model, data, dropinf.Plan.make(model, Dropout(r=9)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ import typer
 import dropinf
 from dropinf.cli.app import command
 from dropinf.cli.job_options import takes_job
-from dropinf.cli.run_directory import Run
+from dropinf.cli.run_directory import Run, refuse_another_job
 from dropinf.cli.terminal import Terminal
 from dropinf.compression import Energies, Plan
 from dropinf.jobs import CARDS, Examples, Job, Ready, estimate_of_job, prepare
@@ -22,7 +21,6 @@ from dropinf.rows import RowStore
 from dropinf.text_table import Table
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
-_FREE = ("queries", "out", "device", "solver_kind", "damping", "max_bytes")  # of a run that goes on
 _EXAMPLES = 64  # for energies, where the job does not say
 
 
@@ -198,19 +196,4 @@ def _refuse_what_is_there(run: Run, job: Job, resume: bool) -> None:
                     f"{path} is there already; go on with it by --resume, or give another --out"
                 )
         return
-    if not run.job.exists():
-        return
-    before = Job.load(run.job)
-    for one in fields(Job):
-        mine, its = (_absolute(one.metadata, getattr(of, one.name)) for of in (job, before))
-        free = one.name in _FREE and not (one.name == "queries" and its and run.queries.exists())
-        if mine != its and not free:
-            where = f"[{one.metadata['section']}] {one.metadata['name']}"
-            raise ValueError(
-                f"the run in {run.path} was begun with {where} = {its!r}, and this job has "
-                f"{mine!r}; dropinf collect {run.path} --resume goes on as it was begun"
-            )
-
-
-def _absolute(about: object, value: object) -> object:
-    return os.path.abspath(value) if value is not None and about.get("path") else value
+    refuse_another_job(run, job, f"dropinf collect {run.path} --resume goes on as it was begun")

@@ -66,7 +66,8 @@ def _option(one: Field) -> inspect.Parameter:
     option = typer.Option(
         f"--{one.name.replace('_', '-')}",
         help=text,
-        rich_help_panel=f"[{one.metadata['section']}] in a job's file",
+        # The backslash keeps rich from taking the section for markup.
+        rich_help_panel=f"\\[{one.metadata['section']}] in a job's file",
         show_default=False,
     )
     return inspect.Parameter(

@@ -70,12 +70,15 @@ def ending_of(path: Path, known: Sequence[str] = (".csv", ".parquet", ".arrow", 
     Raises:
         ValueError: it is not known.
         IsADirectoryError: it is a directory.
+        ImportError: Parquet and Arrow need pyarrow.
     """
     ending = path.suffix.lower()
     if ending not in known:
         raise ValueError(f"--to must be a file of {', '.join(known)}, got {str(path)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; give a file")
+    if ending in (".parquet", ".arrow"):  # known before anything is computed
+        optional("pyarrow", "arrow", f"a {ending} file")
     return ending
 
 

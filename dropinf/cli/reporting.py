@@ -12,7 +12,7 @@ from torch import Tensor
 import dropinf
 from dropinf.cli.app import command
 from dropinf.cli.job_options import takes_job
-from dropinf.cli.run_directory import Run, can_be_saved, load_solver
+from dropinf.cli.run_directory import Run, can_be_saved, load_solver, refuse_another_job
 from dropinf.cli.scoring import K, most_suspicious
 from dropinf.cli.terminal import Terminal
 from dropinf.cli.token_shares import shares_of_tokens
@@ -45,6 +45,8 @@ def report(
     if to.is_dir():
         raise IsADirectoryError(f"{to} is a directory; name a file with --to")
     store, asked = run.training_rows(), run.query_rows()
+    way_out = f"dropinf report {run.path} is of what was collected"
+    refuse_another_job(run, job, way_out, free=("batch_tokens", "batch_size"))
     ready = prepare(job)  # what is wrong there is found first
     contents = _contents(ready, asked is not None)
     solver = _solver_of(terminal, run, job, store)
@@ -74,13 +76,18 @@ def report(
 
 
 def _solver_of(terminal: Terminal, run: Run, job: Job, store: RowStore) -> Solver:
-    """The solver of a run; the job's, fitted and saved where that can be, if there is none."""
-    if run.solver.exists():
+    """The solver of a run; the job's, if there is none, or the job asks for another one.
+
+    It is saved where that can be, if it is the run's own, of all rows.
+    """
+    before = Job.load(run.job) if run.job.exists() else Job()
+    own = (job.solver_kind, job.damping) == (before.solver_kind, before.damping)
+    if own and run.solver.exists():
         return load_solver(run.solver, store, job.max_bytes)
     solver = job.solver()
     terminal.note(f"fitting {solver} on {len(store):,} rows of {run.train}")
     solver.fit(store)
-    if can_be_saved(solver):
+    if own and store.finished and can_be_saved(solver):
         solver.save(run.solver)
     return solver
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from dropinf.solvers import Solver
 
 SOLVERS = ("Cholesky", "Eigen", "DataInf", "Diagonal", "Identity", "CG", "LiSSA")
 _SAVED = ("Cholesky", "Full")
+_FREE = ("queries", "out", "device", "solver_kind", "damping", "max_bytes")  # they shape no rows
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 TrainPath = Annotated[
@@ -87,6 +90,36 @@ class Run:
     def query_rows(self) -> RowStore | None:
         """None if there are none."""
         return RowStore.load(self.queries) if self.queries.exists() else None
+
+
+def refuse_another_job(run: Run, job: Job, way_out: str, free: Collection[str] = ()) -> None:
+    """Refuse a job that would not have made the rows of a run.
+
+    Args:
+        run: that was begun.
+        job: the one that is given.
+        way_out: what to do instead, for the error.
+        free: names of what may differ, beside what shapes no rows.
+
+    Raises:
+        ValueError: the job is another one.
+    """
+    if not run.job.exists():
+        return
+    before = Job.load(run.job)
+    for one in fields(Job):
+        mine, its = (_absolute(one.metadata, getattr(of, one.name)) for of in (job, before))
+        may = one.name in (*_FREE, *free)
+        if mine != its and (not may or (one.name == "queries" and its and run.queries.exists())):
+            where = f"[{one.metadata['section']}] {one.metadata['name']}"
+            raise ValueError(
+                f"the run in {run.path} was begun with {where} = {its!r}, and this job has "
+                f"{mine!r}; {way_out}"
+            )
+
+
+def _absolute(about: Mapping[str, Any], value: Any) -> Any:
+    return os.path.abspath(value) if value is not None and about.get("path") else value
 
 
 def need_queries(run: Run) -> RowStore:

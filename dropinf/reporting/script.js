@@ -316,6 +316,8 @@
 
   const sections = [querySection(), data.suspicious && suspiciousSection(), data.charts.length && chartSection(), factsSection()].filter(Boolean);
   const tabs = document.getElementById("tabs");
+  // No id of the page, which a browser would scroll to, past the tabs.
+  const fragment = ({ section }) => `#tab-${section.id}`;
   const select = (at, focus) => {
     sections.forEach(({ section, shown }, i) => {
       section.hidden = i !== at;
@@ -324,7 +326,7 @@
       if (i === at && shown) shown();
     });
     if (focus) buttons[at].focus();
-    history.replaceState(null, "", `#${sections[at].section.id}`);
+    history.replaceState(null, "", fragment(sections[at]));
   };
   const buttons = sections.map(({ name, section }, at) => {
     section.setAttribute("role", "tabpanel");
@@ -339,7 +341,7 @@
     return button;
   });
   sections.forEach(({ start }) => start && start());
-  select(Math.max(0, sections.findIndex(({ section }) => `#${section.id}` === location.hash)));
+  select(Math.max(0, sections.findIndex((one) => fragment(one) === location.hash)));
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, dialog, [role=listbox]")) return;

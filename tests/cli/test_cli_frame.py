@@ -33,6 +33,13 @@ def test_help(dropinf_, name):
     assert all(one.help for one in PARAMETERS[name].params)
 
 
+def test_the_sections_of_a_job_stand_above_its_options(dropinf_):
+    """The brackets of their names are no markup."""
+    told = dropinf_("collect", "--help")[1]
+    for section in ("model", "data", "loss", "plan", "collect", "solver", "out"):
+        assert f"[{section}] in a job's file" in told
+
+
 def test_examples_parse():
     """What the help shows is no wrong call."""
     for name, one in PARAMETERS.items():

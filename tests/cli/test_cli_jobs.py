@@ -152,6 +152,54 @@ def test_without_queries(dropinf_, here):
     assert not (here / "dropinf-run" / "queries").exists()
 
 
+def test_a_report_is_of_the_job_that_was_collected(dropinf_, ok, here):
+    """Another model, file or plan would stand beside scores that are not its own."""
+    ok("collect", "model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--r", 30)
+    gpt2(here / "changed", seed=1)
+    lines(here / "other.jsonl", [{"text": text} for text in sentences(40, seed=2)])
+    for other, said in (
+        (["changed", "--train", "train.jsonl", "--r", 30, "--out", "dropinf-run"], "[model] path"),
+        (["dropinf-run", "--train", "other.jsonl"], "[data] train"),
+        (["dropinf-run", "--queries", "other.jsonl"], "[data] queries"),
+        (["dropinf-run", "--r", 31], "[plan] r"),
+    ):
+        sentence = wrong(dropinf_, "report", *other)
+        assert sentence.startswith(f"the run in dropinf-run was begun with {said} = "), other
+        assert sentence.endswith("; dropinf report dropinf-run is of what was collected")
+    assert {path.name for path in (here / "dropinf-run").iterdir()} == {
+        *("plan.json", "job.toml", "train", "queries")
+    }
+    ok("report", "dropinf-run", "--batch-size", 1)
+
+
+def test_a_report_of_another_damping(ok, here):
+    """It is fitted anew, and the run's own solver stays."""
+    ok("collect", "model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--r", 30)
+    ok("report", "dropinf-run", "--damping", 5, "--to", "first.html")
+    assert not (here / "dropinf-run" / "solver").exists()
+    ok("fit", "dropinf-run")
+    own = (here / "dropinf-run" / "solver" / "solver.json").read_bytes()
+    ok("report", "dropinf-run", "--damping", 5, "--to", "second.html")
+    ok("report", "dropinf-run")
+    assert (here / "dropinf-run" / "solver" / "solver.json").read_bytes() == own
+    for name, damping in (("first", 5), ("second", 5), ("dropinf-run/report", 0.1)):
+        page = (here / f"{name}.html").read_text("utf-8")
+        assert f"Cholesky(damping={float(damping)}" in page, name
+
+
+def test_a_report_of_an_unfinished_run_saves_no_solver(dropinf_, slow, tmp_path):
+    """Which the rows that follow would not fit."""
+    process = started(*JOB, "--out", "run", "--quiet")
+    rows = tmp_path / "run" / "train" / "part-000000" / "rows.bin"
+    while not (rows.exists() and rows.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, process.stderr.read()
+    code, _, err = dropinf_("report", "run", "--quiet")
+    assert code == 0 and "not finished" in err
+    assert not (tmp_path / "run" / "solver").exists()
+
+
 def test_energies_and_plan(ok, here):
     """The plan that is there is the one that rows are collected under."""
     flags = ["model", "--train", "train.jsonl", "--r", 30, "--energies", 16]

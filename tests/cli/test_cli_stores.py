@@ -3,6 +3,7 @@
 import csv
 import errno
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +108,16 @@ def test_files(ok, run, tmp_path, ending):
             assert numbers.size == len(store)
             np.testing.assert_allclose(numbers.reshape(-1), own.numpy(), rtol=1e-6)
     assert [p.name for p in to.parent.iterdir()] == [to.name]
+
+
+@pytest.mark.parametrize("command", ["score", "topk", "self", "export"])
+def test_a_package_that_is_missing_is_known_at_once(dropinf_, tmp_path, monkeypatch, command):
+    """Before anything is read or computed."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, out, err = dropinf_(command, tmp_path / "none", "--to", tmp_path / "out.parquet")
+    assert (code, out) == (2, "")
+    said = one_sentence(f"dropinf {command}", err)
+    assert said == "a .parquet file needs pyarrow: pip install 'dropinf[arrow]'"
 
 
 def test_topk(ok, run, tmp_path):

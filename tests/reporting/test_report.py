@@ -236,6 +236,19 @@ def test_no_errors_nothing_runs_and_nothing_is_wider_than_the_screen(
         assert page.evaluate("document.documentElement.dataset.theme") != scheme
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_opens_at_its_top_and_at_the_tab_of_its_address(browser, report, width):
+    with opened(browser, report, width) as page:
+        assert page.evaluate("scrollY") == 0
+        for tab in ("Suspicious", "Queries"):
+            page.get_by_role("tab", name=tab).click()
+            address = page.url
+            page.goto("about:blank")
+            page.goto(address)
+            assert page.evaluate("scrollY") == 0
+            assert page.get_by_role("tab", name=tab).get_attribute("aria-selected") == "true"
+
+
 def test_a_query_is_opened_searched_and_stepped_through(browser, report, found):
     attribution = found[0]
     with opened(browser, report) as page:

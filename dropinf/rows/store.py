@@ -28,9 +28,9 @@ from dropinf.text_table import Table, printable
 from dropinf.user_warning import warn_user
 from dropinf.whole_files import appearing
 
-_AT_A_TIME = (
-    4  # chunks: with one, a twelfth of top-k's time went to the starts (2-core Xeon, 2026-11)
-)
+# Chunks: with one, a twelfth of top-k's time went to the starts (2-core Xeon, 2026-11). The ones
+# before are held until the next ones are there.
+_AT_A_TIME = 2
 
 
 class RowStore:

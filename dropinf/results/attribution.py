@@ -15,8 +15,7 @@ from torch import Tensor
 from dropinf.results import exports, showing
 from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
-from dropinf.rows import RowStore
-from dropinf.rows.ids import same
+from dropinf.rows import RowStore, same_ids
 from dropinf.scoring import ensemble, topk
 from dropinf.solvers import Solver
 from dropinf.text_table import Table
@@ -217,7 +216,7 @@ def _check_ids(parts: Sequence[tuple[RowStore, RowStore, Solver]]) -> None:
         stores = [part[which] for part in parts]
         first = stores[0].ids
         for number, store in enumerate(stores):
-            if not same(first, store.ids):
+            if not same_ids(first, store.ids):
                 raise ValueError(
                     f"attribute: {name} number {number} has other ids than the first, or in "
                     "another order; collect all from one loader that does not shuffle"

@@ -5,6 +5,8 @@ from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
+from dropinf.rows.ids import Ids
+from dropinf.rows.ids import same as same_ids
 from dropinf.rows.lock import LockedError
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
@@ -27,6 +29,7 @@ __all__ = [
     "PART_BYTES",
     "Collection",
     "Drawn",
+    "Ids",
     "LockedError",
     "LossFn",
     "OptimizerSteps",
@@ -42,6 +45,7 @@ __all__ = [
     "merged",
     "products",
     "put",
+    "same_ids",
     "solved_for",
     "take",
     "valid_rows",

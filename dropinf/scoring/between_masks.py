@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dropinf.ranks import standard_ranks
-from dropinf.rows import RowStore
+from dropinf.rows import Ids, RowStore
 from dropinf.rows import ids as id_lists
-from dropinf.rows.ids import Ids
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Solver
 

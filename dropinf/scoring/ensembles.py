@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropinf.rows import RowStore
+from dropinf.rows import Ids, RowStore
 from dropinf.rows import ids as id_lists
-from dropinf.rows.ids import Ids
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Solver
 

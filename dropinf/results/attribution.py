@@ -15,7 +15,7 @@ from torch import Tensor
 from dropinf.results import exports, showing
 from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
-from dropinf.rows import RowStore, same_ids
+from dropinf.rows import RowStore
 from dropinf.scoring import ensemble, topk
 from dropinf.solvers import Solver
 from dropinf.text_table import Table
@@ -194,7 +194,6 @@ def attribute(
             )
         ]
     else:
-        _check_ids(parts)
         mean, error = ensemble(parts, relative=relative, weights=weights)
         ends = [_extreme(mean, error, k, largest) for largest in (True, False)]
     top, bottom = (Ranked(*end, _ids_at(known, end[2])) for end in ends)
@@ -208,19 +207,6 @@ def attribute(
 
 def _several(given: One | Sequence[One]) -> list[One]:
     return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _check_ids(parts: Sequence[tuple[RowStore, RowStore, Solver]]) -> None:
-    """Scores of one mask are averaged with those of another place by place."""
-    for which, name in enumerate(("queries", "store")):
-        stores = [part[which] for part in parts]
-        first = stores[0].ids
-        for number, store in enumerate(stores):
-            if not same_ids(first, store.ids):
-                raise ValueError(
-                    f"attribute: {name} number {number} has other ids than the first, or in "
-                    "another order; collect all from one loader that does not shuffle"
-                )
 
 
 def _extreme(mean: Tensor, error: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,7 @@ from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
-from dropinf.rows.ids import Ids
-from dropinf.rows.ids import same as same_ids
+from dropinf.rows.ids import Ids, digest_of_ids
 from dropinf.rows.lock import LockedError
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
@@ -37,6 +36,7 @@ __all__ = [
     "RowWriter",
     "Weights",
     "collect",
+    "digest_of_ids",
     "energies",
     "finite_rows",
     "kept_beside",
@@ -45,7 +45,6 @@ __all__ = [
     "merged",
     "products",
     "put",
-    "same_ids",
     "solved_for",
     "take",
     "valid_rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
@@ -58,6 +59,11 @@ def same(first: Ids, other: Ids) -> bool:
     if isinstance(first, Tensor) != isinstance(other, Tensor):
         return False
     return torch.equal(first, other) if isinstance(first, Tensor) else first == other
+
+
+def digest_of_ids(ids: Ids) -> bytes:
+    """What tells these, in this order, from others, without keeping them."""
+    return hashlib.sha256(kind_of(ids).encode() + encoded(ids)).digest()
 
 
 def in_order(ids: Ids) -> Tensor:

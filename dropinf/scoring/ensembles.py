@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropinf.rows import Ids, RowStore
-from dropinf.rows import ids as id_lists
+from dropinf.rows import RowStore, digest_of_ids
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Solver
 
@@ -54,12 +53,13 @@ def ensemble(
     given = None if isinstance(weights, str) else _part_weights(weights)
     same = weights if isinstance(weights, str) else "same"
     count, mean, squares, linear = 0, torch.empty(0), torch.empty(0), torch.empty(0)
-    ids: list[Ids] = []  # of the first part's queries and examples
+    ids: list[bytes] = []  # a digest of the first part's queries, and one of its examples
     total = total_squares = 0.0
     for queries, store, solver in parts:
         if given is not None and count == len(given):
             raise ValueError(f"ensemble: there are more parts than the {count} weights")
         w = 1.0 if given is None else given[count]
+        own = [digest_of_ids(queries.ids), digest_of_ids(store.ids)]
         found = scores(queries, store, solver, relative=relative, weights=same)
         if count == 0:
             mean, squares = torch.zeros_like(found), torch.zeros_like(found)
@@ -70,10 +70,9 @@ def ensemble(
                 f"ensemble: part {count} has scores {list(found.shape)}, those before it "
                 f"{list(mean.shape)}; give the same queries and training examples to all"
             )
-        own = [queries.ids, store.ids]
         ids = ids or own
         for name, first, these in zip(("queries", "examples"), ids, own, strict=True):
-            if not id_lists.same(first, these):
+            if first != these:
                 raise ValueError(
                     f"ensemble: part {count} has {name} of other ids than the first, or in another "
                     "order; collect all from one loader that does not shuffle"

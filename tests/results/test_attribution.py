@@ -96,14 +96,16 @@ def test_masks_of_other_examples_are_refused(strings):
     store, turned = (RowStore(torch.randn(6, 4), plan_of(4), ids=own) for own in (ids, ids[::-1]))
     positions = RowStore(torch.randn(6, 4), plan_of(4))
     solvers = [Cholesky().fit(store)] * 2
-    with pytest.raises(ValueError, match="store number 1 has other ids than the first, or in ano"):
+    with pytest.raises(
+        ValueError, match="part 1 has examples of other ids than the first, or in ano"
+    ):
         attribute([store, store], [store, turned], solvers)
-    with pytest.raises(ValueError, match="queries number 1 has other ids"):
+    with pytest.raises(ValueError, match="part 1 has queries of other ids"):
         attribute([store, turned], [store, store], solvers)
     known = attribute([store, store], [store, store], solvers, k=1)
     assert known.top.scores.shape == (6, 1)
     if strings:
-        with pytest.raises(ValueError, match="store number 1 has other ids"):
+        with pytest.raises(ValueError, match="part 1 has examples of other ids"):
             attribute([store, store], [store, positions], solvers)
 
 

@@ -130,6 +130,8 @@ class RowMap:
             ones = [one for one in ones if one is not None and (one >= 0).all()]
             example = np.broadcast_to(ones[0], full.shape) if len(ones) == 1 else example
         example = example.reshape(-1)
+        if example.size == self._of_token.size:
+            example = self._filled(example)
         order = np.argsort(example, kind="stable")
         order = order[example[order] >= 0]
         counts = np.bincount(example[order], minlength=len(self._of_token))
@@ -140,6 +142,17 @@ class RowMap:
         rows = np.full(example.shape, NONE)
         rows[order] = self._of_token[example[order], np.arange(len(order)) % self.T]
         return rows.reshape(full.shape)
+
+    def _filled(self, example: Array) -> Array:
+        """The example of each of B T positions, also of those at the ends of a text that reach no
+        loss, as the last token of a language model, if all others lie one text after the other."""
+        at, B = np.arange(example.size), len(self._of_token)
+        by_text, by_position = at // self.T, at % B
+        fits, other = (((example == e) | (example < 0)).all() for e in (by_text, by_position))
+        ambiguous = other and (by_text != by_position).any()
+        known = (example >= 0).reshape(B, self.T)
+        runs = np.diff(known.astype(np.int8), axis=1, prepend=0) > 0
+        return by_text if fits and not ambiguous and (runs.sum(1) <= 1).all() else example
 
 
 def groups(

@@ -91,6 +91,34 @@ def test_token_rows_behind_heads():
     assert_exact(rows, truth)
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_token_rows_where_positions_are_flattened_and_some_reach_no_loss(B):
+    """As in GPT-2, of a loss without the last token; a row is a token's x times its dy."""
+
+    class Flattening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+
+        def forward(self, x):
+            hidden = (x.flatten(0, 1) @ self.first).tanh().view(B, 5, 4)
+            return hidden, (hidden.flatten(0, 1) @ self.second).view(B, 5, 4)
+
+    def losses(found):
+        return found[1][:, :-1].square().sum((1, 2))
+
+    torch.manual_seed(0)
+    model, x = Flattening().double(), torch.randn(B, 5, 4, dtype=torch.float64)
+    with capture(model, Plan.make(model, Full()), per="token") as tap:
+        rows = tap.rows(losses(model(x)))
+    assert tap.origin.tolist() == [[b, t] for b in range(B) for t in range(5)]
+    hidden, out = found = model(x)
+    d_hidden, d_out = torch.autograd.grad(losses(found).sum(), (hidden, out))
+    pairs = (x, d_hidden * (1 - hidden.square())), (hidden, d_out)
+    truth = torch.cat([torch.einsum("bti,bto->btio", *pair).flatten(2) for pair in pairs], 2)
+    assert_exact(rows, truth.flatten(0, 1).detach())
+
+
 def test_token_rows_of_a_sequence_first_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()

@@ -13,7 +13,7 @@ from dropinf.cli.terminal import Terminal
 from dropinf.extras import optional
 from dropinf.jobs import Ready
 from dropinf.results import Attribution
-from dropinf.rows import RowStore
+from dropinf.rows import RowStore, Weights
 from dropinf.solvers import Solver
 
 Shares = Callable[[Any, Any], list[tuple[str, float]] | None]
@@ -25,10 +25,16 @@ def shares_of_tokens(
     """(query id, example id) -> (token, its part of the score) of the examples that are found.
 
     The parts add up to the score. None, which is said, where a layer of the model keeps no tokens
-    apart.
+    apart, or the model has other weights by now.
     """
     examples = ready.train
     if examples.tokens is None:
+        return None
+    if asked.weights not in (
+        None,
+        Weights(ready.model, asked.plan).fingerprint(asked.about.passing),
+    ):
+        terminal.note("texts are not shaded by token: the model has other weights than the rows")
         return None
     wanted: dict[Any, list[Any]] = {}  # example -> queries
     for ranked in (found.top, found.bottom):

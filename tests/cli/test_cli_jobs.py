@@ -94,27 +94,46 @@ def test_three_commands(ok, here):
     assert kept.r == 50 and os.path.samefile(kept.train, "train.jsonl")
 
 
-def test_tokens_are_shaded(ok, here):
-    """Of a model whose layers keep tokens apart; their parts add up to the score."""
+def examples_of(page):
+    """Those that a report shows."""
+    text = page.read_text("utf-8")
+    data = re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", text, re.S)[1]
+    for query in json.loads(data)["queries"]:
+        assert len(query["top"]) == len(query["bottom"]) == 3
+        yield from query["top"] + query["bottom"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_tokens_are_shaded(ok, here, kind):
+    """Their parts add up to the score; GPT-2's layers flatten positions."""
     config = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
     sizes = {"intermediate_size": 16, "max_position_embeddings": 16, "pad_token_id": 0}
-    kind = ("LlamaForCausalLM", "LlamaConfig")
-    saved(here / "llama", *kind, vocab_size=len(VOCABULARY), **config, **sizes)
+    llama = ("LlamaForCausalLM", "LlamaConfig")
+    saved(here / "llama", *llama, vocab_size=len(VOCABULARY), **config, **sizes)
     data = ["--train", "train.jsonl", "--queries", "queries.jsonl"]
-    ok("collect", "llama", *data, "--r", 30)
+    ok("collect", {"gpt2": "model", "llama": "llama"}[kind], *data, "--r", 30)
     ok("report", "dropinf-run", "-k", 3)
-    page = (here / "dropinf-run" / "report.html").read_text("utf-8")
-    shown = json.loads(
-        re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.S)[1]
-    )
     texts = sentences(40)
-    for query in shown["queries"]:
-        assert len(query["top"]) == len(query["bottom"]) == 3
-        for example in query["top"] + query["bottom"]:
-            tokens, parts = zip(*example["tokens"], strict=True)
-            assert "".join(tokens) == texts[example["id"]]
-            size = sum(map(abs, parts))
-            assert abs(sum(parts) - example["score"]) <= 1e-5 * size and len(set(parts)) > 1
+    for example in examples_of(here / "dropinf-run" / "report.html"):
+        tokens, parts = zip(*example["tokens"], strict=True)
+        assert "".join(tokens) == texts[example["id"]]
+        size = sum(map(abs, parts))
+        assert abs(sum(parts) - example["score"]) <= 1e-5 * size and len(set(parts)) > 1
+
+
+def test_tokens_are_not_shaded_by_other_weights(dropinf_, ok, here):
+    """The model's directory may hold another checkpoint by now."""
+    gpt2(here / "changing")
+    data = ["--train", "train.jsonl", "--queries", "queries.jsonl"]
+    ok("collect", "changing", *data, "--r", 30)
+    model = prepare(Job.load("dropinf-run/job.toml")).model
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    model.save_pretrained(here / "changing")
+    code, _, said = dropinf_("report", "dropinf-run", "-k", 3)
+    assert code == 0 and "texts are not shaded by token: the model has other weights" in said
+    page = here / "dropinf-run" / "report.html"
+    assert all(example["tokens"] is None for example in examples_of(page))
 
 
 def test_options_in_place_of_a_file(ok, here):

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dropinf.extras import optional
-from dropinf.rows import RowStore
+from dropinf.rows import RowStore, listed
 from dropinf.whole_files import appearing
 
 
@@ -38,7 +38,7 @@ class Matrix:
     def of(cls, name: str, ids: Any, columns: Sequence[Any], values: Tensor) -> Matrix:
         """Of a matrix that is there."""
         numbers = values.detach().cpu().numpy()
-        return cls(name, _listed(ids), columns, lambda: iter([numbers]), numbers.dtype)
+        return cls(name, listed(ids), columns, lambda: iter([numbers]), numbers.dtype)
 
     @classmethod
     def of_store(cls, store: RowStore) -> Matrix:
@@ -50,7 +50,7 @@ class Matrix:
 
         columns = [f"entry_{j}" for j in range(store.plan.width)]
         dtype = np.dtype(str(store.read_dtype).removeprefix("torch."))
-        return cls("row", _listed(store.ids), columns, pieces, dtype)
+        return cls("row", listed(store.ids), columns, pieces, dtype)
 
     def write(self, path: Path) -> None:
         """By the ending of the name; an existing file is replaced at once or not.
@@ -92,10 +92,6 @@ def write_table(table: Any, path: Path) -> None:
         pyarrow = optional("pyarrow", "arrow", "an Arrow file")
         with pyarrow.OSFile(str(new), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as to:
             to.write_table(table)
-
-
-def _listed(ids: Any) -> list[Any]:
-    return ids.tolist() if isinstance(ids, Tensor) else list(ids)
 
 
 def _npy(matrix: Matrix, path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
 import dropinf
 from dropinf.cli.app import command
@@ -18,7 +17,7 @@ from dropinf.cli.terminal import Terminal
 from dropinf.cli.token_shares import shares_of_tokens
 from dropinf.extras import optional
 from dropinf.jobs import Examples, Job, Ready, prepare
-from dropinf.rows import RowStore
+from dropinf.rows import RowStore, listed
 from dropinf.solvers import Solver
 
 _MOST_SCORES = 1 << 24  # of all layers, held at once for the page's charts
@@ -53,7 +52,7 @@ def report(
     own = dropinf.self_influence(store, solver)
     title = "What taught the model"
     if asked is None:
-        asked = store[[_listed(store.ids)[i] for i in most_suspicious(store, own, _QUERIES)]]
+        asked = store[[listed(store.ids)[i] for i in most_suspicious(store, own, _QUERIES)]]
         title = "What the examples of largest self-influence were learnt with"
         terminal.note(
             f"there are no queries; the {len(asked)} training examples of largest self-influence "
@@ -125,7 +124,3 @@ def _image(files: Any) -> Callable[[int], Any]:
     image = optional("PIL.Image", "report", "a report with images")
     numpy = optional("numpy", "report", "a report with images")
     return lambda position: numpy.asarray(image.open(files[position]).convert("RGB"))
-
-
-def _listed(ids: Any) -> list[Any]:
-    return ids.tolist() if isinstance(ids, Tensor) else list(ids)

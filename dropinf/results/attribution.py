@@ -15,7 +15,7 @@ from torch import Tensor
 from dropinf.results import exports, showing
 from dropinf.results.contents import Contents, Lookup
 from dropinf.results.facts import Facts, facts_of
-from dropinf.rows import RowStore
+from dropinf.rows import RowStore, listed
 from dropinf.scoring import ensemble, topk
 from dropinf.solvers import Solver
 from dropinf.text_table import Table
@@ -200,7 +200,7 @@ def attribute(
     return Attribution(
         top,
         bottom,
-        asked.ids.tolist() if isinstance(asked.ids, Tensor) else [*asked.ids],
+        listed(asked.ids),
         facts_of(parts, relative),
     )
 

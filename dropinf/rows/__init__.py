@@ -5,7 +5,7 @@ from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
-from dropinf.rows.ids import Ids, digest_of_ids
+from dropinf.rows.ids import Ids, digest_of_ids, listed
 from dropinf.rows.lock import LockedError
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
@@ -40,6 +40,7 @@ __all__ = [
     "energies",
     "finite_rows",
     "kept_beside",
+    "listed",
     "mark_invalid",
     "mean_squares",
     "merged",

@@ -2,12 +2,9 @@
 
 import json
 import os
-import sys
 
 import pytest
 import torch
-
-from dropinf import __main__ as command_line
 
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
@@ -16,17 +13,10 @@ SMALL = {"vocab_size": 500, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_he
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, dropinf_):
     """run(...): the exit code of `dropinf plan ...`, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dropinf", "plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            command_line.main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return called
+    return lambda *arguments: dropinf_("plan", *arguments)
 
 
 BERT = {

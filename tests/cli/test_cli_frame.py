@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_runs import call, make_run, one_object, one_sentence, started
+from cli_runs import make_run, one_object, one_sentence, started
 from places import PACKAGE
 
 typer = pytest.importorskip("typer")
@@ -16,11 +16,6 @@ from dropinf.cli.app import app, command  # noqa: E402
 
 PARAMETERS = typer.main.get_command(app).commands
 OWN = ("demo", "bench")  # which print by themselves
-
-
-@pytest.fixture
-def dropinf_(monkeypatch, capsys):
-    return lambda *arguments: call(monkeypatch, capsys, *arguments)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

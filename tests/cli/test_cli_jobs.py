@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from cli_runs import call, one_object, one_sentence, started
+from cli_runs import one_object, one_sentence, started
 
 pytest.importorskip("typer")
 pytest.importorskip("jinja2")
@@ -20,23 +20,6 @@ from job_models import VOCABULARY, gpt2, lines, saved, sentences
 import dropinf
 from dropinf import Plan, RowStore
 from dropinf.jobs import Job, prepare
-
-
-@pytest.fixture
-def dropinf_(monkeypatch, capsys):
-    return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
-@pytest.fixture
-def ok(dropinf_):
-    """stdout of a call that works."""
-
-    def run(*arguments):
-        code, out, err = dropinf_(*arguments)
-        assert code == 0, err
-        return out
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,29 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cli_runs import call, loader, loss_fn, make_run, model, one_object, one_sentence
+from cli_runs import loader, loss_fn, make_run, model, one_object, one_sentence
 
 pytest.importorskip("typer")
 
 import dropinf
 from dropinf import RowStore
-
-
-@pytest.fixture
-def dropinf_(monkeypatch, capsys):
-    return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
-@pytest.fixture
-def ok(dropinf_):
-    """stdout of a call that works."""
-
-    def run(*arguments):
-        code, out, err = dropinf_(*arguments)
-        assert code == 0, err
-        return out
-
-    return run
 
 
 @pytest.fixture(

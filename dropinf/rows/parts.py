@@ -108,6 +108,7 @@ class Parts:
         for part in self.parts:
             for start, chunk in part.chunks(count):
                 yield first + start, chunk
+                del chunk  # or its map would stay until the next one is made
             first += len(part)
 
     def at(self, positions: Tensor | Sequence[int]) -> Tensor:

@@ -136,18 +136,21 @@ def products(solved: Tensor, store: RowStore) -> Tensor:
     for start, numbers, scales in kept_beside(store, solved):
         out = result[:, start : start + len(numbers)]
         ops.row_products(solved, numbers, scales=scales, offsets=store.bounds, out=out)
+        del numbers, scales
     return result
 
 
 def kept_beside(store: RowStore, solved: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Chunks as they are kept, on the device of `solved`: (position of the first, numbers, scales).
 
-    For `ops.row_products` with `solved`; float64 rows are no wider than that.
+    For `ops.row_products` with `solved`; float64 rows are no wider than that. Who lets go of one
+    before asking for the next has one in memory, not two.
     """
     for start, (numbers, scales) in store.kept():
         wider = numbers.dtype == torch.float64 != solved.dtype
         numbers = numbers.to(solved.device, solved.dtype if wider else numbers.dtype)
         yield start, numbers, None if scales is None else scales.to(solved.device)
+        del numbers, scales
 
 
 def mark_invalid(scores: Tensor, queries: RowStore, store: RowStore) -> Tensor:

@@ -132,6 +132,7 @@ def topk(
             factors=None if factors is None else factors[part].to(solved),
             valid=None if num_valid == len(store) else store.valid[part].to(solved.device),
         )
+        del numbers, scales
     values = values.to(queries.read_dtype)
 
     def terms(q: int, at: int) -> tuple[Tensor, Tensor]:

@@ -155,3 +155,23 @@ def assert_refused_or_nan(backend: Backend, run, k: int, name: str) -> None:
         return
     out = run()
     assert out[:, k].isnan().all() and out.isnan().sum() == out.shape[0]
+
+
+@pytest.fixture
+def dropinf_(monkeypatch, capsys):
+    """dropinf_("topk", "run"): exit code, stdout and stderr of a call of the command line."""
+    from cli_runs import call
+
+    return lambda *arguments: call(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def ok(dropinf_):
+    """stdout of a call of the command line that works."""
+
+    def run(*arguments):
+        code, out, err = dropinf_(*arguments)
+        assert code == 0, err
+        return out
+
+    return run

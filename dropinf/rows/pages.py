@@ -36,3 +36,7 @@ class Pages:
         """Nobody reads what is in them any more."""
         if pages is not None and len(self._idle) < _MOST:
             self._idle.append(pages)
+
+    def free(self) -> None:
+        """Keep no pages: 64 MiB of wide rows, while the store is read that was written."""
+        self._idle.clear()

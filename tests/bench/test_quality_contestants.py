@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "bench" / "experiments"))
 import quality
 import quality_tasks
 from quality_contestants import BY_ENERGY, CONTESTANTS
-from quality_records import Records
+from records import Records
 
 pytestmark = pytest.mark.more
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.more
 def experiment(tmp_path):
     """The tiny regression's, with nothing recorded."""
     (task,) = (t.tiny() for t in quality_tasks.make_tasks() if t.name == "diabetes")
-    records = Records(tmp_path / "one.json", {"totals": [64], "seeds": 1})
+    records = Records(tmp_path / "one.json", {"totals": [64], "seeds": 1}, quality.NAMES)
     return quality.Experiment(task, [], records)
 
 

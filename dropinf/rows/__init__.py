@@ -21,6 +21,7 @@ from dropinf.rows.row_passes import (
     valid_rows,
 )
 from dropinf.rows.store import RowStore
+from dropinf.rows.watching import passes_watched
 from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
 
@@ -44,6 +45,7 @@ __all__ = [
     "mark_invalid",
     "mean_squares",
     "merged",
+    "passes_watched",
     "products",
     "put",
     "solved_for",

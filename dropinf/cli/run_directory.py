@@ -48,11 +48,13 @@ class Run:
         Raises:
             NotADirectoryError: a file is there.
         """
-        if os.path.lexists(job.out) and not os.path.isdir(job.out):
+        path = Path(job.out)
+        there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+        if there is not None and not there.is_dir():
             raise NotADirectoryError(
-                f"{job.out} is a file, and a run needs a directory; give another --out"
+                f"{there} is a file, and a run needs a directory; give another --out"
             )
-        return cls.of(Path(job.out))
+        return cls.of(path)
 
     @property
     def plan(self) -> Path:

@@ -1,6 +1,6 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
-from dropinf.rows.batches import LossFn
+from dropinf.rows.batches import LossFn, refuse_shuffling
 from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
@@ -48,6 +48,7 @@ __all__ = [
     "passes_watched",
     "products",
     "put",
+    "refuse_shuffling",
     "solved_for",
     "take",
     "valid_rows",

@@ -173,6 +173,13 @@ def test_ids_that_javascript_would_round():
     assert page_contents.plain(2**60 + 1) == str(2**60 + 1)
 
 
+def test_what_is_no_attribution(found, tmp_path):
+    with pytest.raises(TypeError, match=r"needs what dropinf\.attribute returned, got list"):
+        write_report(tmp_path / "report.html", [found])
+    with pytest.raises(TypeError, match="path must name a file, got int"):
+        write_report(5, found)
+
+
 def test_refusals(found, tmp_path, monkeypatch):
     attribution, own, scores, _ = found
     path = tmp_path / "report.html"

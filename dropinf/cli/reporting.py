@@ -101,10 +101,12 @@ def report(
         title=title,
     )
     facts: dict[str, Any] = {"path": str(to), "queries": len(asked), "examples": len(store)}
+    said = f"{to}: {len(asked):,} queries, {len(store):,} training examples"
     if sweep is not None:
+        said += f"; of the dampings, {sweep[1].damping:g} is worth most"
         worth = dict(zip(map(str, tried[0]), sweep[1].values.tolist(), strict=True))
         facts |= {"dampings": worth, "chosen damping": sweep[1].damping}
-    terminal.show(facts, f"{to}: {len(asked):,} queries, {len(store):,} training examples")
+    terminal.show(facts, said)
 
 
 def _numbers(option: str, given: str) -> list[float]:

@@ -53,9 +53,9 @@ def test_positions_that_may_be_other_tokens(owners, examples):
 
 def test_owners_that_are_views_are_not_written_to():
     """As numpy broadcasts them; torch would warn of its view of them."""
-    owners = np.broadcast_to(np.array([2, 0, 2])[:, None], (3, 2))
+    owners = np.broadcast_to(np.array([2, 0, 2])[:, None], (3, 1))
     assert not owners.flags.writeable
-    x, dy = torch.randn(3, 2, 4), torch.randn(3, 2, 5)
+    x, dy = torch.randn(3, 1, 4), torch.randn(3, 1, 5)
     before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:

@@ -95,7 +95,7 @@ def losses_of(op: str, name: str, losses: Any, m: int) -> Tensor:
         ValueError: they have another shape or are not finite.
     """
     given = numbers_of(op, name, losses)
-    losses = given[None] if given.dim() == 2 else given
+    losses: Tensor = given.unsqueeze(0) if given.dim() == 2 else given
     if losses.dim() != 3 or losses.shape[2] != m or not losses.numel():
         raise ValueError(
             f"{op}: {name} must be [h, {m}] or [seeds, h, {m}], losses of the {m} queries of the "
@@ -118,7 +118,8 @@ def numbers_of(op: str, name: str, values: Any) -> Tensor:
     """
     if not isinstance(values, Tensor) or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{op}: {name} must be a tensor of real numbers, got {kind(values)}")
-    return values.detach().to("cpu", torch.float64)
+    numbers: Tensor = values.detach().to("cpu", torch.float64)
+    return numbers
 
 
 def mask_of(op: str, name: str, values: Any, shape: tuple[int | str, ...]) -> Tensor:
@@ -133,7 +134,8 @@ def mask_of(op: str, name: str, values: Any, shape: tuple[int | str, ...]) -> Te
         raise ValueError(f"{op}: {name} must be {wanted} torch.bool, got {kind(values)}")
     if any(isinstance(a, int) and a != b for a, b in zip(shape, values.shape, strict=True)):
         raise ValueError(f"{op}: {name} must be {wanted}, got {list(values.shape)}")
-    return values.detach().cpu()
+    mask: Tensor = values.detach().cpu()
+    return mask
 
 
 def kind(values: Any) -> str:

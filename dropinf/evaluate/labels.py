@@ -16,8 +16,8 @@ def mislabeled_auc(values: Tensor, wrong: Tensor) -> Estimate:
 
     Args:
         values: [n], large where a label is suspicious: self-influence or the loss as they are, but
-            *minus* the mean influence on good queries (`-scores.nanmean(0)`), which wrong labels have
-            low. NaN, an invalid example, is left out.
+            *minus* the mean influence on good queries (`-scores.nanmean(0)`), which is low where a
+            label is wrong. NaN, an invalid example, is left out.
         wrong: [n] bool.
 
     Returns:

@@ -82,8 +82,8 @@ def scores_of(op: str, scores: Any) -> tuple[Tensor, Tensor, Tensor]:
     if odd.any():
         q, i = odd.nonzero()[0].tolist()
         raise ValueError(
-            f"{op}: scores[{q}, {i}] is {float(scores[q, i])}, though others of the query and of "
-            "the example are not; an invalid one is NaN in its whole row or column"
+            f"{op}: scores[{q}, {i}] is {float(scores[q, i])}; an invalid query or example is NaN "
+            "in its whole row or column, and all else must be finite"
         )
     return scores.where(queries[:, None] & examples, 0.0), queries, examples
 
@@ -95,19 +95,19 @@ def losses_of(op: str, name: str, losses: Any, m: int) -> Tensor:
         ValueError: they have another shape or are not finite.
     """
     given = numbers_of(op, name, losses)
-    losses: Tensor = given.unsqueeze(0) if given.dim() == 2 else given
-    if losses.dim() != 3 or losses.shape[2] != m or not losses.numel():
+    found: Tensor = given.unsqueeze(0) if given.dim() == 2 else given
+    if found.dim() != 3 or found.shape[2] != m or not found.numel():
         raise ValueError(
             f"{op}: {name} must be [h, {m}] or [seeds, h, {m}], losses of the {m} queries of the "
             f"scores by each retrained model, got {list(given.shape)}"
         )
-    if not losses.isfinite().all():
-        seed, subset, query = (~losses.isfinite()).nonzero()[0].tolist()
+    if not found.isfinite().all():
+        seed, subset, query = (~found.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"{op}: {name}[{seed}, {subset}, {query}] is {float(losses[seed, subset, query])}, as "
+            f"{op}: {name}[{seed}, {subset}, {query}] is {float(found[seed, subset, query])}, as "
             "of a training that diverged; leave that subset out"
         )
-    return losses
+    return found
 
 
 def numbers_of(op: str, name: str, values: Any) -> Tensor:

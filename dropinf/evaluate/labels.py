@@ -16,8 +16,8 @@ def mislabeled_auc(values: Tensor, wrong: Tensor) -> Estimate:
 
     Args:
         values: [n], large where a label is suspicious: self-influence or the loss as they are, but
-            *minus* the mean influence on good queries (`-scores.mean(0)`), which wrong labels have
-            low. NaN, an invalid example, is left out.
+            *minus* the mean influence on good queries (`-scores.nanmean(0)`), which is low where a
+            label is wrong. NaN, an invalid example, is left out.
         wrong: [n] bool.
 
     Returns:
@@ -31,7 +31,7 @@ def mislabeled_auc(values: Tensor, wrong: Tensor) -> Estimate:
     if values.dim() != 1:
         raise ValueError(
             f"mislabeled_auc: values must be [n], a number for each example, got "
-            f"{list(values.shape)}; of scores [m, n] take -scores.mean(0)"
+            f"{list(values.shape)}; of scores [m, n] take -scores.nanmean(0)"
         )
     wrong = mask_of("mislabeled_auc", "wrong", wrong, (len(values),))
     valid = ~values.isnan()

@@ -10,7 +10,10 @@ import typer
 
 import dropinf
 from dropinf.cli.app import command
+from dropinf.cli.damping_sweep import sweep_of
 from dropinf.cli.job_options import takes_job
+from dropinf.cli.masks import stability_of
+from dropinf.cli.matrix_file import refuse_no_file
 from dropinf.cli.run_directory import Run, can_be_saved, load_solver, refuse_another_job
 from dropinf.cli.scoring import K, most_suspicious
 from dropinf.cli.terminal import Terminal
@@ -33,25 +36,40 @@ def report(
         Path | None, typer.Option(help="File to write, if not report.html in the run's directory.")
     ] = None,
     k: K = 10,
+    dampings: Annotated[
+        str, typer.Option(metavar="LIST", help="Also say what these are worth: 0.01,0.1,1.")
+    ] = "",
+    stability: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Also collect anew at these r under three seeds each, and say where they agree: "
+            "256,1024.",
+        ),
+    ] = "",
 ) -> None:
     """Write what a run says as one HTML file, fitting and scoring what is not there yet.
 
-    Without queries, the training examples of largest self-influence are asked about.
+    Without queries, the training examples of largest self-influence are asked about. --dampings go
+    by the AUC where --truth names what is known to be wrong, and else by how far a second seed,
+    which is collected, gives the same order.
     """
     optional("jinja2", "report", "the report")
-    run = Run.of(Path(job.out))
+    tried = _numbers("--dampings", dampings), _numbers("--stability", stability)
+    run = Run.of_job(job)
     to = to or run.path / "report.html"
-    if to.is_dir():
-        raise IsADirectoryError(f"{to} is a directory; name a file with --to")
     store, asked = run.training_rows(), run.query_rows()
+    refuse_no_file(to)
     way_out = f"dropinf report {run.path} is of what was collected"
     refuse_another_job(run, job, way_out, free=("batch_tokens", "batch_size"))
     ready = prepare(job)  # what is wrong there is found first
     contents = _contents(ready, asked is not None)
     solver = _solver_of(terminal, run, job, store)
-    own = dropinf.self_influence(store, solver)
+    with terminal.passes("self"):
+        own = dropinf.self_influence(store, solver)
     title = "What taught the model"
     if asked is None:
+        ready.queries = None
         asked = store[[listed(store.ids)[i] for i in most_suspicious(store, own, _QUERIES)]]
         title = "What the examples of largest self-influence were learnt with"
         terminal.note(
@@ -59,7 +77,16 @@ def report(
             "are asked about"
         )
     terminal.note(f"scoring {len(store):,} training examples for {len(asked):,} queries")
-    found = dropinf.attribute(asked, store, solver, k)
+    with terminal.passes("topk"):
+        found = dropinf.attribute(asked, store, solver, k)
+    truth = None
+    if ready.truth is not None:
+        truth = [ready.truth[ready.train.position(id_)] for id_ in listed(store.ids)]
+    sweep = None
+    if tried[0]:
+        if len(tried[0]) * len(asked) * len(store) > _MOST_SCORES:
+            raise ValueError("--dampings would hold too many scores at once; take fewer queries")
+        sweep = tried[0], sweep_of(terminal, job, ready, (asked, store, solver), tried[0], truth)
     dropinf.write_report(
         to,
         found,
@@ -68,10 +95,34 @@ def report(
         **_all_scores(asked, store, solver),
         self_influence=own,
         ids=store.ids,
+        truth=truth,
+        sweep=sweep,
+        stability=stability_of(terminal, job, ready, tried[1], 3, k) if tried[1] else None,
         title=title,
     )
-    facts = {"path": str(to), "queries": len(asked), "examples": len(store)}
+    facts: dict[str, Any] = {"path": str(to), "queries": len(asked), "examples": len(store)}
+    if sweep is not None:
+        worth = dict(zip(map(str, tried[0]), sweep[1].values.tolist(), strict=True))
+        facts |= {"dampings": worth, "chosen damping": sweep[1].damping}
     terminal.show(facts, f"{to}: {len(asked):,} queries, {len(store):,} training examples")
+
+
+def _numbers(option: str, given: str) -> list[float]:
+    """Of a list with commas.
+
+    Raises:
+        ValueError: one is no positive number.
+    """
+    found = []
+    for one in filter(None, given.split(",")):
+        try:
+            number = float(one)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{option} must be positive numbers with commas, got {given!r}")
+        found.append(number)
+    return found
 
 
 def _solver_of(terminal: Terminal, run: Run, job: Job, store: RowStore) -> Solver:
@@ -85,7 +136,8 @@ def _solver_of(terminal: Terminal, run: Run, job: Job, store: RowStore) -> Solve
         return load_solver(run.solver, store, job.max_bytes)
     solver = job.solver()
     terminal.note(f"fitting {solver} on {len(store):,} rows of {run.train}")
-    solver.fit(store)
+    with terminal.passes("fit"):
+        solver.fit(store)
     if own and store.finished and can_be_saved(solver):
         solver.save(run.solver)
     return solver

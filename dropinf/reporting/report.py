@@ -74,9 +74,16 @@ def write_report(
         The absolute path.
 
     Raises:
+        TypeError: path or attribution is something else.
         ImportError: jinja2 is missing (extra "report").
         ValueError: there is no text or image for an id, or lengths disagree.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"write_report: path must name a file, got {type(path).__name__}")
+    if not isinstance(attribution, Attribution):
+        raise TypeError(
+            f"write_report: needs what dropinf.attribute returned, got {type(attribution).__name__}"
+        )
     jinja2 = optional("jinja2", "report", "write_report")
     shown = PageContents(texts, images, "texts", "images")
     asked = PageContents(query_texts, query_images, "query_texts", "query_images")

@@ -1,6 +1,6 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
-from dropinf.rows.batches import LossFn
+from dropinf.rows.batches import LossFn, refuse_shuffling
 from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
@@ -21,6 +21,7 @@ from dropinf.rows.row_passes import (
     valid_rows,
 )
 from dropinf.rows.store import RowStore
+from dropinf.rows.watching import passes_watched
 from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
 
@@ -45,8 +46,10 @@ __all__ = [
     "mark_invalid",
     "mean_squares",
     "merged",
+    "passes_watched",
     "products",
     "put",
+    "refuse_shuffling",
     "solved_for",
     "take",
     "valid_rows",

@@ -9,6 +9,13 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from dropinf.capturing import (
     ActivationsTap,
@@ -33,6 +40,25 @@ def refuse_dataset(op: str, loader: Any) -> None:
             f"{op}: a Dataset gives examples, not batches; give "
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
+
+
+def refuse_shuffling(op: str, name: str, loader: Any) -> None:
+    """Refuse a DataLoader whose sampler draws at random: whose score is whose, nobody would know.
+
+    What does not tell its order (a list of batches, an iterator, an IterableDataset, a sampler of
+    the user's own) is taken at its word.
+    """
+    if not isinstance(loader, DataLoader):
+        return
+    samplers = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    for one in samplers:
+        if isinstance(one, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) or (
+            isinstance(one, DistributedSampler) and one.shuffle
+        ):
+            raise ValueError(
+                f"{op}: {name} shuffles ({type(one).__name__}), and scores are in the order in "
+                "which it gives its examples; make it with shuffle=False"
+            )
 
 
 class CaptureOptions(TypedDict, total=False):

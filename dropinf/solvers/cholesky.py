@@ -236,7 +236,14 @@ class Cholesky(Solver):
         self._need_fit("save")
         options = {"damping": self.damping, "absolute": self.absolute}
         save_solver(
-            type(self).__name__, path, self.plan, self.weights, options, self._order, self._groups
+            type(self).__name__,
+            path,
+            self.plan,
+            self.weights,
+            self.updates,
+            options,
+            self._order,
+            self._groups,
         )
 
     @classmethod
@@ -264,6 +271,7 @@ class Cholesky(Solver):
         groups = saved.groups(blocks, None if max_bytes is None else max_bytes // 4)
         solver._set(blocks, groups)
         solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
+        solver.updates = saved.updates
         solver.num_rows = saved.setting.n
         return solver
 

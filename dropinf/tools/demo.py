@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,12 @@ class Scored(NamedTuple):
     num_bytes: int  # of the stored training rows
 
 
-def main(picture: Path, page: Path) -> None:
-    """Train, score with every method, print the table, draw the most suspicious; write a report."""
+def main(picture: Path, page: Path) -> dict[str, Any]:
+    """Train, score with every method, print the table, draw the most suspicious; write a report.
+
+    Returns:
+        The table, what was suggested, and where picture and report are.
+    """
     digits = load_digits()
     model = train_classifier(digits.train)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -54,22 +58,36 @@ def main(picture: Path, page: Path) -> None:
         "them.\n"
     )
     print(f"{'method':32}{'itself':>8}{'queries':>9}{'seconds':>9}{'bytes stored':>14}")
-    found = {}
-    for total in BUDGETS:
-        compression = dropinf.Dropout(total=total)
-        found[total] = score(model, digits, compression)
-        print(line(f"Dropout, r = {total} in all", digits, found[total]))
-    print(line("Full (every coordinate)", digits, score(model, digits, dropinf.Full())))
-    no_inverse = score(model, digits, dropinf.Full(), solvers.Identity())
-    print(line("gradient dot product, no inverse", digits, no_inverse))
-    print(f"{'loss value':32}{auc(digits, losses_of(model, digits.train)):8.3f}")
+    methods: list[tuple[str, Compression, solvers.Solver]] = [
+        (f"Dropout, r = {total} in all", dropinf.Dropout(total=total), solvers.Cholesky())
+        for total in BUDGETS
+    ]
+    methods += [
+        ("Full (every coordinate)", dropinf.Full(), solvers.Cholesky()),
+        ("gradient dot product, no inverse", dropinf.Full(), solvers.Identity()),
+    ]
+    table, found = [], {}
+    for method, compression, solver in methods:
+        found[method] = score(model, digits, compression, solver)
+        table.append(figures(method, digits, found[method]))
+        print(line(table[-1]))
+    of_loss = auc(digits, losses_of(model, digits.train))
+    print(f"{'loss value':32}{of_loss:8.3f}")
     print(
         "\nOn so simple a set the loss finds wrong labels as well as self-influence does; "
         "influence on queries\nalso tells whom each one harms."
     )
-    draw(model, digits, found[SHOWN_TOTAL].on_itself, picture)
-    compare_suggestions(model, digits, found[SHOWN_TOTAL].on_queries)
+    on_queries, on_itself, *_ = found[f"Dropout, r = {SHOWN_TOTAL} in all"]
+    draw(model, digits, on_itself, picture)
+    suggested = compare_suggestions(model, digits, on_queries)
     show(model, digits, page)
+    return {
+        "methods": table,
+        "AUC of the loss": of_loss,
+        "right suggestions": suggested,
+        "picture": str(picture.resolve()),
+        "report": str(page.resolve()),
+    }
 
 
 def load_digits() -> Digits:
@@ -123,7 +141,7 @@ def score(
     model: nn.Module,
     digits: Digits,
     compression: Compression,
-    solver: solvers.Cholesky | solvers.Identity | None = None,
+    solver: solvers.Solver,
 ) -> Scored:
     """Collect, fit and score."""
     start = time.perf_counter()
@@ -132,7 +150,7 @@ def score(
         dropinf.collect(model, DataLoader(data, batch_size=128), loss_fn, plan, progress=False)
         for data in (digits.train, digits.queries)
     )
-    solver = (solver or solvers.Cholesky(damping=0.1)).fit(store)
+    solver.fit(store)
     on_queries = dropinf.scores(queries, store, solver)
     on_itself = dropinf.self_influence(store, solver)
     return Scored(on_queries, on_itself, time.perf_counter() - start, store.num_bytes)
@@ -145,10 +163,23 @@ def auc(digits: Digits, suspicion: Tensor) -> float:
     return roc_auc_score(digits.flipped, suspicion)
 
 
-def line(method: str, digits: Digits, found: Scored) -> str:
+def figures(method: str, digits: Digits, found: Scored) -> dict[str, Any]:
+    """What the table says of one method."""
+    return {
+        "method": method,
+        "itself": auc(digits, found.on_itself),
+        "queries": auc(digits, -found.on_queries.mean(0)),
+        "seconds": found.seconds,
+        "bytes": found.num_bytes,
+    }
+
+
+def line(of: dict[str, Any]) -> str:
     """One of the table."""
-    itself, queries = auc(digits, found.on_itself), auc(digits, -found.on_queries.mean(0))
-    return f"{method:32}{itself:8.3f}{queries:9.3f}{found.seconds:9.2f}{found.num_bytes:14,}"
+    return (
+        f"{of['method']:32}{of['itself']:8.3f}{of['queries']:9.3f}{of['seconds']:9.2f}"
+        f"{of['bytes']:14,}"
+    )
 
 
 def second_thoughts(model: nn.Module, digits: Digits) -> Tensor:
@@ -198,8 +229,8 @@ def draw(model: nn.Module, digits: Digits, suspicion: Tensor, picture: Path) -> 
     )
 
 
-def compare_suggestions(model: nn.Module, digits: Digits, on_queries: Tensor) -> None:
-    """Print how often each way to correct a wrong label is right."""
+def compare_suggestions(model: nn.Module, digits: Digits, on_queries: Tensor) -> dict[str, float]:
+    """Print and return how often each way to correct a wrong label is right."""
     wrong, truth = digits.flipped, digits.true_labels
     ways = {
         "the label that the model takes for the likeliest beside it": second_thoughts(
@@ -208,8 +239,10 @@ def compare_suggestions(model: nn.Module, digits: Digits, on_queries: Tensor) ->
         "the label whose queries the example harms most": most_harmed(digits, on_queries),
     }
     print(f"\nOf all {int(wrong.sum())} wrong labels, the true one is")
-    for way, labels in ways.items():
-        print(f"  {way:60}{(labels == truth)[wrong].double().mean():7.1%}")
+    shares = {way: float((of == truth)[wrong].double().mean()) for way, of in ways.items()}
+    for way, share in shares.items():
+        print(f"  {way:60}{share:7.1%}")
+    return shares
 
 
 def show(model: nn.Module, digits: Digits, page: Path) -> None:

@@ -246,8 +246,12 @@ def test_plot_shows_both(task):
 def test_refusals(task):
     model, train, asked = task
     for given, words in (
-        ({"r": ()}, "need sizes and at least two masks"),
-        ({"masks": 1}, "need sizes and at least two masks"),
+        ({"r": ()}, "need sizes to try"),
+        ({"r": 8}, "r must be the sizes to try, such as .256, 1024., got 8"),
+        ({"r": "8"}, "r must be the sizes to try"),
+        ({"k": "3"}, "k must be a whole number from 1, got '3'"),
+        ({"masks": 2.5}, "masks must be a whole number from 2"),
+        ({"masks": 1}, "masks must be a whole number from 2, got 1"),
         ({"compression": Full()}, "has no size and seed to vary"),
     ):
         with pytest.raises(ValueError, match=words):

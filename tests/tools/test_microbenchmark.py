@@ -67,7 +67,7 @@ def test_results(tiny, tmp_path):
         for variable in "nrd":
             assert f"]({setting}-{variable}.svg)" in text
             assert "<svg" in (tmp_path / "out" / f"{setting}-{variable}.svg").read_text()
-    assert main.compare(results, results, lambda: results) == 0
+    assert main.compare(results, results, lambda: results) == []
 
 
 @pytest.mark.parametrize(

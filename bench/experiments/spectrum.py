@@ -3,9 +3,9 @@
     python bench/experiments/spectrum.py [--quick] [--out bench/results/spectrum.json]
 
 Of the tasks of quality.py, for every r (over all layers) and damping: the condition number of
-F_l + λ_l, how alike the scores of two masks are, and LDS by the retrained halves whose losses stand
-in quality.json (--quick trains its own few). And which damping `choose_damping` takes by each of its
-criteria.
+F_l + λ_l, how alike the scores of two masks are, and LDS by the retrained halves whose losses
+stand in quality.json (--quick trains its own few). And which damping `choose_damping` takes by each
+of its criteria.
 """
 
 import argparse

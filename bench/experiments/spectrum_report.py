@@ -17,6 +17,7 @@ class Cell(NamedTuple):
     task: str
     r: int
     lds: dict[float, list[float]]  # of each damping, over masks
+    overlap: dict[float, float]  # of each damping
     picks: dict[str, list[float]]  # of each criterion, one a mask or one for all
 
     @property
@@ -40,7 +41,8 @@ def cells_of(data: dict[str, Any]) -> list[Cell]:
             mine = [x for x in data["records"] if (x["task"], x["r"]) == (task, r)]
             lds = {x["at"]: x["lds"] for x in mine if x["stage"] == "damping"}
             picks = {x["at"]: x["dampings"] for x in mine if x["stage"] == "choice"}
-            found.append(Cell(task, r, lds, {**picks, "always 0.1": [0.1]}))
+            overlap = {x["at"]: x["overlap"][0] for x in mine if x["stage"] == "damping"}
+            found.append(Cell(task, r, lds, overlap, {**picks, "always 0.1": [0.1]}))
     return found
 
 
@@ -80,7 +82,7 @@ def picked(cells: list[Cell]) -> Iterator[str]:
         found = []
         for criterion in CRITERIA:
             value = statistics.fmean(best) - statistics.fmean(cell.lost(criterion))
-            found.append(f"{statistics.median(cell.picks[criterion]):g}: {value:.3f}")
+            found.append(f"{statistics.median_low(cell.picks[criterion]):g}: {value:.3f}")
         yield row(cell.task, cell.r, f"{cell.best:g}: {mean_error(best)}", *found)
 
 
@@ -101,8 +103,13 @@ def conclusions(cells: list[Cell]) -> Iterator[str]:
     inside = [min(c.lds) < c.best < max(c.lds) for c in cells]
     yield ""
     yield (
-        f"The best damping is inside of the grid in {sum(inside)} of {len(cells)} cases. It grows "
-        "with r: " + "; ".join(f"{task} {found}" for task, found in growth(cells).items()) + "."
+        f"The best damping is inside of the grid in {sum(inside)} of {len(cells)} cases. By "
+        "growing r it is, "
+        + "; ".join(f"{task}: {found}" for task, found in growth(cells).items())
+        + ". Overlap at the largest damping is above overlap at the best one in "
+        f"{sum(c.overlap[max(c.lds)] > c.overlap[c.best] for c in cells)} of {len(cells)} cases, "
+        "with a condition number near 1: a small condition number and masks that agree do not "
+        "mean that scores are right."
     )
 
 
@@ -148,7 +155,7 @@ def draw(data: dict[str, Any], cells: list[Cell], path: Path) -> Path:
             lds = [statistics.fmean(x["lds"]) for x in mine]
             grid[0, column].plot(at, lds, **style)
             (cell,) = (c for c in cells if (c.task, c.r) == (task, r))
-            noise = statistics.median(cell.picks["noise"])
+            noise = statistics.median_low(cell.picks["noise"])
             grid[0, column].plot(noise, lds[at.index(noise)], "o", color=f"C{number}")
             grid[1, column].plot(at, [x["overlap"][0] for x in mine], **style)
             grid[2, column].plot(at, [statistics.median(x["condition"]) for x in mine], **style)

@@ -21,9 +21,9 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         f"Dropout with r coordinates of each layer (R in all), {settings['masks']} masks, "
         f"`solvers.Cholesky(damping={settings['damping']})`. Overlap: the share of the "
         f"{settings['k']} best examples of a query that two masks have in common; rank "
-        "correlation: Spearman's, over all training examples; both ± standard error over queries. AUC: of "
-        "finding the spoiled examples by a low mean score, mean ± standard deviation over masks. "
-        "Layers that have no more than r parameters are kept whole.",
+        "correlation: Spearman's, over all training examples; both ± standard error over queries. "
+        "AUC: of finding the spoiled examples by a low mean score, mean ± standard deviation over "
+        "masks. Layers that have no more than r parameters are kept whole.",
         "",
         f"![Overlap and rank correlation against r]({link})",
         "",

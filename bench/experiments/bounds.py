@@ -18,7 +18,7 @@ from bounds_report import write_report
 from quality import rounded
 from records import Records
 from torch import Tensor, nn
-from torch.func import functional_call, jacfwd, jacrev, vmap
+from torch.func import functional_call, jacrev, vmap
 
 OUT = Path(__file__).parent.parent / "results" / "bounds.json"
 FIGURES = Path(__file__).parent.parent / "figures"
@@ -164,7 +164,7 @@ def hessian_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, y: Te
         return nn.functional.cross_entropy(functional_call(model, given, x), y)
 
     at = torch.cat([p.flatten() for p in parameters.values()])
-    return jacfwd(jacrev(loss), chunk_size=128)(at)  # all at once would take GBs
+    return jacrev(jacrev(loss), chunk_size=128)(at)  # all at once would take GBs
 
 
 def unit(rows: Tensor) -> Tensor:

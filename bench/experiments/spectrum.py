@@ -145,14 +145,15 @@ def condition(store: dropinf.RowStore, dampings: list[float]) -> list[float]:
     total, R = np.zeros(len(dampings)), 0
     for block in store.plan.blocks:
         rows = store.rows[:, block.entries].double()
-        squares = torch.linalg.svdvals(rows).square() / len(rows)
+        few = rows @ rows.T if len(rows) < block.r else rows.T @ rows
+        squares = torch.linalg.eigvalsh(few / len(rows)).clamp(min=0)
         mean = float(squares.sum()) / block.r
         if mean == 0:
             continue
-        least = float(squares[-1]) if len(rows) >= block.r else 0.0
+        least = float(squares[0]) if len(rows) >= block.r else 0.0
         for at, damping in enumerate(dampings):
             λ = damping * mean
-            total[at] += block.r * np.log((float(squares[0]) + λ) / (least + λ))
+            total[at] += block.r * np.log((float(squares[-1]) + λ) / (least + λ))
         R += block.r
     return np.exp(total / R).tolist()
 

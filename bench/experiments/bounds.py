@@ -24,7 +24,7 @@ OUT = Path(__file__).parent.parent / "results" / "bounds.json"
 FIGURES = Path(__file__).parent.parent / "figures"
 
 SETTINGS = {
-    **{"widths": [2, 4, 8, 16, 32, 64], "r": ["d / 8", 16], "models": 5, "masks": 20},
+    **{"widths": [2, 4, 8, 16, 32, 64], "r": ["d / 8", 16], "models": 3, "masks": 10},
     **{"n": 400, "m": 40, "epochs": 40, "scales": [0.01, 0.1, 1.0, 10.0, 100.0], "scaled": 16},
 }
 QUICK = {

@@ -34,9 +34,16 @@ class Cell(NamedTuple):
         return [b - self.lds[d][mask] for mask, (b, d) in enumerate(zip(best, picks, strict=True))]
 
 
+def measured(data: dict[str, Any]) -> list[str]:
+    """Tasks that are done."""
+    last = data["settings"]["totals"][-1]
+    done = {x["task"] for x in data["records"] if x["stage"] == "choice" and x["r"] == last}
+    return [task for task in data["settings"]["tasks"] if task in done]
+
+
 def cells_of(data: dict[str, Any]) -> list[Cell]:
     found = []
-    for task in data["settings"]["tasks"]:
+    for task in measured(data):
         for r in data["settings"]["totals"]:
             mine = [x for x in data["records"] if (x["task"], x["r"]) == (task, r)]
             lds = {x["at"]: x["lds"] for x in mine if x["stage"] == "damping"}
@@ -69,7 +76,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         "",
         *conclusions(cells),
     ]
-    for task in settings["tasks"]:
+    for task in measured(data):
         lines += ["", f"## {task}", "", *table(data, task)]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -139,7 +146,7 @@ def draw(data: dict[str, Any], cells: list[Cell], path: Path) -> Path:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "spectrum"
-    tasks, totals = list(data["settings"]["tasks"]), data["settings"]["totals"]
+    tasks, totals = measured(data), data["settings"]["totals"]
     figure, grid = pyplot.subplots(
         3, len(tasks), figsize=(3.2 * len(tasks), 8), layout="constrained", sharex=True,
         squeeze=False,

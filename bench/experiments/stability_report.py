@@ -18,7 +18,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     link = Path(os.path.relpath(drawn, page.parent)).as_posix()
     lines = [
         *head("Stability: how alike two masks are", data),
-        f"Dropout with r coordinates of each layer (R in all), {settings['masks']} masks, "
+        f"Dropout with r coordinates of each layer (R in all), {settings['masks']} masks"
+        f"{fewer(settings['fewer masks'])}, "
         f"`solvers.Cholesky(damping={settings['damping']})`. Overlap: the share of the "
         f"{settings['k']} best examples of a query that two masks have in common; rank "
         "correlation: Spearman's, over all training examples; both ± standard error over queries. "
@@ -33,10 +34,25 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         "",
         *conclusions(data),
     ]
-    for name, about in settings["models"].items():
+    for name, about in measured(data).items():
         lines += ["", f"## {name}", "", f"{about['about']}. {about['n']} training examples.", ""]
         lines += table(data, name)
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def measured(data: dict[str, Any]) -> dict[str, Any]:
+    """Models that are done, and what they are."""
+    models, last = data["settings"]["models"], data["settings"]["r"][-1]
+    there = {(x["model"], x["draw"], x["r"]) for x in data["records"]}
+    return {
+        name: about
+        for name, about in models.items()
+        if all((name, drawn, last) in there for drawn in DRAWS)
+    }
+
+
+def fewer(masks: dict[str, int]) -> str:
+    return "".join(f" ({number} of {name})" for name, number in masks.items())
 
 
 def of(data: dict[str, Any], model: str, drawn: str) -> list[dict[str, Any]]:
@@ -59,7 +75,7 @@ def stable_table(data: dict[str, Any]) -> Iterator[str]:
     yield from rows_of(
         ("model", "parameters", "layers", *(f"{d}: r a layer (R, share kept)" for d in DRAWS))
     )
-    for name in data["settings"]["models"]:
+    for name in measured(data):
         cells = []
         for drawn in DRAWS:
             records = of(data, name, drawn)
@@ -84,13 +100,13 @@ def conclusions(data: dict[str, Any]) -> Iterator[str]:
         + "; ".join(
             f"{name} overlap {x['overlap'][0]:.2f} (chance {settings['k'] / about['n']:.3f}), "
             f"rank correlation {x['correlation'][0]:.2f}, AUC {spread(x['auc'])}"
-            for name, about in settings["models"].items()
+            for name, about in measured(data).items()
             for x in of(data, name, "uniform")[:1]
         )
         + "."
     )
     better = worse = total = 0
-    for name in settings["models"]:
+    for name in measured(data):
         for uniform, energy in zip(*(of(data, name, drawn) for drawn in DRAWS), strict=True):
             if uniform["whole"]:
                 continue
@@ -132,7 +148,7 @@ def draw(data: dict[str, Any], path: Path) -> Path:
 
     matplotlib.rcParams["svg.hashsalt"] = "stability"
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    for number, name in enumerate(data["settings"]["models"]):
+    for number, name in enumerate(measured(data)):
         for drawn, line in zip(DRAWS, ("-", "--"), strict=True):
             mine = [x for x in of(data, name, drawn) if not x["whole"]]
             for panel, measure in zip(panels, ("overlap", "correlation"), strict=True):

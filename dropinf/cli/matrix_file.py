@@ -92,8 +92,8 @@ def refuse_no_file(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a directory; name a file with --to")
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"there is no directory {path.parent} for {path.name}; make it, or name another file "
-            "with --to"
+            f"there is no directory {path.parent} to write in; make it, or name another file with "
+            "--to"
         )
 
 

@@ -372,6 +372,8 @@ def test_a_directory_that_is_not_there(dropinf_, run, tmp_path):
     for command in ("score", "topk", "self"):
         code, out, err = dropinf_(command, run, "--to", tmp_path / "none" / "x.csv")
         assert code == 2 and out == ""
-        said = f"there is no directory {tmp_path / 'none'} for x.csv; make it, or name another file"
+        said = (
+            f"there is no directory {tmp_path / 'none'} to write in; make it, or name another file"
+        )
         assert one_sentence(f"dropinf {command}", err).startswith(said)
     assert not (tmp_path / "none").exists()

@@ -40,7 +40,10 @@ def unknown_numbers(section):
 
 @pytest.mark.parametrize(
     "title, text",
-    [pytest.param(*each, id=each[0]) for each in (sections(PAGE.read_text()) if PAGE.exists() else [])],
+    [
+        pytest.param(*each, id=each[0])
+        for each in (sections(PAGE.read_text()) if PAGE.exists() else [])
+    ],
 )
 def test_numbers(title, text):
     assert "](../bench/results/" in text, f"{title}: leads to no result"

@@ -74,7 +74,8 @@ def test_files(ok, run, tmp_path, ending):
     """Rows and scores as every kind of file, with their ids; an existing file is replaced."""
     if ending in ("parquet", "arrow"):
         pytest.importorskip("pyarrow")
-    to = tmp_path / f"found.{ending}"
+    to = tmp_path / "out" / f"found.{ending}"
+    to.parent.mkdir()
     for what, command, truth in (
         ("train", ["export", run / "train"], RowStore.load(run / "train").rows.numpy()),
         ("queries", ["score", run], true_scores(run)),

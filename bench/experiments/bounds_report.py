@@ -141,12 +141,13 @@ def compared(data: dict[str, Any]) -> Iterator[str]:
     gaussian = [BOUNDS["Gaussian"](p) / BOUNDS["dropout"](p) for p in points]
     scaled = by_scale(data, data["settings"]["r"][0])
     relative = [scaled[at].error["dropout"][0] / scaled[at].size for at in (0, -1)]
+    sizes = " to ".join(f"{scaled[at].size:.3g}" for at in (0, -1))
     yield (
         f"Over all d and r the Gaussian error is {min(ratios):.2f} to {max(ratios):.2f} times "
-        f"dropout's, while the ratio of their bounds grows "
-        f"{max(gaussian) / min(gaussian):.3g} times: they do not order the two as measured. With λ held, a larger H makes "
-        f"the influence itself smaller, from {scaled[0].size:.3g} to {scaled[-1].size:.3g}, and "
-        f"dropout's error with it; over that size the error goes from {relative[0]:.2f} to "
+        "dropout's, while the ratio of their bounds grows "
+        f"{max(gaussian) / min(gaussian):.3g} times: they do not order the two as measured. With "
+        f"λ held, a larger H makes the influence itself smaller, from {sizes}, and dropout's "
+        f"error with it; over that size the error goes from {relative[0]:.2f} to "
         f"{relative[1]:.2f}, where its bound grows with sigma_max."
     )
 

@@ -20,10 +20,11 @@ import numpy as np
 import quality_tasks
 import torch
 from quality import datamodeling_score, rounded
-from quality_tasks import Task, loader
+from quality_tasks import Task
 from records import Records
 from spectrum_report import write_report
 from torch import Tensor
+from whole_rows import WholeRows
 
 import dropinf
 from dropinf.ranks import standard_ranks
@@ -72,11 +73,12 @@ def measure(task: Task, records: Records) -> None:
         return
     model = task.trained()
     losses = half_losses(task, model, records)
+    whole = WholeRows.of(task, model)
     members = np.zeros((len(losses), len(task.train)), dtype=bool)
     for half, row in enumerate(members):
         row[task.half(half).numpy()] = True
     for r in todo:
-        parts = [part(task, model, r, seed) for seed in range(settings["seeds"])]
+        parts = [part(model, whole, r, seed) for seed in range(settings["seeds"])]
         by_damping(task, r, parts, members, losses, records)
         for criterion, found in chosen(parts, settings["dampings"]).items():
             records.add(("choice", task.name, r, criterion), **found)
@@ -105,13 +107,10 @@ def half_losses(task: Task, model: torch.nn.Module, records: Records) -> np.ndar
     )
 
 
-def part(task: Task, model: torch.nn.Module, r: int, seed: int) -> tuple:
+def part(model: torch.nn.Module, whole: WholeRows, r: int, seed: int) -> tuple:
     """(queries, store, solver) of a mask."""
     plan = dropinf.Plan.make(model, dropinf.Dropout(total=r, seed=seed))
-    store, queries = (
-        dropinf.collect(model, loader(data), task.loss_fn, plan, progress=False, check=seed == 0)
-        for data in (task.train, task.queries)
-    )
+    queries, store = whole.under(plan)
     return queries, store, Eigen().fit(store)
 
 

@@ -80,10 +80,10 @@ def choose_damping(
       but the choice of the n rows (the sample covariance's error, Koltchinskii & Lounici, Bernoulli
       23, 2017), so that λ_l should be about that: a relative damping of r_l / n, which grows with
       r. The damping is taken for which log λ_l is nearest to it, in the mean over entries.
-      Reads no query, and one mask is enough. On five tasks it was within 0.04 of the best LDS of
-      the grid at every r (docs/damping.md), where the others were up to 0.4 below it.
-    - "likelihood": of the held-out queries' rows under N(0, F_l + λ_l), the sum over layers.
-      Gradients are no Gaussians: it picks dampings that are far too small.
+      Reads no query, and one mask is enough. On five tasks and four r it was within 0.02 of the
+      best LDS of the grid (docs/damping.md), where the others were up to 0.28 and 0.31 below it.
+    - "likelihood": of the held-out queries' rows under N(0, F_l + λ_l), the sum over layers. Mostly
+      it takes dampings that are too small.
     - "agreement": the Spearman correlation over training examples between the scores of two masks
       (`Dropout(seed=)`), mean over queries and pairs; the smallest damping within a standard error
       (over queries) of the best. What a mask makes up differs from mask to mask; but all masks
@@ -107,7 +107,7 @@ def choose_damping(
     """
     if not dampings:
         raise ValueError("choose_damping: no dampings were given")
-    if isinstance(metric, str) and metric not in _WORTH:
+    if not callable(metric) and metric not in _WORTH:
         raise ValueError(
             f"choose_damping: metric must be a function of scores or one of "
             f"{', '.join(map(repr, _WORTH))}, got {metric!r}"

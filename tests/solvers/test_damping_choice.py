@@ -145,6 +145,8 @@ def test_bad_input():
         choose_damping([0.1], [parts[0], parts_of(2, n=40)[1]], "agreement")
     with pytest.raises(ValueError, match="'noise', 'likelihood', 'agreement', got 'loss'"):
         choose_damping([0.1], parts, "loss")
+    with pytest.raises(ValueError, match="got None"):
+        choose_damping([0.1], parts, None)
     queries, store, solver = parts[0]
     none = RowStore(queries.rows, store.plan, torch.zeros(len(queries), dtype=torch.bool))
     with pytest.raises(ValueError, match="no query is valid"):

@@ -28,11 +28,12 @@ def wikipedia() -> list[str]:
     dump = _in_package("gensim", "test/test_data") / (
         "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     )
-    pages = [
-        element.text
-        for _, element in ElementTree.iterparse(bz2.open(dump))
-        if element.tag.endswith("}text") and element.text
-    ]
+    with bz2.open(dump) as file:
+        pages = [
+            element.text
+            for _, element in ElementTree.iterparse(file)
+            if element.tag.endswith("}text") and element.text
+        ]
     return [plain(page) for page in pages if not page.startswith("#REDIRECT")]
 
 

@@ -45,7 +45,6 @@ from mislabeled_methods import (
 )
 from mislabeled_report import write_report
 from mislabeled_tasks import GLUE, MakeTask, share_right
-from quality_tasks import loader
 from records import Records
 from torch.utils.data import TensorDataset
 
@@ -119,8 +118,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name, make in tasks.items():
         run(name, make, records)
         print(f"{name} is done", flush=True)
-    if SMALL_ON in tasks:
-        run_small(tasks[SMALL_ON], records)
     records.save()
     write_report(records.data, path.with_suffix(".md"), FIGURES if path == OUT else path.parent)
     print(f"{path} and {path.with_suffix('.md')}")
@@ -154,10 +151,12 @@ def run(name: str, make: MakeTask, records: Records) -> None:
                 found = suspicion(with_whole(seed), method, r, seed)
                 auc = mislabeled_auc(found, of(seed).task.spoiled).value
                 records.add(("auc", name, method, r, seed), auc=round(auc, 5))
+        if name == SMALL_ON:
+            run_small(with_whole, seed, records)
     r = settings["timed_r"]
     for number in range(settings["rounds"]):
         if ("seconds", name, "", r, number) not in records:
-            records.add(("seconds", name, "", r, number), seconds=seconds(of(0), r))
+            records.add(("seconds", name, "", r, number), seconds=seconds(of(seed), r))
 
 
 def of_model(of: Trained) -> dict[str, float]:
@@ -182,32 +181,23 @@ def seconds(of: Trained, r: int) -> dict[str, float]:
     return found
 
 
-def run_small(make: MakeTask, records: Records) -> None:
+def run_small(with_whole: Callable[[int], Trained], seed: int, records: Records) -> None:
     """AUC of several masks of r coordinates a layer, and how far these agree."""
     settings = records.data["settings"]
-    for seed in range(settings["seeds"]):
-        keys = [
-            ("small", SMALL_ON, method, r, seed)
-            for method, r in itertools.product(SMALL, settings["small_r"])
-        ]
-        todo = [key for key in keys if key not in records]
-        if not todo:
+    for method, r in itertools.product(SMALL, settings["small_r"]):
+        if ("small", SMALL_ON, method, r, seed) in records:
             continue
-        of = Trained.of(make(seed)).with_whole()
+        of, found = with_whole(seed), []
+        energies = of.energies()
+        for mask in range(settings["masks"]):
+            plan = dropinf.Plan.make(of.model, SMALL[method](r, mask, energies))
+            store = of.collect(plan, "train")
+            solver = solvers.Cholesky(damping=DAMPING)
+            found.append(minus_influence(of.collect(plan, "queries"), store, solver))
         wrong = of.task.spoiled
-        first = TensorDataset(*of.task.train[:MEASURED])
-        energies = dropinf.energies(of.model, loader(first), of.task.loss_fn, examples=len(first))
-        for key in todo:
-            _, _, method, r, _ = key
-            found = []
-            for mask in range(settings["masks"]):
-                plan = dropinf.Plan.make(of.model, SMALL[method](r, mask, energies))
-                store = of.collect(plan, "train")
-                solver = solvers.Cholesky(damping=DAMPING)
-                found.append(minus_influence(of.collect(plan, "queries"), store, solver))
-            aucs = [round(mislabeled_auc(values, wrong).value, 5) for values in found]
-            values = torch.stack(found).numpy()
-            records.add(key, aucs=aucs, **agreement_of(values, int(wrong.sum())))
+        aucs = [round(mislabeled_auc(values, wrong).value, 5) for values in found]
+        agreement = agreement_of(torch.stack(found).numpy(), int(wrong.sum()))
+        records.add(("small", SMALL_ON, method, r, seed), aucs=aucs, **agreement)
 
 
 def agreement_of(values: np.ndarray, k: int) -> dict[str, float]:

@@ -66,13 +66,14 @@ class Trained(NamedTuple):
         if method in WHOLE:
             return dropinf.Plan.make(self.model, dropinf.Full())
         if method in BY_ENERGY:
-            first = TensorDataset(*self.task.train[:MEASURED])
-            energies = dropinf.energies(
-                self.model, loader(first), self.task.loss_fn, examples=len(first)
-            )
-            return dropinf.Plan.make(self.model, BY_ENERGY[method](r, seed, energies))
+            return dropinf.Plan.make(self.model, BY_ENERGY[method](r, seed, self.energies()))
         name = "Dropout" if method == SELF else method
         return dropinf.Plan.make(self.model, COMPRESSIONS[name](r, seed))
+
+    def energies(self) -> dropinf.Energies:
+        """Of the first training examples."""
+        first = TensorDataset(*self.task.train[:MEASURED])
+        return dropinf.energies(self.model, loader(first), self.task.loss_fn, examples=len(first))
 
 
 def suspicion(of: Trained, method: str, r: int | None, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ goes to --out at once, so that the same command goes on where it was ended.
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ SETTINGS = {
     "width": 48,
     "layers": 2,
     "epochs": 12,
-    "totals": [64, 256, 1024],
+    "totals": [64, 256, 1024, 4096],
     "ks": [10, 50],
     "masks": 3,
     "threads": 1,
@@ -64,7 +64,11 @@ COMPRESSED = {
     "Dropout by energy": BY_ENERGY["Dropout by energy"],
 }
 UNIT = "Dropout, rows of length 1"  # the coordinates of Dropout, without an inverse
-WHOLE = {"dot product": False, "cosine": True}  # of whole gradients: whether divided by lengths
+WHOLE: dict[str, Callable[[], solvers.Solver]] = {  # by whole gradients
+    "whole gradient": lambda: solvers.Cholesky(DAMPING),
+    "dot product": solvers.Identity,
+    "cosine": lambda: solvers.Identity(cosine=True),
+}
 BM25, LOSS = "BM25", "loss"
 
 
@@ -200,7 +204,7 @@ class Experiment:
             return -self.losses_of(self.train).expand(len(self.asked), -1)
         store, queries = self.whole
         if method in WHOLE:
-            return dropinf.scores(queries, store, solvers.Identity(WHOLE[method]).fit(store))
+            return dropinf.scores(queries, store, WHOLE[method]().fit(store))
         if method in BY_ENERGY:
             compression = COMPRESSED[method](r, mask, self.energies)
         else:

@@ -21,6 +21,9 @@ class Found:
         self.by_key: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
         for record in shares:  # masks of a method and r together
             self.by_key.setdefault((record["method"], record["r"]), []).append(record)
+        methods = list(dict.fromkeys(method for method, _ in self.by_key))
+        ordered = sorted(self.by_key, key=lambda key: (methods.index(key[0]), key[1] or 0))
+        self.by_key = {key: self.by_key[key] for key in ordered}
         self.chance = {k: shares[0][f"chance_{k}"] for k in self.settings["ks"]}
 
     def share(self, key: tuple[str, int | None], k: int) -> float:

@@ -143,7 +143,7 @@ def conclusions(found: Found) -> Iterator[str]:
             f"chance {found.chance[k]:.3f}."
         )
         below = [key for key in others if found.share(key, k) < found.share(floor, k)]
-        yield f"- Top {k}: below {FLOOR}: {', '.join(map(named, below)) or 'none'}."
+        yield f"- Top {k}: below {FLOOR}: {'; '.join(together(below)) or 'none'}."
         won = [
             f"{source} ({share:.2f} of {named(key)} against {own:.2f})"
             for source, key, share, own in found.compared(k)
@@ -154,6 +154,14 @@ def conclusions(found: Found) -> Iterator[str]:
 
 def named(key: tuple[str, int | None]) -> str:
     return key[0] if key[1] is None else f"{key[0]} at r = {key[1]}"
+
+
+def together(keys: list[tuple[str, int | None]]) -> list[str]:
+    """Each method once, with all its r."""
+    sizes: dict[str, list[str]] = {}
+    for method, r in keys:
+        sizes.setdefault(method, []).extend([] if r is None else [str(r)])
+    return [f"{name} at r = {', '.join(r)}" if r else name for name, r in sizes.items()]
 
 
 def draw(found: Found, path: Path) -> Path:

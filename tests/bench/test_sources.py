@@ -142,6 +142,7 @@ def test_conclusions():
         {
             ("loss", None): [0.5, 0.5],
             ("Dropout", 64): [0.6, 0.62],
+            ("Dropout", 128): [0.7, 0.62],
             ("Dropout", 256): [0.8, 0.9],
             ("Gaussian", 256): [0.9, 0.94],
             ("BM25", None): [0.95, 0.7],
@@ -150,7 +151,7 @@ def test_conclusions():
     lines = list(conclusions(found))
     assert lines[0].startswith("- Top 10: Gaussian at r = 256 has the largest share, 0.920;")
     assert "Dropout at r = 256 0.850, BM25 0.825, chance 0.500." in lines[0]
-    assert lines[1].endswith("below BM25: loss, Dropout at r = 64.")
+    assert lines[1].endswith("below BM25: loss; Dropout at r = 64, 128.")
     assert lines[2].endswith(
         "BM25 is above every other method on a (0.90 of Gaussian at r = 256 against 0.95)."
     )

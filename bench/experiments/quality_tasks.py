@@ -35,6 +35,7 @@ class Task:
         halves: how many are retrained for LDS.
         rounds: in which the time is taken.
         losses: (output, label) -> [B].
+        seed: of the first weights and the order of the examples.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     halves: int = 100
     rounds: int = 5
     losses: Callable[[Tensor, Tensor], Tensor] = models.losses
+    seed: int = 0
 
     def description(self) -> dict[str, Any]:
         """What results of it depend on."""
@@ -80,10 +82,10 @@ class Task:
         What the choice of a half does is then not buried in what the choice of weights does.
         """
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(self.seed)
             model = self.make()
         kept = torch.arange(len(self.train)) if half is None else self.half(half)
-        order = torch.Generator().manual_seed(0)
+        order = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01)
         for _ in range(self.epochs):
             shuffled = kept[torch.randperm(len(kept), generator=order)]

@@ -6,7 +6,7 @@ from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
 from dropinf.rows.ids import Ids, digest_of_ids, listed
-from dropinf.rows.lock import LockedError
+from dropinf.rows.lock import Lock, LockedError
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
@@ -29,6 +29,7 @@ __all__ = [
     "Collection",
     "Drawn",
     "Ids",
+    "Lock",
     "LockedError",
     "LossFn",
     "OptimizerSteps",

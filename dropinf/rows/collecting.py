@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from dropinf.compression import Plan
+from dropinf.progress import progress_bar
 from dropinf.rows.batches import CaptureOptions, LossFn, refuse_dataset
 from dropinf.rows.collection import Collection
 from dropinf.rows.ids import GivenIds
@@ -115,7 +115,7 @@ def collect(
         ) as collection,
         contextlib.closing(Source(loader, ids, collection.past, path)) as source,
         collection.capturing() as batches,
-        _bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
+        progress_bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
     ):
         bar.update(batches.seen)
         for batch in batches.drawn(source):
@@ -125,15 +125,6 @@ def collect(
         if not batches.seen:
             raise ValueError("collect: the loader is empty; it gave no batch")
         return collection.finish()
-
-
-def _bar(**options: Any) -> Any:
-    """tqdm's; without tqdm none, since `make gpu` runs beside what a CUDA build of torch brings."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return contextlib.nullcontext(SimpleNamespace(update=lambda num_examples: None))
-    return tqdm(**options)
 
 
 def _num_examples(loader: Iterable) -> int:

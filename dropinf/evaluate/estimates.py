@@ -94,13 +94,12 @@ def losses_of(op: str, name: str, losses: Any, m: int) -> Tensor:
     Raises:
         ValueError: they have another shape or are not finite.
     """
-    losses = numbers_of(op, name, losses)
-    if losses.dim() == 2:
-        losses = losses[None]
+    given = numbers_of(op, name, losses)
+    losses: Tensor = given.unsqueeze(0) if given.dim() == 2 else given
     if losses.dim() != 3 or losses.shape[2] != m or not losses.numel():
         raise ValueError(
             f"{op}: {name} must be [h, {m}] or [seeds, h, {m}], losses of the {m} queries of the "
-            f"scores by each retrained model, got {list(losses.shape)}"
+            f"scores by each retrained model, got {list(given.shape)}"
         )
     if not losses.isfinite().all():
         seed, subset, query = (~losses.isfinite()).nonzero()[0].tolist()
@@ -118,11 +117,9 @@ def numbers_of(op: str, name: str, values: Any) -> Tensor:
         ValueError: it is something else.
     """
     if not isinstance(values, Tensor) or values.is_complex() or values.dtype == torch.bool:
-        what = (
-            f"a tensor of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-        )
-        raise ValueError(f"{op}: {name} must be a tensor of real numbers, got {what}")
-    return values.detach().to("cpu", torch.float64)
+        raise ValueError(f"{op}: {name} must be a tensor of real numbers, got {kind(values)}")
+    numbers: Tensor = values.detach().to("cpu", torch.float64)
+    return numbers
 
 
 def mask_of(op: str, name: str, values: Any, shape: tuple[int | str, ...]) -> Tensor:
@@ -134,13 +131,11 @@ def mask_of(op: str, name: str, values: Any, shape: tuple[int | str, ...]) -> Te
     wanted = "[" + ", ".join(map(str, shape)) + "]"
     found = isinstance(values, Tensor) and values.dtype == torch.bool
     if not found or values.dim() != len(shape):
-        what = (
-            f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values)
-        )
-        raise ValueError(f"{op}: {name} must be {wanted} torch.bool, got {what}")
+        raise ValueError(f"{op}: {name} must be {wanted} torch.bool, got {kind(values)}")
     if any(isinstance(a, int) and a != b for a, b in zip(shape, values.shape, strict=True)):
         raise ValueError(f"{op}: {name} must be {wanted}, got {list(values.shape)}")
-    return values.detach().cpu()
+    mask: Tensor = values.detach().cpu()
+    return mask
 
 
 def kind(values: Any) -> str:

@@ -91,8 +91,10 @@ def _trained(train: Train, indices: Tensor, seed: int, num: int | None) -> Tenso
 
 
 def _chosen(seeds: int | Sequence[int]) -> list[int]:
-    several = isinstance(seeds, Sequence)
-    chosen = list(seeds) if several else list(range(seeds)) if isinstance(seeds, int) else []
+    if isinstance(seeds, int):
+        chosen = list(range(seeds))
+    else:
+        chosen = list(seeds) if isinstance(seeds, Sequence) else []
     integers = all(isinstance(s, Integral) and 0 <= s < 2**63 for s in chosen)
     if not chosen or not integers or len(set(chosen)) < len(chosen):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -94,12 +95,17 @@ def _relevant(relevant: Any, m: int, n: int) -> Tensor:
     """[m, n] bool."""
     if not isinstance(relevant, tuple):
         return mask_of("recall", "relevant", relevant, (m, n))
-    of = [list(part.tolist() if isinstance(part, Tensor) else part) for part in relevant]
-    if [len(part) for part in of] != [m, n]:
+    try:
+        of = [part.tolist() if isinstance(part, Tensor) else list(part) for part in relevant]
+        labels = dict.fromkeys(itertools.chain(*of))
+        numbers = {label: number for number, label in enumerate(labels)}
+        sizes = [len(part) for part in of]
+    except TypeError:
+        sizes = []
+    if sizes != [m, n]:
         raise ValueError(
-            f"recall: relevant must be [{m}, {n}] torch.bool, or labels of {m} queries and of {n} "
-            f"examples, got {len(of)} lists of {[len(part) for part in of]}"
+            f"recall: relevant must be [{m}, {n}] torch.bool, or two lists, labels of {m} queries "
+            f"and of {n} examples, got {sizes or 'something else'}"
         )
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(of[0] + of[1]))}
     queries, examples = (torch.tensor([numbers[label] for label in part]) for part in of)
     return queries[:, None] == examples

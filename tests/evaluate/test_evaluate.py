@@ -84,6 +84,17 @@ def test_lds_of_scores_that_all_tie_is_zero():
     assert found.value == 0 and found.left_out == 0
 
 
+@pytest.mark.parametrize("draw", [random, coarse], ids=["different", "ties"])
+def test_error_over_retrained_models_is_the_jackknifes(draw):
+    """Of the mean over queries, without each of the subsets in turn."""
+    scores, losses, members = draw(5, 20), draw(9, 5, seed=1), evaluate.halves(20, 9)
+    found = evaluate.lds(scores, members, losses)
+    kept = [[i for i in range(9) if i != j] for j in range(9)]
+    means = [spearman(scores, members[k], losses[k]).mean() for k in kept]
+    assert found.runs_error == pytest.approx((8 * np.var(means)) ** 0.5, rel=1e-9)
+    assert np.isnan(evaluate.lds(scores, members[:2], losses[:2]).runs_error)
+
+
 def test_error_over_retrained_models():
     """It is the spread between choices of halves, for the same queries."""
     scores = random(6, 40)

@@ -36,7 +36,7 @@ from dropinf.tools.measuring import LeftOut
 OUT = Path(__file__).parent.parent / "results" / "frontier.json"
 # None: what the package does if it is told nothing.
 DAMPINGS = [None, 0.01, 0.1, 1.0, 10.0, 100.0]
-SETTINGS = {"sides": [4, 8, 16, 32], "dampings": DAMPINGS, "seeds": 5, "rounds": 5, "threads": 1}
+SETTINGS = {"sides": [4, 8, 16, 24], "dampings": DAMPINGS, "seeds": 3, "rounds": 3, "threads": 1}
 QUICK = {"sides": [2, 4], "dampings": [None, 0.1, 1.0], "seeds": 2, "rounds": 1, "threads": 1}
 TIMED_DAMPING = 0.1
 NAMES = ("stage", "contestant", "r", "seed")  # a retrained half's number is its seed

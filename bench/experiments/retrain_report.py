@@ -5,74 +5,48 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from quality_contestants import DOT
 from quality_report import row, rows_of
 
+from dropinf.evaluate import Estimate, Removal, removal
+
 ALL, RANDOM, BM25 = "none left out", "at random", "BM25"
 NOISE = 2  # standard errors
+COMPARED = (
+    ("Dropout", DOT),
+    ("Dropout", "Gaussian"),
+    ("Dropout by energy", "Gaussian"),
+    ("Dropout", BM25),
+)
 
 
 class Change(NamedTuple):
-    """Of the loss of the queries, mean over groups and seeds, beside the model of all examples.
-
-    Attributes:
-        change, error: and its standard error over groups, of means over seeds.
-        more, more_error: how much more than at random, and its error over groups.
-        groups_up: of how many groups the loss goes up more than at random.
-    """
+    """What training without a method's top k does, in the loss of each group."""
 
     method: str
     k: int
-    change: float
-    error: float
-    seeds_error: float
-    more: float
-    more_error: float
-    groups_up: int
+    removal: Removal
 
 
 def changes(records: list[dict[str, Any]], task: str) -> list[Change]:
     """In the order in which they were recorded."""
-    losses = {(x["method"], x["k"]): np.array(x["losses"]) for x in records if x["task"] == task}
-    whole = losses[ALL, 0][:, 0]  # [seeds, groups]
-    found = []
-    for (method, k), some in losses.items():
-        if method == ALL:
-            continue
-        # Of a method, model g lacks the top of group g; any random one serves all groups.
-        own = some.mean(1) if method == RANDOM else np.diagonal(some, axis1=1, axis2=2)
-        change = own - whole
-        more = (own - losses[RANDOM, k].mean(1)).mean(0)
-        found.append(
-            Change(
-                method,
-                k,
-                float(change.mean()),
-                standard_error(change.mean(0)),
-                standard_error(change.mean(1)),
-                float(more.mean()),
-                standard_error(more),
-                int((more > 0).sum()),
-            )
-        )
-    return found
-
-
-def difference(records: list[dict[str, Any]], task: str, k: int, a: str, b: str):
-    """How much more a's removals raise the loss than b's, and its error over groups, paired."""
-    own = [
-        np.diagonal(np.array(x["losses"]), axis1=1, axis2=2).mean(0)
-        for method in (a, b)
+    losses = {
+        (x["method"], x["k"]): torch.tensor(x["losses"], dtype=torch.float64)  # [seeds, h, groups]
         for x in records
-        if (x["task"], x["method"], x["k"]) == (task, method, k)
+        if x["task"] == task
+    }
+    return [
+        Change(method, k, removal(top, losses[RANDOM, k], losses[ALL, 0]))
+        for (method, k), top in losses.items()
+        if method not in (ALL, RANDOM)
     ]
-    paired = own[0] - own[1]
-    return float(paired.mean()), standard_error(paired)
 
 
-def standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5)
+def paired(a: Change, b: Change) -> tuple[float, float]:
+    """How much more a's removals raise the loss than b's, and its standard error over groups."""
+    more = a.removal.top.each - b.removal.top.each
+    return float(more.mean()), float(more.std() / len(more) ** 0.5)
 
 
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
@@ -87,7 +61,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
             "{n} training examples, {m} queries in {groups} groups; {epochs} epochs of AdamW in "
             "batches of {batch_size}, learning rate {lr}; r = {r} over all layers.".format(**about),
             "",
-            *conclusions(data["records"], task, found, groups),
+            *conclusions(found),
             "",
             *table(found, groups),
         ]
@@ -108,33 +82,30 @@ def head(data: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         "For each group of queries a method ranks the training examples by the model of seed 0, "
-        f"and models are trained anew without the highest k, with {settings['seeds']} seeds (of first "
-        f"weights and order); at random is the mean of {settings['random']} sets of k. Change is "
-        "that of the group's loss beside the model of the same seed on all examples; ± is the "
-        "standard error over groups, of means over seeds. More than at random is paired by group. "
-        "Each compression has one seed of its own. Influence is that of "
+        f"and models are trained anew without the highest k, with {settings['seeds']} seeds (of "
+        f"first weights and order); at random is the mean of {settings['random']} sets of k. "
+        "Change is that of the group's loss beside the model of the same seed on all examples; ± "
+        "is the standard error over groups, of means over seeds. More than at random is paired by "
+        "group. Each compression has one seed of its own. Influence is that of "
         f"`solvers.Cholesky(damping={settings['damping']})`; the dot product has no inverse."
     )
 
 
-def conclusions(records, task: str, found: list[Change], groups: int) -> Iterator[str]:
+def conclusions(found: list[Change]) -> Iterator[str]:
     for k in dict.fromkeys(change.k for change in found):
-        mine = [change for change in found if change.k == k and change.method != RANDOM]
-        clear = [c.method for c in mine if c.more > NOISE * c.more_error]
-        unclear = [c.method for c in mine if c.more <= NOISE * c.more_error]
+        mine = {change.method: change for change in found if change.k == k}
+        clear, unclear = [], []
+        for name, change in mine.items():
+            more = change.removal.difference
+            (clear if more.value > NOISE * more.error else unclear).append(name)
         yield (
             f"- k = {k}: the loss goes up more than at random, by over {NOISE} standard errors, "
             f"without the top of: {', '.join(clear) or 'none'}."
             + (f" Not so: {', '.join(unclear)}." if unclear else "")
         )
-        for a, b in (
-            ("Dropout", DOT),
-            ("Dropout", "Gaussian"),
-            ("Dropout by energy", "Gaussian"),
-            ("Dropout", BM25),
-        ):
-            if {a, b} <= {change.method for change in mine}:
-                more, error = difference(records, task, k, a, b)
+        for a, b in COMPARED:
+            if {a, b} <= mine.keys():
+                more, error = paired(mine[a], mine[b])
                 if abs(more) <= NOISE * error:
                     word = "within noise of"
                 else:
@@ -145,12 +116,18 @@ def conclusions(records, task: str, found: list[Change], groups: int) -> Iterato
 def table(found: list[Change], groups: int) -> Iterator[str]:
     heads = ("k", "left out", "change of the loss", "error over seeds", "more than at random")
     yield from rows_of((*heads, "groups above random"))
-    for c in found:
-        more = ("", "") if c.method == RANDOM else (f"{c.more:+.3f} ± {c.more_error:.3f}", "")
-        up = "" if c.method == RANDOM else f"{c.groups_up} of {groups}"
-        yield row(
-            c.k, c.method, f"{c.change:+.3f} ± {c.error:.3f}", f"{c.seeds_error:.3f}", more[0], up
-        )
+    for k in dict.fromkeys(change.k for change in found):
+        mine = [change for change in found if change.k == k]
+        yield row(k, RANDOM, *changed(mine[0].removal.at_random), "", "")
+        for change in mine:
+            more = change.removal.difference
+            up = f"{int((more.each > 0).sum())} of {groups}"
+            figures = changed(change.removal.top)
+            yield row(k, change.method, *figures, f"{more.value:+.3f} ± {more.error:.3f}", up)
+
+
+def changed(estimate: Estimate) -> tuple[str, str]:
+    return f"{estimate.value:+.3f} ± {estimate.error:.3f}", f"{estimate.runs_error:.3f}"
 
 
 def draw(data: dict[str, Any], path: Path) -> Path:
@@ -164,16 +141,16 @@ def draw(data: dict[str, Any], path: Path) -> Path:
     tasks = list(data["settings"]["tasks"])
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(11, 3.8), layout="constrained")
     for panel, task in zip(panels, tasks, strict=True):
-        found = [c for c in changes(data["records"], task) if c.method != RANDOM]
+        found = changes(data["records"], task)
         names = list(dict.fromkeys(c.method for c in found))
         sizes = list(dict.fromkeys(c.k for c in found))
         for number, k in enumerate(sizes):
-            mine = {c.method: c for c in found if c.k == k}
+            mine = {c.method: c.removal.difference for c in found if c.k == k}
             shift = 0.16 * (number - (len(sizes) - 1) / 2)
             panel.errorbar(
-                [mine[name].more for name in names],
+                [mine[name].value for name in names],
                 [names.index(name) + shift for name in names],
-                xerr=[mine[name].more_error for name in names],
+                xerr=[mine[name].error for name in names],
                 label=f"k = {k}",
                 color=f"C{number}",
                 marker="o",

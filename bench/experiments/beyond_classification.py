@@ -130,11 +130,13 @@ def conclusions(measured: Measured, dataset: str) -> Iterator[str]:
             said.append(f"{other}: {words}")
         yield f"- In LDS, {ours} is, beside {'; beside '.join(said)}."
     whole, dot = (reference(measured, dataset, name) for name in (FULL, DOT))
-    kept = statistics.fmean(measured.values(dataset, "Dropout", last, "lds"))
-    yield (
-        f"- LDS of the whole gradient is {whole['lds']:.3f}, of the dot product without an inverse "
-        f"{dot['lds']:.3f}, of Dropout with {last} of {whole['r']:,} coordinates {kept:.3f}."
-    )
+    for measure in ("lds", "auc"):
+        kept = statistics.fmean(measured.values(dataset, "Dropout", last, measure))
+        yield (
+            f"- {MEASURES[measure]} of the whole gradient is {whole[measure]:.3f}, of the dot "
+            f"product without an inverse {dot[measure]:.3f}, of Dropout with {last} of "
+            f"{whole['r']:,} coordinates {kept:.3f}."
+        )
 
 
 def reference(measured: Measured, dataset: str, name: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@
 Of every contestant at every size and seed of its random matrix, for each damping of one small grid
 and for the package's own default: the linear datamodeling score (quality.py says what that is), on
 the queries with even numbers and on those with odd ones. So a damping can be chosen on one half and
-judged on the other. And the time from the model to the scores, as ratios to Dropout's in the same
-round, and the bytes kept of the training set.
+judged on the other. And the processor's time from the model to the scores, as ratios to Dropout's
+in the same round, and the bytes kept of the training set.
 
 A package that is missing is left out. Every result goes to --out at once, so that the same command
 goes on where it was ended.
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import quality_tasks
 import torch
-from frontier_contestants import CONTESTANTS, DROPOUT, FULL, LINEAR_LAYERS, WITHOUT_R, Call
+from frontier_contestants import CONTESTANTS, DROPOUT, LINEAR_LAYERS, WITHOUT_R, Call
 from frontier_report import write_report
 from quality import FIGURES, datamodeling_score, rounded
 from quality_tasks import Task
@@ -92,21 +92,27 @@ class Frontier:
         for half in range(self.task.halves):
             self.once(("half", "", None, half), lambda half=half: {"losses": self.losses_of(half)})
         left_out = {}
-        for name in CONTESTANTS:
-            try:
-                for r, side in self.sizes(name).items():
-                    for seed in range(1 if name == FULL else self.settings["seeds"]):
-                        self.once(
-                            ("score", name, r, seed),
-                            lambda name=name, side=side, seed=seed: self.judged(name, side, seed),
-                        )
-                    self.once(
-                        ("time", name, r, None), lambda name=name, side=side: self.times(name, side)
-                    )
-                print(f"{name} is done", flush=True)
-            except LeftOut as reason:
-                left_out[name] = str(reason)
+        for stage in (self.judge, self.time):  # times behind each other, of the same minutes
+            for name in CONTESTANTS:
+                try:
+                    stage(name)
+                except LeftOut as reason:
+                    left_out[name] = str(reason)
+                print(f"{stage.__name__}: {name} is done", flush=True)
         return left_out
+
+    def judge(self, name: str) -> None:
+        seeds = 1 if name in WITHOUT_R else self.settings["seeds"]
+        for r, side in self.sizes(name).items():
+            for seed in range(seeds):
+                self.once(
+                    ("score", name, r, seed),
+                    lambda side=side, seed=seed: self.judged(name, side, seed),
+                )
+
+    def time(self, name: str) -> None:
+        for r, side in self.sizes(name).items():
+            self.once(("time", name, r, None), lambda side=side: self.times(name, side))
 
     def once(self, key: Key, make: Callable[[], dict]) -> None:
         if key not in self.records:
@@ -146,7 +152,7 @@ class Frontier:
             return None
 
     def times(self, name: str, side: int) -> dict[str, list[float]]:
-        """Milliseconds of each round, and the ratio to Dropout's at the second largest size."""
+        """CPU milliseconds of each round, and the ratio to Dropout's at the second largest size."""
         middle = self.settings["sides"][len(self.settings["sides"]) // 2]
         calls = self.call(name, side, 0), self.call(DROPOUT, middle, 1)
         rounds = [
@@ -179,9 +185,10 @@ class Frontier:
 
 
 def milliseconds(call: Call) -> float:
-    start = time.perf_counter()
+    """Of the processor, on one thread: what else the machine does is not in it."""
+    start = time.process_time()
     call(TIMED_DAMPING)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.process_time() - start)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def head(data: dict[str, Any], points: list[Point]) -> Iterator[str]:
     yield (
         f"{task['about']}. {task['n']} training examples, {task['m']} queries, {task['halves']} "
         f"models retrained on random halves. Means over {settings['seeds']} seeds of the random "
-        "matrix (for EK-FAC: of the labels that it samples) ± standard error."
+        "matrix ± standard error; of EK-FAC, which samples labels, one seed."
     )
     yield ""
     grid = ", ".join(str(d) for d in settings["dampings"] if d is not None)
@@ -146,11 +146,13 @@ def head(data: dict[str, Any], points: list[Point]) -> Iterator[str]:
         "all, chosen on one half of the queries and judged on the other, both ways round."
     )
     yield (
-        "- time: from the trained model to the scores (training rows, inverse, queries, scores; "
-        "measuring energies too), over that of Dropout with the second largest r in the same "
-        f"round: median (smallest to largest) of {settings['rounds']} rounds. Random matrices and "
-        "compiled functions are made before. dropinf's check of the first batch is off. The "
-        "machine was shared with other work, so differences of a fifth say nothing."
+        "- time: the processor's, on one thread, from the trained model to the scores (training "
+        "rows, inverse, queries, scores; measuring energies too), over that of Dropout with the "
+        "second largest r in the same round: median (smallest to largest) of "
+        f"{settings['rounds']} rounds. Random matrices and compiled functions are made before. "
+        "dropinf's check of the first batch is off. The machine was shared with other work, which "
+        "the processor's time leaves out but for what that does to caches, so differences of a "
+        "fifth say nothing."
     )
     yield (
         "- bytes: of the rows that are kept of the training set; TRAK's are its features; EK-FAC "
@@ -216,7 +218,7 @@ def table(points: list[Point]) -> Iterator[str]:
             p.name,
             "" if p.name in WITHOUT_R else p.r,
             "singular" if p.default is None else f"{p.default:.3f}",
-            f"{p.tuned:.3f}" if p.name == FULL else f"{p.tuned:.3f} ± {p.error:.3f}",
+            f"{p.tuned:.3f}" if p.name in WITHOUT_R else f"{p.tuned:.3f} ± {p.error:.3f}",
             f"{p.ratio:.2f} ({p.ratios[0]:.2f} to {p.ratios[1]:.2f})",
             megabytes(p.num_bytes),
         )
@@ -233,7 +235,11 @@ def draw(points: list[Point], path: Path) -> Path:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     names = list(dict.fromkeys(p.name for p in points))
     costs = (
-        ("ratio", 1, "time from model to scores, over Dropout's with the second largest r"),
+        (
+            "ratio",
+            1,
+            "processor's time from model to scores, over Dropout's with the second largest r",
+        ),
         ("num_bytes", 1e6, "MB kept of the training set"),
     )
     for panel, (cost, unit, words) in zip(panels, costs, strict=True):

@@ -32,7 +32,18 @@ from dropinf.tools.microbenchmark.peers import only_trainable
 MEASURED = 64  # training examples of which energies are measured
 LINEAR_LAYERS = 3  # of the task's model
 DROPOUT = "Dropout"
-OURS = (DROPOUT, "Dropout by energy", "Dropout and shares by energy", "Sketch", "LoGra", FULL)
+# As many numbers of every layer, as dattri and Bergson keep; otherwise a layer's share goes by its
+# size.
+EQUAL = {"Dropout, equal shares": dropinf.Dropout, "LoGra, equal shares": dropinf.LoGra}
+OURS = (
+    DROPOUT,
+    "Dropout by energy",
+    "Dropout and shares by energy",
+    "Sketch",
+    "LoGra",
+    *EQUAL,
+    FULL,
+)
 
 
 class Outcome(NamedTuple):
@@ -52,14 +63,14 @@ def ours(name: str) -> Maker:
     def make(task: Task, model: nn.Module, side: int, seed: int) -> Call:
         first = TensorDataset(*task.train[:MEASURED])
 
+        def measured() -> dropinf.Energies:
+            return dropinf.energies(model, loader(first), task.loss_fn, examples=len(first))
+
         def call(damping: float | None) -> Outcome:
-            plan = plan_of(
-                model,
-                name,
-                LINEAR_LAYERS * side**2,
-                seed,
-                lambda: dropinf.energies(model, loader(first), task.loss_fn, examples=len(first)),
-            )
+            if name in EQUAL:
+                plan = dropinf.Plan.make(model, EQUAL[name](r=side**2, seed=seed))
+            else:
+                plan = plan_of(model, name, LINEAR_LAYERS * side**2, seed, measured)
             store, asked = (
                 dropinf.collect(
                     model, loader(data), task.loss_fn, plan, progress=False, check=False

@@ -94,10 +94,10 @@ def front(points: list[Point], cost: str) -> list[Point]:
 
 
 def compared(a: Point, b: Point) -> str:
-    """Whether a's LDS is above, below or within noise of b's."""
+    """What a's LDS is: above b's, below, or within noise of it."""
     noise = NOISE * (a.error**2 + b.error**2) ** 0.5
     if abs(a.tuned - b.tuned) <= noise:
-        return "within noise"
+        return "within noise of"
     return "above" if a.tuned > b.tuned else "below"
 
 
@@ -172,7 +172,7 @@ def conclusions(points: list[Point]) -> Iterator[str]:
         yield f"- No other is both cheaper in {words} and higher in LDS than: {best}."
     by_size = {(p.name, p.r): p for p in points}
     for ours in (DROPOUT, BEST_OF_OURS):
-        words: dict[str, list[str]] = {"above": [], "within noise": [], "below": []}
+        words: dict[str, list[str]] = {"above": [], "within noise of": [], "below": []}
         for (name, r), peer in by_size.items():
             if name in PEERS and (ours, r) in by_size:
                 words[compared(by_size[ours, r], peer)].append(f"{name} {r}")
@@ -194,7 +194,7 @@ def conclusions(points: list[Point]) -> Iterator[str]:
     edge = [label(p) for p in points if p.at_edge > p.choices / 2]
     if edge:
         yield f"- Most choices of a damping lie at an end of the grid for: {', '.join(edge)}."
-    gains = [p for p in points if p.default is not None and p.name != FULL]
+    gains = [p for p in points if p.default is not None and p.tuned > p.default]
     if gains:
         most = max(gains, key=lambda p: p.tuned - p.default)
         yield (

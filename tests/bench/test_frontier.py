@@ -63,7 +63,11 @@ def test_contestants(tiny, name):
     assert scores.shape == truth.shape and num_bytes > 0
     if name == contestants.FULL:
         assert np.allclose(scores, truth, rtol=1e-3, atol=1e-4 * np.abs(truth).max())
-    if name not in contestants.WITHOUT_R:
+    if name not in (
+        *contestants.WITHOUT_R,
+        "LoGra",
+        "LoGra, equal shares",
+    ):  # whose squares are cut to a layer's size
         assert num_bytes == 4 * len(task.train) * 3 * 12**2
     assert rho(scores, truth) > 0.25
     near, far = (call(damping).scores.double().numpy() for damping in (0.01, 100.0))
@@ -121,7 +125,7 @@ def test_what_is_concluded():
         planted("Dropout and shares by energy", 48, 0.5, 0.01, 1.5, 100),
         planted("dattri LoGra", 48, 0.45, 0.01, 2.0, 100),
         planted("TRAK", 48, 0.41, 0.01, 3.0, 100),
-        planted(contestants.EKFAC, 1000, 0.48, 0.0, 20.0, 400),
+        planted(contestants.EKFAC, 1000, 0.49, 0.0, 20.0, 400),
     ]
     text = "\n".join(report.conclusions(points))
     cheap = "Dropout 48 0.400; Dropout and shares by energy 48 0.500."
@@ -131,7 +135,7 @@ def test_what_is_concluded():
         "Dropout at the same r is, in LDS, within noise of TRAK 48; below dattri LoGra 48" in text
     )
     assert "energy at the same r is, in LDS, above dattri LoGra 48, TRAK 48." in text
-    assert "0.480 at 20.0 times the time and 0.00 MB; it is passed by none" in text
+    assert "0.490 at 20.0 times the time and 0.00 MB; it is passed by none" in text
 
 
 def test_a_peer_that_is_missing_is_said_to_be():

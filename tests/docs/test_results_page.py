@@ -28,7 +28,7 @@ def recorded(section):
     for name in re.findall(r"\]\(\.\./bench/results/([\w-]+)\.md\)", section):
         page = (ROOT / "bench" / "results" / f"{name}.md").read_text()
         data = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-        known |= numbers(page.replace("`", " ")) | numbers(json.dumps(data["settings"]))
+        known |= numbers(page.replace("`", " ")) | numbers(json.dumps(data.get("settings", {})))
     return known
 
 

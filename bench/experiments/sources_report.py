@@ -190,7 +190,7 @@ def draw(found: Found, path: Path) -> Path:
                 linewidth=1,
             )
         for number, key in enumerate(without):
-            color = "black" if key[0] == FLOOR else f"C{len(methods) + number}"
+            color = "black" if key[0] == FLOOR else pyplot.get_cmap("Dark2")(number)
             panel.axhline(found.share(key, k), label=key[0], color=color, linestyle="--")
         panel.axhline(found.chance[k], label="chance", color="grey", linestyle=":")
         panel.set_xscale("log", base=2)

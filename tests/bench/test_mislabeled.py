@@ -26,7 +26,7 @@ from quality_contestants import COMPRESSIONS  # noqa: E402
 
 import dropinf  # noqa: E402
 
-TASKS = ["digits-cnn", "digits-cnn-fitted"]
+TASKS = ["digits-cnn", "digits-cnn-100-epochs"]
 if not quality_minilm.missing_packages():
     TASKS.insert(1, "minilm-lora")
 

@@ -234,6 +234,7 @@ def draw(points: list[Point], path: Path) -> Path:
     matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same figure is the same file
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     names = list(dict.fromkeys(p.name for p in points))
+    colors = pyplot.get_cmap("tab20").colors  # more than the ten of a cycle
     costs = (
         (
             "ratio",
@@ -250,7 +251,7 @@ def draw(points: list[Point], path: Path) -> Path:
                 [p.tuned for p in mine],
                 [p.error for p in mine],
                 label=name,
-                color={FULL: "black", EKFAC: "grey"}.get(name, f"C{number}"),
+                color={FULL: "black", EKFAC: "grey"}.get(name, colors[number]),
                 linestyle="-" if name in OURS else "--",
                 marker="*" if name in WITHOUT_R else "o" if name in OURS else "s",
                 markersize=10 if name in WITHOUT_R else 4,

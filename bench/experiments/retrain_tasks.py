@@ -1,11 +1,16 @@
 """The tasks of retrain.py: real data, a model, how it is trained anew, and what it is asked."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import quality_tasks
 import tokenizers
+
+sys.path.append(str(Path(__file__).parent.parent))
+
 import torch
 from models import Block
 from quality_tasks import loader

@@ -13,11 +13,14 @@ goes to --out at once, so that the same command goes on where it was ended.
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent))
 
 import texts
 import torch

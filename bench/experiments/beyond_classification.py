@@ -9,26 +9,25 @@ learns a policy from trajectories, of which the influence on the expected return
 Every result goes to --out at once, so that the same command goes on where it was ended.
 """
 
-import argparse
-import os
 import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pages
 import quality_tasks
 import torch
+from command import files_of, parser_of
+from pages import row, rows_of
 from policy_task import policy_task
-from quality import DAMPING, FIGURES, NAMES, Experiment, run
+from quality import DAMPING, NAMES, Experiment, run
 from quality_claims import MEASURES, Measured, difference
 from quality_contestants import DOT, FULL
-from quality_report import draw, mean_and_deviation, row, rows_of
+from quality_report import draw, mean_and_deviation
 from quality_tasks import Task
 from records import Key, Records
 
-OUT = Path(__file__).parent.parent / "results" / "beyond_classification.json"
 SETTINGS = {"totals": [64, 256, 1024], "seeds": 5, "threads": 1}
 QUICK = {"totals": [64, 256], "seeds": 2, "threads": 1}
 PACKAGES = ("scipy", "scikit-learn")
@@ -37,24 +36,18 @@ HALVES = 60
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     settings = {"quick": given.quick, "damping": DAMPING, **(QUICK if given.quick else SETTINGS)}
     torch.set_num_threads(settings["threads"])
     tasks = make_tasks()
     if given.quick:
         tasks = [task.tiny() for task in tasks]
     settings["datasets"] = {task.name: task.description() for task in tasks}
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "beyond-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("beyond_classification", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     run([Untimed(task, COMPRESSIONS, records) for task in tasks], records)
-    figures = FIGURES if path == OUT else path.parent
-    write_report(records.data, path.with_suffix(".md"), figures)
-    print(f"{path}, {path.with_suffix('.md')} and figures in {figures}")
+    write_report(records.data, files.page, files.figures)
+    print(files)
 
 
 def make_tasks() -> list[Task]:
@@ -75,7 +68,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     for dataset in measured.datasets:
         about = data["settings"]["datasets"][dataset]
         drawn = draw(measured, dataset, figures / f"beyond-{dataset}.svg")
-        link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+        link = pages.link(drawn, page)
         lines += ["", f"## {dataset}", "", "{about}.".format(**about)]
         lines += [
             "{n} training examples, {spoiled} of them spoiled; {m} queries; {epochs} epochs of "
@@ -93,17 +86,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
 
 
 def head(data: dict[str, Any]) -> Iterator[str]:
-    settings, machine = data["settings"], data["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in data["runs"]))
-    quick = " (--quick: tiny sizes, which show only that it runs)" if settings["quick"] else ""
-    yield f"# Beyond classification{quick}"
-    yield ""
-    yield (
-        f"{settings['threads']} thread of {machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['system']}; {packages}; commit {commits}; {data['runs'][-1]['date'][:10]}."
-    )
-    yield ""
+    settings = data["settings"]
+    yield from pages.head("beyond_classification", "Beyond classification", data)
     yield (
         f"Mean ± standard deviation over {settings['seeds']} seeds of the compression; the model, "
         "the queries and the halves are the same for all. Measures and damping "

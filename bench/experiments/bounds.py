@@ -9,19 +9,13 @@ O(sigma_max(H)) for dropout and O(d + d² sigma_max(H)) for Gaussian rows, say o
 beside the root mean square error: with d, and at one d with sigma_max as H is scaled.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
-
 import torch
 from bounds_report import write_report
+from command import files_of, parser_of
 from quality import rounded
 from records import Records
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
-
-OUT = Path(__file__).parent.parent / "results" / "bounds.json"
-FIGURES = Path(__file__).parent.parent / "figures"
 
 SETTINGS = {
     **{"widths": [2, 4, 8, 16, 32, 64], "r": ["d / 8", 16], "models": 3, "masks": 10},
@@ -38,25 +32,19 @@ COMPRESSIONS = ("dropout", "Gaussian")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     settings = {"quick": given.quick, "lambda": LAMBDA, **(QUICK if given.quick else SETTINGS)}
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "bounds-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("bounds", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
     data = digits(settings["n"], settings["m"])
     for width in settings["widths"]:
         for seed in range(settings["models"]):
             measure(width, seed, data, records)
         print(f"width {width}: done", flush=True)
-    figures = FIGURES if path == OUT else path.parent
-    write_report(records.data, path.with_suffix(".md"), figures)
-    print(f"{path}, {path.with_suffix('.md')} and a figure in {figures}")
+    write_report(records.data, files.page, files.figures)
+    print(files)
 
 
 def digits(n: int, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """Markdown and the figure of what bounds.py recorded."""
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment_page import head, row, rows_of
+import pages
+from pages import new_figure, row, rows_of, save_figure
 
 COMPRESSIONS = ("dropout", "Gaussian")
 # Up to a constant that nobody gives.
@@ -69,9 +69,9 @@ def slope(x: list[float], y: list[float]) -> float:
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     settings = data["settings"]
     drawn = draw(data, figures / "bounds.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     lines = [
-        *head("Error of compressed influence beside the paper's bounds", data),
+        *pages.head("bounds", "Error of compressed influence beside the paper's bounds", data),
         f"MLPs 16-w-10 on scikit-learn's digits pooled to 4 x 4 ({settings['n']} training images, "
         f"{settings['m']} queries, {settings['epochs']} epochs of Adam), {settings['models']} of "
         f"each size, {settings['masks']} masks; H is the exact Gauss-Newton matrix over all "
@@ -154,17 +154,11 @@ def compared(data: dict[str, Any]) -> Iterator[str]:
 
 def draw(data: dict[str, Any], path: Path) -> Path:
     """Bounds go through the first point of their own errors, as their constants are not known."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "bounds"
     settings = data["settings"]
     found = [(f"r = {r}", by_d(data, r), "d") for r in settings["r"]]
     scaled = by_scale(data, settings["r"][0])
     found.append((f"H scaled, d = {scaled[0].d}, r = {settings['r'][0]}", scaled, "sigma_max(H)"))
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    figure, panels = new_figure("bounds", 1, 3, figsize=(13, 4.6))
     for panel, (title, points, over) in zip(panels, found, strict=True):
         x = [p.d if over == "d" else p.sigma for p in points]
         for number, name in enumerate(COMPRESSIONS):
@@ -187,7 +181,4 @@ def draw(data: dict[str, Any], path: Path) -> Path:
         panel.set_title(title, fontsize=10)
     panels[0].set_ylabel("root mean square error")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

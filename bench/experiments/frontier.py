@@ -12,28 +12,25 @@ A package that is missing is left out. Every result goes to --out at once, so th
 goes on where it was ended.
 """
 
-import argparse
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import quality_tasks
 import torch
+from command import files_of, parser_of
 from frontier_contestants import CONTESTANTS, DROPOUT, LINEAR_LAYERS, WITHOUT_R, Call
 from frontier_report import write_report
-from quality import FIGURES, datamodeling_score, rounded
+from quality import datamodeling_score, rounded
 from quality_tasks import Task
 from records import Key, Records
 from torch import nn
 
 from dropinf.tools.measuring import LeftOut
 
-OUT = Path(__file__).parent.parent / "results" / "frontier.json"
 # None: what the package does if it is told nothing.
 DAMPINGS = [None, 0.01, 0.1, 1.0, 10.0, 100.0]
 SETTINGS = {"sides": [4, 8, 16, 24], "dampings": DAMPINGS, "seeds": 3, "rounds": 3, "threads": 1}
@@ -57,27 +54,21 @@ def the_task(quick: bool) -> Task:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     settings = {"quick": given.quick, **(QUICK if given.quick else SETTINGS)}
     torch.set_num_threads(settings["threads"])
     warnings.filterwarnings("ignore", category=UserWarning, message="Full backward hook")
     warnings.filterwarnings("ignore", category=FutureWarning, module="kronfluence")
     task = the_task(given.quick)
     settings["task"] = task.description()
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "frontier-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("frontier", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
     left_out = Frontier(task, records).run()
-    figures = FIGURES if path == OUT else path.parent
-    write_report(records.data, path.with_suffix(".md"), figures)
+    write_report(records.data, files.page, files.figures)
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}")
-    print(f"{path}, {path.with_suffix('.md')} and a figure in {figures}")
+    print(files)
 
 
 class Frontier:

@@ -1,13 +1,13 @@
 """The page and the figure of what frontier.py recorded."""
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
 from frontier_contestants import CONTESTANTS, DROPOUT, EKFAC, FULL, OURS, PEERS, WITHOUT_R
-from quality_report import row, rows_of
+from pages import new_figure, row, rows_of, save_figure
 
 NOISE = 2  # standard errors of a difference of means
 BEST_OF_OURS = "Dropout and shares by energy"
@@ -104,7 +104,7 @@ def compared(a: Point, b: Point) -> str:
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     points = points_of(data)
     drawn = draw(points, figures / "frontier.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     lines = [
         *head(data, points),
         "",
@@ -118,17 +118,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
 
 
 def head(data: dict[str, Any], points: list[Point]) -> Iterator[str]:
-    settings, machine, task = data["settings"], data["machine"], data["settings"]["task"]
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in data["runs"]))
-    quick = " (--quick: tiny sizes, which show only that it runs)" if settings["quick"] else ""
-    yield f"# LDS against seconds and bytes{quick}"
-    yield ""
-    yield (
-        f"{settings['threads']} thread of {machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['system']}; {packages}; commit {commits}; {data['runs'][-1]['date'][:10]}."
-    )
-    yield ""
+    settings, task = data["settings"], data["settings"]["task"]
+    yield from pages.head("frontier", "LDS against seconds and bytes", data)
     yield (
         f"{task['about']}. {task['n']} training examples, {task['m']} queries, {task['halves']} "
         f"models retrained on random halves. Means over {settings['seeds']} seeds of the random "
@@ -226,15 +217,11 @@ def table(points: list[Point]) -> Iterator[str]:
 
 def draw(points: list[Point], path: Path) -> Path:
     """Two panels: LDS against time and against bytes; peers dashed."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same figure is the same file
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+    figure, panels = new_figure("frontier", 1, 2, figsize=(11, 5), sharey=True)
     names = list(dict.fromkeys(p.name for p in points))
-    colors = pyplot.get_cmap("tab20").colors  # more than the ten of a cycle
+    colors = colormaps["tab20"].colors  # more than the ten of a cycle
     costs = (
         (
             "ratio",
@@ -263,7 +250,4 @@ def draw(points: list[Point], path: Path) -> Path:
     panels[0].set_ylabel("LDS, damping chosen on other queries")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

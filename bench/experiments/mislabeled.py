@@ -19,9 +19,7 @@ pipelines that collect their own. Every result goes to --out at once, so that th
 on where it was ended.
 """
 
-import argparse
 import itertools
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +30,7 @@ from typing import Any
 import mislabeled_tasks
 import numpy as np
 import torch
+from command import files_of, parser_of
 from mislabeled_methods import (
     COMPRESSED,
     DAMPING,
@@ -52,8 +51,6 @@ import dropinf
 from dropinf import solvers
 from dropinf.evaluate import mislabeled_auc
 
-OUT = Path(__file__).parent.parent / "results" / "mislabeled.json"
-FIGURES = Path(__file__).parent.parent / "figures"
 SETTINGS = {
     "totals": [64, 256, 1024],
     "timed_r": 256,
@@ -87,9 +84,7 @@ SMALL_ON = "minilm-lora"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
+    parser = parser_of(__doc__)
     parser.add_argument("--glue", default="", help=f"also some of {','.join(GLUE)}")
     parser.add_argument(
         "--glue-folder", type=Path, help="train.parquet and validation.parquet; else a download"
@@ -110,17 +105,15 @@ def main(arguments: list[str] | None = None) -> None:
     if given.quick:
         tasks = {name: tiny(make) for name, make in tasks.items()}
     settings["tasks"] = {name: make(0).description() for name, make in tasks.items()}
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "mislabeled-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("mislabeled", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
     for name, make in tasks.items():
         run(name, make, records)
         print(f"{name} is done", flush=True)
     records.save()
-    write_report(records.data, path.with_suffix(".md"), FIGURES if path == OUT else path.parent)
-    print(f"{path} and {path.with_suffix('.md')}")
+    write_report(records.data, files.page, files.figures)
+    print(files)
 
 
 def tiny(make: MakeTask) -> MakeTask:

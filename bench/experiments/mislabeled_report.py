@@ -1,12 +1,12 @@
 """Markdown tables, a figure and the sentences of what mislabeled.py recorded."""
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_report import row, rows_of
+import pages
+from pages import new_figure, row, rows_of, save_figure
 
 ANOTHER = "Dropout, another mask"  # whose ratio to Dropout is noise
 STABLE = (
@@ -66,7 +66,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         lines += ["", f"## {task}", "", *about(found, task), "", *table(found, task)]
         lines += ["", *conclusions(found, task)]
     drawn = draw(found, figures / "mislabeled.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     lines += ["", f"![AUC by method and r]({link})"]
     if any(x["stage"] == "small" for x in found.records):
         lines += ["", "## A few coordinates of each layer", "", *small_table(found)]
@@ -74,18 +74,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
 
 
 def head(data: dict[str, Any]) -> Iterator[str]:
-    settings, machine = data["settings"], data["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in data["runs"]))
-    quick = " (--quick: tiny sizes, which show only that it runs)" if settings["quick"] else ""
-    yield f"# Which wrong labels are found{quick}"
-    yield ""
-    yield (
-        f"`python bench/experiments/mislabeled.py`; {settings['threads']} thread of "
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['system']}; {packages}; commit "
-        f"{commits}; {data['runs'][-1]['date'][:10]}."
-    )
-    yield ""
+    settings = data["settings"]
+    yield from pages.head("mislabeled", "Which wrong labels are found", data)
     yield (
         "A fifth of the training labels is flipped. AUC of finding them: mean ± standard error "
         "over seeds, each with flips, a training and a mask of its own. Methods are minus the mean "
@@ -207,17 +197,13 @@ def spread(values: list[float]) -> str:
 
 def draw(found: Found, path: Path) -> Path:
     """AUC against r, a panel a task; methods of whole gradients and the loss as lines."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "mislabeled"  # the same figure is the same file
-    figure, panels = pyplot.subplots(
+    figure, panels = new_figure(
+        "mislabeled",
         1,
         len(found.tasks),
         figsize=(4.2 * len(found.tasks), 4.4),
-        layout="constrained",
         squeeze=False,
     )
     totals = found.settings["totals"]
@@ -241,7 +227,7 @@ def draw(found: Found, path: Path) -> Path:
             panel.axhline(
                 statistics.fmean(found.aucs(task, method, None)),
                 label=f"{method}, no r",
-                color=pyplot.get_cmap("Dark2")(number) if method != "loss" else "black",
+                color=colormaps["Dark2"](number) if method != "loss" else "black",
                 linestyle=":",
             )
         panel.set_xscale("log", base=2)
@@ -251,7 +237,4 @@ def draw(found: Found, path: Path) -> Path:
         panel.set_title(f"AUC, {task}", fontsize=10)
     handles, labels = panels[0][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import models
 import quality_minilm
-from models import Block
+from models import NextToken
 
 from dropinf.tools import demo
 
@@ -149,7 +149,7 @@ def make_tasks() -> list[Task]:
             windows,
             questions,
             garbled,
-            make=CharTransformer,
+            make=lambda: NextToken(VOCABULARY, T),
             epochs=20,
             batch_size=32,
             lr=3e-3,
@@ -266,19 +266,3 @@ def cnn() -> nn.Module:
         nn.ReLU(),
         nn.Linear(48, 10),
     )
-
-
-class CharTransformer(nn.Module):
-    """Characters [B, T] -> logits of the next [B, T, VOCABULARY]."""
-
-    def __init__(self, width: int = 32, num_layers: int = 2) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(T, width)
-        self.blocks = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(num_layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-        self.register_buffer("at", torch.arange(T)[None], persistent=False)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        x = self.tokens(characters) + self.positions(self.at)
-        return self.head(self.norm(self.blocks(x)))

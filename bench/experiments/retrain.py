@@ -10,17 +10,15 @@ right, the group's loss goes up by more than without as many at random.
 the method is finished, so that the same command goes on where it was ended.
 """
 
-import argparse
 import shutil
-import tempfile
 import warnings
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import Path
 
 import retrain_tasks
 import torch
-from quality import DAMPING, FIGURES, rounded
+from command import files_of, parser_of
+from quality import DAMPING, rounded
 from quality_contestants import DOT, plan_of
 from quality_tasks import loader
 from records import Records
@@ -32,7 +30,6 @@ from torch.utils.data import TensorDataset
 import dropinf
 from dropinf import evaluate, solvers
 
-OUT = Path(__file__).parent.parent / "results" / "retrain.json"
 SETTINGS = {"seeds": 3, "random": 6, "threads": 1}
 QUICK = {"seeds": 2, "random": 2, "threads": 1}
 NAMES = ("task", "method", "k")
@@ -42,10 +39,7 @@ MEASURED = 64  # training examples of which energies are measured
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     settings = {"quick": given.quick, "damping": DAMPING, **(QUICK if given.quick else SETTINGS)}
     torch.set_num_threads(settings["threads"])
     warnings.filterwarnings("ignore", message="nested tensor")
@@ -53,16 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
     if given.quick:
         tasks = [task.tiny() for task in tasks]
     settings["tasks"] = {task.name: task.description() for task in tasks}
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "retrain-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("retrain", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
     for task in tasks:
         Removals(task, records).run()
-    figures = FIGURES if path == OUT else path.parent
-    write_report(records.data, path.with_suffix(".md"), figures)
-    print(f"{path}, {path.with_suffix('.md')} and a figure in {figures}")
+    write_report(records.data, files.page, files.figures)
+    print(files)
 
 
 class Removals:

@@ -1,13 +1,13 @@
 """The page and the figure of what retrain.py recorded."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
 import torch
+from pages import new_figure, row, rows_of, save_figure
 from quality_contestants import DOT
-from quality_report import row, rows_of
 
 from dropinf.evaluate import Estimate, Removal, removal
 
@@ -51,7 +51,7 @@ def paired(a: Change, b: Change) -> tuple[float, float]:
 
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     drawn = draw(data, figures / "retrain.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     lines = [*head(data), "", f"![change of the query loss]({link})"]
     for task, about in data["settings"]["tasks"].items():
         found = changes(data["records"], task)
@@ -69,17 +69,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
 
 
 def head(data: dict[str, Any]) -> Iterator[str]:
-    settings, machine = data["settings"], data["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in data["runs"]))
-    quick = " (--quick: tiny sizes, which show only that it runs)" if settings["quick"] else ""
-    yield f"# Training without the top examples{quick}"
-    yield ""
-    yield (
-        f"{settings['threads']} thread of {machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['system']}; {packages}; commit {commits}; {data['runs'][-1]['date'][:10]}."
-    )
-    yield ""
+    settings = data["settings"]
+    yield from pages.head("retrain", "Training without the top examples", data)
     yield (
         "For each group of queries a method ranks the training examples by the model of seed 0, "
         f"and models are trained anew without the highest k, with {settings['seeds']} seeds (of "
@@ -132,14 +123,8 @@ def changed(estimate: Estimate) -> tuple[str, str]:
 
 def draw(data: dict[str, Any], path: Path) -> Path:
     """A panel for each task: how much more than at random, by method and k."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "retrain"  # the same figure is the same file
     tasks = list(data["settings"]["tasks"])
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(11, 3.8), layout="constrained")
+    figure, panels = new_figure("retrain", 1, len(tasks), figsize=(11, 3.8))
     for panel, task in zip(panels, tasks, strict=True):
         found = changes(data["records"], task)
         names = list(dict.fromkeys(c.method for c in found))
@@ -162,7 +147,4 @@ def draw(data: dict[str, Any], path: Path) -> Path:
         panel.set_title(task, fontsize=10)
         panel.set_xlabel("rise of the query loss, more than at random", fontsize=9)
         panel.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -12,7 +12,7 @@ import tokenizers
 sys.path.append(str(Path(__file__).parent.parent))
 
 import torch
-from models import Block
+from models import NextToken
 from quality_tasks import loader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -144,7 +144,7 @@ def sentences() -> Task:
         "sentences of one topic",
         *encoded,
         groups=[(topics == topic).nonzero()[:, 0].tolist() for topic in topics.unique()],
-        make=LanguageModel,
+        make=lambda: NextToken(VOCABULARY, T),
         losses=token_losses,
         epochs=6,
         batch_size=32,
@@ -186,19 +186,3 @@ def token_losses(logits: Tensor, following: Tensor) -> Tensor:
     flat = logits.flatten(0, 1), following.flatten()
     each = cross_entropy(*flat, ignore_index=PAD, reduction="none").view(following.shape)
     return each.sum(1) / (following != PAD).sum(1)
-
-
-class LanguageModel(nn.Module):
-    """Ids [B, T] -> logits of the next [B, T, VOCABULARY]."""
-
-    def __init__(self, width: int = 32, num_layers: int = 2) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(T, width)
-        self.blocks = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(num_layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-        self.register_buffer("at", torch.arange(T)[None], persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(self.at)
-        return self.head(self.norm(self.blocks(x)))

@@ -11,10 +11,8 @@ Rows of all masks are computed out of whole gradients collected once (`whole_row
 goes to --out at once, so that the same command goes on where it was ended.
 """
 
-import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import texts
 import torch
-from models import Block, losses
+from command import files_of, parser_of
+from models import NextToken, losses
 from quality_contestants import BY_ENERGY, COMPRESSIONS
 from records import Records
 from sources_report import write_report
@@ -36,8 +35,6 @@ import dropinf
 from dropinf import evaluate, solvers
 from dropinf.extras import optional
 
-OUT = Path(__file__).parent.parent / "results" / "sources.json"
-FIGURES = Path(__file__).parent.parent / "figures"
 SETTINGS = {
     "train": 250,  # windows of each source
     "queries": 20,
@@ -76,19 +73,14 @@ BM25, LOSS = "BM25", "loss"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     settings = {"quick": given.quick, "damping": DAMPING, "measured": MEASURED}
     settings |= QUICK if given.quick else SETTINGS
     torch.set_num_threads(settings["threads"])
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "sources-quick.json" if given.quick else OUT
+    files = files_of("sources", given)
     documents = texts.load()
     settings["sources"] = list(documents)
-    records = Records(path, settings, NAMES, PACKAGES)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
     experiment = Experiment(documents, settings)
     for key in wanted(settings):
@@ -96,8 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
             records.add(key, **experiment.result(key))
             print(*key, flush=True)
     records.save()
-    write_report(records.data, path.with_suffix(".md"), FIGURES if path == OUT else path.parent)
-    print(f"{path} and {path.with_suffix('.md')}")
+    write_report(records.data, files.page, files.figures)
+    print(files)
 
 
 def wanted(settings: dict[str, Any]) -> Iterator[tuple]:
@@ -138,7 +130,7 @@ class Experiment:
         """AdamW on all training windows."""
         settings = self.settings
         torch.manual_seed(0)
-        model = Transformer(*(settings[n] for n in ("vocabulary", "T", "width", "layers")))
+        model = NextToken(*(settings[n] for n in ("vocabulary", "T", "width", "layers")))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         for _ in range(settings["epochs"]):
             for batch in DataLoader(self.train, batch_size=BATCH, shuffle=True):
@@ -216,21 +208,6 @@ class Experiment:
         store, queries = (rows_under(plan, some) for some in (store, queries))
         solver = solvers.Identity(cosine=True) if method == UNIT else solvers.Cholesky(DAMPING)
         return dropinf.scores(queries, store, solver.fit(store))
-
-
-class Transformer(nn.Module):
-    """Tokens [B, T] -> logits of the next [B, T, vocabulary]."""
-
-    def __init__(self, vocabulary: int, T: int, width: int, num_layers: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(T, width)
-        self.blocks = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(num_layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-        self.register_buffer("at", torch.arange(T)[None], persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(self.at)
-        return self.head(self.norm(self.blocks(x)))
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,12 +1,12 @@
 """Markdown tables, a figure and the sentences of what sources.py recorded."""
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_report import row, rows_of
+import pages
+from pages import new_figure, row, rows_of, save_figure
 
 FLOOR = "BM25"
 
@@ -55,7 +55,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     """The page, and its figure."""
     found = Found(data)
     drawn = draw(found, figures / "sources.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     lines = [*head(data, found), "", *table(found), "", f"![Share of the top k]({link})", ""]
     lines += ["## By source", "", *by_source(found), "", "## What comes out", ""]
     lines += conclusions(found)
@@ -63,19 +63,9 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
 
 
 def head(data: dict[str, Any], found: Found) -> Iterator[str]:
-    settings, machine, model = data["settings"], data["machine"], found.model
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in data["runs"]))
-    quick = " (--quick: tiny sizes, which show only that it runs)" if settings["quick"] else ""
+    settings, model = data["settings"], found.model
     sources = settings["sources"]
-    yield f"# Whose texts come first{quick}"
-    yield ""
-    yield (
-        f"`python bench/experiments/sources.py`; {settings['threads']} thread of "
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['system']}; {packages}; commit "
-        f"{commits}; {data['runs'][-1]['date'][:10]}."
-    )
-    yield ""
+    yield from pages.head("sources", "Whose texts come first", data)
     yield (
         f"A transformer of {settings['layers']} layers and width {settings['width']} "
         f"({model['parameters']:,} parameters) that predicts the next of "
@@ -166,14 +156,10 @@ def together(keys: list[tuple[str, int | None]]) -> list[str]:
 
 def draw(found: Found, path: Path) -> Path:
     """Share against r, a panel for each k; what has no r as lines."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "sources"  # the same figure is the same file
     ks, totals = found.settings["ks"], found.settings["totals"]
-    figure, panels = pyplot.subplots(1, len(ks), figsize=(9, 4.8), layout="constrained")
+    figure, panels = new_figure("sources", 1, len(ks), figsize=(9, 4.8))
     methods = list(dict.fromkeys(method for method, r in found.by_key if r is not None))
     without = [key for key in found.by_key if key[1] is None]
     for panel, k in zip(panels, ks, strict=True):
@@ -190,7 +176,7 @@ def draw(found: Found, path: Path) -> Path:
                 linewidth=1,
             )
         for number, key in enumerate(without):
-            color = "black" if key[0] == FLOOR else pyplot.get_cmap("Dark2")(number)
+            color = "black" if key[0] == FLOOR else colormaps["Dark2"](number)
             panel.axhline(found.share(key, k), label=key[0], color=color, linestyle="--")
         panel.axhline(found.chance[k], label="chance", color="grey", linestyle=":")
         panel.set_xscale("log", base=2)
@@ -200,7 +186,4 @@ def draw(found: Found, path: Path) -> Path:
         panel.set_title(f"share of the top {k} from the query's source", fontsize=10)
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -8,17 +8,15 @@ stand in quality.json (--quick trains its own few). And which damping `choose_da
 of its criteria.
 """
 
-import argparse
 import itertools
 import json
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import quality_tasks
 import torch
+from command import BENCH, files_of, parser_of
 from quality import datamodeling_score, rounded
 from quality_tasks import Task
 from records import Records
@@ -30,9 +28,7 @@ import dropinf
 from dropinf.ranks import standard_ranks
 from dropinf.solvers import Eigen
 
-RESULTS = Path(__file__).parent.parent / "results"
-OUT, QUALITY = RESULTS / "spectrum.json", RESULTS / "quality.json"
-FIGURES = Path(__file__).parent.parent / "figures"
+QUALITY = BENCH / "results" / "quality.json"
 
 DAMPINGS = [1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
 SETTINGS = {"totals": [64, 256, 1024, 4096], "seeds": 5, "dampings": DAMPINGS, "k": 10}
@@ -43,26 +39,20 @@ LEFT_OUT = 5  # of likelihood without queries: a fifth of the training rows asks
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     tasks = sorted(quality_tasks.make_tasks(), key=lambda task: task.name == "chars")  # slowest
     if given.quick:
         tasks = [task.tiny() for task in tasks if task.name in ("digits-mlp", "diabetes")]
     settings = {"quick": given.quick, **(QUICK if given.quick else SETTINGS)}
     settings["tasks"] = {task.name: task.description() for task in tasks}
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "spectrum-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("spectrum", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
-    figures = FIGURES if path == OUT else path.parent
     for task in tasks:
         measure(task, records)
-        write_report(records.data, path.with_suffix(".md"), figures)  # of what is there
-    print(f"{path}, {path.with_suffix('.md')} and a figure in {figures}")
+        write_report(records.data, files.page, files.figures)  # of what is there
+    print(files)
 
 
 def measure(task: Task, records: Records) -> None:

@@ -1,12 +1,12 @@
 """Markdown and the figure of what spectrum.py recorded."""
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment_page import head, mean_error, row, rows_of
+import pages
+from pages import mean_error, new_figure, row, rows_of, save_figure
 
 CRITERIA = ("noise", "likelihood", "likelihood of rows left out", "agreement", "always 0.1")
 
@@ -56,10 +56,10 @@ def cells_of(data: dict[str, Any]) -> list[Cell]:
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     cells = cells_of(data)
     drawn = draw(data, cells, figures / "spectrum.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     settings = data["settings"]
     lines = [
-        *head("Damping, condition number and stability", data),
+        *pages.head("spectrum", "Damping, condition number and stability", data),
         "Dropout (uniform), r over all layers, relative damping: λ_l = damping x trace(F_l) / r_l. "
         f"{settings['seeds']} masks. LDS: mean ± standard error over masks; of the models "
         "retrained on halves of quality.py. Overlap: the share of the "
@@ -140,15 +140,9 @@ def table(data: dict[str, Any], task: str) -> Iterator[str]:
 
 
 def draw(data: dict[str, Any], cells: list[Cell], path: Path) -> Path:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "spectrum"
     tasks, totals = measured(data), data["settings"]["totals"]
-    figure, grid = pyplot.subplots(
-        3, len(tasks), figsize=(3.2 * len(tasks), 8), layout="constrained", sharex=True,
+    figure, grid = new_figure("spectrum",
+        3, len(tasks), figsize=(3.2 * len(tasks), 8), sharex=True,
         squeeze=False,
     )  # fmt: skip
     for column, task in enumerate(tasks):
@@ -175,7 +169,4 @@ def draw(data: dict[str, Any], cells: list[Cell], path: Path) -> Path:
     for panel, label in zip(grid[:, 0], labels, strict=True):
         panel.set_ylabel(label)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

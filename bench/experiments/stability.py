@@ -8,13 +8,11 @@ the AUC of finding the spoiled training examples. The page says from which r on 
 0.8.
 """
 
-import argparse
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import quality_tasks
 import torch
+from command import files_of, parser_of
 from quality import rounded, spoiled_auc
 from quality_tasks import Task, loader
 from records import Records
@@ -24,9 +22,6 @@ from torch.utils.data import TensorDataset
 from whole_rows import WholeRows
 
 import dropinf
-
-OUT = Path(__file__).parent.parent / "results" / "stability.json"
-FIGURES = Path(__file__).parent.parent / "figures"
 
 FEWER = {"minilm-lora": 3, "chars": 3}  # masks of models that take long
 SETTINGS = {
@@ -42,26 +37,20 @@ MEASURED = 64  # training examples, the first ones, whose gradients make the ene
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     tasks = models()
     if given.quick:
         tasks = [task.tiny() for task in tasks if task.name in ("mlp-32", "digits-cnn")]
     settings = {"quick": given.quick, "damping": DAMPING, **(QUICK if given.quick else SETTINGS)}
     settings["models"] = {task.name: task.description() for task in tasks}
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "stability-quick.json" if given.quick else OUT
-    records = Records(path, settings, NAMES, PACKAGES)
+    files = files_of("stability", given)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     records.save()
-    figures = FIGURES if path == OUT else path.parent
     for task in tasks:
         measure(task, records)
-        write_report(records.data, path.with_suffix(".md"), figures)  # of what is there
-    print(f"{path}, {path.with_suffix('.md')} and a figure in {figures}")
+        write_report(records.data, files.page, files.figures)  # of what is there
+    print(files)
 
 
 def models() -> list[Task]:

@@ -1,12 +1,12 @@
 """Markdown and the figure of what stability.py recorded."""
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiment_page import head, row, rows_of
+import pages
+from pages import new_figure, row, rows_of, save_figure
 
 DRAWS = ("uniform", "by energy")
 NOISE = 2.0  # standard errors of a difference
@@ -15,9 +15,9 @@ NOISE = 2.0  # standard errors of a difference
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     settings = data["settings"]
     drawn = draw(data, figures / "stability.svg")
-    link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+    link = pages.link(drawn, page)
     lines = [
-        *head("Stability: how alike two masks are", data),
+        *pages.head("stability", "Stability: how alike two masks are", data),
         f"Dropout with r coordinates of each layer (R in all), {settings['masks']} masks"
         f"{fewer(settings['fewer masks'])}, "
         f"`solvers.Cholesky(damping={settings['damping']})`. Overlap: the share of the "
@@ -141,13 +141,7 @@ def spread(values: list[float]) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> Path:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "stability"
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure, panels = new_figure("stability", 1, 2, figsize=(10, 4.6))
     for number, name in enumerate(measured(data)):
         for drawn, line in zip(DRAWS, ("-", "--"), strict=True):
             mine = [x for x in of(data, name, drawn) if not x["whole"]]
@@ -175,7 +169,4 @@ def draw(data: dict[str, Any], path: Path) -> Path:
     panels[0].axhline(data["settings"]["level"], color="grey", linestyle=":")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 import dropinf
 from dropinf.cli.app import command
-from dropinf.cli.damping_sweep import sweep_of
 from dropinf.cli.job_options import takes_job
 from dropinf.cli.masks import stability_of
 from dropinf.cli.matrix_file import refuse_no_file
@@ -18,10 +18,11 @@ from dropinf.cli.run_directory import Run, can_be_saved, load_solver, refuse_ano
 from dropinf.cli.scoring import K, most_suspicious
 from dropinf.cli.terminal import Terminal
 from dropinf.cli.token_shares import shares_of_tokens
+from dropinf.evaluate import mislabeled_auc
 from dropinf.extras import optional
 from dropinf.jobs import Examples, Job, Ready, prepare
 from dropinf.rows import RowStore, listed
-from dropinf.solvers import Solver
+from dropinf.solvers import Cholesky, DampingChoice, Eigen, Solver
 
 _MOST_SCORES = 1 << 24  # of all layers, held at once for the page's charts
 _QUERIES = 20  # where the job names none
@@ -51,8 +52,8 @@ def report(
     """Write what a run says as one HTML file, fitting and scoring what is not there yet.
 
     Without queries, the training examples of largest self-influence are asked about. --dampings go
-    by the AUC where --truth names what is known to be wrong, and else by how far a second seed,
-    which is collected, gives the same order.
+    by the AUC where --truth names what is known to be wrong, and else by what so many rows can tell
+    of the matrix that is damped.
     """
     optional("jinja2", "report", "the report")
     tried = _numbers("--dampings", dampings), _numbers("--stability", stability)
@@ -82,11 +83,7 @@ def report(
     truth = None
     if ready.truth is not None:
         truth = [ready.truth[ready.train.position(id_)] for id_ in listed(store.ids)]
-    sweep = None
-    if tried[0]:
-        if len(tried[0]) * len(asked) * len(store) > _MOST_SCORES:
-            raise ValueError("--dampings would hold too many scores at once; take fewer queries")
-        sweep = tried[0], sweep_of(terminal, job, ready, (asked, store, solver), tried[0], truth)
+    sweep = _sweep(tried[0], (asked, store, solver), truth) if tried[0] else None
     dropinf.write_report(
         to,
         found,
@@ -103,9 +100,9 @@ def report(
     facts: dict[str, Any] = {"path": str(to), "queries": len(asked), "examples": len(store)}
     said = f"{to}: {len(asked):,} queries, {len(store):,} training examples"
     if sweep is not None:
-        said += f"; of the dampings, {sweep[1].damping:g} is worth most"
-        worth = dict(zip(map(str, tried[0]), sweep[1].values.tolist(), strict=True))
-        facts |= {"dampings": worth, "chosen damping": sweep[1].damping}
+        said += f"; of the dampings, {sweep.damping:g} is worth most"
+        worth = dict(zip(map(str, tried[0]), sweep.values.tolist(), strict=True))
+        facts |= {"dampings": worth, "chosen damping": sweep.damping}
     terminal.show(facts, said)
 
 
@@ -125,6 +122,29 @@ def _numbers(option: str, given: str) -> list[float]:
             raise ValueError(f"{option} must be positive numbers with commas, got {given!r}")
         found.append(number)
     return found
+
+
+def _sweep(
+    dampings: Sequence[float], part: tuple[RowStore, RowStore, Solver], truth: list[bool] | None
+) -> DampingChoice:
+    """The choice of one; with `truth`, [n] in the store's order, by the AUC of a low mean score.
+
+    Raises:
+        ValueError: the solver takes no other damping, or there are too many scores to hold.
+    """
+    asked, store, solver = part
+    if not isinstance(solver, Cholesky | Eigen):
+        raise ValueError(
+            f"--dampings tries those of Cholesky and Eigen; the job has {type(solver).__name__}"
+        )
+    if truth is None:
+        return dropinf.choose_damping(dampings, [part])
+    if len(dampings) * len(asked) * len(store) > _MOST_SCORES:
+        raise ValueError("--dampings would hold too many scores at once; take fewer queries")
+    wrong = torch.tensor(truth)
+    return dropinf.choose_damping(
+        dampings, [part], lambda scores: mislabeled_auc(-scores.nanmean(0), wrong).value
+    )
 
 
 def _solver_of(terminal: Terminal, run: Run, job: Job, store: RowStore) -> Solver:

@@ -39,7 +39,7 @@ def write_report(
     truth: Sequence[bool] | Tensor | None = None,
     layers: Mapping[str, Tensor] | None = None,
     stability: Stability | None = None,
-    sweep: tuple[Sequence[float], DampingChoice] | None = None,
+    sweep: DampingChoice | None = None,
     title: str = "What taught the model",
 ) -> Path:
     """Write one HTML file that shows what was found; an existing one is replaced at once or not.
@@ -67,7 +67,7 @@ def write_report(
             score.
         layers: name of each layer -> its part [m, n] of the scores, see `scores(by="layer")`.
         stability: of `dropinf.stability`.
-        sweep: the dampings that `choose_damping` was given, and what it returned.
+        sweep: what `choose_damping` returned.
         title: at the top.
 
     Returns:
@@ -115,7 +115,7 @@ def write_report(
         data["charts"].append(charts.agreements(stability))
         data["tables"].append({"title": "Stability over masks", **notes})
     if sweep is not None:
-        data["charts"].append(charts.dampings(*sweep))
+        data["charts"].append(charts.dampings(sweep))
     data["contents"] = shown.found
     page = _page(jinja2, title, data, attribution)
     path = Path(os.path.abspath(path))

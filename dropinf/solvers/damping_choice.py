@@ -45,6 +45,11 @@ class DampingChoice:
     metric: str
     at_edge: bool
 
+    @property
+    def worth(self) -> str:
+        """What `values` are."""
+        return _WORTH.get(self.metric, self.metric)
+
     def describe(self) -> Table:
         """A row for each damping, in growing order."""
         rows = []
@@ -57,7 +62,7 @@ class DampingChoice:
             rows.append((f"{self.dampings[at]:g}", worth, chosen))
         beyond = "It is at the end of those given; a better one may be beyond."
         notes = [beyond] if self.at_edge else []
-        columns = ("damping", _WORTH.get(self.metric, self.metric), "")
+        columns = ("damping", self.worth, "")
         return Table(columns, rows, right=range(2), notes=notes)
 
     def __str__(self) -> str:

@@ -9,8 +9,6 @@ import sys
 from places import ROOT
 
 FOLDER = ROOT / "bench" / "experiments"
-if str(FOLDER) not in sys.path:
-    sys.path.append(str(FOLDER))
 
 
 def run_quick(name, path):

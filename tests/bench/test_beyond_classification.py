@@ -9,8 +9,8 @@ from bench_runs import assert_second_run_changes_the_date_alone, run_quick
 
 pytest.importorskip("sklearn")
 
-import beyond_classification as beyond  # isort: skip
-import policy_task  # isort: skip
+import beyond_classification as beyond
+import policy_task
 
 pytestmark = pytest.mark.more
 

@@ -1,12 +1,11 @@
 """bench/experiments/bounds.py in its tiny size, and the arithmetic of what it concludes."""
 
+import bounds
+import bounds_report
 import pytest
 import torch
 from bench_runs import assert_second_run_changes_the_date_alone, run_quick
 from torch import nn
-
-import bounds  # isort: skip
-import bounds_report  # isort: skip
 
 
 @pytest.mark.more

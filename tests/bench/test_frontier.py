@@ -8,9 +8,9 @@ from bench_runs import assert_second_run_changes_the_date_alone, run_quick
 
 pytest.importorskip("sklearn")
 
-import frontier  # isort: skip
-import frontier_contestants as contestants  # isort: skip
-import frontier_report as report  # isort: skip
+import frontier
+import frontier_contestants as contestants
+import frontier_report as report
 
 from dropinf.tools.measuring import LeftOut
 

@@ -12,16 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from places import ROOT
-
-import dropinf
-
-sys.path.append(str(ROOT / "bench"))
-
 from gpu import processes, ratios, report, rest, run, suite
 from gpu.ratios import Case, Contestant, Setup, Target
 from gpu.results import Deadline, Results, default_path, environment
 from gpu.timing import Bench, ceilings
+from places import ROOT
+
+import dropinf
 
 pytestmark = pytest.mark.more
 

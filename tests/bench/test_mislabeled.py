@@ -2,29 +2,21 @@
 
 import importlib.util
 import itertools
-import json
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 
+import mislabeled
+import mislabeled_tasks
 import numpy as np
 import pytest
+import quality_minilm
 import torch
-from places import ROOT
+from bench_runs import assert_second_run_changes_the_date_alone, run_quick
+from mislabeled_methods import COMPRESSED, LOSS, WHOLE, Trained, suspicion
+from mislabeled_report import Found, conclusions, difference
+from quality_contestants import COMPRESSIONS
 
-FOLDER = ROOT / "bench" / "experiments"
-sys.path.append(str(FOLDER))
-
-import mislabeled  # noqa: E402
-import mislabeled_tasks  # noqa: E402
-import quality_minilm  # noqa: E402
-from mislabeled_methods import COMPRESSED, LOSS, WHOLE, Trained, suspicion  # noqa: E402
-from mislabeled_report import Found, conclusions, difference  # noqa: E402
-from quality_contestants import COMPRESSIONS  # noqa: E402
-
-import dropinf  # noqa: E402
+import dropinf
 
 TASKS = ["digits-cnn", "digits-cnn-100-epochs"]
 if not quality_minilm.missing_packages():
@@ -40,12 +32,8 @@ def small():
 def test_quick(tmp_path):
     """Every result once; a second run changes nothing but the date."""
     path = tmp_path / "quick.json"
-    command = [sys.executable, FOLDER / "mislabeled.py", "--quick", "--out", path]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    subprocess.run(command, env=environment, check=True)
-    data, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
-    figure = (tmp_path / "mislabeled.svg").read_bytes()
+    data = run_quick("mislabeled", path)
+    page = path.with_suffix(".md").read_text()
     settings = data["settings"]
     assert list(settings["tasks"]) == TASKS and settings["quick"] is True
     for task in TASKS:
@@ -67,12 +55,7 @@ def test_quick(tmp_path):
     for record in (x for x in data["records"] if x["stage"] == "seconds"):
         assert min(record["seconds"].values()) > 0
         assert set(record["seconds"]) == {*COMPRESSED, *WHOLE, LOSS, "Dropout, another mask"}
-    subprocess.run(command, env=environment, check=True)
-    again = json.loads(path.read_text())
-    for run in data["runs"] + again["runs"]:
-        run.pop("date")
-    assert again == data and path.with_suffix(".md").read_text() == page
-    assert (tmp_path / "mislabeled.svg").read_bytes() == figure
+    assert_second_run_changes_the_date_alone("mislabeled", path)
 
 
 @pytest.mark.parametrize("name", ["Dropout", "Sketch", "LoGra", "Gaussian", "SJLT"])

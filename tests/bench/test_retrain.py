@@ -8,10 +8,10 @@ from bench_runs import assert_second_run_changes_the_date_alone, run_quick
 pytest.importorskip("sklearn")
 pytest.importorskip("tokenizers")
 
-import retrain  # isort: skip
-import retrain_report as report  # isort: skip
-import retrain_tasks  # isort: skip
-from records import Records  # isort: skip
+import retrain
+import retrain_report as report
+import retrain_tasks
+from records import Records
 
 pytestmark = pytest.mark.more
 

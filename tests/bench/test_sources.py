@@ -1,23 +1,16 @@
 """bench/experiments/sources.py: its quick run, its windows, and what it concludes."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from places import ROOT
-
-FOLDER = ROOT / "bench" / "experiments"
-sys.path.append(str(FOLDER))
+from bench_runs import assert_second_run_changes_the_date_alone, run_quick
 
 pytest.importorskip("tokenizers")
 
-import sources  # noqa: E402
-from sources_report import Found, conclusions  # noqa: E402
+import sources
+from sources_report import Found, conclusions
 
 TEXTS = {
     "fruit": [f"apples and pears number {i} are sweet and ripe. " * 6 for i in range(12)],
@@ -39,12 +32,7 @@ def test_quick(tmp_path):
     """Every result once; a second run changes nothing but the date."""
     pytest.importorskip("bm25s")
     path = tmp_path / "quick.json"
-    command = [sys.executable, FOLDER / "sources.py", "--quick", "--out", path]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    subprocess.run(command, env=environment, check=True)
-    data, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
-    figure = (tmp_path / "sources.svg").read_bytes()
+    data = run_quick("sources", path)
     settings = data["settings"]
     assert "code" in settings["sources"]
     found = [(x["method"], x["r"], x["mask"]) for x in data["records"] if x["stage"] == "share"]
@@ -58,12 +46,7 @@ def test_quick(tmp_path):
             assert 0 <= record[f"share_{k}"] <= 1
             assert record[f"share_{k}"] == pytest.approx(np.mean(record[f"sources_{k}"]), abs=1e-4)
             assert record[f"chance_{k}"] == pytest.approx(1 / len(settings["sources"]), abs=1e-5)
-    subprocess.run(command, env=environment, check=True)
-    again = json.loads(path.read_text())
-    for run in data["runs"] + again["runs"]:
-        run.pop("date")
-    assert again == data and path.with_suffix(".md").read_text() == page
-    assert (tmp_path / "sources.svg").read_bytes() == figure
+    assert_second_run_changes_the_date_alone("sources", path)
 
 
 def test_windows_of_documents_in_turn(experiment):

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import scipy.stats
+import spectrum
+import spectrum_report
 import torch
 from bench_runs import assert_second_run_changes_the_date_alone, run_quick
 from score_cases import stores
-
-import spectrum  # isort: skip
-import spectrum_report  # isort: skip
 
 
 @pytest.mark.more

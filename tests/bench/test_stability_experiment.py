@@ -1,9 +1,8 @@
 """bench/experiments/stability.py in its tiny size, and the arithmetic of what it concludes."""
 
 import pytest
+import stability_report
 from bench_runs import assert_second_run_changes_the_date_alone, run_quick
-
-import stability_report  # isort: skip
 
 
 @pytest.mark.more

@@ -1,13 +1,8 @@
 """bench/experiments/texts.py: documents of each source, and and the two formats it reads itself."""
 
 import struct
-import sys
 
 import pytest
-from places import ROOT
-
-sys.path.append(str(ROOT / "bench" / "experiments"))
-
 import texts
 
 STARTS = {  # of what stands in each source for sure

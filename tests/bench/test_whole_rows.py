@@ -1,13 +1,11 @@
 """Rows of a mask out of whole gradients are those that `collect` makes."""
 
 import pytest
+import quality_tasks
 import torch
-from bench_runs import FOLDER  # noqa: F401  puts bench/experiments on the path
+import whole_rows
 
 import dropinf
-
-import quality_tasks  # isort: skip
-import whole_rows  # isort: skip
 
 
 @pytest.mark.parametrize("by_energy", [False, True], ids=["uniform", "by energy"])

@@ -47,7 +47,8 @@ def collect(
 
     Args:
         model: used as it is, on the device and in the training mode that it is in.
-        loader: gives batches, of any type that `loss_fn` takes.
+        loader: gives batches, of any type that `loss_fn` takes. Tensors in tuples, lists, mappings
+            and dataclasses are moved to a GPU that the whole model is on.
         loss_fn: (model, batch) -> [B], one loss per example, of whose sum the gradient is taken.
         plan: the coordinates to keep.
         path: a directory to make; None keeps the rows in memory.

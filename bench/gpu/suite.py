@@ -28,6 +28,12 @@ OP_TESTS = [
 ]
 GPU_TEST = "test_gpu"  # has some tests of every op
 BACKENDS = ["cuda", "triton"]
+# Paths of users, with the kernels that are taken by default, and with all of a backend.
+PATH_TESTS = {
+    "test_gpu_capturing": ["default", "cuda", "triton"],
+    "test_gpu_rows": ["default", "cuda", "triton"],
+    "test_gpu_tools": ["default", "cuda"],
+}
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 # Some cases of every op, for tools that slow a kernel down a hundredfold.
 FEW = "same_bits or each_layer_has_its_own_shift or accumulate or many_layers or agrees"
@@ -37,6 +43,7 @@ STAGED = "agrees and staged"  # the kernel with most to go wrong: copies, barrie
 REHEARSED = ["cuda-host", "reference"]
 REHEARSED_FILES = ["test_gather_grads", "test_gram"]
 REHEARSED_TESTS = "empty or many_layers"
+REHEARSED_PATHS = "checkpointing or after_a_fork or out_of_memory or job"
 
 
 def files_of(names: list[str]) -> dict[str, str]:
@@ -87,6 +94,9 @@ def run_tests(results: Results, seconds: float) -> None:
     files = files_of([*(REHEARSED_FILES if rehearsal else OP_TESTS), GPU_TEST])
     backends = REHEARSED if rehearsal else BACKENDS
     waiting = [(name, backend) for name in files for backend in backends]
+    paths = files_of(list(PATH_TESTS))
+    waiting += [(name, at) for name in paths for at in PATH_TESTS[name][: 1 if rehearsal else None]]
+    files |= paths
     needed = set(waiting)
     running: dict[tuple[str, str], PytestRun] = {}
     complete: set[tuple[str, str]] = set()
@@ -94,7 +104,8 @@ def run_tests(results: Results, seconds: float) -> None:
     while waiting or running:
         while waiting and len(running) < at_once() and deadline.left() > 0:
             job = waiting.pop(0)
-            options = ["-k", REHEARSED_TESTS] if rehearsal else []
+            few = REHEARSED_PATHS if job[0] in paths else REHEARSED_TESTS
+            options = ["-k", few] if rehearsal else []
             running[job] = PytestRun(rehearsal, job[1], [files[job[0]], *options])
         time.sleep(0.05)
         over = deadline.left() <= 0

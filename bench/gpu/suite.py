@@ -146,7 +146,7 @@ def counted(lines: list[dict]) -> dict[str, dict]:
 
 
 def sanitize(results: Results, seconds: float, quick: bool) -> None:
-    """Few and small cases under each tool; what it printed last, and whether it found errors."""
+    """Few and small cases under all tools, side by side: what each printed last, and found."""
     deadline = Deadline(seconds)
     rehearsal = results.data["rehearsal"]
     program = shutil.which("compute-sanitizer")
@@ -155,7 +155,9 @@ def sanitize(results: Results, seconds: float, quick: bool) -> None:
         tools, names, chosen = QUICK_TOOLS, [GPU_TEST], STAGED
     elif rehearsal:
         names = [*REHEARSED_FILES, GPU_TEST]
-    for nth, tool in enumerate(tools):
+    backend = "cuda-host" if rehearsal else "cuda"
+    running: dict[str, PytestRun] = {}
+    for tool in tools:
         if program is None:
             results.data["sanitizers"][tool] = {"state": "missing"}
             results.save()
@@ -163,27 +165,34 @@ def sanitize(results: Results, seconds: float, quick: bool) -> None:
         # Only our own kernels; torch's allocator would hide what is beyond a tensor's end.
         wrapper = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
         wrapper += ["--kernel-name", "kns=dropinf"]
-        limit = Deadline(deadline.left() / (len(tools) - nth))
         arguments = [*files_of(names).values(), "-x", "-k", chosen]
-        run = PytestRun(rehearsal, "cuda-host" if rehearsal else "cuda", arguments, wrapper)
-        while not run.finished() and limit.left() > 0:
-            time.sleep(0.05)
-        code, lines, printed = run.end()
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
-        if code == 99 or any(map(int, found)):
-            state = "errors"
-        elif code is None:
-            state = "time was over"
-        elif code == 5 or not lines:
-            state = "no test was run"
-        else:
-            state = "clean" if code == 0 and found else "tests failed"
-        results.data["sanitizers"][tool] = {
-            "state": state,
-            "exit_code": code,
-            "errors": sum(map(int, found)) if found else None,
-            "outcomes": dict(Counter(line["outcome"] for line in lines)),
-            "cases": chosen,
-            "output": printed[-1500:],
-        }
-        results.save()
+        running[tool] = PytestRun(
+            rehearsal, "cuda-host" if rehearsal else "cuda", arguments, wrapper
+        )
+    while running:
+        time.sleep(0.05)
+        over = deadline.left() <= 0
+        for tool in [tool for tool, run in running.items() if over or run.finished()]:
+            results.data["sanitizers"][tool] = found_by(*running.pop(tool).end(), chosen)
+            results.save()
+
+
+def found_by(code: int | None, lines: list[dict], printed: str, chosen: str) -> dict:
+    """What a tool found in the tests that were chosen."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
+    if code == 99 or any(map(int, found)):
+        state = "errors"
+    elif code is None:
+        state = "time was over"
+    elif code == 5 or not lines:
+        state = "no test was run"
+    else:
+        state = "clean" if code == 0 and found else "tests failed"
+    return {
+        "state": state,
+        "exit_code": code,
+        "errors": sum(map(int, found)) if found else None,
+        "outcomes": dict(Counter(line["outcome"] for line in lines)),
+        "cases": chosen,
+        "output": printed[-1500:],
+    }

@@ -166,9 +166,7 @@ def sanitize(results: Results, seconds: float, quick: bool) -> None:
         wrapper = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
         wrapper += ["--kernel-name", "kns=dropinf"]
         arguments = [*files_of(names).values(), "-x", "-k", chosen]
-        running[tool] = PytestRun(
-            rehearsal, "cuda-host" if rehearsal else "cuda", arguments, wrapper
-        )
+        running[tool] = PytestRun(rehearsal, backend, arguments, wrapper)
     while running:
         time.sleep(0.05)
         over = deadline.left() <= 0

@@ -13,14 +13,16 @@
 //
 // Floor: 64 layers of 128 x 128 are 2.1 MB to read and 4.2 MB to write, 1.5 µs at 4.3 TB/s.
 //
-// What is left: late panels have few rows and long sums, so few warps at work; a layer has one SM;
-// those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) go through torch.
+// What is left: late panels have few rows and long sums, so few warps at work; a layer has one SM.
+// Those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) are cut into
+// blocks, see cholesky_wide.cuh.
 
 #include <algorithm>
 #include <vector>
 
 #include "cuda/cholesky.cuh"
 #include "cuda/cholesky_layer.cuh"
+#include "cuda/cholesky_wide.cuh"
 #include "cuda/common.cuh"
 
 namespace dropinf {
@@ -39,12 +41,6 @@ constexpr int kMaxThreads = 320;
 constexpr int kLeastRows = 8, kMostRows = 64;
 // More right-hand sides than this are solved for by several blocks a layer, after the factors.
 constexpr int64_t kFusedRows = 128;
-
-struct Layer {
-  int64_t column, matrix;  // where it starts in the rows and in the matrices
-  int32_t width;
-  int32_t index;
-};
 
 struct Cholesky {
   Layer layers[kMaxLayers];
@@ -100,7 +96,9 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
   constexpr int kTeams = kWarp / kPanel;
   for (int first_q = warp * kTeams; first_q < count && !failed; first_q += num_warps * kTeams) {
     const int q = first_q + lane / kPanel;
-    solve(shared, N, n, q < count, shared.slots + (q < count ? q : count - 1) * (N + 4));
+    float* const x = shared.slots + (q < count ? q : count - 1) * (N + 4);
+    solve_lower(shared, N, n, q < count, x);
+    solve_upper(shared, N, q < count, x);
   }
   __syncthreads();
   for (int q = warp; q < count; q += num_warps) {
@@ -152,45 +150,28 @@ cudaError_t launch_layers(Cholesky* all, int count, int64_t limit, cudaStream_t 
                 shared_bytes(N, all->num_slots), stream, *all);
 }
 
-}  // namespace
-
-cudaError_t widest_cholesky(int64_t* width) {
-  int64_t limit = 0;
-  const cudaError_t error = shared_limit(&limit);
-  *width = kMaxThreads;
-  while (*width > 0 && shared_bytes(static_cast<int>(*width), kLeastRows) > limit) {
-    *width -= kPanel;
-  }
-  return error;
+// The widest layer that fits in `limit` bytes of shared memory.
+int64_t widest_of(int64_t limit) {
+  int64_t width = kMaxThreads;
+  while (width > 0 && shared_bytes(static_cast<int>(width), kLeastRows) > limit) width -= kPanel;
+  return width;
 }
 
-cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stream) {
+// Layers that fit in shared memory, the widest first.
+cudaError_t cholesky_narrow(const CholeskyArgs& args, const Layer* layers, int64_t num_layers,
+                            int64_t limit, cudaStream_t stream) {
   if (args.info && args.m > kFusedRows) {
     CholeskyArgs part = args;
     part.m = 0;
-    const cudaError_t error = cholesky(part, widest, stream);
+    const cudaError_t error = cholesky_narrow(part, layers, num_layers, limit, stream);
     if (error != cudaSuccess) return error;
     part = args;
     part.matrices = args.factors;
     part.factors = nullptr;
     part.info = nullptr;
-    return cholesky(part, widest, stream);
+    while (num_layers > 0 && layers[num_layers - 1].width == 0) --num_layers;
+    return cholesky_narrow(part, layers, num_layers, limit, stream);
   }
-  int64_t limit = 0;
-  const cudaError_t error = shared_limit(&limit);
-  if (error != cudaSuccess) return error;
-  std::vector<Layer> layers;
-  int64_t matrix = 0;
-  for (int64_t l = 0; l < args.L; ++l) {
-    const int64_t column = args.offsets[l], width = args.offsets[l + 1] - column;
-    const bool wanted = args.info || (width > 0 && args.m > 0);  // of width 0 only the info
-    if (wanted && width <= widest) {
-      layers.push_back({column, matrix, static_cast<int32_t>(width), static_cast<int32_t>(l)});
-    }
-    matrix += width * width;
-  }
-  std::stable_sort(layers.begin(), layers.end(),
-                   [](const Layer& a, const Layer& b) { return a.width > b.width; });
   Cholesky all{};
   all.matrices = args.matrices;
   all.factors = args.factors;
@@ -202,9 +183,9 @@ cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stre
   all.rows_stride = args.rows_stride;
   all.solved_stride = args.solved_stride;
   int count = 0;
-  for (size_t k = 0; k < layers.size(); ++k) {
+  for (int64_t k = 0; k < num_layers; ++k) {
     all.layers[count++] = layers[k];
-    const bool last = k + 1 == layers.size() || count == kMaxLayers ||
+    const bool last = k + 1 == num_layers || count == kMaxLayers ||
                       bucket_of(layers[k + 1].width) != bucket_of(layers[k].width);
     if (!last) continue;
     const cudaError_t error = launch_layers(&all, count, limit, stream);
@@ -212,6 +193,33 @@ cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stre
     count = 0;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cholesky(const CholeskyArgs& args, cudaStream_t stream) {
+  int64_t limit = 0;
+  cudaError_t error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  const int64_t widest = widest_of(limit);
+  std::vector<Layer> layers;
+  int64_t matrix = 0;
+  for (int64_t l = 0; l < args.L; ++l) {
+    const int64_t column = args.offsets[l], width = args.offsets[l + 1] - column;
+    const bool wanted = args.info || (width > 0 && args.m > 0);  // of width 0 only the info
+    if (wanted) {
+      layers.push_back({column, matrix, static_cast<int32_t>(width), static_cast<int32_t>(l)});
+    }
+    matrix += width * width;
+  }
+  std::stable_sort(layers.begin(), layers.end(),
+                   [](const Layer& a, const Layer& b) { return a.width > b.width; });
+  const auto num_layers = static_cast<int64_t>(layers.size());
+  int64_t num_wide = 0;
+  while (num_wide < num_layers && layers[num_wide].width > widest) ++num_wide;
+  error = cholesky_wide(args, layers.data(), num_wide, stream);
+  if (error != cudaSuccess) return error;
+  return cholesky_narrow(args, layers.data() + num_wide, num_layers - num_wide, limit, stream);
 }
 
 }  // namespace cuda

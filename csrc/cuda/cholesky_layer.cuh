@@ -19,6 +19,12 @@ namespace cuda {
 
 constexpr int kPanel = 8;
 
+struct Layer {
+  int64_t column, matrix;  // where it starts in the rows and in the matrices
+  int32_t width;
+  int32_t index;
+};
+
 __host__ __device__ constexpr int padded(int width) {
   return (width + kPanel - 1) / kPanel * kPanel;
 }
@@ -173,30 +179,42 @@ __device__ inline void write_entries(const float (&t)[kPanel], bool there, float
   __syncwarp();
 }
 
-// x = (L Lᵀ)⁻¹ x, of one right-hand side [N] in shared memory for each team of kPanel lanes, whose
-// lanes share the sums; zeros from n on. A team that has none repeats another one's, and does not
-// write.
-__device__ inline void solve(const Shared& shared, int N, int n, bool there, float* x) {
+// t L⁻ᵀ of the panel's block on the diagonal.
+__device__ inline void solve_corner(const Shared& shared, int first, float (&t)[kPanel]) {
+  float l[kPanel], inverses[kPanel];
+  load_8(shared.inverses + first, inverses);
+#pragma unroll
+  for (int c = 0; c < kPanel; ++c) {
+    load_8(shared.triangle + row_start(first) + c * (first + 12) + first, l);
+#pragma unroll
+    for (int d = 0; d < c; ++d) t[c] = fmaf(-t[d], l[d], t[c]);
+    t[c] *= inverses[c];
+  }
+}
+
+// A right-hand side x [N] is in shared memory, zeros from n on, and has a team of kPanel lanes,
+// which share the sums. A team that has none repeats another one's, and does not write.
+
+// x = L⁻¹ x.
+__device__ inline void solve_lower(const Shared& shared, int N, int n, bool there, float* x) {
   const int lane = threadIdx.x % kPanel;
-  float t[kPanel], sums[kPanel], l[kPanel], inverses[kPanel];
+  float t[kPanel], sums[kPanel];
   for (int first = 0; first < N; first += kPanel) {
     const float* const panel = shared.triangle + row_start(first);
-    const int stride = first + 12;
-    panel_sums(x + 4 * lane, panel + 4 * lane, stride, first - 4 * lane, 4 * kPanel, sums);
+    panel_sums(x + 4 * lane, panel + 4 * lane, first + 12, first - 4 * lane, 4 * kPanel, sums);
     subtract_sums(sums, x + first, there, t);
-    load_8(shared.inverses + first, inverses);
-#pragma unroll
-    for (int c = 0; c < kPanel; ++c) {
-      load_8(panel + c * stride + first, l);
-#pragma unroll
-      for (int d = 0; d < c; ++d) t[c] = fmaf(-t[d], l[d], t[c]);
-      t[c] *= inverses[c];
-    }
+    solve_corner(shared, first, t);
     // What is not finite must not come back out of the padding.
 #pragma unroll
     for (int c = 0; c < kPanel; ++c) t[c] = first + c < n ? t[c] : 0.0f;
     write_entries(t, there, x + first);
   }
+}
+
+// x = L⁻ᵀ x.
+__device__ inline void solve_upper(const Shared& shared, int N, bool there, float* x) {
+  const int lane = threadIdx.x % kPanel;
+  float t[kPanel], sums[kPanel], l[kPanel], inverses[kPanel];
   for (int first = N - kPanel; first >= 0; first -= kPanel) {
 #pragma unroll
     for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;

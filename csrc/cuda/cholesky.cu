@@ -1,21 +1,31 @@
 // damped_cholesky and cholesky_solve on CUDA: a block a layer, whose lower triangle lies in shared
 // memory from the first column to the last right-hand side; see cholesky_layer.cuh.
 //
-// Predicted, not measured, for an H100 at 1.75 GHz. A warp takes 12 cycles of shared memory for 4
-// columns (8 reads of 16 bytes that are the same for all lanes, and one of 4 times 128 bytes) and 8
-// of arithmetic, but a lone warp 60; each 8 x 8 block takes 1000, and in a solution twice 250.
+// Measured on an H200 before rows were copied without waiting and warps worked ahead: 50 layers in
+// a graph took 30.5 µs at r = 64, 62.9 at 128 and 134 at 256; torch's batch 53, 105 and 260. That
+// is 900 cycles a column. By the code, half of them were reads of the matrix that waited for each
+// other, 700 cycles for each row of a warp, and 250 a root and a quotient, which branch.
 //
-//     r                                         32     64    128    256    320
-//     cycles, thousands                          5     11     30     93    142
-//     µs                                         3      6     17     53     81
-//     and for 16 right-hand sides                1      3      7     19     54 (12 fit at a time)
-//     layers at a time on 132 SMs             2772   1320    660    132    132
+// Predicted, not measured, for that card at 1.9 GHz, of cycles of latency: 4 of arithmetic, 25 to
+// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel takes 8 x 52 for its
+// block on the diagonal, 120 for the products with the next one, and 150 for two barriers and what
+// goes through shared memory between them: 700. Of the warps ahead each has rows by 16, for which
+// it takes 205 for 32 columns (155 instructions) and 250 to add up; what is more than 500 is waited
+// for.
+//
+//     r                                         64    128    256    320
+//     threads                                  192    384    512    512
+//     cycles, thousands: panels                5.6     11     22     28
+//                        waits for those ahead 0.3      3     29     36
+//                        copies in and out       2      3      7     10
+//     µs, with 2.5 of the launch               6.7     11     33     41
+//     layers at a time on 132 SMs              396    132    132    132
 //
 // Floor: 64 layers of 128 x 128 are 2.1 MB to read and 4.2 MB to write, 1.5 µs at 4.3 TB/s.
 //
-// What is left: late panels have few rows and long sums, so few warps at work; a layer has one SM.
-// Those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) are cut into
-// blocks, see cholesky_wide.cuh.
+// What is left: late panels have few rows and long sums, so few warps ahead at work; a layer has
+// one SM. Those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) are cut
+// into blocks, see cholesky_wide.cuh.
 
 #include <algorithm>
 #include <vector>
@@ -31,10 +41,13 @@ namespace {
 
 constexpr int kMaxLayers = 1280;  // 31 KB of arguments, see gather_grads.cu
 
-// A layer takes a block of the first that it is not wider than, in threads: narrow ones have small
-// blocks, so that many are on an SM at a time.
-constexpr int kBuckets[] = {32, 64, 128, 192, 256, 320};
-constexpr int kMaxThreads = 320;
+// A layer takes a block of the first that it is not wider than: a thread a row, and the warps that
+// work ahead. Narrow ones have small blocks, so that many are on an SM at a time.
+struct Bucket {
+  int width, threads;
+};
+constexpr Bucket kBuckets[] = {{32, 96}, {64, 192}, {128, 384}, {192, 448}, {256, 512}, {320, 512}};
+constexpr int kMaxWidth = 320, kMaxThreads = 512;
 
 // Right-hand sides in shared memory at a time: there is room for the least beside the widest layer;
 // more than the most would keep other blocks from the SM.
@@ -56,43 +69,76 @@ struct Cholesky {
 
 static_assert(sizeof(Cholesky) <= 32764);
 
-// A warp a row; what pads the triangle is of the unit matrix.
-__device__ void load_triangle(const Shared& shared, const float* matrix, int n, int N,
-                              float shift) {
-  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp;
-  for (int i = threadIdx.x / kWarp; i < N; i += num_warps) {
-    const float* const from = matrix + int64_t{i} * n;
-    float* const to = shared.triangle + row_start(i);
-    for (int k = lane; k < i / kPanel * kPanel + kPanel; k += kWarp) {
-      float value = i == k ? 1.0f : 0.0f;
-      if (i < n && k <= i) value = i == k ? from[k] + shift : from[k];
-      to[k] = value;
+constexpr int kRows = 4;  // of a warp at a time, so that it does not wait for each of them
+
+// Starts to copy the lower triangle; what pads it is of the unit matrix.
+__device__ void load_triangle(const Shared& shared, const float* matrix, int n, int N) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  for (int k = lane; k < n; k += kWarp) {
+    for (int first = k - lane + warp; first < n; first += kRows * num_warps) {
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int i = first + u * num_warps;
+        copy_4_async(shared.triangle + row_start(i) + k, matrix + i * n + k, k <= i && i < n);
+      }
+    }
+  }
+  for (int i = n + warp; i < N; i += num_warps) {
+#pragma unroll 1
+    for (int k = lane; k <= i; k += kWarp) {
+      shared.triangle[row_start(i) + k] = i == k ? 1.0f : 0.0f;
     }
   }
 }
 
-__device__ void write_factor(const Shared& shared, int n, bool failed, float* factor) {
-  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp;
-  for (int i = threadIdx.x / kWarp; i < n; i += num_warps) {
-    const float* const from = shared.triangle + row_start(i);
-    for (int k = lane; k < n; k += kWarp) {
-      const float value = k <= i ? from[k] : 0.0f;
-      factor[int64_t{i} * n + k] = failed ? not_a_number() : value;
+__device__ void write_lower(const Shared& shared, int n, float* factor) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  for (int k = lane; k < n; k += kWarp) {
+    for (int first = k - lane + warp; first < n; first += kRows * num_warps) {
+      float values[kRows];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int i = first + u * num_warps;
+        values[u] = shared.triangle[row_start(i < n ? i : n - 1) + k];
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int i = first + u * num_warps;
+        if (k <= i && i < n) factor[i * n + k] = values[u];
+      }
     }
   }
 }
 
-// Right-hand sides [first, first + count): a warp a row to load and to write, a team to solve.
+// Zeros above the diagonal.
+__device__ void write_upper(int n, float* factor) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  for (int k = lane; k < n; k += kWarp) {
+#pragma unroll 1
+    for (int i = warp; i < k; i += num_warps) factor[i * n + k] = 0.0f;
+  }
+}
+
+// Starts to copy right-hand sides [first, first + count), a warp each.
+__device__ void load_rows(const Cholesky& all, const Layer& layer, const Shared& shared, int N,
+                          int64_t first, int count) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  for (int q = warp; q < count; q += num_warps) {
+    const float* const from = all.rows + (first + q) * all.rows_stride + layer.column;
+    float* const to = shared.slots + q * (N + 4);
+#pragma unroll 1
+    for (int k = lane; k < N; k += kWarp) {
+      copy_4_async(to + k, from + k, k < layer.width);
+      if (k >= layer.width) to[k] = 0.0f;
+    }
+  }
+}
+
+// The right-hand sides that have been copied: a team to solve, a warp a row to write.
 __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared& shared, int N,
                            bool failed, int64_t first, int count) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int num_warps = blockDim.x / kWarp, n = layer.width;
-  for (int q = warp; q < count; q += num_warps) {
-    const float* const from = all.rows + (first + q) * all.rows_stride + layer.column;
-    float* const to = shared.slots + q * (N + 4);
-    for (int k = lane; k < N; k += kWarp) to[k] = k < n ? from[k] : 0.0f;
-  }
-  __syncthreads();
   constexpr int kTeams = kWarp / kPanel;
   for (int first_q = warp * kTeams; first_q < count && !failed; first_q += num_warps * kTeams) {
     const int q = first_q + lane / kPanel;
@@ -109,50 +155,73 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
   __syncthreads();
 }
 
+__device__ int left_of(const Cholesky& all, int64_t q) {
+  const int64_t left = all.m - q;
+  return static_cast<int>(left < all.num_slots ? left : all.num_slots);
+}
+
 // Blocks (layer, part): the right-hand sides of a layer go round its parts.
-__global__ void __launch_bounds__(kMaxThreads, 2) cholesky_kernel(const Cholesky all) {
+__global__ void __launch_bounds__(kMaxThreads, 1) cholesky_kernel(const Cholesky all) {
   const Layer& layer = all.layers[blockIdx.x];
   const int n = layer.width, N = padded(n), thread = threadIdx.x;
   const Shared shared(shared_memory<float>(), N);
+  int64_t q = int64_t{all.num_slots} * blockIdx.y;
+  float* const factor = all.factors + layer.matrix;  // if it is wanted
+  load_triangle(shared, all.matrices + layer.matrix, n, N);
+  if (q < all.m) load_rows(all, layer, shared, N, q, left_of(all, q));
   const float shift = all.info ? all.shift[layer.index] : 0.0f;
-  load_triangle(shared, all.matrices + layer.matrix, n, N, shift);
+  if (all.info) write_upper(n, factor);  // while the copies are under way
+  end_copy_group();
+  wait_for_copies<0>();
   __syncthreads();
   int bad = 0;
   if (all.info) {
+    if (thread < n) shared.triangle[row_start(thread) + thread] += shift;
     bad = factorise(shared, N);
-    write_factor(shared, n, bad, all.factors + layer.matrix);
+    if (bad) {
+#pragma unroll 1
+      for (int k = thread; k < n * n; k += blockDim.x) factor[k] = not_a_number();
+    } else {
+      write_lower(shared, n, factor);
+    }
     if (thread == 0) all.info[layer.index] = bad;
-  } else if (thread < N) {
-    shared.inverses[thread] = 1.0f / shared.triangle[row_start(thread) + thread];
+  } else {
+    if (thread < N) shared.inverses[thread] = 1.0f / shared.triangle[row_start(thread) + thread];
+    __syncthreads();
   }
   const int64_t step = int64_t{all.num_slots} * gridDim.y;
-  for (int64_t q = int64_t{all.num_slots} * blockIdx.y; q < all.m; q += step) {
-    const int64_t left = all.m - q;
-    solve_rows(all, layer, shared, N, bad, q, left < all.num_slots ? left : all.num_slots);
+  while (q < all.m) {
+    solve_rows(all, layer, shared, N, bad, q, left_of(all, q));
+    q += step;
+    if (q >= all.m) break;
+    load_rows(all, layer, shared, N, q, left_of(all, q));
+    end_copy_group();
+    wait_for_copies<0>();
+    __syncthreads();
   }
 }
 
 int bucket_of(int64_t width) {
   int bucket = 0;
-  while (kBuckets[bucket] < width) ++bucket;
+  while (kBuckets[bucket].width < width) ++bucket;
   return bucket;
 }
 
 // Launches all.layers, of which the first is the widest.
 cudaError_t launch_layers(Cholesky* all, int count, int64_t limit, cudaStream_t stream) {
-  const int threads = kBuckets[bucket_of(all->layers[0].width)], N = padded(all->layers[0].width);
+  const int widest = all->layers[0].width, N = padded(widest);
   const int64_t slots = std::min<int64_t>(all->m, kMostRows);
   const int64_t free = limit - shared_bytes(N, 0), slot = shared_bytes(N, 1) - shared_bytes(N, 0);
   all->num_slots = static_cast<int>(std::min(slots, free / slot));
   int64_t parts = 1;
   if (!all->info) parts = std::min<int64_t>(ceil_div<int64_t>(all->m, all->num_slots), 65535);
-  return launch(cholesky_kernel, dim3(count, static_cast<unsigned>(parts)), threads,
-                shared_bytes(N, all->num_slots), stream, *all);
+  return launch(cholesky_kernel, dim3(count, static_cast<unsigned>(parts)),
+                kBuckets[bucket_of(widest)].threads, shared_bytes(N, all->num_slots), stream, *all);
 }
 
 // The widest layer that fits in `limit` bytes of shared memory.
 int64_t widest_of(int64_t limit) {
-  int64_t width = kMaxThreads;
+  int64_t width = kMaxWidth;
   while (width > 0 && shared_bytes(static_cast<int>(width), kLeastRows) > limit) width -= kPanel;
   return width;
 }

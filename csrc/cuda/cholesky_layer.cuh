@@ -1,14 +1,16 @@
 // One layer in the shared memory of a block: its factor, and the solutions of right-hand sides.
 //
-// The factorisation is left-looking, kPanel columns at a time, a thread a row: a thread subtracts
-// the products of its row with those of the panel, every thread factorises the panel's own 8 x 8
-// block for itself, which saves a barrier, and finishes its row; two barriers a panel. Of the
-// right-hand sides each has a team of 8 lanes, which share its sums and need no barriers of the
-// block.
+// The factorisation is left-looking, kPanel columns at a time, with two barriers a panel. A thread
+// a row factorises the panel's own 8 x 8 block for itself, which needs no shuffles, finishes its
+// row, and then has the next block from it by the products over these 8 columns alone: those over
+// all columns before are subtracted meanwhile by other warps, which work one panel ahead. Diagonals
+// hold what the roots are taken of, until all are taken at once. Of the right-hand sides each has a
+// team of 8 lanes, and needs no barriers of the block.
 //
 // Rows lie one behind the other. Row i is padded to 8 (i / 8) + 12 floats: an odd number of 16
 // bytes, the same for the 8 rows whose 16-byte reads are served together, which then fall into
-// different banks. Of the panel's rows all threads of a warp read the same address.
+// different banks. Of the panel's rows the
+// threads of a warp, or a lane in each of its teams, read the same address.
 
 #pragma once
 
@@ -85,17 +87,20 @@ __device__ inline void store_8(const float (&from)[kPanel], float* to) {
   store_4(from + 4, to + 4);
 }
 
-// The factor of a panel's block on the diagonal; returns its first bad pivot from 1, or 0.
+// The factor of a panel's block on the diagonal, but for its diagonal, of which it has what the
+// roots are taken of and their inverses; returns its first bad pivot from 1, or 0.
 __device__ inline int factor_corner(const float* corner, float (&l)[kPanel][kPanel],
                                     float (&inverses)[kPanel]) {
   int bad = 0;
 #pragma unroll
-  for (int c = 0; c < kPanel; ++c) load_8(corner + c * kPanel, l[c]);
+  for (int c = 0; c < kPanel; ++c) {
+    load_4(corner + c * kPanel, l[c]);
+    if (c >= 4) load_4(corner + c * kPanel + 4, l[c] + 4);
+  }
 #pragma unroll
   for (int c = 0; c < kPanel; ++c) {
     if (!(l[c][c] > 0.0f) && bad == 0) bad = c + 1;
-    l[c][c] = sqrtf(l[c][c]);
-    inverses[c] = 1.0f / l[c][c];
+    inverses[c] = inverse_root(l[c][c]);
 #pragma unroll
     for (int i = c + 1; i < kPanel; ++i) l[i][c] *= inverses[c];
 #pragma unroll
@@ -107,68 +112,131 @@ __device__ inline int factor_corner(const float* corner, float (&l)[kPanel][kPan
   return bad;
 }
 
-// The lower factor in place of the padded triangle. Returns the first bad pivot from 1, or 0, the
-// same in every thread.
-__device__ inline int factorise(const Shared& shared, int N) {
-  const int i = threadIdx.x, row_in_panel = i % kPanel;
-  float* const own = shared.triangle + row_start(i);
-  for (int first = 0; first < N; first += kPanel) {
-    const bool at_work = i >= first && i < N, in_panel = at_work && i < first + kPanel;
-    float t[kPanel], sums[kPanel];
-    if (at_work) {
-      panel_sums(own, shared.triangle + row_start(first), first + 12, first, 4, sums);
-      load_8(own + first, t);
+// Sums over a team of kPanel lanes; lane e of it gets those of values e * count / kPanel and on, as
+// the first of its values.
+template <int count, int lanes = kPanel>
+__device__ void team_sums(float (&values)[count]) {
+  if constexpr (lanes > 1) {
+    constexpr int kept = count / kPanel * (lanes / 2);
+    const bool upper = threadIdx.x & lanes / 2;
 #pragma unroll
-      for (int c = 0; c < kPanel; ++c) t[c] -= sums[c];
-      if (in_panel) store_8(t, shared.corner + row_in_panel * kPanel);
+    for (int v = 0; v < kept; ++v) {
+      const float give = upper ? values[v] : values[v + kept];
+      const float keep = upper ? values[v + kept] : values[v];
+      values[v] = keep + __shfl_xor_sync(kAllLanes, give, lanes / 2);
     }
+    team_sums<count, lanes / 2>(values);
+  }
+}
+
+// Rows [next, N) of a panel's columns less their products over columns [0, count): a team of kPanel
+// lanes has four rows, and a lane every eighth four columns. Warps [0, num_warps) share the rows.
+__device__ inline void update_panel(const Shared& shared, int N, int next, int count, int warp,
+                                    int num_warps) {
+  const int lane = threadIdx.x % kPanel;
+  const float* const panel = shared.triangle + row_start(next);
+  for (int first = next + 16 * warp; first < N; first += 16 * num_warps) {
+    int i = first + threadIdx.x % kWarp / kPanel * 4;
+    const bool there = i < N;
+    if (!there) i = next;
+    float* const rows = shared.triangle + row_start(i);
+    const int stride = i / kPanel * kPanel + 12;
+    float sums[4 * kPanel];
+#pragma unroll
+    for (int v = 0; v < 4 * kPanel; ++v) sums[v] = 0.0f;
+#pragma unroll 1
+    for (int k = 4 * lane; k < count; k += 4 * kPanel) {
+      float x[4][4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) load_4(rows + e * stride + k, x[e]);
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float y[4];
+        load_4(panel + c * (next + 12) + k, y);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+          for (int d = 0; d < 4; ++d) {
+            sums[e * kPanel + c] = fmaf(x[e][d], y[d], sums[e * kPanel + c]);
+          }
+        }
+      }
+    }
+    team_sums(sums);
+    if (there) {
+      float* const to = rows + lane / 2 * stride + next + lane % 2 * 4;
+      float t[4];
+      load_4(to, t);
+#pragma unroll
+      for (int d = 0; d < 4; ++d) t[d] -= sums[d];
+      store_4(t, to);
+    }
+  }
+}
+
+// The row's entries in the next panel, from which those of its products are still missing that have
+// its entries t in this one. `panel` is what the next panel's first row has there.
+__device__ inline void subtract_products(const float* panel, int panel_stride, const float* own,
+                                         float (&t)[kPanel]) {
+  float next[kPanel];
+  load_8(own, next);
+#pragma unroll
+  for (int c = 0; c < kPanel; ++c) {
+    float y[kPanel];
+    load_8(panel + c * panel_stride, y);
+#pragma unroll
+    for (int d = 0; d < kPanel; ++d) next[c] = fmaf(-t[d], y[d], next[c]);
+  }
+#pragma unroll
+  for (int c = 0; c < kPanel; ++c) t[c] = next[c];
+}
+
+// The lower factor in place of the padded triangle, and the inverses of its diagonal. Returns the
+// first bad pivot from 1, or 0, the same in every thread.
+__device__ inline int factorise(const Shared& shared, int N) {
+  const int i = threadIdx.x, row_warps = ceil_div(N, kWarp);
+  const int helper = i / kWarp - row_warps, num_helpers = blockDim.x / kWarp - row_warps;
+  float* const own = shared.triangle + row_start(i);
+  float t[kPanel];
+  if (i < N) load_8(own, t);
+  if (i < kPanel) store_8(t, shared.corner + i * kPanel);
+  if (i == 0) *shared.bad = 0;
+  for (int first = 0; first < N; first += kPanel) {
+    const int next = first + kPanel;
     __syncthreads();
-    if (at_work) {
+    if (i >= first && i < N) {
       float l[kPanel][kPanel], inverses[kPanel];
       const int bad = factor_corner(shared.corner, l, inverses);
 #pragma unroll
       for (int c = 0; c < kPanel; ++c) {
-        t[c] *= inverses[c];
+        if (i != first + c) t[c] *= inverses[c];
 #pragma unroll
         for (int d = c + 1; d < kPanel; ++d) t[d] = fmaf(-t[c], l[d][c], t[d]);
       }
-      if (in_panel) {
-#pragma unroll
-        for (int c = 0; c < kPanel; ++c) {
-          if (c != row_in_panel) continue;
-          t[c] = l[c][c];
-          shared.inverses[i] = inverses[c];
-        }
-        if (row_in_panel == 0) *shared.bad = bad;
-      }
       store_8(t, own + first);
+      if (i == first && bad && *shared.bad == 0) *shared.bad = first + bad;
+    } else if (helper >= 0 && next < N) {
+      update_panel(shared, N, next, first, helper, num_helpers);
     }
     __syncthreads();
-    if (*shared.bad) return first + *shared.bad;
-  }
-  return 0;
-}
-
-// Sums over a team of kPanel lanes; lane e of it gets that of values[e].
-__device__ inline float team_sum(float (&values)[kPanel]) {
-#pragma unroll
-  for (int half = kPanel / 2; half > 0; half /= 2) {
-    const bool upper = threadIdx.x & half;
-#pragma unroll
-    for (int c = 0; c < half; ++c) {
-      const float give = upper ? values[c] : values[c + half];
-      const float keep = upper ? values[c + half] : values[c];
-      values[c] = keep + __shfl_xor_sync(kAllLanes, give, half);
+    if (i >= next && i < N) {
+      subtract_products(shared.triangle + row_start(next) + first, next + 12, own + next, t);
+      if (i < next + kPanel) store_8(t, shared.corner + i % kPanel * kPanel);
     }
   }
-  return values[0];
+  if (i < N) {
+    own[i] = sqrtf(own[i]);
+    shared.inverses[i] = 1.0f / own[i];
+  }
+  __syncthreads();
+  return *shared.bad;
 }
 
 // The team's entries x[e] less the sums, in all its lanes.
 __device__ inline void subtract_sums(float (&sums)[kPanel], float* x, bool there,
                                      float (&t)[kPanel]) {
-  const float sum = team_sum(sums);
-  if (there) x[threadIdx.x % kPanel] -= sum;
+  team_sums(sums);
+  if (there) x[threadIdx.x % kPanel] -= sums[0];
   __syncwarp();
   load_8(x, t);
   __syncwarp();

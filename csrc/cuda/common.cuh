@@ -15,6 +15,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <mutex>
 #include <set>
@@ -51,6 +53,22 @@ __device__ inline float widen(Float16 value) {
 #else
   return to_float(value);
 #endif
+}
+
+// 1 / sqrt(value) to about its last bit, without the branches of a root and a division; 0 for
+// infinity.
+__device__ inline float inverse_root(float value) {
+#ifdef __CUDACC__
+  // The unit takes what is subnormal for zero.
+  float root, of_tiny;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(of_tiny) : "f"(16777216.0f * value));
+  root = value < FLT_MIN ? 4096.0f * of_tiny : root;
+#else
+  const float root = 1.0f / std::sqrt(value);
+#endif
+  const float finite = fminf(value, FLT_MAX);
+  return fmaf(0.5f * root, fmaf(-finite * root, root, 1.0f), root);
 }
 
 __device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
@@ -111,6 +129,20 @@ __device__ inline void copy_16_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
   host_execution::copy_async(shared, global, 16);
+#endif
+}
+
+// The same of one float, if it is wanted: a predicate and no branch.
+__device__ inline void copy_4_async(void* shared, const void* global, bool wanted) {
+#ifdef __CUDACC__
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %2, 0;\n"
+      "@wanted cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(address),
+      "l"(global), "r"(int{wanted})
+      : "memory");
+#else
+  if (wanted) host_execution::copy_async(shared, global, 4);
 #endif
 }
 

@@ -1,10 +1,13 @@
 """Tests of whole paths on a GPU: where they run, and by which kernels.
 
-Without a GPU a rehearsal: DEVICE is the CPU, so that the tests are tested too.
+Without a GPU a rehearsal: DEVICE is the CPU, so that the tests are tested too; or, in a process of
+its own, the one of `simulated_gpu`, where tensors of two devices do not mix.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import Any
 
 import pytest
@@ -17,6 +20,11 @@ from dropinf.ops import dispatch
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
+_device_is_on = contextlib.nullcontext
+if os.environ.get("DROPINF_SIMULATED_GPU") == "1":
+    from simulated_gpu import DEVICE, SimulatedGpu
+
+    _device_is_on = SimulatedGpu
 # What calls get that name no backend: what is verified, or every kernel of one backend there is.
 CHOICES = ["default", "cuda", "triton"]
 
@@ -35,7 +43,8 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     dispatch.kernel.cache_clear()
     request.addfinalizer(dispatch.kernel.cache_clear)
-    return name
+    with _device_is_on():
+        yield name
 
 
 def there(value: Any) -> Any:

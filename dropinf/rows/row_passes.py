@@ -37,14 +37,16 @@ def valid_rows(
     wanted = store.read_dtype if dtype is None else dtype
     num_rows = max(1, part_bytes // max(1, width * wanted.itemsize))
     for start, rows in store.chunks(columns, num_rows):  # copies of more would be beyond the part
-        valid = store.valid[start : start + len(rows)].to(rows.device)
-        bad = ~finite_rows(rows) & valid
+        valid = store.valid[start : start + len(rows)]
+        whole, bad = valid.all(), ~finite_rows(rows)
+        if not whole:
+            bad &= valid.to(bad.device)
         if bad.any():
             at = start + int(bad.nonzero()[0])
             raise ValueError(
                 f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
             )
-        rows = rows if valid.all() else rows[valid]
+        rows = rows if whole else rows[valid]
         last = start + len(valid) == len(store)
         if part is None and len(rows) and (len(rows) == num_rows or last):
             yield rows.to(wanted)  # nothing to join

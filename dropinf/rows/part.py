@@ -21,8 +21,6 @@ from dropinf.rows.ids import Ids, decoded
 from dropinf.rows.journal import Extent, Header
 from dropinf.rows.packing import DTYPES, Packing, finite_rows
 from dropinf.rows.part_files import (
-    CHUNK_BYTES,
-    GPU_CHUNK_BYTES,
     IDS_FILES,
     REMEDY,
     bytes_of,
@@ -226,8 +224,8 @@ class Part:
         """Rows of a chunk."""
         if self.path is not None:
             return self.header.chunk_rows
-        num_bytes = CHUNK_BYTES if self.packed.device.type == "cpu" else GPU_CHUNK_BYTES
-        return rows_per_chunk(self.header.width, DTYPES[self.header.dtype], num_bytes)
+        on_gpu = self.packed.device.type != "cpu"
+        return rows_per_chunk(self.header.width, DTYPES[self.header.dtype], on_gpu)
 
     def chunk(self, number: int, count: int = 1) -> Tensor:
         """One of them, or so many from there on."""

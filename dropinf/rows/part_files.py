@@ -75,6 +75,7 @@ def bytes_of(rows: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def rows_per_chunk(width: int, dtype: torch.dtype, num_bytes: int = CHUNK_BYTES) -> int:
-    """So many that they take `num_bytes` as they are read, float32 or wider."""
+def rows_per_chunk(width: int, dtype: torch.dtype, on_gpu: bool = False) -> int:
+    """So many that they take CHUNK_BYTES as they are read, float32 or wider; more on a GPU."""
+    num_bytes = GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES
     return max(1, num_bytes // (width * max(4, dtype.itemsize)))

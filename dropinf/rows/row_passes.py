@@ -119,7 +119,7 @@ def _float32_holds(
     probed = valid[:: max(1, len(valid) // _PROBED)][:_PROBED]
     device = solved.device
     exact = torch.zeros(m, len(probed), dtype=torch.float64, device=device)
-    squares, norms = torch.zeros_like(exact), torch.zeros_like(exact[0])
+    squares, norms = torch.zeros_like(exact), exact.new_zeros(len(probed))
     step = max(1, part_bytes // (64 * max(m, len(probed))))
     for at, positions in zip(torch.arange(len(probed)).split(few), probed.split(few), strict=True):
         rows, at = store.at(positions).to(device), at.to(device)

@@ -7,6 +7,7 @@ For a process of its own, since torch has one such device, and what asks torch f
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -66,12 +67,16 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         there = torch.device(to).type == DEVICE.type
         here["device"] = torch.device("cpu") if there else to
     result = func(*_numbers(args), **_numbers(here))
-    if func is _aten._to_copy.default and to is not None:  # never the same memory
-        result = result.clone() if result is _numbers(args[0]) else result
     if not there or func is _aten.copy_.default:
         return args[0] if func is _aten.copy_.default else result
     result = tree_map(lambda t: There(t) if isinstance(t, Tensor) else t, result)
-    return return_and_correct_aliasing(func, args, {**kwargs, **here}, result)
+    return return_and_correct_aliasing(func, args, kwargs, result) if _writes(func) else result
+
+
+@lru_cache
+def _writes(func: Any) -> bool:
+    """Whether it returns a tensor that it was given."""
+    return any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
 
 
 def _numbers(value: Any) -> Any:

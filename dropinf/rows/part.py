@@ -224,7 +224,8 @@ class Part:
         """Rows of a chunk."""
         if self.path is not None:
             return self.header.chunk_rows
-        return rows_per_chunk(self.header.width, DTYPES[self.header.dtype])
+        on_gpu = self.packed.device.type != "cpu"
+        return rows_per_chunk(self.header.width, DTYPES[self.header.dtype], on_gpu)
 
     def chunk(self, number: int, count: int = 1) -> Tensor:
         """One of them, or so many from there on."""

@@ -22,6 +22,7 @@ from dropinf.rows.packing import DTYPES, Packing, row_bytes
 
 PART_FORMAT = "dropinf part 2"
 CHUNK_BYTES = 1 << 24  # of one checksum, and of one step over the store
+GPU_CHUNK_BYTES = 1 << 26  # of one step over rows that are there, each of which waits for it
 REMEDY = "collect it again"
 IDS_FILES = {"integers": "ids.bin", "strings": "ids.jsonl"}
 
@@ -74,6 +75,7 @@ def bytes_of(rows: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def rows_per_chunk(width: int, dtype: torch.dtype) -> int:
-    """So many that they take CHUNK_BYTES as they are read, float32 or wider."""
-    return max(1, CHUNK_BYTES // (width * max(4, dtype.itemsize)))
+def rows_per_chunk(width: int, dtype: torch.dtype, on_gpu: bool = False) -> int:
+    """So many that they take CHUNK_BYTES as they are read, float32 or wider; more on a GPU."""
+    num_bytes = GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES
+    return max(1, num_bytes // (width * max(4, dtype.itemsize)))

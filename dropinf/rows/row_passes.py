@@ -37,14 +37,16 @@ def valid_rows(
     wanted = store.read_dtype if dtype is None else dtype
     num_rows = max(1, part_bytes // max(1, width * wanted.itemsize))
     for start, rows in store.chunks(columns, num_rows):  # copies of more would be beyond the part
-        valid = store.valid[start : start + len(rows)].to(rows.device)
-        bad = ~finite_rows(rows) & valid
+        valid = store.valid[start : start + len(rows)]
+        whole, bad = valid.all(), ~finite_rows(rows)
+        if not whole:
+            bad &= valid.to(bad.device)
         if bad.any():
             at = start + int(bad.nonzero()[0])
             raise ValueError(
                 f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
             )
-        rows = rows if valid.all() else rows[valid]
+        rows = rows if whole else rows[valid]
         last = start + len(valid) == len(store)
         if part is None and len(rows) and (len(rows) == num_rows or last):
             yield rows.to(wanted)  # nothing to join
@@ -117,7 +119,7 @@ def _float32_holds(
     probed = valid[:: max(1, len(valid) // _PROBED)][:_PROBED]
     device = solved.device
     exact = torch.zeros(m, len(probed), dtype=torch.float64, device=device)
-    squares, norms = torch.zeros_like(exact), torch.zeros_like(exact[0])
+    squares, norms = torch.zeros_like(exact), exact.new_zeros(len(probed))
     step = max(1, part_bytes // (64 * max(m, len(probed))))
     for at, positions in zip(torch.arange(len(probed)).split(few), probed.split(few), strict=True):
         rows, at = store.at(positions).to(device), at.to(device)

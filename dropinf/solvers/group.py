@@ -171,7 +171,7 @@ def lost_pivot(factor: Tensor, diagonal: Tensor, margin: float = 1.0) -> int:
 
 
 def largest(multiply: Callable[[Tensor], Tensor], factor: Tensor) -> float:
-    """Largest eigenvalue of a symmetric matrix of the factor's size, from below: power iteration."""
+    """Largest eigenvalue of a symmetric matrix as large as the factor, from below: power method."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(len(factor), 1, generator=generator, dtype=torch.float64).to(factor)
     norm = 0.0

@@ -192,7 +192,7 @@ SOLVERS = {
     "Eigen": lambda: solvers.Eigen(),
     "Eigen, rank": lambda: solvers.Eigen(rank=5),
     "CG": lambda: solvers.CG(),
-    "LiSSA": lambda: solvers.LiSSA(damping=1.0),
+    "LiSSA": lambda: solvers.LiSSA(damping=10.0),  # a tenth of the passes that 1 takes
     "DataInf": lambda: solvers.DataInf(),
     "Diagonal": lambda: solvers.Diagonal(),
     "Identity": lambda: solvers.Identity(),
@@ -391,4 +391,102 @@ def test_store_of_rows_there(case, tmp_path):
     assert torch.equal(store.at([0, N]).cpu(), truth.rows[[0, 0]])
     for dtype in (torch.float16, torch.int8, torch.bfloat16):
         kept = RowStore(truth.rows.to(DEVICE), plan, dtype=dtype)
+        assert kept.device == DEVICE
         assert_near(kept.rows, truth.rows, 1e-2)
+        assert torch.equal(kept.rows.cpu(), RowStore(truth.rows, plan, dtype=dtype).rows)
+
+
+# Where what comes out is.
+
+
+@pytest.mark.parametrize("where", ["rows", "queries", "both"])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.int8, torch.bfloat16], ids=str)
+def test_where_scores_are(where, dtype, backend):
+    """On the device where rows of either side are; and they are those of the CPU."""
+    n, m, widths = SIZES["many rows"]
+    stored, asked = stores(n, m, *widths, dtype=torch.float32)
+    valid = torch.arange(n) % 7 != 3
+    on_cpu = RowStore(stored.rows, stored.plan, valid=valid, dtype=dtype), asked
+    train, queries = (
+        store.to(DEVICE) if where in (name, "both") else store
+        for store, name in zip(on_cpu, ("rows", "queries"), strict=True)
+    )
+    assert train.dtype == on_cpu[0].dtype and torch.equal(train.rows.cpu(), on_cpu[0].rows)
+    for make in (solvers.Cholesky, solvers.Diagonal, lambda: solvers.Identity(cosine=True)):
+        solver, exact = make().fit(train), make().fit(on_cpu[0])
+        assert solver.device == train.device
+        found = dropinf.scores(queries, train, solver)
+        assert found.device == DEVICE
+        assert_near(found.nan_to_num(), dropinf.scores(*on_cpu[::-1], exact).nan_to_num(), 1e-4)
+        assert torch.equal(found.isnan().any(0).cpu(), ~valid)
+        assert dropinf.scores(queries, train, solver, by="layer").device == DEVICE
+        values, indices = dropinf.topk(queries, train, solver, 3)
+        assert values.device == indices.device == DEVICE
+        _, ids = dropinf.topk(queries, train, solver, 3, ids=True, largest=False)
+        assert ids.device.type == "cpu"  # which index texts
+        own = dropinf.self_influence(train, solver)
+        assert own.device == train.device
+        assert_near(own.nan_to_num(), dropinf.self_influence(on_cpu[0], exact).nan_to_num(), 1e-4)
+        found = dropinf.attribute(queries, train, solver, k=2)
+        assert {t.device.type for t in (found.top.scores, found.bottom.indices)} == {"cpu"}
+    solver = solvers.Cholesky().fit(train)
+    swept = solver.sweep([0.1, 1.0], queries, train)
+    assert swept.device == DEVICE
+    exact = solvers.Cholesky().fit(on_cpu[0])
+    assert_near(swept.nan_to_num(), exact.sweep([0.1, 1.0], *on_cpu[::-1]).nan_to_num(), 1e-4)
+    assert solver.condition() == pytest.approx(exact.condition(), rel=1e-3)
+    assert solver.solve(asked.rows).device.type == "cpu"  # where the queries are
+
+
+def test_choices_of_a_damping(backend):
+    """Of rows there, and what is returned is on the CPU."""
+    n, m, widths = SIZES["few rows"]
+    on_cpu = stores(n, m, *widths, dtype=torch.float32)[::-1]
+    parts = []
+    for queries, train in (on_cpu, [placed(store, DEVICE) for store in on_cpu]):
+        parts.append((queries, train, solvers.Eigen(absolute=True).fit(train)))
+    for metric in ("noise", "likelihood", lambda scores: float(scores.abs().mean())):
+        truth, found = (
+            dropinf.choose_damping([0.1, 1.0, 10.0], [part], metric).values for part in parts
+        )
+        assert found.device.type == "cpu"
+        assert_near(found, truth, 1e-4)
+
+
+def test_moved(backend, tmp_path):
+    """From a directory and back, in several parts, with what belongs to the rows."""
+    stored, _ = stores(9, 1, 20, 3, dtype=torch.float32)
+    ids, valid = [f"a{i}" for i in range(9)], torch.arange(9) != 4
+    stored = RowStore(stored.rows, stored.plan, valid=valid, ids=ids)
+    stored.save(tmp_path / "rows")
+    store = RowStore.load(tmp_path / "rows")
+    store.append(stored.rows[:2].to(DEVICE), ids=["b0", "b1"])  # on the disk
+    moved = store.to(DEVICE)
+    assert moved.device == DEVICE and moved.path is None and moved.to(DEVICE) is moved
+    assert torch.equal(moved.rows.cpu(), store.rows) and torch.equal(moved.valid, store.valid)
+    assert moved.ids == [*ids, "b0", "b1"] and not moved.valid[4]
+    moved.append(stored.rows[:1], ids=["c"])  # of the CPU
+    assert moved.rows.device == DEVICE and len(moved) == 12
+    assert torch.equal(moved["c"].rows.cpu(), stored.rows[:1])
+    assert torch.equal(moved.to("cpu").rows, torch.cat([store.rows, stored.rows[:1]]))
+    assert str(DEVICE) in repr(moved) or DEVICE.type == "cpu"
+    if DEVICE.type != "cpu":
+        other = RowStore(stored.rows, stored.plan, ids=[f"d{i}" for i in range(9)])
+        with pytest.raises(ValueError, match="other device than the first"):
+            RowStore.join([moved, other])
+
+
+def test_parts_of_several_devices(backend):
+    """Ensembles and agreement of a mask whose rows are there and one whose rows are not."""
+    made = [stores(40, 3, 20, 30, dtype=torch.float32, seed=seed) for seed in (0, 1)]
+
+    def parts(devices):
+        for (stored, asked), device in zip(made, devices, strict=True):
+            train, queries = (placed(store, device) for store in (stored, asked))
+            yield queries, train, solvers.Cholesky().fit(train)
+
+    truth = dropinf.ensemble(parts(["cpu", "cpu"]))
+    found = dropinf.ensemble(parts([DEVICE, "cpu"]))
+    assert found.mean.device == DEVICE
+    assert_near(found.mean, truth.mean, 1e-4)
+    assert_near(found.error, truth.error, 1e-4)

@@ -1,7 +1,7 @@
 // Layers that one block's shared memory does not hold: kBlock columns a step, of all layers in the
 // same two launches. What is left of a matrix lies in the factors' memory.
 //
-//     panel_kernel    rows below the step's block on the diagonal, times the inverse of its factor
+//     panel_kernel    rows below the step's block on the diagonal, solved with its factor
 //     update_kernel   every tile further right, less the products of those rows; the block that has
 //                     the next tile on the diagonal factorises it, while others still multiply
 //
@@ -10,27 +10,29 @@
 // one of its pivots was bad; until then its sums go on with whatever that pivot left.
 //
 // Solutions: one launch, in which a block has kRows right-hand sides of a layer and goes down its
-// factor and up again; a tile is read while the one before is multiplied.
+// factor and up again; a tile is read while the one before is multiplied. The products' sums start
+// from zero and are then subtracted: sums that start from what they are subtracted from have three
+// times the residual.
 //
 // Predicted, not measured, for 50 layers on an H200 (132 SMs at 1.75 GHz, 67 TFLOP/s, 4.3 TB/s). A
-// tile is 64³ multiply-adds: 2048 cycles of an SM at its peak, 3400 at the 60% expected here. A
-// tile on the diagonal takes 8.5 µs (load 1000 cycles, products 2500, factor 11000), rows of a
-// panel 3.6 µs (load 1500, 56 sums of 60 cycles and 8 corners of 150), a launch 2 µs.
+// tile is 64³ multiply-adds: 2048 cycles of an SM at its peak, 3400 at the 60% expected here (256
+// of the loop's 287 instructions multiply; the rest is for loads that nothing hides). A tile on the
+// diagonal takes 8.5 µs (load 1000 cycles, products 2500, factor 11000), rows of a panel 3.6 µs
+// (load 1500, 56 sums of 60 cycles and 8 corners of 150), 4.5 where there are many, a launch 2 µs.
 //
 //     r                                             512                1024
 //     tiles a layer, over all updates               84                  680
 //     updates: arithmetic, µs                       62                  500
-//       of which the late ones wait for the factor  +20                 +20
+//       late ones, which wait for the factor, µs   +20                  +20
 //     panels, µs                                    25                   68
 //     15 and 31 launches, first tile, µs            37                   69
-//     together, µs                                  145                 660
-//     DRAM (the tiles' reads and writes), µs        (in the L2)         260, behind the arithmetic
-//     16 right-hand sides, µs                       55                  160
+//     together, µs                                 145                  660
+//     DRAM (the tiles' reads and writes), µs       (in the L2)          260, behind the arithmetic
+//     16 right-hand sides, µs                       75                  230
 //
-// of which the solution is 2 × 36 (136) tiles of 700 cycles and 2 × 8 (16) triangles of 2800.
-// torch's batched factorization, cuSOLVER's potrfBatched, was measured elsewhere at 1261 µs for 64
-// layers of 512. Its arithmetic is the same, so that a ratio below 1 would need 6 times less than
-// the efficiency assumed here.
+// of which the last are 2 x 36 (136) tiles of 1150 cycles, 664 of them products, and 2 x 8 (16)
+// triangles of 2800, on 50 SMs. torch's batched factorization, cuSOLVER's potrfBatched, was
+// measured elsewhere at 1261 µs for 64 layers of 512, 985 for 50: 6.8 times as long.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // Layers that one block's shared memory does not hold: kBlock columns a step, of all layers in the
 // same two launches. What is left of a matrix lies in the factors' memory.
 //
-//     panel_kernel    rows below the step's block on the diagonal, times the inverse of its factor
+//     panel_kernel    rows below the step's block on the diagonal, solved with its factor
 //     update_kernel   every tile further right, less the products of those rows; the block that has
 //                     the next tile on the diagonal factorises it, while others still multiply
 //
@@ -10,27 +10,29 @@
 // one of its pivots was bad; until then its sums go on with whatever that pivot left.
 //
 // Solutions: one launch, in which a block has kRows right-hand sides of a layer and goes down its
-// factor and up again; a tile is read while the one before is multiplied.
+// factor and up again; a tile is read while the one before is multiplied. The products' sums start
+// from zero and are then subtracted: sums that start from what they are subtracted from have three
+// times the residual.
 //
 // Predicted, not measured, for 50 layers on an H200 (132 SMs at 1.75 GHz, 67 TFLOP/s, 4.3 TB/s). A
-// tile is 64³ multiply-adds: 2048 cycles of an SM at its peak, 3400 at the 60% expected here. A
-// tile on the diagonal takes 8.5 µs (load 1000 cycles, products 2500, factor 11000), rows of a
-// panel 3.6 µs (load 1500, 56 sums of 60 cycles and 8 corners of 150), a launch 2 µs.
+// tile is 64³ multiply-adds: 2048 cycles of an SM at its peak, 3400 at the 60% expected here (256
+// of the loop's 287 instructions multiply; the rest is for loads that nothing hides). A tile on the
+// diagonal takes 8.5 µs (load 1000 cycles, products 2500, factor 11000), rows of a panel 3.6 µs
+// (load 1500, 56 sums of 60 cycles and 8 corners of 150), 4.5 where there are many, a launch 2 µs.
 //
 //     r                                             512                1024
 //     tiles a layer, over all updates               84                  680
 //     updates: arithmetic, µs                       62                  500
-//       of which the late ones wait for the factor  +20                 +20
+//       late ones, which wait for the factor, µs   +20                  +20
 //     panels, µs                                    25                   68
 //     15 and 31 launches, first tile, µs            37                   69
-//     together, µs                                  145                 660
-//     DRAM (the tiles' reads and writes), µs        (in the L2)         260, behind the arithmetic
-//     16 right-hand sides, µs                       55                  160
+//     together, µs                                 145                  660
+//     DRAM (the tiles' reads and writes), µs       (in the L2)          260, behind the arithmetic
+//     16 right-hand sides, µs                       75                  230
 //
-// of which the solution is 2 × 36 (136) tiles of 700 cycles and 2 × 8 (16) triangles of 2800.
-// torch's batched factorization, cuSOLVER's potrfBatched, was measured elsewhere at 1261 µs for 64
-// layers of 512. Its arithmetic is the same, so that a ratio below 1 would need 6 times less than
-// the efficiency assumed here.
+// of which the last are 2 x 36 (136) tiles of 1150 cycles, 664 of them products, and 2 x 8 (16)
+// triangles of 2800, on 50 SMs. torch's batched factorization, cuSOLVER's potrfBatched, was
+// measured elsewhere at 1261 µs for 64 layers of 512, 985 for 50: 6.8 times as long.
 
 #pragma once
 
@@ -72,7 +74,6 @@ __device__ inline const Layer& layer_of(const Layers& all) {
   return all.layers[blockIdx.x % all.count];
 }
 
-// Where a tile starts. Within a tile 32 bits suffice.
 template <typename T>
 __device__ inline T* tile_at(T* matrix, int n, int i, int j) {
   return matrix + int64_t{i} * n + j;
@@ -82,29 +83,23 @@ __device__ inline T* tile_at(T* matrix, int n, int i, int j) {
 template <int count>
 __device__ inline void load_rows(const float* matrix, int n, int i, int j, float* to) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const float* const from = tile_at(matrix, n, i, j);
-#pragma unroll 8
-  for (int row = warp; row < count; row += kWarps) {
-#pragma unroll
-    for (int k = lane; k < kBlock; k += kWarp) {
-      to[row * kStride + k] = row < n - i ? from[row * n + k] : 0.0f;
-    }
+  const float* from = tile_at(matrix, n, i + warp, j + lane);
+  to += warp * kStride + lane;
+#pragma unroll 16
+  for (int row = 0; row < count; row += kWarps) {
+    const bool there = warp + row < n - i;
+    const float left = there ? from[0] : 0.0f, right = there ? from[kWarp] : 0.0f;
+    to[row * kStride] = left;
+    to[row * kStride + kWarp] = right;
+    from += int64_t{kWarps} * n;
   }
 }
 
-// The factor of a whole tile on the diagonal, and the inverses.
-__device__ inline void load_triangle(const float* matrix, int n, int i, const Shared& shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const float* const from = tile_at(matrix, n, i, i);
-#pragma unroll 8
-  for (int row = warp; row < kBlock; row += kWarps) {
-#pragma unroll
-    for (int k = lane; k < kBlock; k += kWarp) {
-      const float value = k <= row ? from[row * n + k] : 0.0f;
-      if (k < row / kPanel * kPanel + kPanel) shared.triangle[row_start(row) + k] = value;
-      if (k == row) shared.inverses[k] = 1.0f / value;
-    }
-  }
+// What divides by the diagonal, once the triangle is there.
+__device__ inline void invert_diagonal(const Shared& shared) {
+  const int i = threadIdx.x;
+  if (i < kBlock) shared.inverses[i] = 1.0f / shared.triangle[row_start(i) + i];
+  __syncthreads();
 }
 
 // What a thread has of a tile of kDown * height rows: every kDown-th row, every kAcross-th column.
@@ -137,6 +132,75 @@ __device__ inline void multiply(const float* left, const float* right, Sums<heig
   }
 }
 
+// A tile, or the triangle of one on the diagonal, on its way through registers: a thread has
+// entries of every kWarps-th row, zeros below the matrix.
+constexpr int kPartRows = kBlock / kWarps;
+using Part = float[kPartRows][2];
+
+__device__ inline void fetch(const float* matrix, int n, int i, int j, Part& part) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float* from = tile_at(matrix, n, i + warp, j + lane);
+#pragma unroll
+  for (int e = 0; e < kPartRows; ++e) {
+    const int row = warp + e * kWarps;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const bool there = row < n - i && (i != j || lane + c * kWarp <= row);
+      part[e][c] = there ? from[c * kWarp] : 0.0f;
+    }
+    from += int64_t{kWarps} * n;
+  }
+}
+
+__device__ inline void store(const Part& part, float* tile) {
+  float* const to = tile + threadIdx.x / kWarp * kStride + threadIdx.x % kWarp;
+#pragma unroll
+  for (int e = 0; e < kPartRows; ++e) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) to[e * kWarps * kStride + c * kWarp] = part[e][c];
+  }
+}
+
+// What pads the triangle, from row n on, is of the unit matrix.
+__device__ inline void store_triangle(const Part& part, int n, const Shared& shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int e = 0; e < kPartRows; ++e) {
+    const int panel = e * kWarps / kPanel, row_in_panel = e * kWarps % kPanel + warp;
+    const int row = panel * kPanel + row_in_panel;
+    float* const to =
+        shared.triangle + row_start(panel * kPanel) + row_in_panel * (kPanel * panel + 12);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = lane + c * kWarp;
+      const float value = row >= n && row == column ? 1.0f : part[e][c];
+      if (column < (panel + 1) * kPanel) to[column] = value;
+    }
+  }
+}
+
+// The same of the transposed tile: 8 columns of 4 rows, so that a warp writes to all banks.
+__device__ inline void fetch_across(const float* matrix, int n, int i, int j, Part& part) {
+  const int row = threadIdx.x / 8;
+  const float* from = tile_at(matrix, n, i + row, j + threadIdx.x % 8);
+#pragma unroll
+  for (int e = 0; e < kBlock; e += 16) {
+    const bool there = row + e < n - i;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) part[e / 4 + c / 2][c % 2] = there ? from[c * 8] : 0.0f;
+    from += int64_t{16} * n;
+  }
+}
+
+__device__ inline void store_across(const Part& part, float* tile) {
+  float* const to = tile + threadIdx.x % 8 * kStride + threadIdx.x / 8;
+#pragma unroll
+  for (int e = 0; e < kBlock; e += 16) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) to[c * 8 * kStride + e] = part[e / 4 + c / 2][c % 2];
+  }
+}
+
 // Blocks (rows, layer): a thread solves for a row.
 __global__ void __launch_bounds__(kThreads, 4) panel_kernel(const Layers all) {
   const Layer& layer = layer_of(all);
@@ -146,9 +210,12 @@ __global__ void __launch_bounds__(kThreads, 4) panel_kernel(const Layers all) {
   float* const factor = all.factors + layer.matrix;
   float* const tile = shared_memory<float>();
   const Shared shared(tile + kThreads * kStride, kBlock);
-  load_triangle(factor, n, first, shared);
+  Part triangle;
+  fetch(factor, n, first, first, triangle);
   load_rows<kThreads>(all.step == 0 ? all.matrices + layer.matrix : factor, n, i, first, tile);
+  store_triangle(triangle, kBlock, shared);
   __syncthreads();
+  invert_diagonal(shared);
   float* const own = tile + threadIdx.x * kStride;
   for (int k = 0; k < kBlock; k += kPanel) {
     float sums[kPanel], t[kPanel];
@@ -219,15 +286,6 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const Layers all) {
   const int i = first + (1 + row) * kBlock, j = first + (1 + left) * kBlock;
   if (i >= n) return;
   float* const factor = all.factors + layer.matrix;
-  const float* const from = tile_at(all.step > 0 ? factor : all.matrices + layer.matrix, n, i, j);
-  const float shift = all.step > 0 ? 0.0f : all.shift[layer.index];
-  // Whether this thread's place in the tile is on or below the diagonal, and where.
-  const auto place = [&](int r, int c, int* at) {
-    const int row = first_row() + r * kDown, column = first_column() + c * kAcross;
-    *at = row * n + column;
-    return row < n - i && column + j <= row + i;
-  };
-
   float* const tile = shared_memory<float>();
   float* const other = i == j ? tile : tile + kTile;
   Sums<kHeight> sums{};
@@ -238,67 +296,40 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const Layers all) {
     multiply<kHeight>(tile, other, sums);
     __syncthreads();
   }
+  const auto there = [&](int r, int c) {
+    const int row = first_row() + r * kDown, column = first_column() + c * kAcross;
+    return row < n - i && (i != j || column <= row);
+  };
+  const float* const source = all.step > 0 ? factor : all.matrices + layer.matrix;
+  const float* from = tile_at(source, n, i + first_row(), j + first_column());
+  const float shift = all.step > 0 || i != j ? 0.0f : all.shift[layer.index];
 #pragma unroll
   for (int r = 0; r < kHeight; ++r) {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      int at;
-      float value = place(r, c, &at) ? from[at] : 0.0f;
-      if (i == j && first_row() + r * kDown == first_column() + c * kAcross) value += shift;
+      float value = there(r, c) ? from[c * kAcross] : 0.0f;
+      if (first_row() + r * kDown == first_column() + c * kAcross) value += shift;
       sums[r][c] = value - sums[r][c];
     }
+    from += int64_t{kDown} * n;
   }
   if (row == 0) {
     factor_tile(all, layer, i, sums, Shared(tile, kBlock));
     return;
   }
-  float* const to = tile_at(factor, n, i, j);
+  float* to = tile_at(factor, n, i + first_row(), j + first_column());
 #pragma unroll
   for (int r = 0; r < kHeight; ++r) {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      int at;
-      if (place(r, c, &at)) to[at] = sums[r][c];
+      if (there(r, c)) to[c * kAcross] = sums[r][c];
     }
+    to += int64_t{kDown} * n;
   }
   if (all.step > 0 || i == j) return;
   float* const above = tile_at(factor, n, j, i);
   for (int k = threadIdx.x; k < kBlock * kBlock; k += kThreads) {
     if (k % kBlock < n - i) above[k / kBlock * n + k % kBlock] = 0.0f;
-  }
-}
-
-constexpr int kPart = kBlock * kBlock / kThreads;
-
-struct Place {
-  int row, column;
-};
-
-// Entry e of a thread's part of a tile. Across: 8 columns of 4 rows, so that a warp writes to all
-// banks when it stores columns as rows.
-template <bool across>
-__device__ inline Place place_of(uint32_t thread, int e) {
-  const int lane = thread % kWarp, warp = thread / kWarp;
-  if (across) return {e / 8 * 16 + warp * 4 + lane / 8, e % 8 * 8 + lane % 8};
-  return {warp + e / 2 * kWarps, lane + e % 2 * kWarp};
-}
-
-// The thread's index, of which nothing is kept in registers from one tile to the next.
-__device__ inline uint32_t forgotten_thread() {
-  uint32_t thread = threadIdx.x;
-  make_opaque(thread);
-  return thread;
-}
-
-// Zeros below the matrix, and above the diagonal what is there.
-template <bool across>
-__device__ inline void fetch(const float* factor, int n, int i, int j, float (&part)[kPart]) {
-  const float* const from = tile_at(factor, n, i, j);
-  const uint32_t thread = forgotten_thread();
-#pragma unroll
-  for (int e = 0; e < kPart; ++e) {
-    const Place at = place_of<across>(thread, e);
-    part[e] = at.row < n - i && at.column < n - j ? from[at.row * n + at.column] : 0.0f;
   }
 }
 
@@ -319,9 +350,9 @@ __device__ inline void substitute(const Layers& all, const Layer& layer, int64_t
   const int num_rows = all.m - first_q < kRows ? static_cast<int>(all.m - first_q) : kRows;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const auto block = [&](int turn) { return (back ? last - turn : turn) * kBlock; };
-  float part[kPart];
+  Part part;
 
-  fetch<false>(factor, n, block(0), block(0), part);
+  fetch(factor, n, block(0), block(0), part);
   for (int turn = 0; turn <= last; ++turn) {
     const int k = block(turn), in_layer = n - k < kBlock ? n - k : kBlock;
     Sums<kHeight> sums{};
@@ -329,7 +360,6 @@ __device__ inline void substitute(const Layers& all, const Layer& layer, int64_t
     for (int done = 0; done <= turn; ++done) {
       const int j = block(done);
       const bool diagonal = done == turn;
-      const uint32_t thread = forgotten_thread();
       __syncthreads();
       if (!diagonal) {
 #pragma unroll
@@ -340,10 +370,10 @@ __device__ inline void substitute(const Layers& all, const Layer& layer, int64_t
             solved_tile[q * kStride + c] = there ? solved[q * all.solved_stride + j + c] : 0.0f;
           }
         }
-#pragma unroll
-        for (int e = 0; e < kPart; ++e) {
-          const Place at = place_of<back>(thread, e);
-          tile[back ? at.column * kStride + at.row : at.row * kStride + at.column] = part[e];
+        if (back) {
+          store_across(part, tile);
+        } else {
+          store(part, tile);
         }
       } else {
 #pragma unroll
@@ -357,27 +387,19 @@ __device__ inline void substitute(const Layers& all, const Layer& layer, int64_t
             shared.slots[q * kStride + column] = value - sums[r][c];
           }
         }
-#pragma unroll
-        for (int e = 0; e < kPart; ++e) {
-          const Place at = place_of<false>(thread, e);
-          const bool pads = at.row >= in_layer && at.row == at.column;
-          const float value = pads ? 1.0f : part[e];
-          if (at.column < at.row / kPanel * kPanel + kPanel) {
-            shared.triangle[row_start(at.row) + at.column] = value;
-          }
-          if (at.row == at.column) shared.inverses[at.row] = 1.0f / value;
-        }
+        store_triangle(part, in_layer, shared);
       }
       const int next_turn = diagonal ? turn + 1 : turn, next_done = diagonal ? 0 : done + 1;
       const int next_k = block(next_turn), next_j = block(next_done);
-      if (next_turn == next_done) {
-        fetch<false>(factor, n, next_k, next_k, part);
+      if (next_turn == next_done || (!back && next_turn <= last)) {
+        fetch(factor, n, next_k, next_j, part);
       } else if (next_turn <= last) {
-        fetch<back>(factor, n, back ? next_j : next_k, back ? next_k : next_j, part);
+        fetch_across(factor, n, next_j, next_k, part);
       }
       __syncthreads();
       if (!diagonal) multiply<kHeight>(solved_tile, tile, sums);
     }
+    invert_diagonal(shared);
     float* const slot = shared.slots + threadIdx.x / kPanel * kStride;
     if (back) {
       solve_upper(shared, kBlock, true, slot);
@@ -394,7 +416,7 @@ __device__ inline void substitute(const Layers& all, const Layer& layer, int64_t
 }
 
 // Blocks (right-hand sides, layer); the matrices are factors.
-__global__ void __launch_bounds__(kThreads, 3) solve_kernel(const Layers all) {
+__global__ void __launch_bounds__(kThreads, 2) solve_kernel(const Layers all) {
   const Layer& layer = layer_of(all);
   const int64_t first_q = int64_t{blockIdx.x / all.count} * kRows;
   substitute<false>(all, layer, first_q, shared_memory<float>());

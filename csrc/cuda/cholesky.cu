@@ -144,10 +144,13 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
                            bool failed, int64_t first, int count) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int num_warps = blockDim.x / kWarp, n = layer.width;
-  constexpr int kTeams = kWarp / kPanel;
-  for (int first_q = warp * kTeams; first_q < count && !failed; first_q += num_warps * kTeams) {
-    const int q = first_q + lane / kPanel;
-    solve(shared, N, n, q < count, shared.slots + (q < count ? q : count - 1) * (N + 4));
+  // The widest teams that can all be at work at once, for latency.
+  int team = kWarp;
+  while (team > kPanel && count * team > static_cast<int>(blockDim.x)) team /= 2;
+  const int teams = kWarp / team;
+  for (int first_q = warp * teams; first_q < count && !failed; first_q += num_warps * teams) {
+    const int q = first_q + lane / team;
+    solve(shared, N, n, team, q < count, shared.slots + q * (N + 4));
   }
   __syncthreads();
   for (int q = warp; q < count; q += num_warps) {

@@ -9,8 +9,8 @@
 //
 // Rows lie one behind the other. Row i is padded to 8 (i / 8) + 12 floats: an odd number of 16
 // bytes, the same for the 8 rows whose 16-byte reads are served together, which then fall into
-// different banks. Of the panel's rows the
-// threads of a warp, or a lane in each of its teams, read the same address.
+// different banks. Of the
+// panel's rows the threads of a warp, or a lane in each of its teams, read the same address.
 
 #pragma once
 
@@ -49,26 +49,6 @@ struct Shared {
 
 __host__ __device__ constexpr int64_t shared_bytes(int N, int num_slots) {
   return sizeof(float) * (row_start(N) + N + kPanel * kPanel + 4 + int64_t{num_slots} * (N + 4));
-}
-
-// sums[c] = the products of a row and of row c of a panel, over four columns of every `step` in
-// [0, count).
-__device__ inline void panel_sums(const float* own, const float* panel, int panel_stride, int count,
-                                  int step, float (&sums)[kPanel]) {
-#pragma unroll
-  for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;
-#pragma unroll 2
-  for (int k = 0; k < count; k += step) {
-    float x[4];
-    load_4(own + k, x);
-#pragma unroll
-    for (int c = 0; c < kPanel; ++c) {
-      float y[4];
-      load_4(panel + c * panel_stride + k, y);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[c] = fmaf(x[e], y[e], sums[c]);
-    }
-  }
 }
 
 __device__ inline void load_8(const float* from, float (&to)[kPanel]) {
@@ -226,64 +206,82 @@ __device__ inline int factorise(const Shared& shared, int N) {
   return *shared.bad;
 }
 
-// The team's entries x[e] less the sums, in all its lanes.
-__device__ inline void subtract_sums(float (&sums)[kPanel], float* x, bool there,
-                                     float (&t)[kPanel]) {
-  team_sums(sums);
-  if (there) x[threadIdx.x % kPanel] -= sums[0];
-  __syncwarp();
-  load_8(x, t);
-  __syncwarp();
-}
-
-__device__ inline void write_entries(const float (&t)[kPanel], bool there, float* x) {
-  if (there && threadIdx.x % kPanel == 0) store_8(t, x);
-  __syncwarp();
-}
-
-// x = (L Lᵀ)⁻¹ x, of one right-hand side [N] in shared memory for each team of kPanel lanes, whose
-// lanes share the sums; zeros from n on. A team that has none repeats another one's, and does not
-// write.
-__device__ inline void solve(const Shared& shared, int N, int n, bool there, float* x) {
-  const int lane = threadIdx.x % kPanel;
-  float t[kPanel], sums[kPanel], l[kPanel], inverses[kPanel];
+// x = (L Lᵀ)⁻¹ x, of one right-hand side [N] in shared memory for each team of 8 to 32 lanes, if it
+// is there; zeros from n on. All lanes solve a panel's block, and share the other rows or columns;
+// the bits are the same for any team.
+__device__ inline void solve(const Shared& shared, int N, int n, int team, bool there, float* x) {
+  const int lane = threadIdx.x % team;
+  float t[kPanel], l[kPanel], inverses[kPanel];
   for (int first = 0; first < N; first += kPanel) {
-    const float* const panel = shared.triangle + row_start(first);
-    const int stride = first + 12;
-    panel_sums(x + 4 * lane, panel + 4 * lane, stride, first - 4 * lane, 4 * kPanel, sums);
-    subtract_sums(sums, x + first, there, t);
-    load_8(shared.inverses + first, inverses);
+    if (there) {
+      const float* const corner = shared.triangle + row_start(first) + first;
+      load_8(x + first, t);
+      load_8(shared.inverses + first, inverses);
 #pragma unroll
-    for (int c = 0; c < kPanel; ++c) {
-      load_8(panel + c * stride + first, l);
+      for (int c = 0; c < kPanel; ++c) {
+        load_8(corner + c * (first + 12), l);
 #pragma unroll
-      for (int d = 0; d < c; ++d) t[c] = fmaf(-t[d], l[d], t[c]);
-      t[c] *= inverses[c];
+        for (int d = 0; d < c; ++d) t[c] = fmaf(-t[d], l[d], t[c]);
+        t[c] *= inverses[c];
+      }
+      // What is not finite must not come back out of the padding.
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) t[c] = first + c < n ? t[c] : 0.0f;
     }
-    // What is not finite must not come back out of the padding.
+    __syncwarp();
+    if (there) {
+      if (lane == 0) store_8(t, x + first);
+      constexpr int kRows = 4;  // at a time
+      for (int i = first + kPanel + lane; i < N; i += kRows * team) {
+        float sums[kRows];
 #pragma unroll
-    for (int c = 0; c < kPanel; ++c) t[c] = first + c < n ? t[c] : 0.0f;
-    write_entries(t, there, x + first);
+        for (int u = 0; u < kRows; ++u) {
+          const int row = i + u * team < N ? i + u * team : i;
+          load_8(shared.triangle + row_start(row) + first, l);
+          sums[u] = x[row];
+#pragma unroll
+          for (int d = 0; d < kPanel; ++d) sums[u] = fmaf(-l[d], t[d], sums[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+          if (i + u * team < N) x[i + u * team] = sums[u];
+        }
+      }
+    }
+    __syncwarp();
   }
   for (int first = N - kPanel; first >= 0; first -= kPanel) {
+    const float* const panel = shared.triangle + row_start(first);
+    const int stride = first + 12;
+    if (there) {
+      load_8(x + first, t);
+      load_8(shared.inverses + first, inverses);
 #pragma unroll
-    for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;
-#pragma unroll 4
-    for (int i = first + kPanel + lane; i < N; i += kPanel) {
-      load_8(shared.triangle + row_start(i) + first, l);
+      for (int c = kPanel - 1; c >= 0; --c) {
+        load_8(panel + c * stride + first, l);
+        t[c] *= inverses[c];
 #pragma unroll
-      for (int c = 0; c < kPanel; ++c) sums[c] = fmaf(x[i], l[c], sums[c]);
+        for (int d = 0; d < c; ++d) t[d] = fmaf(-t[c], l[d], t[d]);
+      }
     }
-    subtract_sums(sums, x + first, there, t);
-    load_8(shared.inverses + first, inverses);
+    __syncwarp();
+    if (there) {
+      if (lane == 0) store_8(t, x + first);
+#pragma unroll 1
+      for (int k = 4 * lane; k < first; k += 4 * team) {
+        float sums[4];
+        load_4(x + k, sums);
 #pragma unroll
-    for (int c = kPanel - 1; c >= 0; --c) {
-      load_8(shared.triangle + row_start(first + c) + first, l);
-      t[c] *= inverses[c];
+        for (int c = 0; c < kPanel; ++c) {
+          float y[4];
+          load_4(panel + c * stride + k, y);
 #pragma unroll
-      for (int d = 0; d < c; ++d) t[d] = fmaf(-t[c], l[d], t[d]);
+          for (int e = 0; e < 4; ++e) sums[e] = fmaf(-t[c], y[e], sums[e]);
+        }
+        store_4(sums, x + k);
+      }
     }
-    write_entries(t, there, x + first);
+    __syncwarp();
   }
 }
 

@@ -50,7 +50,7 @@ constexpr int kMaxWidth = 320, kMaxThreads = 512;
 
 // Right-hand sides in shared memory at a time: there is room for the least beside the widest layer;
 // more than the most would keep other blocks from the SM.
-constexpr int kLeastRows = 8, kMostRows = 64;
+constexpr int kLeastRows = 6, kMostRows = 64;
 // More right-hand sides than this are solved for by several blocks a layer, after the factors.
 constexpr int64_t kFusedRows = 128;
 

@@ -35,20 +35,21 @@ __host__ __device__ constexpr int row_start(int i) {
 struct Shared {
   float* triangle;
   float* inverses;  // [N] of the diagonal
-  float* corner;    // [kPanel, kPanel]: the panel's block on the diagonal
-  int* bad;         // 4 ints, of which one is used
-  float* slots;     // [num_slots, N + 4]: right-hand sides
+  float* corners;  // [ceil(N / kWarp), kPanel, kPanel]: of a warp the panel's block on the diagonal
+  int* bad;        // 4 ints, of which one is used
+  float* slots;    // [num_slots, N + 4]: right-hand sides
 
   __device__ Shared(float* start, int N)
       : triangle(start),
         inverses(triangle + row_start(N)),
-        corner(inverses + N),
-        bad(reinterpret_cast<int*>(corner + kPanel * kPanel)),
-        slots(corner + kPanel * kPanel + 4) {}
+        corners(inverses + N),
+        bad(reinterpret_cast<int*>(corners + ceil_div(N, kWarp) * kPanel * kPanel)),
+        slots(reinterpret_cast<float*>(bad + 4)) {}
 };
 
 __host__ __device__ constexpr int64_t shared_bytes(int N, int num_slots) {
-  return sizeof(float) * (row_start(N) + N + kPanel * kPanel + 4 + int64_t{num_slots} * (N + 4));
+  const int corners = ceil_div(N, kWarp) * kPanel * kPanel;
+  return sizeof(float) * (row_start(N) + N + corners + 4 + int64_t{num_slots} * (N + 4));
 }
 
 __device__ inline void load_8(const float* from, float (&to)[kPanel]) {
@@ -148,57 +149,82 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
   }
 }
 
-// The row's entries in the next panel, from which those of its products are still missing that have
-// its entries t in this one. `panel` is what the next panel's first row has there.
-__device__ inline void subtract_products(const float* panel, int panel_stride, const float* own,
+// t[c] less the products of `row` and row c of a panel, over 8 columns.
+__device__ inline void subtract_products(const float* panel, int stride, const float (&row)[kPanel],
                                          float (&t)[kPanel]) {
-  float next[kPanel];
-  load_8(own, next);
 #pragma unroll
   for (int c = 0; c < kPanel; ++c) {
     float y[kPanel];
-    load_8(panel + c * panel_stride, y);
+    load_8(panel + c * stride, y);
 #pragma unroll
-    for (int d = 0; d < kPanel; ++d) next[c] = fmaf(-t[d], y[d], next[c]);
+    for (int d = 0; d < kPanel; ++d) t[c] = fmaf(-row[d], y[d], t[c]);
+  }
+}
+
+// A warp's copy of the panel's block on the diagonal, less the products over the panel before: two
+// entries a lane.
+__device__ inline void corner_entries(const float* before, int stride, const float* block,
+                                      int block_stride, float* corner) {
+  const int r = threadIdx.x % kWarp / 4, c = threadIdx.x % 4 * 2;
+  float row[kPanel], y[2][kPanel], entries[2];
+  load_8(before + r * stride, row);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    load_8(before + (c + e) * stride, y[e]);
+    entries[e] = block[r * block_stride + c + e];
+#pragma unroll
+    for (int d = 0; d < kPanel; ++d) entries[e] = fmaf(-row[d], y[e][d], entries[e]);
   }
 #pragma unroll
-  for (int c = 0; c < kPanel; ++c) t[c] = next[c];
+  for (int e = 0; e < 2; ++e) corner[r * kPanel + c + e] = entries[e];
 }
 
 // The lower factor in place of the padded triangle, and the inverses of its diagonal. Returns the
 // first bad pivot from 1, or 0, the same in every thread.
 __device__ inline int factorise(const Shared& shared, int N) {
-  const int i = threadIdx.x, row_warps = ceil_div(N, kWarp);
-  const int helper = i / kWarp - row_warps, num_helpers = blockDim.x / kWarp - row_warps;
+  const int i = threadIdx.x, lane = i % kWarp, warp = i / kWarp, row_warps = ceil_div(N, kWarp);
   float* const own = shared.triangle + row_start(i);
-  float t[kPanel];
-  if (i < N) load_8(own, t);
-  if (i < kPanel) store_8(t, shared.corner + i * kPanel);
+  float* const corner = shared.corners + warp * kPanel * kPanel;
+  float t[kPanel] = {};  // the row's entries in a panel
+  if (i < kPanel) shared.inverses[i] = 0.0f;
   if (i == 0) *shared.bad = 0;
+  __syncthreads();
   for (int first = 0; first < N; first += kPanel) {
-    const int next = first + kPanel;
-    __syncthreads();
-    if (i >= first && i < N) {
-      float l[kPanel][kPanel], inverses[kPanel];
-      const int bad = factor_corner(shared.corner, l, inverses);
-#pragma unroll
-      for (int c = 0; c < kPanel; ++c) {
-        if (i != first + c) t[c] *= inverses[c];
-#pragma unroll
-        for (int d = c + 1; d < kPanel; ++d) t[d] = fmaf(-t[c], l[d][c], t[d]);
+    if (warp >= row_warps) {
+      const int next = first + kPanel;
+      if (next < N) {
+        update_panel(shared, N, next, first, warp - row_warps, blockDim.x / kWarp - row_warps);
       }
-      store_8(t, own + first);
-      if (i == first && bad && *shared.bad == 0) *shared.bad = first + bad;
-    } else if (helper >= 0 && next < N) {
-      update_panel(shared, N, next, first, helper, num_helpers);
+    } else if (i - lane + kWarp > first) {
+      const float* const block = shared.triangle + row_start(first) + first;
+      // The panel's rows in the columns of the one before it, or zeros.
+      const float* const before = first > 0 ? block - kPanel : shared.inverses;
+      const int stride = first > 0 ? first + 12 : 0;
+      corner_entries(before, stride, shared.triangle + row_start(first) + first, first + 12,
+                     corner);
+      __syncwarp();
+      if (i >= first && i < N) {
+        float l[kPanel][kPanel], inverses[kPanel], products[kPanel];
+        load_8(own + first, products);
+        subtract_products(before, stride, t, products);
+        const int bad = factor_corner(corner, l, inverses);
+#pragma unroll
+        for (int c = 0; c < kPanel; ++c) t[c] = products[c];
+#pragma unroll
+        for (int c = 0; c < kPanel; ++c) {
+          if (i != first + c) t[c] *= inverses[c];
+#pragma unroll
+          for (int d = c + 1; d < kPanel; ++d) t[d] = fmaf(-t[c], l[d][c], t[d]);
+        }
+        // Others may still read what the panel's own rows have there.
+        if (i >= first + kPanel) store_8(t, own + first);
+        if (i == first && bad && *shared.bad == 0) *shared.bad = first + bad;
+      }
     }
     __syncthreads();
-    if (i >= next && i < N) {
-      subtract_products(shared.triangle + row_start(next) + first, next + 12, own + next, t);
-      if (i < next + kPanel) store_8(t, shared.corner + i % kPanel * kPanel);
-    }
   }
   if (i < N) {
+    store_8(t, own + i / kPanel * kPanel);
     own[i] = sqrtf(own[i]);
     shared.inverses[i] = 1.0f / own[i];
   }

@@ -145,11 +145,10 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int num_warps = blockDim.x / kWarp, n = layer.width;
   // The widest teams that can all be at work at once, for latency.
-  int team = kWarp;
-  while (team > kPanel && count * team > static_cast<int>(blockDim.x)) team /= 2;
-  const int teams = kWarp / team;
+  int team = kWarp, teams = 1;
+  for (; team > kPanel && count > num_warps * teams; teams *= 2) team /= 2;
   for (int first_q = warp * teams; first_q < count && !failed; first_q += num_warps * teams) {
-    const int q = first_q + lane / team;
+    const int q = first_q + lane * teams / kWarp;
     solve(shared, N, n, team, q < count, shared.slots + q * (N + 4));
   }
   __syncthreads();

@@ -87,8 +87,8 @@ __device__ inline int factor_corner(const float* corner, float (&l)[kPanel][kPan
   return bad;
 }
 
-// Sums over a team of kPanel lanes; lane e of it gets those of values e * count / kPanel and on, as
-// the first of its values.
+// Sums over kPanel lanes; lane e of them gets those of values e * count / kPanel and on, as the
+// first of its values.
 template <int count, int lanes = kPanel>
 __device__ void team_sums(float (&values)[count]) {
   if constexpr (lanes > 1) {
@@ -104,14 +104,17 @@ __device__ void team_sums(float (&values)[count]) {
   }
 }
 
-// Rows [next, N) of a panel's columns less their products over columns [0, count): a team of kPanel
-// lanes has four rows, and a lane every eighth four columns. Warps [0, num_warps) share the rows.
+// Rows [next, N) of a panel's columns less their products over columns [0, count): four rows a team
+// of 8 to 32 lanes, which share the columns, each four at a time. The teams are the widest that can
+// all be at work at once. Warps [0, num_warps) share the rows.
 __device__ inline void update_panel(const Shared& shared, int N, int next, int count, int warp,
                                     int num_warps) {
-  const int lane = threadIdx.x % kPanel;
+  int team = kPanel, rows_of_warp = 4 * kWarp / kPanel;
+  for (; team < kWarp && N - next <= rows_of_warp / 2 * num_warps; rows_of_warp /= 2) team *= 2;
+  const int lane = threadIdx.x & (team - 1);
   const float* const panel = shared.triangle + row_start(next);
-  for (int first = next + 16 * warp; first < N; first += 16 * num_warps) {
-    int i = first + threadIdx.x % kWarp / kPanel * 4;
+  for (int first = next + rows_of_warp * warp; first < N; first += rows_of_warp * num_warps) {
+    int i = first + threadIdx.x % kWarp * rows_of_warp / kWarp / 4 * 4;
     const bool there = i < N;
     if (!there) i = next;
     float* const rows = shared.triangle + row_start(i);
@@ -120,7 +123,7 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
 #pragma unroll
     for (int v = 0; v < 4 * kPanel; ++v) sums[v] = 0.0f;
 #pragma unroll 1
-    for (int k = 4 * lane; k < count; k += 4 * kPanel) {
+    for (int k = 4 * lane; k < count; k += 4 * team) {
       float x[4][4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) load_4(rows + e * stride + k, x[e]);
@@ -138,7 +141,11 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
       }
     }
     team_sums(sums);
-    if (there) {
+    for (int lanes = kPanel; lanes < team; lanes *= 2) {
+#pragma unroll
+      for (int d = 0; d < 4; ++d) sums[d] += __shfl_xor_sync(kAllLanes, sums[d], lanes);
+    }
+    if (there && lane < kPanel) {
       float* const to = rows + lane / 2 * stride + next + lane % 2 * 4;
       float t[4];
       load_4(to, t);
@@ -236,7 +243,7 @@ __device__ inline int factorise(const Shared& shared, int N) {
 // is there; zeros from n on. All lanes solve a panel's block, and share the other rows or columns;
 // the bits are the same for any team.
 __device__ inline void solve(const Shared& shared, int N, int n, int team, bool there, float* x) {
-  const int lane = threadIdx.x % team;
+  const int lane = threadIdx.x & (team - 1);
   float t[kPanel], l[kPanel], inverses[kPanel];
   for (int first = 0; first < N; first += kPanel) {
     if (there) {

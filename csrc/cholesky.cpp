@@ -10,13 +10,6 @@
 #include "registration.h"
 #include "threads.h"
 #ifdef DROPINF_CUDA
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
-#include <ATen/ops/linalg_solve_triangular.h>
-#include <ATen/ops/where.h>
-
-#include <limits>
-
 #include "cuda/calls.h"
 #include "cuda/cholesky.cuh"
 #endif
@@ -134,94 +127,26 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) {
 
 #ifdef DROPINF_CUDA
 
-int64_t widest_cholesky(const char* op) {
-  int64_t widest = 0;
-  check_launch(op, cuda::widest_cholesky(&widest));
-  return widest;
-}
-
-// `count` layers of one width, wider than the kernels take, one behind the other.
-struct WideLayers {
-  int64_t first, count, width, matrix, column;
-
-  at::Tensor of_layers(const at::Tensor& tensor) const { return tensor.narrow(0, first, count); }
-  at::Tensor matrices(const at::Tensor& packed) const {
-    return packed.narrow(0, matrix, count * width * width).view({count, width, width});
-  }
-  at::Tensor rows(const at::Tensor& packed) const {  // [count, m, width]
-    return packed.narrow(1, column, count * width).unflatten(1, {count, width}).transpose(0, 1);
-  }
-};
-
-std::vector<WideLayers> wide_layers(const at::Tensor& offsets, int64_t widest) {
-  const int64_t* const bounds = offsets.const_data_ptr<int64_t>();
-  const int64_t L = offsets.numel() - 1;
-  std::vector<WideLayers> wide;
-  int64_t matrix = 0;
-  for (int64_t l = 0, count = 1; l < L; l += count) {
-    const int64_t width = bounds[l + 1] - bounds[l];
-    count = 1;
-    while (l + count < L && bounds[l + count + 1] - bounds[l + count] == width) ++count;
-    if (width > widest) wide.push_back({l, count, width, matrix, bounds[l]});
-    matrix += count * width * width;
-  }
-  return wide;
-}
-
-// Wide layers go through torch, equal ones together, which does not wait for the device either.
-// How they are summed is torch's.
-void factor_wide(const WideLayers& wide, const at::Tensor& matrices, const at::Tensor& shift,
-                 const at::Tensor& out, const at::Tensor& info) {
-  const at::Tensor damped = wide.matrices(matrices).tril();
-  damped.diagonal(0, 1, 2).add_(wide.of_layers(shift).unsqueeze(1));
-  const auto [lower, failed] = at::linalg_cholesky_ex(damped);
-  // A NaN pivot may have gone unnoticed.
-  const at::Tensor bad = lower.diagonal(0, 1, 2).gt(0).logical_not();
-  const at::Tensor first_bad = at::where(bad.any(1), bad.to(at::kInt).argmax(1).add(1), 0);
-  const at::Tensor pivot = at::where(failed.ne(0), failed, first_bad);
-  wide.of_layers(info).copy_(pivot);
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  wide.matrices(out).copy_(lower.masked_fill(pivot.ne(0).view({-1, 1, 1}), nan));
-}
-
-void solve_wide(const WideLayers& wide, const at::Tensor& factors, const at::Tensor& rows,
-                const at::Tensor& out) {
-  const at::Tensor lower = wide.matrices(factors);
-  const at::Tensor half = at::linalg_solve_triangular(lower.mT(), wide.rows(rows), true, false);
-  wide.rows(out).copy_(at::linalg_solve_triangular(lower, half, false, false));
-}
-
 void damped_cholesky_cuda(const at::Tensor& matrices, const at::Tensor& offsets,
                           const at::Tensor& shift, const std::optional<at::Tensor>& rows,
                           const at::Tensor& out, const at::Tensor& info,
                           const std::optional<at::Tensor>& solved) {
   const char* const op = "damped_cholesky";
   const c10::cuda::CUDAGuard guard(out.device());
-  const at::NoGradGuard no_grad;
   const CholeskyArgs args = damped_cholesky_args(matrices, offsets, shift, rows, out, info, solved);
   check_devices(op, out, {matrices, shift, info});
   if (rows) check_devices(op, out, {*rows, *solved});
-  const int64_t widest = widest_cholesky(op);
-  for (const WideLayers& wide : wide_layers(offsets, widest)) {
-    factor_wide(wide, matrices, shift, out, info);
-    if (args.m > 0) solve_wide(wide, out, *rows, *solved);
-  }
-  check_launch(op, cuda::cholesky(args, widest, c10::cuda::getCurrentCUDAStream()));
+  check_launch(op, cuda::cholesky(args, c10::cuda::getCurrentCUDAStream()));
 }
 
 void cholesky_solve_cuda(const at::Tensor& factors, const at::Tensor& offsets,
                          const at::Tensor& rows, const at::Tensor& out) {
   const char* const op = "cholesky_solve";
   const c10::cuda::CUDAGuard guard(out.device());
-  const at::NoGradGuard no_grad;
   const CholeskyArgs args = cholesky_solve_args(factors, offsets, rows, out);
   check_devices(op, out, {factors, rows});
   if (out.numel() == 0) return;
-  const int64_t widest = widest_cholesky(op);
-  for (const WideLayers& wide : wide_layers(offsets, widest)) {
-    solve_wide(wide, factors, rows, out);
-  }
-  check_launch(op, cuda::cholesky(args, widest, c10::cuda::getCurrentCUDAStream()));
+  check_launch(op, cuda::cholesky(args, c10::cuda::getCurrentCUDAStream()));
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {

@@ -48,6 +48,7 @@ std::vector<Case> cases(const Pools& pools, bool small) {
           gram(pools, 4096, 1, 1024),
           cholesky(pools, 64, 128, 16),
           cholesky(pools, 64, 256, 16),
+          cholesky(pools, 50, 512, 16),
           topk(pools.scores, 16, 1 << 18, 100)};
 }
 

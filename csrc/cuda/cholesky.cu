@@ -1,5 +1,6 @@
 // damped_cholesky and cholesky_solve on CUDA: a block a layer, whose lower triangle lies in shared
-// memory from the first column to the last right-hand side; see cholesky_layer.cuh.
+// memory from the first column to the last right-hand side; see cholesky_layer.cuh and
+// cholesky_substitution.cuh.
 //
 // Measured on an H200 before rows were copied without waiting and warps worked ahead: 50 layers in
 // a graph took 30.5 µs at r = 64, 62.9 at 128 and 134 at 256; torch's batch 53, 105 and 260. That
@@ -7,31 +8,37 @@
 // other, 700 cycles for each row of a warp, and 250 a root and a quotient, which branch.
 //
 // Predicted, not measured, for that card at 1.9 GHz, of cycles of latency: 4 of arithmetic, 25 to
-// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel takes 8 x 52 for its
-// block on the diagonal, 120 for the products with the next one, and 150 for two barriers and what
-// goes through shared memory between them: 700. Of the warps ahead each has rows by 16, for which
-// it takes 205 for 32 columns (155 instructions) and 250 to add up; what is more than 500 is waited
-// for.
+// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel of 8 columns takes 25
+// for its barrier, 60 to have its block on the diagonal less the products over the panel before,
+// 35; 55 to hand it to all lanes, 8 x 52 to factorise it and 15 to write: 600 together. Of the
+// warps ahead each takes 205 (160 instructions) for 32, 64 or 128 columns of 16, 8 or 4 rows, and
+// 250 to 330 (190) to add up; a warp of rows has 430 instructions a panel. An SM issues four a
+// cycle: a panel takes the longest of the chain, of the warps ahead, and of its instructions.
 //
 //     r                                         64    128    256    320
 //     threads                                  192    384    512    512
-//     cycles, thousands: panels                5.6     11     22     28
-//                        waits for those ahead 0.3      3     29     36
+//     cycles, thousands: chain of panels       4.8    9.6     19     24
+//                        warps ahead           3.2    7.9     38     83
+//                        instructions / 4      3.1     13     58    101
+//                        panel by panel        4.9     15     68    117
 //                        copies in and out       2      3      7     10
-//     µs, with 2.5 of the launch               6.7     11     33     41
-//     layers at a time on 132 SMs              396    132    132    132
+//     µs, with 2.5 of the launch               6.1     12     42     69
+//     and for 16 right-hand sides                2      4     10     17
+//     layers at a time on 132 SMs              264    132    132    132
 //
 // Floor: 64 layers of 128 x 128 are 2.1 MB to read and 4.2 MB to write, 1.5 µs at 4.3 TB/s.
 //
-// What is left: late panels have few rows and long sums, so few warps ahead at work; a layer has
-// one SM; those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) go
-// through torch.
+// What is left: the chain, where r is small, and instructions, where it is large: a layer has one
+// SM. Those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) are cut into
+// blocks, see cholesky_wide.cuh.
 
 #include <algorithm>
 #include <vector>
 
 #include "cuda/cholesky.cuh"
 #include "cuda/cholesky_layer.cuh"
+#include "cuda/cholesky_substitution.cuh"
+#include "cuda/cholesky_wide.cuh"
 #include "cuda/common.cuh"
 
 namespace dropinf {
@@ -53,12 +60,6 @@ constexpr int kMaxWidth = 320, kMaxThreads = 512;
 constexpr int kLeastRows = 6, kMostRows = 64;
 // More right-hand sides than this are solved for by several blocks a layer, after the factors.
 constexpr int64_t kFusedRows = 128;
-
-struct Layer {
-  int64_t column, matrix;  // where it starts in the rows and in the matrices
-  int32_t width;
-  int32_t index;
-};
 
 struct Cholesky {
   Layer layers[kMaxLayers];
@@ -149,7 +150,9 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
   for (; team > kPanel && count > num_warps * teams; teams *= 2) team /= 2;
   for (int first_q = warp * teams; first_q < count && !failed; first_q += num_warps * teams) {
     const int q = first_q + lane * teams / kWarp;
-    solve(shared, N, n, team, q < count, shared.slots + q * (N + 4));
+    float* const x = shared.slots + q * (N + 4);
+    solve_lower(shared, N, n, team, q < count, x);
+    solve_upper(shared, N, team, q < count, x);
   }
   __syncthreads();
   for (int q = warp; q < count; q += num_warps) {
@@ -224,45 +227,28 @@ cudaError_t launch_layers(Cholesky* all, int count, int64_t limit, cudaStream_t 
                 kBuckets[bucket_of(widest)].threads, shared_bytes(N, all->num_slots), stream, *all);
 }
 
-}  // namespace
-
-cudaError_t widest_cholesky(int64_t* width) {
-  int64_t limit = 0;
-  const cudaError_t error = shared_limit(&limit);
-  *width = kMaxWidth;
-  while (*width > 0 && shared_bytes(static_cast<int>(*width), kLeastRows) > limit) {
-    *width -= kPanel;
-  }
-  return error;
+// The widest layer that fits in `limit` bytes of shared memory.
+int64_t widest_of(int64_t limit) {
+  int64_t width = kMaxWidth;
+  while (width > 0 && shared_bytes(static_cast<int>(width), kLeastRows) > limit) width -= kPanel;
+  return width;
 }
 
-cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stream) {
+// Layers that fit in shared memory, the widest first.
+cudaError_t cholesky_narrow(const CholeskyArgs& args, const Layer* layers, int64_t num_layers,
+                            int64_t limit, cudaStream_t stream) {
   if (args.info && args.m > kFusedRows) {
     CholeskyArgs part = args;
     part.m = 0;
-    const cudaError_t error = cholesky(part, widest, stream);
+    const cudaError_t error = cholesky_narrow(part, layers, num_layers, limit, stream);
     if (error != cudaSuccess) return error;
     part = args;
     part.matrices = args.factors;
     part.factors = nullptr;
     part.info = nullptr;
-    return cholesky(part, widest, stream);
+    while (num_layers > 0 && layers[num_layers - 1].width == 0) --num_layers;
+    return cholesky_narrow(part, layers, num_layers, limit, stream);
   }
-  int64_t limit = 0;
-  const cudaError_t error = shared_limit(&limit);
-  if (error != cudaSuccess) return error;
-  std::vector<Layer> layers;
-  int64_t matrix = 0;
-  for (int64_t l = 0; l < args.L; ++l) {
-    const int64_t column = args.offsets[l], width = args.offsets[l + 1] - column;
-    const bool wanted = args.info || (width > 0 && args.m > 0);  // of width 0 only the info
-    if (wanted && width <= widest) {
-      layers.push_back({column, matrix, static_cast<int32_t>(width), static_cast<int32_t>(l)});
-    }
-    matrix += width * width;
-  }
-  std::stable_sort(layers.begin(), layers.end(),
-                   [](const Layer& a, const Layer& b) { return a.width > b.width; });
   Cholesky all{};
   all.matrices = args.matrices;
   all.factors = args.factors;
@@ -274,9 +260,9 @@ cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stre
   all.rows_stride = args.rows_stride;
   all.solved_stride = args.solved_stride;
   int count = 0;
-  for (size_t k = 0; k < layers.size(); ++k) {
+  for (int64_t k = 0; k < num_layers; ++k) {
     all.layers[count++] = layers[k];
-    const bool last = k + 1 == layers.size() || count == kMaxLayers ||
+    const bool last = k + 1 == num_layers || count == kMaxLayers ||
                       bucket_of(layers[k + 1].width) != bucket_of(layers[k].width);
     if (!last) continue;
     const cudaError_t error = launch_layers(&all, count, limit, stream);
@@ -284,6 +270,33 @@ cudaError_t cholesky(const CholeskyArgs& args, int64_t widest, cudaStream_t stre
     count = 0;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cholesky(const CholeskyArgs& args, cudaStream_t stream) {
+  int64_t limit = 0;
+  cudaError_t error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  const int64_t widest = widest_of(limit);
+  std::vector<Layer> layers;
+  int64_t matrix = 0;
+  for (int64_t l = 0; l < args.L; ++l) {
+    const int64_t column = args.offsets[l], width = args.offsets[l + 1] - column;
+    const bool wanted = args.info || (width > 0 && args.m > 0);  // of width 0 only the info
+    if (wanted) {
+      layers.push_back({column, matrix, static_cast<int32_t>(width), static_cast<int32_t>(l)});
+    }
+    matrix += width * width;
+  }
+  std::stable_sort(layers.begin(), layers.end(),
+                   [](const Layer& a, const Layer& b) { return a.width > b.width; });
+  const auto num_layers = static_cast<int64_t>(layers.size());
+  int64_t num_wide = 0;
+  while (num_wide < num_layers && layers[num_wide].width > widest) ++num_wide;
+  error = cholesky_wide(args, layers.data(), num_wide, stream);
+  if (error != cudaSuccess) return error;
+  return cholesky_narrow(args, layers.data() + num_wide, num_layers - num_wide, limit, stream);
 }
 
 }  // namespace cuda

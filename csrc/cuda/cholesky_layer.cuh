@@ -1,16 +1,17 @@
-// One layer in the shared memory of a block: its factor, and the solutions of right-hand sides.
+// One layer in the shared memory of a block, and its factor; solutions are in
+// cholesky_substitution.cuh.
 //
-// The factorisation is left-looking, kPanel columns at a time, with two barriers a panel. A thread
-// a row factorises the panel's own 8 x 8 block for itself, which needs no shuffles, finishes its
-// row, and then has the next block from it by the products over these 8 columns alone: those over
-// all columns before are subtracted meanwhile by other warps, which work one panel ahead. Diagonals
-// hold what the roots are taken of, until all are taken at once. Of the right-hand sides each has a
-// team of 8 lanes, and needs no barriers of the block.
+// The factorisation is left-looking, kPanel columns at a time, with one barrier a panel. A thread a
+// row factorises the panel's own 8 x 8 block for itself, which needs no shuffles, and finishes its
+// row in the same registers; each warp has a copy of the block. Its entries still lack the products
+// over the 8 columns of the panel before; those over all columns further left were subtracted by
+// other warps meanwhile, which work one panel ahead. Diagonals hold what the roots are taken of,
+// until all are taken at once.
 //
 // Rows lie one behind the other. Row i is padded to 8 (i / 8) + 12 floats: an odd number of 16
 // bytes, the same for the 8 rows whose 16-byte reads are served together, which then fall into
-// different banks. Of the
-// panel's rows the threads of a warp, or a lane in each of its teams, read the same address.
+// different banks. Of the panel's rows the threads of a warp, or a lane in each of its teams, read
+// the same address.
 
 #pragma once
 
@@ -20,6 +21,12 @@ namespace dropinf {
 namespace cuda {
 
 constexpr int kPanel = 8;
+
+struct Layer {
+  int64_t column, matrix;  // where it starts in the rows and in the matrices
+  int32_t width;
+  int32_t index;
+};
 
 __host__ __device__ constexpr int padded(int width) {
   return (width + kPanel - 1) / kPanel * kPanel;
@@ -199,7 +206,7 @@ __device__ inline int factorise(const Shared& shared, int N) {
   for (int first = 0; first < N; first += kPanel) {
     if (warp >= row_warps) {
       const int next = first + kPanel;
-      if (next < N) {
+      if (first > 0 && next < N) {
         update_panel(shared, N, next, first, warp - row_warps, blockDim.x / kWarp - row_warps);
       }
     } else if (i - lane + kWarp > first) {
@@ -207,8 +214,7 @@ __device__ inline int factorise(const Shared& shared, int N) {
       // The panel's rows in the columns of the one before it, or zeros.
       const float* const before = first > 0 ? block - kPanel : shared.inverses;
       const int stride = first > 0 ? first + 12 : 0;
-      corner_entries(before, stride, shared.triangle + row_start(first) + first, first + 12,
-                     corner);
+      corner_entries(before, stride, block, first + 12, corner);
       __syncwarp();
       if (i >= first && i < N) {
         float l[kPanel][kPanel], inverses[kPanel], products[kPanel];
@@ -237,85 +243,6 @@ __device__ inline int factorise(const Shared& shared, int N) {
   }
   __syncthreads();
   return *shared.bad;
-}
-
-// x = (L Lᵀ)⁻¹ x, of one right-hand side [N] in shared memory for each team of 8 to 32 lanes, if it
-// is there; zeros from n on. All lanes solve a panel's block, and share the other rows or columns;
-// the bits are the same for any team.
-__device__ inline void solve(const Shared& shared, int N, int n, int team, bool there, float* x) {
-  const int lane = threadIdx.x & (team - 1);
-  float t[kPanel], l[kPanel], inverses[kPanel];
-  for (int first = 0; first < N; first += kPanel) {
-    if (there) {
-      const float* const corner = shared.triangle + row_start(first) + first;
-      load_8(x + first, t);
-      load_8(shared.inverses + first, inverses);
-#pragma unroll
-      for (int c = 0; c < kPanel; ++c) {
-        load_8(corner + c * (first + 12), l);
-#pragma unroll
-        for (int d = 0; d < c; ++d) t[c] = fmaf(-t[d], l[d], t[c]);
-        t[c] *= inverses[c];
-      }
-      // What is not finite must not come back out of the padding.
-#pragma unroll
-      for (int c = 0; c < kPanel; ++c) t[c] = first + c < n ? t[c] : 0.0f;
-    }
-    __syncwarp();
-    if (there) {
-      if (lane == 0) store_8(t, x + first);
-      constexpr int kRows = 4;  // at a time
-      for (int i = first + kPanel + lane; i < N; i += kRows * team) {
-        float sums[kRows];
-#pragma unroll
-        for (int u = 0; u < kRows; ++u) {
-          const int row = i + u * team < N ? i + u * team : i;
-          load_8(shared.triangle + row_start(row) + first, l);
-          sums[u] = x[row];
-#pragma unroll
-          for (int d = 0; d < kPanel; ++d) sums[u] = fmaf(-l[d], t[d], sums[u]);
-        }
-#pragma unroll
-        for (int u = 0; u < kRows; ++u) {
-          if (i + u * team < N) x[i + u * team] = sums[u];
-        }
-      }
-    }
-    __syncwarp();
-  }
-  for (int first = N - kPanel; first >= 0; first -= kPanel) {
-    const float* const panel = shared.triangle + row_start(first);
-    const int stride = first + 12;
-    if (there) {
-      load_8(x + first, t);
-      load_8(shared.inverses + first, inverses);
-#pragma unroll
-      for (int c = kPanel - 1; c >= 0; --c) {
-        load_8(panel + c * stride + first, l);
-        t[c] *= inverses[c];
-#pragma unroll
-        for (int d = 0; d < c; ++d) t[d] = fmaf(-t[c], l[d], t[d]);
-      }
-    }
-    __syncwarp();
-    if (there) {
-      if (lane == 0) store_8(t, x + first);
-#pragma unroll 1
-      for (int k = 4 * lane; k < first; k += 4 * team) {
-        float sums[4];
-        load_4(x + k, sums);
-#pragma unroll
-        for (int c = 0; c < kPanel; ++c) {
-          float y[4];
-          load_4(panel + c * stride + k, y);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sums[e] = fmaf(-t[c], y[e], sums[e]);
-        }
-        store_4(sums, x + k);
-      }
-    }
-    __syncwarp();
-  }
 }
 
 }  // namespace cuda

@@ -206,7 +206,7 @@ def _layers(*sizes: int) -> tuple[Tensor, int, int]:
 
 
 _NARROW = (1, 33, 0, 70)
-_WIDE = (40, 330, 330)  # wider than backend cuda factorises itself
+_WIDE = (40, 330, 385)  # wider than shared memory holds: a tile or a column left over
 
 
 def _gram_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -43,7 +43,7 @@ def finding(
     truth: Sequence[bool] | Tensor, own: Tensor | None, mean: Sequence[float | None] | None
 ) -> dict[str, Any]:
     """A table: the probability that a wrong example comes before a right one."""
-    wrong = torch.tensor([bool(t) for t in truth])
+    wrong = torch.tensor(list_of(truth), dtype=torch.bool)
     rows = [("known to be wrong", f"{int(wrong.sum()):,} of {len(wrong):,}")]
     for what, values in (
         ("AUC of a high self-influence", None if own is None else list_of(own)),

@@ -181,7 +181,7 @@ def _suspicious(
 ) -> dict[str, Any]:
     n = len(own)
     names = list(range(n)) if ids is None else list_of(ids)
-    known = None if truth is None else [bool(t) for t in truth]
+    known = None if truth is None else list(map(bool, list_of(truth)))
     for what, given in (("ids", names), ("truth", known), ("columns of scores", means)):
         if given is not None and len(given) != n:
             raise ValueError(f"write_report: there are {n} self-influences and {len(given)} {what}")

@@ -27,7 +27,7 @@ _NOWHERE = torch.iinfo(torch.int64).max  # an invalid query's index, as topk has
 
 @dataclass(frozen=True)
 class Ranked:
-    """k training examples of each of m queries, the most extreme first.
+    """k training examples of each of m queries, the most extreme first; on the CPU.
 
     Attributes:
         scores: [m, k], NaN for an invalid query.
@@ -215,7 +215,7 @@ def attribute(
     else:
         mean, error = ensemble(parts, relative=relative, weights=weights)
         ends = [_extreme(mean, error, k, largest) for largest in (True, False)]
-    top, bottom = (Ranked(*end, _ids_at(known, end[2])) for end in ends)
+    top, bottom = (_ranked(known, *end) for end in ends)
     return Attribution(
         top,
         bottom,
@@ -240,11 +240,17 @@ def _extreme(mean: Tensor, error: Tensor, k: int, largest: bool) -> tuple[Tensor
     return values, errors, order
 
 
+def _ranked(store: RowStore, scores: Tensor, errors: Tensor | None, indices: Tensor) -> Ranked:
+    indices = indices.cpu()
+    errors = None if errors is None else errors.cpu()
+    return Ranked(scores.cpu(), errors, indices, _ids_at(store, indices))
+
+
 def _ids_at(store: RowStore, indices: Tensor) -> list[list[Any]]:
     own = store.ids
     if isinstance(own, Tensor):
-        known = indices.cpu() != _NOWHERE
-        found = own[indices.cpu().where(known, 0)].tolist()
+        known = indices != _NOWHERE
+        found = own[indices.where(known, 0)].tolist()
         return [
             [i if there else None for i, there in zip(*both, strict=True)]
             for both in zip(found, known.tolist(), strict=True)

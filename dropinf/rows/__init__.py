@@ -11,6 +11,7 @@ from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
     PART_BYTES,
+    device_of,
     kept_beside,
     mark_invalid,
     mean_squares,
@@ -38,6 +39,7 @@ __all__ = [
     "RowWriter",
     "Weights",
     "collect",
+    "device_of",
     "digest_of_ids",
     "energies",
     "finite_rows",

@@ -24,6 +24,7 @@ from dropinf.capturing import (
     NotCompiledError,
     capture,
     example_at,
+    moved_to,
     size_at,
 )
 from dropinf.compression import Plan
@@ -128,8 +129,13 @@ class Batches:
             yield
 
     def drawn(self, loader: Iterable) -> Iterator[Any]:
-        """The batches of a loader, which runs as without a capture: watched, it would be slow."""
+        """The batches of a loader, on the model's device where it has one.
+
+        The loader runs as without a capture: watched, it would be slow.
+        """
         end = object()
+        devices = {p.device for p in self.model.parameters()}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise TypeError(
                 f"{self._op}: the loader must be what batches can be taken from, such as a "
@@ -140,8 +146,10 @@ class Batches:
         while True:
             with self.tap.paused():
                 batch = next(left, end)
-            if batch is end:
-                return
+                if batch is end:
+                    return
+                if device.type != "cpu":  # hooks of a model on several devices do it themselves
+                    batch = moved_to(device, batch)
             yield batch
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -47,10 +47,12 @@ def collect(
 
     Args:
         model: used as it is, on the device and in the training mode that it is in.
-        loader: gives batches, of any type that `loss_fn` takes.
+        loader: gives batches, of any type that `loss_fn` takes. Tensors in tuples, lists, mappings
+            and dataclasses are moved to a GPU that the whole model is on.
         loss_fn: (model, batch) -> [B], one loss per example, of whose sum the gradient is taken.
         plan: the coordinates to keep.
-        path: a directory to make; None keeps the rows in memory.
+        path: a directory to make; None keeps the rows in memory, on the CPU whatever device the
+            model is on, as [n, R] may not fit beside it: `RowStore.to("cuda")` takes them to a GPU.
         mode: "activations" or "grads", see `capture`.
         progress: show a bar with examples per second and time left; a string is its label.
         resume: go on behind the rows that are at `path`, if there are any, under the same plan,

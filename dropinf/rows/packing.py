@@ -82,11 +82,11 @@ class Packing:
         """
         if rows.dtype == self.dtype and not self.num_scales:
             return rows
-        rows = rows.to("cpu", torch.float32 if self.num_scales else self.dtype)
+        rows = rows.to(torch.float32 if self.num_scales else self.dtype)
         self._check_range(finite_rows(rows), 0, len(rows))
         if not self.num_scales:
             return rows
-        layers = self._layers
+        layers = self._layers(rows.device)
         packed = rows.new_zeros(
             len(rows), row_bytes(self.dtype, self.width, self.num_scales), dtype=torch.uint8
         )
@@ -98,8 +98,9 @@ class Packing:
             most.scatter_reduce_(1, index, piece.abs(), "amax")
             self._check_range((most <= _LARGEST).all(1), at.start, len(rows))
             if self.dtype == torch.float16:
-                exponent = torch.frexp(most).exponent - 15
-                scales[at] = torch.ldexp(torch.ones_like(most), exponent.clamp(min=-126))
+                exponent = (torch.frexp(most).exponent - 15).clamp(min=-126)
+                # By its bits, since not every device's power of two is exact.
+                scales[at] = ((exponent + 127) << 23).view(torch.float32)
             else:
                 scales[at] = (most / 127).clamp(min=_LEAST_SCALE)
             scaled = piece / scales[at].gather(1, index)
@@ -127,18 +128,18 @@ class Packing:
         if not self.num_scales:
             return take(packed, columns).to(self.read_dtype)
         numbers, scales = self.views(packed)
-        layers, numbers = take(self._layers[None], columns), take(numbers, columns)
+        layers = take(self._layers(packed.device)[None], columns)
+        numbers = take(numbers, columns)
         rows = scales.new_empty(numbers.shape)
         for at in _pieces(len(rows)):
             torch.gather(scales[at], 1, layers.expand(len(scales[at]), -1), out=rows[at])
             rows[at].mul_(numbers[at])
         return rows
 
-    @property
-    def _layers(self) -> Tensor:
+    def _layers(self, device: torch.device) -> Tensor:
         """[R] int64: the layer of each entry."""
         widths = torch.tensor(self.bounds).diff()
-        return torch.arange(len(widths)).repeat_interleave(widths)
+        return torch.arange(len(widths)).repeat_interleave(widths).to(device)
 
 
 def finite_rows(rows: Tensor) -> Tensor:

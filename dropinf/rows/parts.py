@@ -95,6 +95,11 @@ class Parts:
         return torch.cat([part.origin for part in self.parts]) if self.has_origin else None
 
     @property
+    def device(self) -> torch.device:
+        """Where the rows are; of a directory the CPU."""
+        return self.parts[0].packed.device
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the rows."""
         packed = self.parts[0].packed
@@ -131,6 +136,15 @@ class Parts:
             if len(here):
                 found[here] = part.at(positions[here] - first)
             first += len(part)
+        return found
+
+    def moved(self, device: torch.device) -> Tensor:
+        """[n, ...] all rows as they are kept, verified; a copy on a device."""
+        packed = self.parts[0].packed
+        found = packed.new_empty((len(self), packed.shape[1]), device=device)
+        for start, chunk in self.chunks():
+            found[start : start + len(chunk)] = chunk
+            del chunk
         return found
 
     def check_new(self, part: Part, dtype: torch.dtype) -> None:

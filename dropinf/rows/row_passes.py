@@ -37,7 +37,7 @@ def valid_rows(
     wanted = store.read_dtype if dtype is None else dtype
     num_rows = max(1, part_bytes // max(1, width * wanted.itemsize))
     for start, rows in store.chunks(columns, num_rows):  # copies of more would be beyond the part
-        valid = store.valid[start : start + len(rows)]
+        valid = store.valid[start : start + len(rows)].to(rows.device)
         bad = ~finite_rows(rows) & valid
         if bad.any():
             at = start + int(bad.nonzero()[0])
@@ -68,8 +68,9 @@ def mean_squares(store: RowStore, n: int, part_bytes: int | None = None) -> Tens
 
     In parts of about `part_bytes`, of some columns where a whole row is more than that.
     """
-    total = torch.zeros(store.plan.width, dtype=torch.float64)
-    part_bytes = 1 << 22 if part_bytes is None else part_bytes  # no product gains by more
+    total = torch.zeros(store.plan.width, dtype=torch.float64, device=store.device)
+    if part_bytes is None:  # on a CPU no product gains by more than a cache
+        part_bytes = 1 << 22 if store.device.type == "cpu" else PART_BYTES
     width = max(1, part_bytes // 8)
     for start in range(0, len(total), width):
         columns = slice(start, min(start + width, len(total)))
@@ -114,13 +115,14 @@ def _float32_holds(
     if not store.valid.all():
         valid = valid[store.valid]
     probed = valid[:: max(1, len(valid) // _PROBED)][:_PROBED]
-    exact, squares = (torch.zeros(m, len(probed), dtype=torch.float64) for _ in range(2))
-    norms = torch.zeros(len(probed), dtype=torch.float64)
+    device = solved.device
+    exact = torch.zeros(m, len(probed), dtype=torch.float64, device=device)
+    squares, norms = torch.zeros_like(exact), torch.zeros_like(exact[0])
     step = max(1, part_bytes // (64 * max(m, len(probed))))
     for at, positions in zip(torch.arange(len(probed)).split(few), probed.split(few), strict=True):
-        rows = store.at(positions)
+        rows, at = store.at(positions).to(device), at.to(device)
         for x, g in zip(solved.split(step, 1), rows.split(step, 1), strict=True):
-            x, g = x.cpu().double(), g.cpu().double().nan_to_num_(0)
+            x, g = x.double(), g.double().nan_to_num_(0)
             exact[:, at] += x @ g.T
             norms[at] += g.square().sum(1)
             squares[:, at] += x.square() @ g.square().T
@@ -138,6 +140,12 @@ def products(solved: Tensor, store: RowStore) -> Tensor:
         ops.row_products(solved, numbers, scales=scales, offsets=store.bounds, out=out)
         del numbers, scales
     return result
+
+
+def device_of(queries: RowStore, store: RowStore) -> torch.device:
+    """Where products of both are computed: on the GPU where rows of the queries or of the store
+    are, or else on the CPU."""
+    return store.device if queries.device.type == "cpu" else queries.device
 
 
 def kept_beside(store: RowStore, solved: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:

@@ -36,6 +36,10 @@ _AT_A_TIME = 4
 class RowStore:
     """Rows [n, R] of n examples, made by `collect`, and which of them are valid.
 
+    In memory rows may be on a GPU, which then does the work: solvers are fitted there, and scores
+    are there. `collect` keeps them on the CPU, as [n, R] may not fit beside the model; `to("cuda")`
+    takes them to the GPU. What belongs to them, `valid`, `ids` and `origin`, is on the CPU always.
+
     A directory holds plan.json, store.json, and parts, each written by one process in one go: its
     rows (row-major, little-endian), their ids, and a journal of how far they go. All of it is under
     checksums. A store that is still being written can be opened as far as it is flushed.
@@ -61,7 +65,7 @@ class RowStore:
         """A store in memory around `rows`.
 
         Args:
-            rows: [n, R] floating point.
+            rows: [n, R] floating point; they stay on the device that they are on.
             plan: that made them.
             valid: [n] bool, None if all are.
             origin: [n, 2], see `origin`.
@@ -121,7 +125,8 @@ class RowStore:
         """The rows of one store after the other; nothing is copied.
 
         Raises:
-            ValueError: they are of different plans, weights, updates or dtypes, or share an id.
+            ValueError: they are of different plans, weights, updates, dtypes or devices, or share
+                an id.
         """
         if not stores:
             raise ValueError("RowStore.join: no stores were given")
@@ -132,6 +137,7 @@ class RowStore:
                 ("weights", first.weights, store.weights),
                 ("updates", first.updates, store.updates),
                 ("dtype", first.dtype, store.dtype),
+                ("device", str(first.device), str(store.device)),
                 ("ids", first._parts.kind, store._parts.kind),
                 ("origin", first._parts.has_origin, store._parts.has_origin),
             ):
@@ -159,7 +165,8 @@ class RowStore:
         """Add rows as a part of their own, on the disk too if the store is a directory.
 
         Args:
-            rows: [k, R] under the same plan and weights, in the dtype in which the store reads.
+            rows: [k, R] under the same plan and weights, in the dtype in which the store reads, on
+                any device.
             ids: k integers or strings, which must not be here yet; needed if the store has ids.
             valid: [k] bool, None if all are.
             origin: [k, 2] integers, needed if the store has them.
@@ -169,12 +176,31 @@ class RowStore:
             LockedError: another process writes this store.
         """
         given = None if ids is None else as_ids("RowStore.append", ids)
+        rows = rows.to(self.device)
         part = checked_part("RowStore.append", self.plan, rows, valid, origin, given, self.dtype)
         self._parts.check_new(part, rows.dtype)
         if self.path is not None:
             part = self._parts.written(part, self.path)
         self._parts.parts.append(part)
         self.valid = torch.cat([self.valid, part.valid])
+
+    def to(self, device: str | torch.device) -> RowStore:
+        """A store in memory whose rows are on a device, such as "cuda", kept in the same dtype.
+
+        It is this store itself if they are there already.
+
+        Raises:
+            ValueError: a chunk on disk does not have its checksum.
+        """
+        device = torch.empty(0, device=device).device  # "cuda" is the current one
+        if self.path is None and device == self.device:
+            return self
+        packed = self._parts.moved(device)
+        part = Part(packed, self._parts.packing, self.valid.clone(), self._parts.ids, self.origin)
+        part.finished = self.finished
+        store = RowStore.of(self.plan, Parts([part]), self.about)
+        store.proof = self.proof
+        return store
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rows to a new directory, which appears whole or not at all.
@@ -237,6 +263,11 @@ class RowStore:
     def finished(self) -> bool:
         """Whether all that was to be collected is there."""
         return self._parts.finished
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are; of a directory the CPU."""
+        return self._parts.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -347,7 +378,7 @@ class RowStore:
             ("width", f"{self.plan.width:,}"),
             ("kept in", str(self.dtype).removeprefix("torch.")),
             ("bytes", f"{self.num_bytes:,}"),
-            ("path", "in memory" if self.path is None else str(self.path)),
+            ("path", self._where if self.path is None else str(self.path)),
             ("compression", repr(self.plan.compression)),
             ("plan", self.plan.fingerprint),
             ("weights", self.weights or "not known"),
@@ -356,8 +387,13 @@ class RowStore:
         ]
         return Table(("what", "is"), rows)
 
+    @property
+    def _where(self) -> str:
+        """Of a store in memory, in which."""
+        return "in memory" if self.device.type == "cpu" else f"on {self.device}"
+
     def __repr__(self) -> str:
-        where = "in memory" if self.path is None else f"in {printable(str(self.path))}"
+        where = self._where if self.path is None else f"in {printable(str(self.path))}"
         kept = (
             "" if self.dtype == torch.float32 else f" in {str(self.dtype).removeprefix('torch.')}"
         )

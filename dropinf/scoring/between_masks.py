@@ -59,7 +59,8 @@ def agreement(
                 "with another seed"
             )
         plans.add(store.plan.fingerprint)
-        found.append(scores(queries, store, solver, weights=weights))
+        own = scores(queries, store, solver, weights=weights)
+        found.append(own.to(found[0].device) if found else own)
         ids.append([queries.ids, store.ids])
     if len(found) < 2:
         raise ValueError(

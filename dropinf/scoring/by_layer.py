@@ -13,7 +13,7 @@ def layer_products(solved: Tensor, store: RowStore) -> Tensor:
     blocks = store.plan.blocks
     result = solved.new_empty(len(blocks), len(solved), len(store))
     for start, chunk in store.chunks():
-        rows = chunk.to(solved)
+        rows = chunk.to(solved)  # its dtype and device
         for block, part in zip(blocks, result, strict=True):
             to = part[:, start : start + len(rows)]
             torch.mm(solved[:, block.entries], rows[:, block.entries].T, out=to)

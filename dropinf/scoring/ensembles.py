@@ -44,7 +44,7 @@ def ensemble(
         mean [m, n], and error [m, n], the standard error of that mean: the standard deviation over
         the parts divided by the square root of their number, NaN for a single part; with weights
         sqrt(K / (K - 1) Σ w_k² (scores_k - mean)²) / Σ w_k over the K parts. NaN where the query
-        or training row is invalid in any part.
+        or training row is invalid in any part. Both are where the scores of the first part are.
 
     Raises:
         ValueError: there are no parts, they differ in m, n or ids, or weights are not one positive
@@ -65,6 +65,7 @@ def ensemble(
             mean, squares = torch.zeros_like(found), torch.zeros_like(found)
             if given is not None:
                 linear = torch.zeros_like(found)
+        found = found.to(mean.device)
         if found.shape != mean.shape:
             raise ValueError(
                 f"ensemble: part {count} has scores {list(found.shape)}, those before it "

@@ -12,6 +12,7 @@ from dropinf import ops
 from dropinf.rows import (
     PART_BYTES,
     RowStore,
+    device_of,
     kept_beside,
     mark_invalid,
     products,
@@ -55,7 +56,8 @@ def scores(
     Returns:
         [m, n] in the rows' dtype, of the ids `queries.ids` and `store.ids`; NaN where the query or
         the training row is invalid. Rows of tokens (`collect(per="token")`) on either side give
-        scores of tokens, which add up to their examples'; `origin` says whose each is.
+        scores of tokens, which add up to their examples'; `origin` says whose each is. They are on
+        the GPU where rows of the queries or of the store are, which makes them, or on the CPU.
 
     Raises:
         ValueError: the three were not made under the same plan or weights, a self-influence is
@@ -68,11 +70,11 @@ def scores(
         )
     solver.check_plans("scores", queries, store, weights)
     _refuse_updates("scores", queries)
-    solved = solved_for(queries.rows, store, solver.solve)
+    solved = solved_for(queries.rows.to(device_of(queries, store)), store, solver.solve)
     result = (products if by is None else layer_products)(solved, store).to(queries.read_dtype)
     factors = _factors("scores", store, solver, relative, weights)
     if factors is not None:
-        result *= factors
+        result *= factors.to(result.device)
     valid = queries.valid[:, None], store.valid
     solver.check_scores(
         "scores", result, valid, lambda *at: (solved[at[-2]], store.at([at[-1]])[0])
@@ -104,6 +106,7 @@ def topk(
         values [m, k], largest first, and indices [m, k] int64, positions in the store. Invalid
         training rows are never among them; an invalid query has NaN, and 2^63 - 1 for index or id
         (for a string, None), with which no list or tensor can be indexed by mistake, as with -1.
+        Values and indices are where `scores` would be; ids are on the CPU.
 
     Raises:
         ValueError: as in `scores`, or k is out of range.
@@ -113,7 +116,7 @@ def topk(
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
-    solved = solved_for(queries.rows, store, solver.solve)
+    solved = solved_for(queries.rows.to(device_of(queries, store)), store, solver.solve)
     if not largest:
         solved = -solved
     factors = _factors("topk", store, solver, relative, weights)
@@ -159,7 +162,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
     `weights` is as in `scores`.
 
     Returns:
-        [n] in the rows' dtype; NaN where the row is invalid.
+        [n] in the rows' dtype, on their device; NaN where the row is invalid.
 
     Raises:
         ValueError: store and solver were not made under the same plan, a self-influence is
@@ -180,7 +183,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
         solver.check_scores(
             "self_influence", parts[-1], (), lambda i, x=solved, g=rows: (x[i], g[i])
         )
-    result = torch.full((len(store),), torch.nan, dtype=store.read_dtype)
+    result = torch.full((len(store),), torch.nan, dtype=store.read_dtype, device=store.device)
     if parts:
         result[store.valid] = torch.cat(parts)
     return result

@@ -47,7 +47,7 @@ def optimizer_updates(
         weights: "any" takes rows of other weights than the model's, which are an error otherwise.
 
     Returns:
-        A store in memory under the same plan.
+        A store in memory under the same plan, on the device of the store's rows.
 
     Raises:
         ValueError: the optimizer is not known, is sharded, or has no state of a parameter; rows
@@ -71,7 +71,7 @@ def optimizer_updates(
     steps = OptimizerSteps("optimizer_updates", optimizer, model, plan, linear)
     if weights != "any":
         _refuse_others(store, model)
-    rows = torch.empty(len(store), plan.width, dtype=store.read_dtype)
+    rows = torch.empty(len(store), plan.width, dtype=store.read_dtype, device=store.device)
     for start, chunk in store.chunks():
         for l, slot in enumerate(plan.slots):
             g = chunk[:, slot.entries].double() / slot.scale

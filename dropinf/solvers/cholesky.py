@@ -81,7 +81,9 @@ class Cholesky(Solver):
         if self.max_bytes is not None:
             part_bytes = min(part_bytes, max(1, self.max_bytes // 8))
         widens = self.dtype is None and dtype == torch.float32
-        setting = Setting(type(self).__name__, self._damping, dtype, n, part_bytes, widens)
+        setting = Setting(
+            type(self).__name__, self._damping, dtype, n, self.device, part_bytes, widens
+        )
         groups = self._grouped(blocks, setting)
         total = sum(group.num_bytes(block, setting) for group in groups for block in group.blocks)
         beside = max(group.scratch_bytes(group.blocks, setting) for group in groups)
@@ -262,7 +264,8 @@ class Cholesky(Solver):
 
         Args:
             path: the directory.
-            store: what it was fitted on; needed for layers in the n x n form, and by `sweep`.
+            store: what it was fitted on; needed for layers in the n x n form, and by `sweep`. The
+                solver is on the device of its rows; without, on the CPU.
             max_bytes: bound of the memory, see `Solver`. Factors of more than a quarter of it stay
                 in the directory, and are read some layers at a time.
 
@@ -277,7 +280,7 @@ class Cholesky(Solver):
         solver._set(blocks, groups)
         solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
         solver.updates = saved.updates
-        solver.num_rows = saved.setting.n
+        solver.num_rows, solver.device = saved.setting.n, saved.setting.device
         return solver
 
     def _need_fit(self, what: str) -> None:

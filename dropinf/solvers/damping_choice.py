@@ -31,7 +31,7 @@ class DampingChoice:
 
     Attributes:
         damping: the one to take.
-        values: [k] float64, larger is better.
+        values: [k] float64, on the CPU; larger is better.
         errors: [k] float64, standard errors; NaN where there is nothing to take them over.
         dampings: the k that were given.
         metric: "noise", "likelihood", "agreement", or "metric" for a user's own.
@@ -183,7 +183,7 @@ def _likelihood(
     if not len(rows):
         raise ValueError("choose_damping: no query is valid")
     eigen = solver.decomposed() if isinstance(solver, Cholesky) else solver
-    return eigen.log_likelihood(rows, dampings)
+    return eigen.log_likelihood(rows, dampings).cpu()
 
 
 def _agreement(
@@ -199,9 +199,9 @@ def _agreement(
     if len({scores.shape for scores in found}) > 1:
         shapes = [list(scores.shape[1:]) for scores in found]
         raise ValueError(f"choose_damping: the parts differ in queries or examples: {shapes}")
-    ranks = [_ranks(scores) for scores in found]
+    ranks = [_ranks(scores.to(found[0].device)) for scores in found]
     agreement = [(a * b).mean(-1) for a, b in itertools.combinations(ranks, 2)]  # [k, m]
-    return torch.stack(agreement).mean(0).T
+    return torch.stack(agreement).mean(0).T.cpu()
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Setting:
     damping: Damping
     dtype: torch.dtype  # of r x r factors
     n: int  # valid training rows
+    device: torch.device  # of the factors
     part_bytes: int  # of the rows that are read at once
     widens: bool = False  # a layer that `dtype` has not the digits for is left for float64
 
@@ -75,7 +76,9 @@ class Group(ABC):
 
     def read(self) -> Tensor:
         """The factors, in memory."""
-        return self.factors.read() if isinstance(self.factors, FileTensor) else self.factors
+        if isinstance(self.factors, Tensor):
+            return self.factors
+        return self.factors.read().to(self.setting.device)
 
     @staticmethod
     @abstractmethod
@@ -167,10 +170,10 @@ def lost_pivot(factor: Tensor, diagonal: Tensor, margin: float = 1.0) -> int:
     return int(lost.nonzero()[0]) + 1 if lost.any() else 0
 
 
-def largest(multiply: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype) -> float:
-    """Largest eigenvalue of a symmetric matrix, from below: power iteration."""
+def largest(multiply: Callable[[Tensor], Tensor], factor: Tensor) -> float:
+    """Largest eigenvalue of a symmetric matrix of the factor's size, from below: power iteration."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(dtype)
+    v = torch.randn(len(factor), 1, generator=generator, dtype=torch.float64).to(factor)
     norm = 0.0
     for _ in range(_STEPS):
         v = multiply(v / v.norm())

@@ -44,7 +44,7 @@ class Primal(Group):
 
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
         numbers, dtype = self.size()
-        F = torch.empty(numbers, dtype=dtype)
+        F = torch.empty(numbers, dtype=dtype, device=self.setting.device)
         exponents = self._gram(store, F)
         matrices = ops.unpack(F, self.offsets)
         for l, exponent in enumerate(exponents):
@@ -88,7 +88,7 @@ class Primal(Group):
         """Every layer's F_l times 4^-exponent, packed, into F; the exponent each would need, 0
         where the squares of its rows are well within the dtype's range."""
         parts = valid_rows(store, self.columns, part_bytes=self.setting.part_bytes)
-        peaks = torch.zeros(self.offsets[-1], dtype=torch.float64)
+        peaks = torch.zeros(self.offsets[-1], dtype=torch.float64, device=F.device)
         for i, rows in enumerate(parts):
             peaks = torch.maximum(peaks, rows.abs().amax(0).double())
             rows = scaled(rows, -exponent) if exponent else rows
@@ -141,8 +141,8 @@ class Primal(Group):
     def condition(self) -> list[float]:
         factors = ops.unpack(self.read(), self.offsets)
         return [
-            largest(lambda v, L=L: L @ (L.T @ v), len(L), L.dtype)
-            * largest(lambda v, L=L: torch.cholesky_solve(v, L), len(L), L.dtype)
+            largest(lambda v, L=L: L @ (L.T @ v), L)
+            * largest(lambda v, L=L: torch.cholesky_solve(v, L), L)
             for L in factors
         ]
 

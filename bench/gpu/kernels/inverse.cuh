@@ -76,12 +76,10 @@ inline void solve(const std::vector<double>& L, int64_t n, double* x) {
 }
 
 // Of the numbers' lower triangles, whose eigenvalues are within 1.3 sqrt(n): the shift makes them
-// positive. Wider layers than the device takes are as wide as it takes.
-inline Case cholesky(const Pools& pools, int64_t L, int64_t width, int64_t m) {
+// positive.
+inline Case cholesky(const Pools& pools, int64_t L, int64_t n, int64_t m) {
   const Pool<float>& pool = pools.floats;
-  int64_t widest = 0;
-  check(cuda::widest_cholesky(&widest), "widest_cholesky");
-  const int64_t n = std::min(width, widest), R = L * n;
+  const int64_t R = L * n;
   const float shift = 2.0f * std::sqrt(static_cast<float>(n)) + 1.0f;
   const auto offsets = bounds_of(L, n);
   const Device<float> factors(R * n), solved(m * R);
@@ -102,7 +100,7 @@ inline Case cholesky(const Pools& pools, int64_t L, int64_t width, int64_t m) {
     args.rows = args.matrices + R * n;
     args.solved = solved.data();
     args.m = m, args.rows_stride = args.solved_stride = R;
-    return cuda::cholesky(args, widest, nullptr);
+    return cuda::cholesky(args, nullptr);
   };
   it.wrong = [=, &pool] {
     for (const int32_t failed : info.on_host()) {

@@ -1,5 +1,6 @@
 // damped_cholesky and cholesky_solve on CUDA: a block a layer, whose lower triangle lies in shared
-// memory from the first column to the last right-hand side; see cholesky_layer.cuh.
+// memory from the first column to the last right-hand side; see cholesky_layer.cuh and
+// cholesky_substitution.cuh.
 //
 // Measured on an H200 before rows were copied without waiting and warps worked ahead: 50 layers in
 // a graph took 30.5 µs at r = 64, 62.9 at 128 and 134 at 256; torch's batch 53, 105 and 260. That
@@ -7,31 +8,36 @@
 // other, 700 cycles for each row of a warp, and 250 a root and a quotient, which branch.
 //
 // Predicted, not measured, for that card at 1.9 GHz, of cycles of latency: 4 of arithmetic, 25 to
-// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel takes 8 x 52 for its
-// block on the diagonal, 120 for the products with the next one, and 150 for two barriers and what
-// goes through shared memory between them: 700. Of the warps ahead each has rows by 16, for which
-// it takes 205 for 32 columns (155 instructions) and 250 to add up; what is more than 500 is waited
-// for.
+// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel of 8 columns takes 25
+// for its barrier, 60 to have its block on the diagonal less the products over the panel before,
+// 35; 55 to hand it to all lanes, 8 x 52 to factorise it and 15 to write: 600 together. Of the
+// warps ahead each takes 205 (160 instructions) for 32, 64 or 128 columns of 16, 8 or 4 rows, and
+// 250 to 330 (190) to add up; a warp of rows has 430 instructions a panel. An SM issues four a
+// cycle: a panel takes the longest of the chain, of the warps ahead, and of its instructions.
 //
 //     r                                         64    128    256    320
 //     threads                                  192    384    512    512
-//     cycles, thousands: panels                5.6     11     22     28
-//                        waits for those ahead 0.3      3     29     36
+//     cycles, thousands: chain of panels       4.8    9.6     19     24
+//                        warps ahead           3.2    7.9     38     83
+//                        instructions / 4      3.1     13     58    101
+//                        panel by panel        4.9     15     68    117
 //                        copies in and out       2      3      7     10
-//     µs, with 2.5 of the launch               6.7     11     33     41
-//     layers at a time on 132 SMs              396    132    132    132
+//     µs, with 2.5 of the launch               6.1     12     42     69
+//     and for 16 right-hand sides                2      4     10     17
+//     layers at a time on 132 SMs              264    132    132    132
 //
 // Floor: 64 layers of 128 x 128 are 2.1 MB to read and 4.2 MB to write, 1.5 µs at 4.3 TB/s.
 //
-// What is left: late panels have few rows and long sums, so few warps ahead at work; a layer has
-// one SM. Those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) are cut
-// into blocks, see cholesky_wide.cuh.
+// What is left: the chain, where r is small, and instructions, where it is large: a layer has one
+// SM. Those that do not fit in its shared memory (r > 320 on sm_90, r > 272 on sm_80) are cut into
+// blocks, see cholesky_wide.cuh.
 
 #include <algorithm>
 #include <vector>
 
 #include "cuda/cholesky.cuh"
 #include "cuda/cholesky_layer.cuh"
+#include "cuda/cholesky_substitution.cuh"
 #include "cuda/cholesky_wide.cuh"
 #include "cuda/common.cuh"
 
@@ -51,7 +57,7 @@ constexpr int kMaxWidth = 320, kMaxThreads = 512;
 
 // Right-hand sides in shared memory at a time: there is room for the least beside the widest layer;
 // more than the most would keep other blocks from the SM.
-constexpr int kLeastRows = 8, kMostRows = 64;
+constexpr int kLeastRows = 6, kMostRows = 64;
 // More right-hand sides than this are solved for by several blocks a layer, after the factors.
 constexpr int64_t kFusedRows = 128;
 
@@ -139,12 +145,14 @@ __device__ void solve_rows(const Cholesky& all, const Layer& layer, const Shared
                            bool failed, int64_t first, int count) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int num_warps = blockDim.x / kWarp, n = layer.width;
-  constexpr int kTeams = kWarp / kPanel;
-  for (int first_q = warp * kTeams; first_q < count && !failed; first_q += num_warps * kTeams) {
-    const int q = first_q + lane / kPanel;
-    float* const x = shared.slots + (q < count ? q : count - 1) * (N + 4);
-    solve_lower(shared, N, n, q < count, x);
-    solve_upper(shared, N, q < count, x);
+  // The widest teams that can all be at work at once, for latency.
+  int team = kWarp, teams = 1;
+  for (; team > kPanel && count > num_warps * teams; teams *= 2) team /= 2;
+  for (int first_q = warp * teams; first_q < count && !failed; first_q += num_warps * teams) {
+    const int q = first_q + lane * teams / kWarp;
+    float* const x = shared.slots + q * (N + 4);
+    solve_lower(shared, N, n, team, q < count, x);
+    solve_upper(shared, N, team, q < count, x);
   }
   __syncthreads();
   for (int q = warp; q < count; q += num_warps) {

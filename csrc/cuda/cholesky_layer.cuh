@@ -1,16 +1,17 @@
-// One layer in the shared memory of a block: its factor, and the solutions of right-hand sides.
+// One layer in the shared memory of a block, and its factor; solutions are in
+// cholesky_substitution.cuh.
 //
-// The factorisation is left-looking, kPanel columns at a time, with two barriers a panel. A thread
-// a row factorises the panel's own 8 x 8 block for itself, which needs no shuffles, finishes its
-// row, and then has the next block from it by the products over these 8 columns alone: those over
-// all columns before are subtracted meanwhile by other warps, which work one panel ahead. Diagonals
-// hold what the roots are taken of, until all are taken at once. Of the right-hand sides each has a
-// team of 8 lanes, and needs no barriers of the block.
+// The factorisation is left-looking, kPanel columns at a time, with one barrier a panel. A thread a
+// row factorises the panel's own 8 x 8 block for itself, which needs no shuffles, and finishes its
+// row in the same registers; each warp has a copy of the block. Its entries still lack the products
+// over the 8 columns of the panel before; those over all columns further left were subtracted by
+// other warps meanwhile, which work one panel ahead. Diagonals hold what the roots are taken of,
+// until all are taken at once.
 //
 // Rows lie one behind the other. Row i is padded to 8 (i / 8) + 12 floats: an odd number of 16
 // bytes, the same for the 8 rows whose 16-byte reads are served together, which then fall into
-// different banks. Of the panel's rows the
-// threads of a warp, or a lane in each of its teams, read the same address.
+// different banks. Of the panel's rows the threads of a warp, or a lane in each of its teams, read
+// the same address.
 
 #pragma once
 
@@ -41,40 +42,21 @@ __host__ __device__ constexpr int row_start(int i) {
 struct Shared {
   float* triangle;
   float* inverses;  // [N] of the diagonal
-  float* corner;    // [kPanel, kPanel]: the panel's block on the diagonal
-  int* bad;         // 4 ints, of which one is used
-  float* slots;     // [num_slots, N + 4]: right-hand sides
+  float* corners;  // [ceil(N / kWarp), kPanel, kPanel]: of a warp the panel's block on the diagonal
+  int* bad;        // 4 ints, of which one is used
+  float* slots;    // [num_slots, N + 4]: right-hand sides
 
   __device__ Shared(float* start, int N)
       : triangle(start),
         inverses(triangle + row_start(N)),
-        corner(inverses + N),
-        bad(reinterpret_cast<int*>(corner + kPanel * kPanel)),
-        slots(corner + kPanel * kPanel + 4) {}
+        corners(inverses + N),
+        bad(reinterpret_cast<int*>(corners + ceil_div(N, kWarp) * kPanel * kPanel)),
+        slots(reinterpret_cast<float*>(bad + 4)) {}
 };
 
 __host__ __device__ constexpr int64_t shared_bytes(int N, int num_slots) {
-  return sizeof(float) * (row_start(N) + N + kPanel * kPanel + 4 + int64_t{num_slots} * (N + 4));
-}
-
-// sums[c] = the products of a row and of row c of a panel, over four columns of every `step` in
-// [0, count).
-__device__ inline void panel_sums(const float* own, const float* panel, int panel_stride, int count,
-                                  int step, float (&sums)[kPanel]) {
-#pragma unroll
-  for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;
-#pragma unroll 2
-  for (int k = 0; k < count; k += step) {
-    float x[4];
-    load_4(own + k, x);
-#pragma unroll
-    for (int c = 0; c < kPanel; ++c) {
-      float y[4];
-      load_4(panel + c * panel_stride + k, y);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[c] = fmaf(x[e], y[e], sums[c]);
-    }
-  }
+  const int corners = ceil_div(N, kWarp) * kPanel * kPanel;
+  return sizeof(float) * (row_start(N) + N + corners + 4 + int64_t{num_slots} * (N + 4));
 }
 
 __device__ inline void load_8(const float* from, float (&to)[kPanel]) {
@@ -112,8 +94,8 @@ __device__ inline int factor_corner(const float* corner, float (&l)[kPanel][kPan
   return bad;
 }
 
-// Sums over a team of kPanel lanes; lane e of it gets those of values e * count / kPanel and on, as
-// the first of its values.
+// Sums over kPanel lanes; lane e of them gets those of values e * count / kPanel and on, as the
+// first of its values.
 template <int count, int lanes = kPanel>
 __device__ void team_sums(float (&values)[count]) {
   if constexpr (lanes > 1) {
@@ -129,14 +111,17 @@ __device__ void team_sums(float (&values)[count]) {
   }
 }
 
-// Rows [next, N) of a panel's columns less their products over columns [0, count): a team of kPanel
-// lanes has four rows, and a lane every eighth four columns. Warps [0, num_warps) share the rows.
+// Rows [next, N) of a panel's columns less their products over columns [0, count): four rows a team
+// of 8 to 32 lanes, which share the columns, each four at a time. The teams are the widest that can
+// all be at work at once. Warps [0, num_warps) share the rows.
 __device__ inline void update_panel(const Shared& shared, int N, int next, int count, int warp,
                                     int num_warps) {
-  const int lane = threadIdx.x % kPanel;
+  int team = kPanel, rows_of_warp = 4 * kWarp / kPanel;
+  for (; team < kWarp && N - next <= rows_of_warp / 2 * num_warps; rows_of_warp /= 2) team *= 2;
+  const int lane = threadIdx.x & (team - 1);
   const float* const panel = shared.triangle + row_start(next);
-  for (int first = next + 16 * warp; first < N; first += 16 * num_warps) {
-    int i = first + threadIdx.x % kWarp / kPanel * 4;
+  for (int first = next + rows_of_warp * warp; first < N; first += rows_of_warp * num_warps) {
+    int i = first + threadIdx.x % kWarp * rows_of_warp / kWarp / 4 * 4;
     const bool there = i < N;
     if (!there) i = next;
     float* const rows = shared.triangle + row_start(i);
@@ -145,7 +130,7 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
 #pragma unroll
     for (int v = 0; v < 4 * kPanel; ++v) sums[v] = 0.0f;
 #pragma unroll 1
-    for (int k = 4 * lane; k < count; k += 4 * kPanel) {
+    for (int k = 4 * lane; k < count; k += 4 * team) {
       float x[4][4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) load_4(rows + e * stride + k, x[e]);
@@ -163,7 +148,11 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
       }
     }
     team_sums(sums);
-    if (there) {
+    for (int lanes = kPanel; lanes < team; lanes *= 2) {
+#pragma unroll
+      for (int d = 0; d < 4; ++d) sums[d] += __shfl_xor_sync(kAllLanes, sums[d], lanes);
+    }
+    if (there && lane < kPanel) {
       float* const to = rows + lane / 2 * stride + next + lane % 2 * 4;
       float t[4];
       load_4(to, t);
@@ -174,135 +163,86 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
   }
 }
 
-// The row's entries in the next panel, from which those of its products are still missing that have
-// its entries t in this one. `panel` is what the next panel's first row has there.
-__device__ inline void subtract_products(const float* panel, int panel_stride, const float* own,
+// t[c] less the products of `row` and row c of a panel, over 8 columns.
+__device__ inline void subtract_products(const float* panel, int stride, const float (&row)[kPanel],
                                          float (&t)[kPanel]) {
-  float next[kPanel];
-  load_8(own, next);
 #pragma unroll
   for (int c = 0; c < kPanel; ++c) {
     float y[kPanel];
-    load_8(panel + c * panel_stride, y);
+    load_8(panel + c * stride, y);
 #pragma unroll
-    for (int d = 0; d < kPanel; ++d) next[c] = fmaf(-t[d], y[d], next[c]);
+    for (int d = 0; d < kPanel; ++d) t[c] = fmaf(-row[d], y[d], t[c]);
+  }
+}
+
+// A warp's copy of the panel's block on the diagonal, less the products over the panel before: two
+// entries a lane.
+__device__ inline void corner_entries(const float* before, int stride, const float* block,
+                                      int block_stride, float* corner) {
+  const int r = threadIdx.x % kWarp / 4, c = threadIdx.x % 4 * 2;
+  float row[kPanel], y[2][kPanel], entries[2];
+  load_8(before + r * stride, row);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    load_8(before + (c + e) * stride, y[e]);
+    entries[e] = block[r * block_stride + c + e];
+#pragma unroll
+    for (int d = 0; d < kPanel; ++d) entries[e] = fmaf(-row[d], y[e][d], entries[e]);
   }
 #pragma unroll
-  for (int c = 0; c < kPanel; ++c) t[c] = next[c];
+  for (int e = 0; e < 2; ++e) corner[r * kPanel + c + e] = entries[e];
 }
 
 // The lower factor in place of the padded triangle, and the inverses of its diagonal. Returns the
 // first bad pivot from 1, or 0, the same in every thread.
 __device__ inline int factorise(const Shared& shared, int N) {
-  const int i = threadIdx.x, row_warps = ceil_div(N, kWarp);
-  const int helper = i / kWarp - row_warps, num_helpers = blockDim.x / kWarp - row_warps;
+  const int i = threadIdx.x, lane = i % kWarp, warp = i / kWarp, row_warps = ceil_div(N, kWarp);
   float* const own = shared.triangle + row_start(i);
-  float t[kPanel];
-  if (i < N) load_8(own, t);
-  if (i < kPanel) store_8(t, shared.corner + i * kPanel);
+  float* const corner = shared.corners + warp * kPanel * kPanel;
+  float t[kPanel] = {};  // the row's entries in a panel
+  if (i < kPanel) shared.inverses[i] = 0.0f;
   if (i == 0) *shared.bad = 0;
+  __syncthreads();
   for (int first = 0; first < N; first += kPanel) {
-    const int next = first + kPanel;
-    __syncthreads();
-    if (i >= first && i < N) {
-      float l[kPanel][kPanel], inverses[kPanel];
-      const int bad = factor_corner(shared.corner, l, inverses);
-#pragma unroll
-      for (int c = 0; c < kPanel; ++c) {
-        if (i != first + c) t[c] *= inverses[c];
-#pragma unroll
-        for (int d = c + 1; d < kPanel; ++d) t[d] = fmaf(-t[c], l[d][c], t[d]);
+    if (warp >= row_warps) {
+      const int next = first + kPanel;
+      if (first > 0 && next < N) {
+        update_panel(shared, N, next, first, warp - row_warps, blockDim.x / kWarp - row_warps);
       }
-      store_8(t, own + first);
-      if (i == first && bad && *shared.bad == 0) *shared.bad = first + bad;
-    } else if (helper >= 0 && next < N) {
-      update_panel(shared, N, next, first, helper, num_helpers);
+    } else if (i - lane + kWarp > first) {
+      const float* const block = shared.triangle + row_start(first) + first;
+      // The panel's rows in the columns of the one before it, or zeros.
+      const float* const before = first > 0 ? block - kPanel : shared.inverses;
+      const int stride = first > 0 ? first + 12 : 0;
+      corner_entries(before, stride, block, first + 12, corner);
+      __syncwarp();
+      if (i >= first && i < N) {
+        float l[kPanel][kPanel], inverses[kPanel], products[kPanel];
+        load_8(own + first, products);
+        subtract_products(before, stride, t, products);
+        const int bad = factor_corner(corner, l, inverses);
+#pragma unroll
+        for (int c = 0; c < kPanel; ++c) t[c] = products[c];
+#pragma unroll
+        for (int c = 0; c < kPanel; ++c) {
+          if (i != first + c) t[c] *= inverses[c];
+#pragma unroll
+          for (int d = c + 1; d < kPanel; ++d) t[d] = fmaf(-t[c], l[d][c], t[d]);
+        }
+        // Others may still read what the panel's own rows have there.
+        if (i >= first + kPanel) store_8(t, own + first);
+        if (i == first && bad && *shared.bad == 0) *shared.bad = first + bad;
+      }
     }
     __syncthreads();
-    if (i >= next && i < N) {
-      subtract_products(shared.triangle + row_start(next) + first, next + 12, own + next, t);
-      if (i < next + kPanel) store_8(t, shared.corner + i % kPanel * kPanel);
-    }
   }
   if (i < N) {
+    store_8(t, own + i / kPanel * kPanel);
     own[i] = sqrtf(own[i]);
     shared.inverses[i] = 1.0f / own[i];
   }
   __syncthreads();
   return *shared.bad;
-}
-
-// The team's entries x[e] less the sums, in all its lanes.
-__device__ inline void subtract_sums(float (&sums)[kPanel], float* x, bool there,
-                                     float (&t)[kPanel]) {
-  team_sums(sums);
-  if (there) x[threadIdx.x % kPanel] -= sums[0];
-  __syncwarp();
-  load_8(x, t);
-  __syncwarp();
-}
-
-__device__ inline void write_entries(const float (&t)[kPanel], bool there, float* x) {
-  if (there && threadIdx.x % kPanel == 0) store_8(t, x);
-  __syncwarp();
-}
-
-// t L⁻ᵀ of the panel's block on the diagonal.
-__device__ inline void solve_corner(const Shared& shared, int first, float (&t)[kPanel]) {
-  float l[kPanel], inverses[kPanel];
-  load_8(shared.inverses + first, inverses);
-#pragma unroll
-  for (int c = 0; c < kPanel; ++c) {
-    load_8(shared.triangle + row_start(first) + c * (first + 12) + first, l);
-#pragma unroll
-    for (int d = 0; d < c; ++d) t[c] = fmaf(-t[d], l[d], t[c]);
-    t[c] *= inverses[c];
-  }
-}
-
-// A right-hand side x [N] is in shared memory, zeros from n on, and has a team of kPanel lanes,
-// which share the sums. A team that has none repeats another one's, and does not write.
-
-// x = L⁻¹ x.
-__device__ inline void solve_lower(const Shared& shared, int N, int n, bool there, float* x) {
-  const int lane = threadIdx.x % kPanel;
-  float t[kPanel], sums[kPanel];
-  for (int first = 0; first < N; first += kPanel) {
-    const float* const panel = shared.triangle + row_start(first);
-    panel_sums(x + 4 * lane, panel + 4 * lane, first + 12, first - 4 * lane, 4 * kPanel, sums);
-    subtract_sums(sums, x + first, there, t);
-    solve_corner(shared, first, t);
-    // What is not finite must not come back out of the padding.
-#pragma unroll
-    for (int c = 0; c < kPanel; ++c) t[c] = first + c < n ? t[c] : 0.0f;
-    write_entries(t, there, x + first);
-  }
-}
-
-// x = L⁻ᵀ x.
-__device__ inline void solve_upper(const Shared& shared, int N, bool there, float* x) {
-  const int lane = threadIdx.x % kPanel;
-  float t[kPanel], sums[kPanel], l[kPanel], inverses[kPanel];
-  for (int first = N - kPanel; first >= 0; first -= kPanel) {
-#pragma unroll
-    for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;
-#pragma unroll 4
-    for (int i = first + kPanel + lane; i < N; i += kPanel) {
-      load_8(shared.triangle + row_start(i) + first, l);
-#pragma unroll
-      for (int c = 0; c < kPanel; ++c) sums[c] = fmaf(x[i], l[c], sums[c]);
-    }
-    subtract_sums(sums, x + first, there, t);
-    load_8(shared.inverses + first, inverses);
-#pragma unroll
-    for (int c = kPanel - 1; c >= 0; --c) {
-      load_8(shared.triangle + row_start(first + c) + first, l);
-      t[c] *= inverses[c];
-#pragma unroll
-      for (int d = 0; d < c; ++d) t[d] = fmaf(-t[c], l[d], t[d]);
-    }
-    write_entries(t, there, x + first);
-  }
 }
 
 }  // namespace cuda

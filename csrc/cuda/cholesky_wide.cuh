@@ -40,6 +40,7 @@
 
 #include "cholesky.h"
 #include "cuda/cholesky_layer.cuh"
+#include "cuda/cholesky_substitution.cuh"
 #include "cuda/common.cuh"
 
 namespace dropinf {
@@ -175,6 +176,26 @@ __device__ inline void store_triangle(const Part& part, int n, const Shared& sha
       const int column = lane + c * kWarp;
       const float value = row >= n && row == column ? 1.0f : part[e][c];
       if (column < (panel + 1) * kPanel) to[column] = value;
+    }
+  }
+}
+
+// sums[c] = the products of a row and of row c of a panel, over four columns of every `step` in
+// [0, count).
+__device__ inline void panel_sums(const float* own, const float* panel, int panel_stride, int count,
+                                  int step, float (&sums)[kPanel]) {
+#pragma unroll
+  for (int c = 0; c < kPanel; ++c) sums[c] = 0.0f;
+#pragma unroll 2
+  for (int k = 0; k < count; k += step) {
+    float x[4];
+    load_4(own + k, x);
+#pragma unroll
+    for (int c = 0; c < kPanel; ++c) {
+      float y[4];
+      load_4(panel + c * panel_stride + k, y);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[c] = fmaf(x[e], y[e], sums[c]);
     }
   }
 }
@@ -402,9 +423,9 @@ __device__ inline void substitute(const Layers& all, const Layer& layer, int64_t
     invert_diagonal(shared);
     float* const slot = shared.slots + threadIdx.x / kPanel * kStride;
     if (back) {
-      solve_upper(shared, kBlock, true, slot);
+      solve_upper(shared, kBlock, kPanel, true, slot);
     } else {
-      solve_lower(shared, kBlock, in_layer, true, slot);
+      solve_lower(shared, kBlock, in_layer, kPanel, true, slot);
     }
     __syncthreads();
     for (int q = warp; q < num_rows; q += kWarps) {

@@ -33,7 +33,6 @@ constexpr int kUnroll = 2;      // rows that a coordinate is unpacked for
 constexpr int kMaxRows = 8;     // in a buffer
 constexpr int kMaxPasses = 64;  // in a launch; they travel as kernel arguments
 constexpr int kVector = 4;      // elements that are loaded at once
-constexpr int kLoads = 3;       // vectors of a thread, of two positions, that are on their way
 
 // A row of shared memory is x and then dy, in words of one element, of as many positions as a word
 // holds; the first is in its low bits.

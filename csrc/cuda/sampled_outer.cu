@@ -23,6 +23,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/sampled_outer.cuh"
+#include "cuda/sampled_outer_columns.cuh"
 #include "cuda/sampled_outer_staged.cuh"
 
 namespace dropinf {
@@ -244,6 +245,19 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
                      args.out, args.out_stride_b, args.out_stride_k};
   const int64_t blocks = ceil_div<int64_t>(args.B * args.r, kSumThreads);
   return launch(sum_kernel, grid_of(blocks), kSumThreads, 0, stream, call);
+}
+
+int64_t sampled_outer_scratch(const SampledOuterArgs& args, const ColumnOrder& order) {
+  return std::max(args.B * column_chunks(args) * column_slots(order), sampled_outer_scratch(args));
+}
+
+cudaError_t sampled_outer(const SampledOuterArgs& args, const ColumnOrder& order, float* scratch,
+                          cudaStream_t stream) {
+  int64_t limit = 0;
+  const cudaError_t error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  if (2 * kBufferBytes > limit) return sampled_outer(args, nullptr, scratch, stream);
+  return run_columns(args, order, scratch, stream);
 }
 
 }  // namespace cuda

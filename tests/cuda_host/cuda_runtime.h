@@ -297,6 +297,16 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 
 inline int __popc(unsigned value) { return std::popcount(value); }
 
+// Each byte of the result is one of the eight, as a digit of the selector says.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned result = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const unsigned from = selector >> 4 * byte & 7;
+    result |= ((from < 4 ? a : b) >> 8 * (from % 4) & 0xff) << 8 * byte;
+  }
+  return result;
+}
+
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -1,4 +1,5 @@
-// sampled_outer on CUDA, in two ways.
+// sampled_outer on CUDA, in three ways; which one is for the caller to say, by the order that it
+// gives (order_if_faster in dropinf/ops/bank_schedule.py).
 //
 // Direct: a lane an entry reads x and dy where they lie. Takes any call. Best where few of the
 // 32-byte sectors hold a wanted element: r up to about (I + O) * element_size / 32.
@@ -10,8 +11,10 @@
 // positions or more; where the device has no room for those, the call is direct. sm_86 and sm_89
 // have 99 KB, so there a position may take 24.7 KB instead of 40.
 //
-// Both cut the positions into chunks, whose sums a second kernel adds in order. The chunks depend
-// on T and the layer alone, so B changes no bit, nor does the device but for that room.
+// Columns: for many coordinates; see sampled_outer_columns.cuh.
+//
+// The first two cut the positions into chunks, whose sums a second kernel adds in order. The chunks
+// depend on T and the layer alone, so B changes no bit, nor does the device but for that room.
 //
 // Predicted, not measured, for B=8, T=2048, I=O=4096, bf16 on an H200 (4.3 TB/s, 132 SMs, 1.75
 // GHz): one read of x and dy is 268 MB, 62 us. Staged at r=8192, 16 % padding: 156 M

@@ -18,9 +18,9 @@ struct StagedOrder {
 };
 extern const int64_t kMaxStagedSlots;  // of a pass
 
-// The coordinates of a layer in the order of dropinf/ops/column_schedule.py, of passes over some
-// columns of x and outputs. A cell of dy is of output o0 + n, one of x behind those; the last is
-// the bias.
+// The coordinates of a layer in the order of dropinf/ops/column_schedule.py. In a buffer, output
+// o0 + n has cell n % 4 * 1024 + n / 4, input i0 + n cell 4096 + n % 4 * 512 + n / 4, the bias
+// 6144.
 constexpr int kColumnOutputs = 4096, kColumnInputs = 2048;  // of a pass
 constexpr int kMaxColumnPasses = 64;
 struct ColumnOrder {

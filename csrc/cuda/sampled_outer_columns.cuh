@@ -1,12 +1,11 @@
-// The columns kernel of sampled_outer, for many coordinates in elements of two bytes: 16 and more
-// for each column of x, where the staged kernel takes many passes.
+// The columns kernel of sampled_outer, for many coordinates in elements of two bytes.
 //
-// A lane owns a column of x for a piece of steps, reads it once, and in each step meets another
-// output: a coordinate costs one read of shared memory, and half the reads of the staged kernel. A
-// pass has up to 2048 columns of x and 4096 outputs, and 24576 coordinates, 48 for each thread,
-// whose sums stay in registers: 48, and 24 of packed offsets. Eight positions of a column are a
-// cell of 16 bytes, so that one read of 16 bytes serves eight positions: 32 registers less would
-// not hold more. Two buffers of 6144 cells and one of ones are 192 KB, one block an SM.
+// A lane owns a column of x for a piece of 8 steps or of 4, reads it once, and in each step meets
+// another output: half the reads of shared memory that the staged kernel has. Eight positions of a
+// column are a cell of 16 bytes, which one read takes. A pass has up to 2048 columns of x and 4096
+// outputs, and 48 coordinates for each of 512 threads; of a thread's 128 registers 48 are sums, 24
+// places of dy (two in a register), 8 a column of x, 8 what it stages. Two buffers of 6145 cells,
+// one of them of ones for a bias, are 192 KB: one block an SM, from sm_90 on.
 //
 // Staging transposes: a thread takes 4 columns at 4 positions, as 4 reads of 8 bytes, and writes
 // half a cell for each column. That is done in six parts, in between the steps; the reads of a part
@@ -20,20 +19,20 @@
 //
 // Predicted, not measured, for B=8, T=2048, I=O=4096, bf16, r=65536 on an H200 (4.3 TB/s, 132 SMs,
 // 1.75 GHz): three passes of 11 chunks are 264 blocks, two for each SM, of 24 buffers each.
-//   instructions: for a warp and a buffer 48 * 18.5 (read, offset, 8 widenings, 8 FFMA) + 8 * 10
-//   for
-//     columns + 6 * 22 for staging + 40 = 1130, 2.9 for each of 384 coordinate-positions; 16 warps
-//     on 4 schedulers: 4.5 k cycles, of 48 buffers 217 k, 124 us.
-//   shared memory: cycles of a buffer: dy 48 * 4 * 16 * 1.06 (conflicts) = 3.3 k, x 8 * 4 * 16
-//   * 1.06
-//     = 0.5 k, written cells 0.7 k, loads on their way to registers 0.7 k: 5.2 k, 141 us.
-//   bytes: x once and dy three times from L2, 537 MB, 90 us at 6 TB/s; of memory 268 MB, 62 us.
-//   sums: 26 MB are written and read, in L2: 8 us.
-// The three overlap, the sums do not: 150 to 165 us, 2.4 to 2.7 times the read of x and dy, 1.3
-// times faster than the staged kernel with two positions in a word (206), whose two reads of shared
-// memory for two positions alone are 150 us. The dense product on tensor cores with the coordinates
-// taken in its epilogue is 2 * 8 * 2048 * 4096^2 flop for any r, 696 us at 790 TFLOP/s: it wins
-// from about r = 290000, a coordinate in 58.
+//   Instructions of a warp for a buffer: 48 steps of 18.5 (a read, its place, 8 widenings, 8 FFMA),
+//   8 columns of 11, 6 parts of 26 for staging, 24 jumps: 1200, 3.1 for each of 384
+//   coordinate-positions (tests/kernels/test_column_instructions.py); of 16 warps on 4 schedulers
+//   4.8 k cycles, for 48 buffers 132 us.
+//   Shared memory, cycles of a buffer: dy 48 * 4 * 16 * 1.07 for conflicts = 3.3 k, x
+//   8 * 4 * 16 * 1.04 = 0.5 k, written cells 0.8 k, what is read of memory, on its way to
+//   registers, 0.8 k: 5.4 k, 148 us.
+//   Bytes: x once and dy three times from L2, 537 MB, 90 us at 6 TB/s; from memory 268 MB, 62 us.
+//   Sums: 26 MB are written and read, in L2: 8 us.
+// The first three overlap: 155 to 170 us, 2.5 to 2.8 times one read of x and dy. The staged kernel
+// with two positions in a word is predicted to take 206, and its reads of shared memory alone 150.
+// The dense product on tensor cores, with the coordinates taken in its epilogue, is
+// 2 * 8 * 2048 * 4096^2 flop whatever r is, 696 us at 790 TFLOP/s: it would win above
+// r = 270000, one coordinate in 60.
 
 #pragma once
 

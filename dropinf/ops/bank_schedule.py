@@ -196,7 +196,8 @@ def _room_for_columns(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin >= column_schedule.SHARED_BYTES
+    room = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm has no such number
+    return room >= column_schedule.SHARED_BYTES
 
 
 def _slots(x_word: np.ndarray, dy_word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@
 #include "bank_order.h"
 #include "capture/bindings.h"
 #include "checks.h"
+#include "column_order.h"
 #include "cpu/capability.h"
 
 namespace dropinf {
@@ -50,6 +51,22 @@ pybind11::tuple pack_warps_of(const Array<int32_t>& x_word, const Array<int32_t>
   return pybind11::make_tuple(warp, count);
 }
 
+// (coordinates [steps, lanes], cells of x [pieces, lanes], bits of the pieces), or None
+pybind11::object order_columns_of(const Array<int32_t>& x_cell, const Array<int32_t>& dy_cell) {
+  const int64_t n = x_cell.size();
+  TORCH_CHECK_VALUE(
+      x_cell.ndim() == 1 && dy_cell.ndim() == 1 && dy_cell.size() == n && n > 0 && n <= kInt32Max,
+      "order_columns: x_cell and dy_cell must be [n], n > 0");
+  TORCH_CHECK_INDEX(indices_in_range(x_cell.data(), n, kInt32Max) &&
+                        indices_in_range(dy_cell.data(), n, kInt32Max),
+                    "order_columns: negative cell");
+  const PassOrder order = order_columns(x_cell.data(), dy_cell.data(), n);
+  if (order.coordinate.empty()) return pybind11::none();
+  return pybind11::make_tuple(Array<int32_t>({kLaneSteps, kColumnLanes}, order.coordinate.data()),
+                              Array<int32_t>({kLanePieces, kColumnLanes}, order.x_cell.data()),
+                              order.pieces);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
@@ -85,6 +102,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &dropinf::build_info);
   m.def("cut_passes", &dropinf::cut_passes_of);
   m.def("pack_warps", &dropinf::pack_warps_of);
+  m.def("order_columns", &dropinf::order_columns_of);
   m.def("cpu_capability", &dropinf::cpu_capability);
   m.def("set_cpu_capability", [](const std::string& name) {
     if (!dropinf::set_cpu_capability(name)) {

@@ -10,6 +10,7 @@
 #include "registration.h"
 #include "threads.h"
 #ifdef DROPINF_CUDA
+#include "column_order.h"
 #include "cuda/calls.h"
 #include "cuda/sampled_outer.cuh"
 #endif
@@ -119,7 +120,6 @@ TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, CPU, m) { m.impl("sampled_outer", &sampled_o
 // The order of a call, from its tensors.
 cuda::StagedOrder staged_order(const char* op, at::TensorList order, const SampledOuterArgs& args,
                                const at::Tensor& out) {
-  TORCH_CHECK_VALUE(order.size() == 3, op, ": order must be passes, packed and target");
   const at::Tensor &passes = order[0], &packed = order[1], &target = order[2];
   check_devices(op, out, {packed, target});
   TORCH_CHECK_VALUE(passes.device().is_cpu() && passes.scalar_type() == at::kLong &&
@@ -145,6 +145,36 @@ cuda::StagedOrder staged_order(const char* op, at::TensorList order, const Sampl
   return staged;
 }
 
+cuda::ColumnOrder column_order(const char* op, at::TensorList order, const SampledOuterArgs& args,
+                               const at::Tensor& out) {
+  const at::Tensor& passes = order[0];
+  TORCH_CHECK_VALUE(args.s == 1 && size_of(args.dtype) == 2, op,
+                    ": an order of columns is for coordinates [r] and elements of two bytes");
+  TORCH_CHECK_VALUE(passes.device().is_cpu() && passes.scalar_type() == at::kLong &&
+                        passes.dim() == 2 && passes.size(1) == 5 && passes.is_contiguous() &&
+                        passes.size(0) <= cuda::kMaxColumnPasses,
+                    op, ": passes must be int64 [num_passes, 5] on the CPU");
+  const int64_t rows[] = {kLaneSteps / 2, kLanePieces, kLaneSteps};
+  for (int n = 0; n < 3; ++n) {
+    const at::Tensor& tensor = order[1 + n];
+    check_devices(op, out, {tensor});
+    TORCH_CHECK_VALUE(
+        tensor.scalar_type() == at::kInt && tensor.is_contiguous() &&
+            tensor.sizes() == at::IntArrayRef({passes.size(0), rows[n], kColumnLanes}),
+        op, ": packed, columns and target must be int32 [num_passes, ", rows[n], ", 512]");
+  }
+  for (int64_t p = 0; p < passes.size(0); ++p) {
+    const int64_t* const pass = passes.const_data_ptr<int64_t>() + 5 * p;
+    const int64_t num_inputs = std::min(pass[1], args.I) - pass[0];
+    TORCH_CHECK_VALUE(0 <= pass[0] && pass[0] < pass[1] && pass[1] <= args.I + args.bias &&
+                          num_inputs <= cuda::kColumnInputs && 0 <= pass[2] && pass[2] < pass[3] &&
+                          pass[3] <= args.O && pass[3] - pass[2] <= cuda::kColumnOutputs,
+                      op, ": pass ", p, " of the order is not of this call");
+  }
+  return {passes.const_data_ptr<int64_t>(), passes.size(0), order[1].const_data_ptr<int32_t>(),
+          order[2].const_data_ptr<int32_t>(), order[3].const_data_ptr<int32_t>()};
+}
+
 void sampled_outer_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
                         const at::Tensor& i_idx, const std::optional<at::Tensor>& weights,
                         bool bias, at::TensorList order, const at::Tensor& out) {
@@ -157,12 +187,21 @@ void sampled_outer_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Ten
     out.zero_();
     return;
   }
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  if (order.size() == 4) {
+    const cuda::ColumnOrder columns = column_order(op, order, args, out);
+    const at::Tensor sums = scratch(out, cuda::sampled_outer_scratch(args, columns));
+    check_launch(op, cuda::sampled_outer(args, columns, sums.mutable_data_ptr<float>(), stream));
+    return;
+  }
+  TORCH_CHECK_VALUE(order.empty() || order.size() == 3, op,
+                    ": order must have the three tensors of a StagedOrder or the four of a "
+                    "ColumnOrder");
   std::optional<cuda::StagedOrder> staged;
   if (!order.empty()) staged = staged_order(op, order, args, out);
   const at::Tensor sums = scratch(out, cuda::sampled_outer_scratch(args));
-  check_launch(
-      op, cuda::sampled_outer(args, staged ? &*staged : nullptr, sums.mutable_data_ptr<float>(),
-                              c10::cuda::getCurrentCUDAStream()));
+  check_launch(op, cuda::sampled_outer(args, staged ? &*staged : nullptr,
+                                       sums.mutable_data_ptr<float>(), stream));
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.ops import bank_schedule
+from dropinf.ops.bank_schedule import StagedOrder
+from dropinf.ops.column_schedule import ColumnOrder
 
 
 class OpsOn:
@@ -49,9 +50,8 @@ class Moved:
 
     def there(self, value: Any) -> Any:
         """`value` with its tensors on the device."""
-        if isinstance(value, bank_schedule.StagedOrder):  # its passes stay on the CPU
-            there = (self.there(part) for part in (value.packed, value.target))
-            return value._replace(**dict(zip(("packed", "target"), there, strict=True)))
+        if isinstance(value, StagedOrder | ColumnOrder):  # its passes stay on the CPU
+            return type(value)(value.passes, *(self.there(part) for part in value[1:]))
         if not isinstance(value, Tensor):
             return _mapped(self.there, value)
         if value.device.type != "cpu":

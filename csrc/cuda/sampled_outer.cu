@@ -1,4 +1,5 @@
-// sampled_outer on CUDA, in two ways.
+// sampled_outer on CUDA, in three ways; which one is for the caller to say, by the order that it
+// gives (order_if_faster in dropinf/ops/bank_schedule.py).
 //
 // Direct: a lane an entry reads x and dy where they lie. Takes any call. Best where few of the
 // 32-byte sectors hold a wanted element: r up to about (I + O) * element_size / 32.
@@ -10,8 +11,10 @@
 // positions or more; where the device has no room for those, the call is direct. sm_86 and sm_89
 // have 99 KB, so there a position may take 24.7 KB instead of 40.
 //
-// Both cut the positions into chunks, whose sums a second kernel adds in order. The chunks depend
-// on T and the layer alone, so B changes no bit, nor does the device but for that room.
+// Columns: for many coordinates; see sampled_outer_columns.cuh.
+//
+// The first two cut the positions into chunks, whose sums a second kernel adds in order. The chunks
+// depend on T and the layer alone, so B changes no bit, nor does the device but for that room.
 //
 // Predicted, not measured, for B=8, T=2048, I=O=4096, bf16 on an H200 (4.3 TB/s, 132 SMs, 1.75
 // GHz): one read of x and dy is 268 MB, 62 us. Staged at r=8192, 16 % padding: 156 M
@@ -23,6 +26,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/sampled_outer.cuh"
+#include "cuda/sampled_outer_columns.cuh"
 #include "cuda/sampled_outer_staged.cuh"
 
 namespace dropinf {
@@ -245,6 +249,19 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
                      args.out, args.out_stride_b, args.out_stride_k};
   const int64_t blocks = ceil_div<int64_t>(args.B * args.r, kSumThreads);
   return launch(sum_kernel, grid_of(blocks), kSumThreads, 0, stream, call);
+}
+
+int64_t sampled_outer_scratch(const SampledOuterArgs& args, const ColumnOrder& order) {
+  return std::max(args.B * column_chunks(args) * column_slots(order), sampled_outer_scratch(args));
+}
+
+cudaError_t sampled_outer(const SampledOuterArgs& args, const ColumnOrder& order, float* scratch,
+                          cudaStream_t stream) {
+  int64_t limit = 0;
+  const cudaError_t error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  if (2 * kBufferBytes > limit) return sampled_outer(args, nullptr, scratch, stream);
+  return run_columns(args, order, scratch, stream);
 }
 
 }  // namespace cuda

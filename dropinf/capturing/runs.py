@@ -18,8 +18,10 @@ from dropinf.capturing.rules import Role, outer
 from dropinf.capturing.sources import Source, View
 from dropinf.compression import DenseProjection, Kron, SignedSums, by_entry
 from dropinf.ops import bank_schedule
+from dropinf.ops.bank_schedule import StagedOrder
+from dropinf.ops.column_schedule import ColumnOrder
 
-# Products of x and dy, which take sums of coordinates, staged orders, and a grid as one product ->
+# Products of x and dy, which take sums of coordinates, orders, and a grid as one product ->
 # whether a bias is an input of theirs.
 _PRODUCTS = {ops.sampled_outer: False, outer: True}
 
@@ -46,7 +48,7 @@ class Coordinates(NamedTuple):
         o_idx, i_idx: [r] int32, or [r, s] where entries are sums.
         weights: of their shape, or None for ones.
         grid: what they are the product of, or None.
-        orders: (op, I, O, bytes of an element) -> their staged order, or None where they have
+        orders: (op, I, O, bytes of an element) -> their order, or None where they have
             none; itself None for coordinates that are not kept, so that one would not pay.
     """
 
@@ -54,7 +56,7 @@ class Coordinates(NamedTuple):
     i_idx: Tensor
     weights: Tensor | None
     grid: Grid | None
-    orders: dict[Any, bank_schedule.StagedOrder | None] | None
+    orders: dict[Any, StagedOrder | ColumnOrder | None] | None
 
 
 def runs(targets: Sequence[tuple[Source, Role]]) -> Iterator[list[tuple[Source, Role]]]:
@@ -251,7 +253,7 @@ def order(
     element_size: int,
     device: torch.device,
     backend: str | None,
-) -> bank_schedule.StagedOrder | None:
+) -> StagedOrder | ColumnOrder | None:
     """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
     if not _on_cuda(device) or op not in _PRODUCTS or backend not in (None, "cuda"):
         return None

@@ -125,7 +125,7 @@ def _writes(
                 found.o_idx,
                 found.i_idx,
                 found.weights,
-                [] if staged is None else list(staged[:3]),
+                [] if staged is None else list(staged.tensors),
                 at.start,
             )
         )

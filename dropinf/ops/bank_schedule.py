@@ -27,6 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dropinf.ops import column_schedule
+from dropinf.ops.column_schedule import ColumnOrder
+
 try:
     _C = importlib.import_module("dropinf._C")
 except ImportError:
@@ -42,6 +45,9 @@ _KEPT_BYTES = 1024  # of shared memory, by CUDA for each block
 _POSITION_BYTES = 40 * 1024  # of sm_80; a GPU with more shared memory takes more
 # More passes than one sorted range of outputs needs; a layer's weight and bias are two ranges.
 _MAX_RANGES = 4
+# What the columns kernel is for: more than one pass of the staged one, and so many of each column.
+_MANY = 9600
+_COLUMN_COORDINATES = 4
 
 
 class StagedOrder(NamedTuple):
@@ -65,6 +71,11 @@ class StagedOrder(NamedTuple):
     def num_entries(self) -> int:
         """r of the coordinates."""
         return int(self.passes[-1, 1]) if len(self.passes) else 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the op takes."""
+        return self[:3]
 
 
 def staged_order(
@@ -160,18 +171,39 @@ def staged_order(
 
 def order_if_faster(
     o_idx: Tensor, i_idx: Tensor, I: int, O: int, element_size: int, *, bias: bool = False
-) -> StagedOrder | None:
-    """The staged order where the staged kernel should beat the direct one, which needs none.
+) -> StagedOrder | ColumnOrder | None:
+    """The order of the kernel that should be fastest, or None for the direct one, which needs none.
 
-    It reads x and dy whole, so most of their 32-byte sectors must hold a coordinate; and its
-    sums take a time in proportion to the slots, so few of them may be padding: coordinates in
-    many words of few banks (of every 64th column) have a warp for each. Predicted, not measured.
+    Direct: for few coordinates. Both others read x and dy whole, so most of their 32-byte sectors
+    must hold a coordinate.
+    Columns: for many in elements of two bytes, where its reads of a column of x serve four
+    coordinates or more in a pass, and the staged kernel would take more than one pass.
+    Staged: else. Its sums take a time in proportion to the slots, so few of them may be padding:
+    coordinates in many words of few banks (of every 64th column) have a warp for each.
+
+    Predicted, not measured.
     """
-    if o_idx.numel() * _SECTOR_BYTES < (I + O) * element_size:
+    r = o_idx.numel()
+    if r * _SECTOR_BYTES < (I + O) * element_size:
         return None
+    windows = -(-O // column_schedule.OUTPUTS)
+    many = r >= max(_MANY, _COLUMN_COORDINATES * I * windows)
+    if many and element_size == 2 and o_idx.dim() == 1 and _room_for_columns(o_idx.device):
+        columns = column_schedule.column_order(o_idx, i_idx, I, O, bias=bias)
+        if columns is not None:
+            return columns
     order = staged_order(o_idx, i_idx, I, O, element_size, bias=bias)
-    crowded = order is not None and len(order.packed) > 2 * o_idx.numel()
+    crowded = order is not None and len(order.packed) > 2 * r
     return None if crowded else order
+
+
+def _room_for_columns(device: torch.device) -> bool:
+    """Whether a block can have the shared memory; on sm_80 and its like it cannot."""
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm has no such number
+    return room >= column_schedule.SHARED_BYTES
 
 
 def _slots(x_word: np.ndarray, dy_word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

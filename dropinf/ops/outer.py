@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.ops import bank_schedule
+from dropinf.ops import bank_schedule, column_schedule
 from dropinf.ops.bank_schedule import StagedOrder
 from dropinf.ops.checks import (
     check_activations,
@@ -18,6 +18,7 @@ from dropinf.ops.checks import (
     output_of,
     unit_stride,
 )
+from dropinf.ops.column_schedule import ColumnOrder
 from dropinf.ops.dispatch import add_op, kernel
 from dropinf.ops.selftest import Case, Inputs
 
@@ -30,7 +31,7 @@ def sampled_outer(
     *,
     weights: Tensor | None = None,
     bias: bool = False,
-    order: StagedOrder | None = None,
+    order: StagedOrder | ColumnOrder | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -52,8 +53,9 @@ def sampled_outer(
             out, also where that is not finite, as for entries of fewer than s; its index must
             still be in range.
         bias: let i_idx = I name the layer's bias, a virtual input column of ones.
-        order: of these coordinates, from `bank_schedule.staged_order`. Backends other than cuda
-            ignore it; it changes rounding nowhere but on cuda.
+        order: of these coordinates, from `bank_schedule.staged_order` or, for [r] in elements of
+            two bytes, `column_schedule.column_order`. Backends other than cuda ignore it; it
+            changes rounding nowhere but on cuda.
         out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
         backend: a name from `dropinf.backends()`; None takes the first available.
 
@@ -80,13 +82,13 @@ def sampled_outer(
         i_idx.contiguous(),
         weights,
         bias,
-        () if order is None else order[:3],
+        () if order is None else order.tensors,
         out,
     )
     return out
 
 
-def _check_order(op: str, order: StagedOrder, r: int, x: Tensor) -> None:
+def _check_order(op: str, order: StagedOrder | ColumnOrder, r: int, x: Tensor) -> None:
     wanted = (r, x.element_size(), x.device)
     given = (order.num_entries, order.element_size, order.packed.device)
     if given != wanted:
@@ -120,6 +122,13 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     x, dy = x[:, :40], dy[:, :40]
     order = _staged(x, dy, o_idx, i_idx)
     yield (x, dy, o_idx, i_idx, new.weights(r, s), False, order), (new.out(B, r),)
+    # The columns kernel: rows of which four elements are read at once, and others with a bias;
+    # chunks whose last buffer is not full.
+    for T, I, O, r, bias in ((203, 96, 64, 2600, False), (20, 41, 63, 600, True)):
+        x, dy = new.numbers(1, T, I), new.numbers(1, T, O)
+        o_idx, i_idx = new.indices(O, r), new.indices(I + bias, r)
+        columns = _columns(x, dy, o_idx, i_idx, bias)
+        yield (x, dy, o_idx, i_idx, new.weights(r), bias, columns), (new.out(1, r),)
 
 
 def _staged(
@@ -131,7 +140,17 @@ def _staged(
     I, O = x.shape[2], dy.shape[2]
     order = bank_schedule.staged_order(o_idx, i_idx, I, O, x.element_size(), **options)
     assert order is not None
-    return order[:3]
+    return order.tensors
+
+
+def _columns(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, bias: bool) -> Sequence[Tensor]:
+    """Likewise the order of columns, which elements of two bytes have."""
+    if not bank_schedule.AVAILABLE or x.element_size() != 2:
+        return ()
+    I, O = x.shape[2], dy.shape[2]
+    order = column_schedule.column_order(o_idx, i_idx, I, O, bias=bias)
+    assert order is not None
+    return order.tensors
 
 
 def factored_outer(

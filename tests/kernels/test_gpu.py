@@ -18,6 +18,7 @@ from dropinf import ops
 from dropinf.compression.parts import draw
 from dropinf.ops import dispatch
 from dropinf.ops.bank_schedule import staged_order
+from dropinf.ops.column_schedule import column_order
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda:0" if GPU else "cpu"
@@ -80,6 +81,20 @@ def sampled_outer_staged_two_passes():
     call, passes = staged(128)
     assert passes == 2
     return call
+
+
+def sampled_outer_staged_columns():
+    """The columns kernel, where it has room; by rows that it reads four elements of at once."""
+    B, T, I, O, r = 5, POSITIONS, 96, 80, 2000
+    x, dy = random(B, T, I, dtype=torch.bfloat16), random(B, T, O, dtype=torch.bfloat16)
+    at = coordinates(O, I, r)
+    order = column_order(*at, I, O)
+
+    def run(backend, examples=slice(None)):
+        given = {"order": order, "backend": backend}
+        return (ops.sampled_outer(x[examples], dy[examples], *at, **given),)
+
+    return Call([x, dy], run, B)
 
 
 def sampled_embedding():
@@ -172,6 +187,7 @@ CALLS = {
     "sampled_outer": sampled_outer,
     "sampled_outer-staged": sampled_outer_staged,
     "sampled_outer-staged, two passes": sampled_outer_staged_two_passes,
+    "sampled_outer-staged columns": sampled_outer_staged_columns,
     "sampled_embedding": sampled_embedding,
     "sampled_conv": sampled_conv,
     "gather_grads": gather_grads,

@@ -9,7 +9,7 @@ from properties import given, settings, st
 
 import dropinf
 from dropinf import ops
-from dropinf.ops import bank_schedule, dispatch
+from dropinf.ops import bank_schedule, column_schedule, dispatch
 
 OPS = ("sampled_outer",)
 
@@ -176,6 +176,127 @@ def test_chips_with_less_shared_memory(backend, request, O, staged_on):
         out = ops.sampled_outer(x, dy, o_idx, i_idx, order=order, backend=backend.name)
         assert_within(out, terms.sum(1), 41 * EPS32 * terms.abs().sum(1))
         assert torch.equal(out, direct) == (limit not in staged_on)
+
+
+COLUMNS = {  # B, T, I, O, r: one for each turn that the columns kernel takes
+    "one position": (2, 1, 8, 12, 20),
+    "no position": (2, 0, 3, 3, 5),
+    "no coordinate": (2, 5, 8, 12, 0),
+    "two chunks, the last buffers of both not full": (1, 203, 64, 48, 900),
+    "two whole buffers": (2, 16, 32, 64, 1500),
+    "rows that no read of 8 bytes fits": (2, 13, 17, 11, 60),
+    "columns and outputs of two passes each": (1, 9, 2060, 4100, 3000),
+}
+
+
+@pytest.fixture
+def room_for_columns(backend, request):
+    """The shared memory of sm_90; the columns kernel takes more than other tests have."""
+    if backend.emulated:
+        set_max = torch.ops.dropinf_host.set_max_shared_bytes
+        request.addfinalizer(lambda: set_max(163 * 1024))
+        set_max(227 * 1024)
+
+
+def columns_and_dtypes(backend):
+    """Every shape in both dtypes, with and without the bias in turn."""
+    for s, shape in enumerate(COLUMNS):
+        for d, dtype in enumerate(DTYPES[1:]):
+            yield shape, dtype, (s + d) % 2 == 0
+
+
+def of_columns(backend, x, dy, o_idx, i_idx, bias=False, **options):
+    order = column_schedule.column_order(o_idx, i_idx, x.shape[2], dy.shape[2], bias=bias)
+    return ops.sampled_outer(
+        x, dy, o_idx, i_idx, bias=bias, order=order, backend=backend.name, **options
+    )
+
+
+def assert_entries(out, x, dy, o_idx, i_idx, weights=None, bias=False):
+    """Within the bound of any float32 sum of T terms, and its weight."""
+    if bias:
+        x = torch.cat([x, torch.ones(*x.shape[:2], 1, dtype=x.dtype)], 2)
+    terms = x.double()[:, :, i_idx.long()] * dy.double()[:, :, o_idx.long()]
+    if weights is not None:
+        terms = terms * weights.double()
+    assert_within(out, terms.sum(1), (x.shape[1] + 2) * EPS32 * terms.abs().sum(1))
+
+
+@pytest.mark.backends("cuda")  # no other takes an order
+@pytest.mark.cases("shape, dtype, bias", columns_and_dtypes)
+@pytest.mark.usefixtures("room_for_columns")
+def test_columns(backend, shape, dtype, bias):
+    """The order changes neither which entry is where nor, but for rounding, its value."""
+    shape = COLUMNS[shape]
+    B, r = shape[0], shape[-1]
+    x, dy, o_idx, i_idx = inputs(*shape, dtype, bias=bias)
+    weights = torch.randn(r, generator=torch.Generator().manual_seed(1))
+    row = torch.full((B, r + 9), torch.nan)
+    out = of_columns(backend, x, dy, o_idx, i_idx, bias, weights=weights, out=row[:, 4 : 4 + r])
+    assert_entries(out, x, dy, o_idx, i_idx, weights, bias)
+    assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.usefixtures("room_for_columns")
+def test_uneven_columns(backend):
+    """One column and one output have most coordinates, one of them often; others have none."""
+    x, dy, o_idx, i_idx = inputs(1, 11, 40, 300, 200, torch.bfloat16)
+    o_idx[:150], i_idx[:150] = torch.arange(150) * 2, 7
+    o_idx[140:150], o_idx[150:], i_idx[150:] = 9, 5, torch.arange(50) % 20
+    assert_entries(of_columns(backend, x, dy, o_idx, i_idx), x, dy, o_idx, i_idx)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.usefixtures("room_for_columns")
+def test_columns_of_views(backend):
+    """Rows that start anywhere and lie apart; the same bits for any batch, order and alignment."""
+    B, T, I, O, r = 3, 30, 24, 32, 200
+    x, dy, o_idx, i_idx = inputs(B, T, I, O, r, torch.bfloat16)
+    wide = torch.full((T, B, I + 5), torch.nan, dtype=x.dtype)
+    wide[..., 3 : 3 + I] = x.transpose(0, 1)
+    x_view = wide.transpose(0, 1)[..., 3 : 3 + I]
+    out = of_columns(backend, x_view, dy, o_idx, i_idx)
+    assert_entries(out, x, dy, o_idx, i_idx)
+    assert torch.equal(out, of_columns(backend, x_view, dy, o_idx, i_idx))
+    assert torch.equal(out, of_columns(backend, x, dy, o_idx, i_idx))
+    assert torch.equal(out[1:2], of_columns(backend, x[1:2], dy[1:2], o_idx, i_idx))
+    mixed = torch.randperm(r, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(out[:, mixed], of_columns(backend, x, dy, o_idx[mixed], i_idx[mixed]))
+
+
+@pytest.mark.backends("cuda-host")
+@pytest.mark.usefixtures("room_for_columns")
+def test_columns_without_room(backend):
+    """sm_80 has 163 KB for a block, which are too few: the call is direct, as its bits show."""
+    x, dy, o_idx, i_idx = inputs(1, 40, 30, 50, 60, torch.bfloat16)
+    direct = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend.name)
+    assert not torch.equal(of_columns(backend, x, dy, o_idx, i_idx), direct)
+    torch.ops.dropinf_host.set_max_shared_bytes(163 * 1024)
+    assert torch.equal(of_columns(backend, x, dy, o_idx, i_idx), direct)
+
+
+@pytest.mark.backends("cuda")
+def test_orders_that_do_not_fit(backend):
+    x, dy, o_idx, i_idx = inputs(1, 5, 24, 32, 100, torch.bfloat16)
+    order = column_schedule.column_order(o_idx, i_idx, 24, 32)
+    for call, order, message in (
+        ((x.float(), dy.float(), o_idx, i_idx), order, "2-byte"),
+        ((x, dy, o_idx[:50].reshape(-1, 1), i_idx[:50].reshape(-1, 1)), order, "50 entries"),
+        (
+            (x, dy, o_idx.reshape(-1, 1).repeat(1, 2), i_idx.reshape(-1, 1).repeat(1, 2)),
+            order,
+            r"for coordinates \[r\]",
+        ),
+        ((x[..., :20], dy, o_idx, i_idx), order, "pass 0 of the order is not of this call"),
+        (
+            (x, dy, o_idx, i_idx),
+            order._replace(target=order.target[:, 1:]),
+            "must be int32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.sampled_outer(*call, order=order, backend=backend.name)
 
 
 def shapes_of_sums(backend):

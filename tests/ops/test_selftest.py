@@ -66,7 +66,7 @@ def test_staged_cases():
     make, dtypes, _ = selftest.SELF_TESTS["sampled_outer"]
     kernels = set()
     for dtype in dtypes:
-        cases = [args for args, _ in make(dtype, CPU) if args[6]]
+        cases = [args for args, _ in make(dtype, CPU) if len(args[6]) == 3]
         passes = [args[6][0] for args in cases]
         assert max(map(len, passes)) > 1 and any(args[4].dim() == 2 for args in cases)
         # 384 threads, each of 5, 13 or 25 coordinates.
@@ -171,3 +171,17 @@ def test_default_only_if_verified(monkeypatch):
     ops.sampled_outer(**good)
     assert calls
     dispatch.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_column_cases(dtype):
+    """The self-test runs the columns kernel by rows that are aligned and others with a bias, in
+    chunks whose last buffer is not full."""
+    if not bank_schedule.AVAILABLE:
+        pytest.skip("the C++ extension makes the orders")
+    make = selftest.SELF_TESTS["sampled_outer"][0]
+    cases = [args for args, _ in make(dtype, CPU) if len(args[6]) == 4]
+    aligned = {args[0].shape[2] % 4 == 0 == args[1].shape[2] % 4 for args in cases}
+    assert aligned == {True, False} == {args[5] for args in cases}
+    assert all(args[0].shape[1] % 8 for args in cases)
+    assert max(args[0].shape[1] for args in cases) > 192  # positions of a chunk

@@ -93,6 +93,42 @@ __device__ inline void store_4(const float* from, float* to) {
 #endif
 }
 
+// Reads kVector elements, widened: one, or as many as 16 bytes hold, from an address that is a
+// multiple of 16.
+template <int kVector, typename E>
+__device__ void load_vector(const E* from, float* to) {
+  static_assert(kVector == 1 || kVector * sizeof(E) == 16);
+  if constexpr (kVector == 1) {
+    to[0] = widen(from[0]);
+  } else if constexpr (sizeof(E) == sizeof(float)) {
+    load_4(from, to);
+  } else {
+#ifdef __CUDACC__
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      to[2 * k] = widen(E{static_cast<uint16_t>(words[k])});
+      to[2 * k + 1] = widen(E{static_cast<uint16_t>(words[k] >> 16)});
+    }
+#else
+    host_execution::check_aligned(from, 16);
+    for (int k = 0; k < kVector; ++k) to[k] = widen(from[k]);
+#endif
+  }
+}
+
+// Writes one float, or a multiple of four to an address that is a multiple of 16.
+template <int kVector>
+__device__ void store_vector(const float* from, float* to) {
+  if constexpr (kVector == 1) {
+    to[0] = from[0];
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector; k += 4) store_4(from + k, to + k);
+  }
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 template <typename T>
 __device__ T* shared_memory() {

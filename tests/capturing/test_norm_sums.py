@@ -52,7 +52,7 @@ class Norms(nn.Module):
 CASES = [
     Case("norms", Norms, lambda: (torch.randn(4, 5, 3, 8),), squares),
     Case("a vector", lambda: nn.LayerNorm(8), lambda: (torch.randn(4, 8),), squares),
-    Case("a transformer", lambda: Tokens().eval(), lambda: (padded_ids(),), tokens_cross_entropy),
+    Case("a transformer", lambda: Tokens().eval(), padded_ids, tokens_cross_entropy),
 ]
 SKETCH = Sketch(r=7, s=3)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -117,16 +117,13 @@ def test_tokens(calls, monkeypatch):
 
 
 def test_what_is_read_is_not_widened(calls):
-    """The op takes x and dy as they are; under autocast, where they differ, in the wider dtype."""
-    model, x = nn.LayerNorm(8).bfloat16(), torch.randn(3, 5, 8)
+    """The op takes x and dy as they are; where they differ, as under autocast, in the wider one."""
+    model, x = nn.LayerNorm(8).bfloat16(), torch.randn(3, 5, 8).bfloat16()
     with capture(model, Plan.make(model, Full())) as tap:
-        tap.rows(squares(model, (x.bfloat16(),)).float())
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    with capture(model, Plan.make(model, Full())) as tap:
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = squares(model, (x,)).float()
-        tap.rows(losses)
-    assert calls == [torch.bfloat16, torch.float32]
+        tap.rows(squares(model, (x,)).float())
+    assert calls == [torch.bfloat16]
+    (form,) = norms.layer_norm(x, (8,), model.weight)
+    assert [t.dtype for t in form.prepare(x, x.float())] == [torch.float32] * 2
 
 
 @pytest.fixture

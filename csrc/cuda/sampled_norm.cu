@@ -74,7 +74,7 @@ __device__ Statistics statistics_of(const E* x, int I, bool rms, float eps, int 
   float mean = 0.0f;
   if (!rms) {
     float sums[kVector] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int i = lane * kVector; i < I; i += kWarp * kVector) {
       float value[kVector];
       load_some<kAligned, kVector>(x, i, I, 0.0f, value);
@@ -84,7 +84,7 @@ __device__ Statistics statistics_of(const E* x, int I, bool rms, float eps, int 
     mean = __fdiv_rn(sum_of_warp(sum_of<kVector>(sums)), size);
   }
   float sums[kVector] = {}, squares[kVector] = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int i = lane * kVector; i < I; i += kWarp * kVector) {
     float value[kVector];
     load_some<kAligned, kVector>(x, i, I, mean, value);
@@ -101,6 +101,50 @@ __device__ Statistics statistics_of(const E* x, int I, bool rms, float eps, int 
   return {mean, scale, -rest * scale};
 }
 
+// Where a block keeps the sums of its vectors of columns: `of(v)[j * kWarp]` is sum j of vector v,
+// of kVector products and then of as many dy. No other thread touches it, and a warp's are in 32
+// banks.
+template <int kVector>
+struct Sums {
+  float* data;
+  __device__ float* of(int v) const { return data + v / kWarp * (2 * kVector * kWarp) + v % kWarp; }
+};
+
+// Adds `count` positions to the sums of a vector of columns.
+template <int kVector, typename E>
+__device__ void add(const SampledNormArgs& args, const E* x, const E* dy, const Statistics* of,
+                    int count, float* sums) {
+  float product[kVector], total[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    product[j] = sums[j * kWarp];
+    total[j] = sums[(kVector + j) * kWarp];
+  }
+  const auto position = [&](int p) {
+    float x_value[kVector], dy_value[kVector];
+    load_vector<kVector>(x + p * args.x_stride_t, x_value);
+    load_vector<kVector>(dy + p * args.dy_stride_t, dy_value);
+    const Statistics at = of[p];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      product[j] += dy_value[j] * ((x_value[j] - at.mean) * at.scale + at.shift);
+      total[j] += dy_value[j];
+    }
+  };
+  if (count == kWarps) {  // with all loads in flight
+#pragma unroll
+    for (int p = 0; p < kWarps; ++p) position(p);
+  } else {
+#pragma unroll 1
+    for (int p = 0; p < count; ++p) position(p);
+  }
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    sums[j * kWarp] = product[j];
+    sums[(kVector + j) * kWarp] = total[j];
+  }
+}
+
 // blockIdx.x counts (b, chunk, tile), the tiles fastest.
 template <typename E, int kVector>
 __global__ void __launch_bounds__(kThreads, 2) norm_kernel(const NormCall call) {
@@ -111,13 +155,11 @@ __global__ void __launch_bounds__(kThreads, 2) norm_kernel(const NormCall call) 
   const int I = static_cast<int>(args.I), first = static_cast<int>(tile) * call.columns;
   const int width = I - first < call.columns ? I - first : call.columns;
   const int num_vectors = width / kVector;
-  // Sum j of a vector of columns v is sums[j * num_vectors + v], of products and then of dy, and no
-  // other thread's.
-  float* const sums = shared_memory<float>();
-  auto* const statistics = reinterpret_cast<Statistics*>(sums + 2 * call.columns);  // [2, kWarps]
+  auto* const statistics = shared_memory<Statistics>();  // [2, kWarps]
+  const Sums<kVector> sums{reinterpret_cast<float*>(statistics + 2 * kWarps)};
   for (int v = threadIdx.x; v < num_vectors; v += kThreads) {
 #pragma unroll
-    for (int j = 0; j < 2 * kVector; ++j) sums[j * num_vectors + v] = 0.0f;
+    for (int j = 0; j < 2 * kVector; ++j) sums.of(v)[j * kWarp] = 0.0f;
   }
   const E* const x = static_cast<const E*>(args.x) + b * args.x_stride_b;
   const E* const dy = static_cast<const E*>(args.dy) + b * args.dy_stride_b;
@@ -134,41 +176,20 @@ __global__ void __launch_bounds__(kThreads, 2) norm_kernel(const NormCall call) 
     }
     __syncthreads();
     const int count = static_cast<int>(end - t0 < kWarps ? end - t0 : kWarps);
+    const E* const x_at = x + t0 * args.x_stride_t + first;
+    const E* const dy_at = dy + t0 * args.dy_stride_t + first;
     for (int v = threadIdx.x; v < num_vectors; v += kThreads) {
-      const E* x_at = x + t0 * args.x_stride_t + first + v * kVector;
-      const E* dy_at = dy + t0 * args.dy_stride_t + first + v * kVector;
-      float product[kVector], total[kVector];
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        product[j] = sums[j * num_vectors + v];
-        total[j] = sums[(kVector + j) * num_vectors + v];
-      }
-#pragma unroll 4
-      for (int p = 0; p < count; ++p) {
-        float x_value[kVector], dy_value[kVector];
-        load_vector<kVector>(x_at + p * args.x_stride_t, x_value);
-        load_vector<kVector>(dy_at + p * args.dy_stride_t, dy_value);
-        const Statistics at = of[p];
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          product[j] += dy_value[j] * ((x_value[j] - at.mean) * at.scale + at.shift);
-          total[j] += dy_value[j];
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        sums[j * num_vectors + v] = product[j];
-        sums[(kVector + j) * num_vectors + v] = total[j];
-      }
+      add<kVector>(args, x_at + v * kVector, dy_at + v * kVector, of, count, sums.of(v));
     }
   }
   float* const to = call.sums + (c * args.B + b) * 2 * args.I + first;
+#pragma unroll 1
   for (int v = threadIdx.x; v < num_vectors; v += kThreads) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float values[kVector];
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) values[j] = sums[(half * kVector + j) * num_vectors + v];
+      for (int j = 0; j < kVector; ++j) values[j] = sums.of(v)[(half * kVector + j) * kWarp];
       store_vector<kVector>(values, to + half * args.I + v * kVector);
     }
   }
@@ -231,7 +252,9 @@ cudaError_t sampled_norm(const SampledNormArgs& args, float* scratch, cudaStream
       aligned &= stride % vector == 0;
     }
     call.num_tiles = static_cast<int>(ceil_div(args.I, kMaxColumns));
-    call.columns = static_cast<int>(round_up(ceil_div<int64_t>(args.I, call.num_tiles), vector));
+    // Whole warps of vectors.
+    call.columns =
+        static_cast<int>(round_up(ceil_div<int64_t>(args.I, call.num_tiles), kWarp * vector));
     const Kernel kernel = args.dtype == DType::kBFloat16  ? kernel_for<BFloat16>(aligned)
                           : args.dtype == DType::kFloat16 ? kernel_for<Float16>(aligned)
                                                           : kernel_for<float>(aligned);

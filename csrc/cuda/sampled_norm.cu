@@ -55,47 +55,53 @@ __device__ float sum_of(const float* values) {
   return sum;
 }
 
-// Of the elements of x that are there; `other` stands for the rest.
-template <bool kAligned, int kVector, typename E>
-__device__ void load_some(const E* x, int i, int I, float other, float* to) {
-  if constexpr (kAligned) {
-    load_vector<kVector>(x + i, to);
-  } else {
+// Calls take(j, x[i], whether it is there) for all of a lane's elements, i = j modulo kVector;
+// those behind the end are 0. By the same lanes in the same order, however x is aligned.
+template <bool kAligned, int kVector, typename E, typename Take>
+__device__ void each_of_lane(const E* x, int I, int lane, const Take& take) {
+  constexpr int kLoads = kAligned ? 8 : 1;  // vectors in flight
+  for (int first = lane * kVector; first < I; first += kLoads * kWarp * kVector) {
+    float value[kLoads][kVector];
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) to[j] = i + j < I ? widen(x[i + j]) : other;
+    for (int n = 0; n < kLoads; ++n) {
+      const int i = first + n * kWarp * kVector;
+      if constexpr (kAligned) {
+        load_vector<kVector>(x + i, value[n], i < I);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) value[n][j] = i + j < I ? widen(x[i + j]) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const int i = first + n * kWarp * kVector + (kAligned ? 0 : j);
+        take(j, value[n][j], i < I);
+      }
+    }
   }
 }
 
-// Of a position's x, by a warp: by the same lanes in the same order, however x is aligned.
+// Of a position's x, by a warp.
 template <typename E, bool kAligned>
 __device__ Statistics statistics_of(const E* x, int I, bool rms, float eps, int lane) {
   constexpr int kVector = 16 / sizeof(E);
   const float size = static_cast<float>(I);
-  float mean = 0.0f;
+  float sums[kVector] = {}, squares[kVector] = {}, mean = 0.0f, rest = 0.0f;
   if (!rms) {
-    float sums[kVector] = {};
-#pragma unroll 8
-    for (int i = lane * kVector; i < I; i += kWarp * kVector) {
-      float value[kVector];
-      load_some<kAligned, kVector>(x, i, I, 0.0f, value);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) sums[j] += value[j];
-    }
+    each_of_lane<kAligned, kVector>(x, I, lane,
+                                    [&](int j, float value, bool) { sums[j] += value; });
     mean = __fdiv_rn(sum_of_warp(sum_of<kVector>(sums)), size);
-  }
-  float sums[kVector] = {}, squares[kVector] = {};
-#pragma unroll 8
-  for (int i = lane * kVector; i < I; i += kWarp * kVector) {
-    float value[kVector];
-    load_some<kAligned, kVector>(x, i, I, mean, value);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const float centred = value[j] - mean;
-      sums[j] += centred;
-      squares[j] += centred * centred;
-    }
+    for (int j = 0; j < kVector; ++j) sums[j] = 0.0f;
   }
-  const float rest = rms ? 0.0f : __fdiv_rn(sum_of_warp(sum_of<kVector>(sums)), size);
+  each_of_lane<kAligned, kVector>(x, I, lane, [&](int j, float value, bool there) {
+    const float centred = there ? value - mean : 0.0f;
+    sums[j] += centred;
+    squares[j] += centred * centred;
+  });
+  if (!rms) rest = __fdiv_rn(sum_of_warp(sum_of<kVector>(sums)), size);
   const float square = __fdiv_rn(sum_of_warp(sum_of<kVector>(squares)), size);
   const float scale = __fdiv_rn(1.0f, __fsqrt_rn(square - rest * rest + eps));
   return {mean, scale, -rest * scale};

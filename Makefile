@@ -74,7 +74,7 @@ peers: .venv/installed
 # them, which both must find. The C++ library is loaded first, or exceptions would not be known to
 # the sanitizers; reports go past pytest.
 HOST_TESTS := $(addprefix tests/ops/test_,sampled_outer.py sampled_embedding.py sampled_conv.py \
-    gather_grads.py gram.py damped_cholesky.py cholesky_solve.py score_topk.py large_offsets.py)
+    sampled_norm.py gather_grads.py gram.py damped_cholesky.py cholesky_solve.py score_topk.py large_offsets.py)
 preloaded = LD_PRELOAD="$$($(CXX) -print-file-name=$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)"
 on_host = $(BIN)/python -m pytest -q --capture=sys -k cuda-host $(HOST_TESTS)
 

@@ -4,9 +4,9 @@
 //         csrc/bank_order.cpp -o kernels && ./kernels
 //
 // Inputs are multiples of 1/8, so that every sum is exact in float32: entries must equal those of a
-// plain loop in double, and Cholesky factors and solutions agree to 1e-5 of the largest. Then the
-// µs of each kernel beside those of one plain read of what it must read; their ratio is the figure
-// to quote. `./kernels --small` takes tiny sizes. It ends with 1 if a check fails.
+// plain loop in double, and Cholesky factors, solutions and norms agree to 1e-5 of the largest.
+// Then the µs of each kernel beside those of one plain read of what it must read; their ratio is
+// the figure to quote. `./kernels --small` takes tiny sizes. It ends with 1 if a check fails.
 
 #include <cstring>
 
@@ -27,6 +27,7 @@ std::vector<Case> cases(const Pools& pools, bool small) {
             outer(pools, 1, 40, 256, 384, 900, 768),
             gather(pools, 3, 65, 17),
             embedding(pools, 2, 37, 11, 19, 67),
+            norm(pools, 2, 70, 40, 60),
             conv(pools, 2, 4, 9, 35, false),
             conv(pools, 2, 4, 9, 35, true),
             gram(pools, 600, 2, 33),
@@ -42,6 +43,7 @@ std::vector<Case> cases(const Pools& pools, bool small) {
           outer(pools, B, T, I, O, 65536, most),
           gather(pools, 200, 1 << 17, 1024),
           embedding(pools, B, T, 50304, O, 8192),
+          norm(pools, B, 1024, 2048, 1024),
           conv(pools, B, 64, 56, 1024, false),
           conv(pools, B, 64, 56, 1024, true),
           gram(pools, 4096, 16, 1024),

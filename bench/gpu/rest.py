@@ -1,4 +1,4 @@
-"""gather_grads, sampled_embedding, sampled_conv and score_topk against plain torch."""
+"""gather_grads, score_topk, and the ops of what is no linear layer, against plain torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.compression.parts import draw
+from dropinf.ops.bank_schedule import AVAILABLE, staged_order
 from gpu.outer import coordinates
 from gpu.ratios import Case, Contestant, Setup, Target, backends_of
 from gpu.timing import Bench, relative_error
@@ -20,6 +21,7 @@ INDEX_CAT, LAUNCHES = "index + cat", "launches"
 GATHER_1024 = "gather_grads, 200 layers, r=1024"
 TOPK = "score_topk, m=64, n=100,000, R=8192, k=10"
 PRODUCT = "torch.mm"
+NORM = "sampled_norm, B=8, T=1024, I=2048, r=1024"
 
 TARGETS = [
     Target("gather_grads, r=1024: one launch", GATHER_1024, at_most=1, fact=LAUNCHES),
@@ -38,6 +40,7 @@ def cases() -> list[Case]:
         *gathers,
         Case(TOPK, topk, SCORES),
         Case("sampled_embedding, V=50304, O=4096, r=8192", embedding, OTHERS),
+        Case(NORM, norm, OTHERS),
         Case("sampled_conv, 128 to 128 channels of 28 x 28, 3 x 3, r=1024", conv, OTHERS),
     ]
 
@@ -152,6 +155,48 @@ def embedding(bench: Bench) -> Setup:
         return Contestant(call, error, ours=backend != "reference", num_bytes=num_bytes)
 
     return Setup({b: ours(b) for b in backends_of("sampled_embedding", bench.device)})
+
+
+def norm(bench: Bench) -> Setup:
+    """Beside it what a capture does where it does not take the op."""
+    B, T, I, r = 8, 1024, 2048, 1024
+    if bench.rehearsal:
+        B, T, I, r = 2, 40, 32, 20
+    dtype, device = torch.bfloat16, bench.device
+    x, dy = (torch.randn(B, T, I, device=device, dtype=dtype) for _ in range(2))
+    count = bench.num_sets(x.nbytes + dy.nbytes, most=8)
+    sets = [(x, dy), *((x.clone(), dy.clone()) for _ in range(count - 1))]
+    index = torch.from_numpy(draw(2 * I, r, 0, 0)).to(device).int()
+    o_idx, i_idx = index % I, torch.where(index < I, index, I)  # of an input of ones
+    of_scales = F.layer_norm(x.double(), (I,)) * dy.double()
+    truth = torch.cat([of_scales.sum(1), dy.double().sum(1)], 1)[:, index.long()]
+    order = staged_order(o_idx, i_idx, I, I, 4, bias=True) if AVAILABLE else None
+
+    def error(out: Tensor) -> float:
+        return relative_error(out, truth)
+
+    def ours(backend: str) -> Contestant:
+        def call(i: int) -> Tensor:
+            return ops.sampled_norm(*sets[i % count], index, eps=1e-5, backend=backend)
+
+        num_bytes = x.nbytes + dy.nbytes + 4 * B * r
+        return Contestant(call, error, ours=backend != "reference", num_bytes=num_bytes)
+
+    def by_outer(backend: str) -> Contestant:
+        def call(i: int) -> Tensor:
+            x, dy = (t.float() for t in sets[i % count])
+            options = {"bias": True, "order": order, "backend": backend}
+            return ops.sampled_outer(F.layer_norm(x, (I,)), dy, o_idx, i_idx, **options)
+
+        return Contestant(call, error)
+
+    contestants = {b: ours(b) for b in backends_of("sampled_norm", device)}
+    contestants |= {
+        f"layer_norm + sampled_outer, {b}": by_outer(b)
+        for b in backends_of("sampled_outer", device)
+        if b not in ("reference", "triton")
+    }
+    return Setup(contestants)
 
 
 def conv(bench: Bench) -> Setup:

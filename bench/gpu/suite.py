@@ -20,6 +20,7 @@ OP_TESTS = [
     "test_sampled_conv",
     "test_sampled_outer",
     "test_sampled_embedding",
+    "test_sampled_norm",
     "test_damped_cholesky",
     "test_gram",
     "test_gather_grads",

@@ -31,6 +31,7 @@ void init_capture(py::module_& m) {
       .value("outer", Native::kOuter)
       .value("layer_norm", Native::kLayerNorm)
       .value("rms_norm", Native::kRmsNorm)
+      .value("sampled_norm", Native::kSampledNorm)
       .value("embedding", Native::kEmbedding)
       .value("conv", Native::kConv)
       .value("batch_norm", Native::kBatchNorm);
@@ -44,18 +45,18 @@ void init_capture(py::module_& m) {
   py::class_<Writes, std::shared_ptr<Writes>>(m, "Writes")
       .def(
           py::init([](Native native, const py::object& dtype, at::Device device, int64_t x_features,
-                      int64_t dy_features, int64_t width, std::optional<double> eps,
+                      int64_t dy_features, int64_t width, std::optional<double> eps, bool rms,
                       int64_t padding_id, std::vector<std::vector<int64_t>> window, int64_t groups,
                       std::optional<at::Tensor> mean, std::optional<at::Tensor> var,
                       std::vector<EntryRun> runs) {
-            return std::make_shared<Writes>(Writes{native, dtype.cast<at::ScalarType>(), device,
-                                                   x_features, dy_features, width, eps, padding_id,
-                                                   std::move(window), groups, std::move(mean),
-                                                   std::move(var), std::move(runs)});
+            return std::make_shared<Writes>(
+                Writes{native, dtype.cast<at::ScalarType>(), device, x_features, dy_features, width,
+                       eps, rms, padding_id, std::move(window), groups, std::move(mean),
+                       std::move(var), std::move(runs)});
           }),
           py::kw_only(), py::arg("native"), py::arg("dtype"), py::arg("device"),
           py::arg("x_features"), py::arg("dy_features"), py::arg("width") = 0,
-          py::arg("eps") = std::nullopt, py::arg("padding_id") = -1,
+          py::arg("eps") = std::nullopt, py::arg("rms") = false, py::arg("padding_id") = -1,
           py::arg("window") = std::vector<std::vector<int64_t>>(), py::arg("groups") = 1,
           py::arg("mean") = std::nullopt, py::arg("var") = std::nullopt, py::arg("runs"));
   py::class_<Site, std::shared_ptr<Site>>(m, "Site")

@@ -37,6 +37,15 @@ void outer(const Tensor& x, const Tensor& dy, const EntryRun& run, const Tensor&
   op.call(x, dy, run.o_idx, run.i_idx, run.weights, true, run.order, out);
 }
 
+// The coordinates of a norm's sums are numbers of them, o = i.
+void norm(const Tensor& x, const Tensor& dy, bool rms, double eps, const EntryRun& run,
+          const Tensor& out) {
+  static const auto op =
+      op_named<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, bool, double,
+                    const Tensor&)>("dropinf::sampled_norm");
+  op.call(x, dy, run.o_idx, run.weights, rms, eps, out);
+}
+
 void embedding(const Tensor& ids, const Tensor& dy, const EntryRun& run, const Tensor& out) {
   static const auto op =
       op_named<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
@@ -100,6 +109,12 @@ void Writes::write(Tensor x, Tensor dy, const Tensor& rows) const {
       x = at::rms_norm(wide(x), {width}, {}, eps);
       dy = wide(dy);
       break;
+    case Native::kSampledNorm: {
+      const auto dtype = at::promote_types(x.scalar_type(), dy.scalar_type());
+      x = x.to(dtype);
+      dy = dy.to(dtype);
+      break;
+    }
     case Native::kEmbedding:
       x = x.select(2, 0);
       if (padding_id >= 0) x = x.masked_fill(x == padding_id, -1);
@@ -116,6 +131,8 @@ void Writes::write(Tensor x, Tensor dy, const Tensor& rows) const {
       conv(x, dy, window, groups, run, out);
     } else if (native == Native::kEmbedding) {
       embedding(x, dy, run, out);
+    } else if (native == Native::kSampledNorm) {
+      norm(x, dy, rms, *eps, run, out);
     } else {
       outer(x, dy, run, out);
     }

@@ -20,7 +20,7 @@ struct EntryRun {
 };
 
 // What a function does to its input before the op takes it.
-enum class Native { kOuter, kLayerNorm, kRmsNorm, kEmbedding, kConv, kBatchNorm };
+enum class Native { kOuter, kLayerNorm, kRmsNorm, kSampledNorm, kEmbedding, kConv, kBatchNorm };
 
 // Dimension 0 of x and dy, or of both unflattened, must be the B examples in order.
 struct Writes {
@@ -30,6 +30,7 @@ struct Writes {
   int64_t x_features, dy_features;           // trailing dimensions that are no positions
   int64_t width;                             // of a norm
   std::optional<double> eps;                 // of a norm
+  bool rms;                                  // of a norm that one op normalises and sums
   int64_t padding_id;                        // of an embedding, -1 for none
   std::vector<std::vector<int64_t>> window;  // of a convolution: kernel, stride, padding, dilation
   int64_t groups;                            // of a convolution

@@ -178,6 +178,44 @@ __device__ inline void prefetch(const void* from, size_t num_bytes) {
 #endif
 }
 
+// Reads kVector elements, widened: one, or as many as 16 bytes hold, from an address that is a
+// multiple of 16. What is not `there` is not read, and 0.
+template <int kVector, typename E>
+__device__ void load_vector(const E* from, float* to, bool there = true) {
+  static_assert(kVector == 1 || kVector * sizeof(E) == 16);
+  if constexpr (kVector == 1) {
+    to[0] = there ? widen(from[0]) : 0.0f;
+  } else {
+#ifdef __CUDACC__
+    const uint4 bits = there ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (sizeof(E) == sizeof(float)) {
+        to[k] = __uint_as_float(words[k]);
+      } else {
+        to[2 * k] = widen(E{static_cast<uint16_t>(words[k])});
+        to[2 * k + 1] = widen(E{static_cast<uint16_t>(words[k] >> 16)});
+      }
+    }
+#else
+    host_execution::check_aligned(from, 16);
+    for (int k = 0; k < kVector; ++k) to[k] = there ? widen(from[k]) : 0.0f;
+#endif
+  }
+}
+
+// Writes one float, or a multiple of four to an address that is a multiple of 16.
+template <int kVector>
+__device__ void store_vector(const float* from, float* to) {
+  if constexpr (kVector == 1) {
+    to[0] = from[0];
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector; k += 4) store_4(from + k, to + k);
+  }
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 template <typename T>
 __device__ T* shared_memory() {

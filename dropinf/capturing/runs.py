@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dropinf import ops
-from dropinf.capturing.rules import Role, outer
+from dropinf.capturing.rules import Role, norm_sums, outer
 from dropinf.capturing.sources import Source, View
 from dropinf.compression import DenseProjection, Kron, SignedSums, by_entry
 from dropinf.ops import bank_schedule
@@ -24,6 +24,11 @@ from dropinf.ops.column_schedule import ColumnOrder
 # Products of x and dy, which take sums of coordinates, orders, and a grid as one product ->
 # whether a bias is an input of theirs.
 _PRODUCTS = {ops.sampled_outer: False, outer: True}
+
+
+def _takes_sums(op: Any) -> bool:
+    return op in _PRODUCTS or getattr(op, "func", None) is norm_sums
+
 
 Run = list[tuple[View, Role]]
 
@@ -77,11 +82,11 @@ def in_one(run: Run, cache: dict) -> bool:
     """Whether `sample` takes the run; if not, `values` are to be folded."""
     view, role = run[0]
     entry_map = view.slot.entry_map
-    return entry_map is None or (
-        role.op in _PRODUCTS
-        and _whole(view)
-        and (isinstance(entry_map, SignedSums) or _two_sided_of(view, role, cache) is not None)
-    )
+    if entry_map is None or not _whole(view):
+        return entry_map is None
+    if isinstance(entry_map, SignedSums):
+        return _takes_sums(role.op)
+    return role.op in _PRODUCTS and _two_sided_of(view, role, cache) is not None
 
 
 def columns(run: Run) -> slice | Tensor:
@@ -235,7 +240,7 @@ def _adjoin(one: tuple[View, Role], other: tuple[View, Role]) -> bool:
     if a.slot.entry_map is None and b.slot.entry_map is None:
         return overlap == 0 and a.slot.grid is None and b.slot.grid is None
     both = isinstance(a.slot.entry_map, SignedSums) and isinstance(b.slot.entry_map, SignedSums)
-    if not both or overlap not in (0, 1) or one[1].op not in _PRODUCTS:
+    if not both or overlap not in (0, 1) or not _takes_sums(one[1].op):
         return False
     # Not where another parameter's coordinates stand between them.
     return a.slot.entry_map.first + len(a.at) == b.slot.entry_map.first

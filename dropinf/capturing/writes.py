@@ -26,6 +26,7 @@ _OPS = {
     "outer": "sampled_outer",
     "layer_norm": "sampled_outer",
     "rms_norm": "sampled_outer",
+    "sampled_norm": "sampled_norm",
     "embedding": "sampled_embedding",
     "conv": "sampled_conv",
     "batch_norm": "sampled_conv",

@@ -12,6 +12,7 @@ from dropinf.ops.dispatch import BackendError, backends, is_native
 from dropinf.ops.embedding import sampled_embedding
 from dropinf.ops.gather import gather_grads
 from dropinf.ops.layerwise import DampedCholesky, cholesky_solve, damped_cholesky, gram, unpack
+from dropinf.ops.norm import sampled_norm
 from dropinf.ops.outer import factored_outer, sampled_outer
 from dropinf.ops.products import row_products
 from dropinf.ops.topk import score_topk
@@ -29,6 +30,7 @@ __all__ = [
     "row_products",
     "sampled_conv",
     "sampled_embedding",
+    "sampled_norm",
     "sampled_outer",
     "score_topk",
     "unpack",

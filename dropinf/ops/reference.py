@@ -168,6 +168,34 @@ def sampled_conv(
     return out
 
 
+def sampled_norm(
+    x: Tensor,
+    dy: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+    rms: bool,
+    eps: float,
+    out: Tensor,
+) -> Tensor:
+    """out[b, k] = sum_j weights[k, j] * sums[b, index[k, j]], index and weights [r, s] or [r].
+
+    sums[b] is sum_t dy[b, t] * n[b, t], then sum_t dy[b, t], where n is x normalised.
+    """
+    (B, T, I), dtype = x.shape, _sum_dtype(x.dtype)
+    _check_range("sampled_norm: index", index, 2 * I)
+    normalise = F.rms_norm if rms else F.layer_norm
+    step = max(1, _MAX_ELEMENTS // max(1, T * I))
+    for start in range(0, B if index.numel() else 0, step):
+        part = slice(start, start + step)
+        wide = dy[part].to(dtype)
+        products = wide * normalise(x[part].to(dtype), (I,), eps=eps)
+        sums = torch.cat([products.sum(1), wide.sum(1)], 1)
+        entries = sums.index_select(1, index.reshape(-1)).reshape(-1, *index.shape)
+        entries = _weighted(entries, weights)
+        out[part] = entries if entries.dim() == 2 else entries.sum(2)
+    return out
+
+
 def gather_grads(
     grads: Sequence[Tensor | None],
     indices: Sequence[Tensor],

@@ -454,6 +454,7 @@ QUICK = {
         *(f"gram, r={r}" for r in (64, 256, 1024)),
         rest.TOPK,
         "sampled_embedding, V=50304, O=4096, r=8192",
+        rest.NORM,
         "sampled_conv, 128 to 128 channels of 28 x 28, 3 x 3, r=1024",
     },
     "model": {"Pythia-1.4B, r=1024", "Pythia-6.9B, r=8192"},

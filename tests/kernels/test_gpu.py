@@ -108,6 +108,21 @@ def sampled_embedding():
     return Call([dy], run, 5)
 
 
+def sampled_norm(I=72):
+    """Rows of vectors; and of numbers one by one."""
+    x, dy = (random(5, POSITIONS, n, dtype=torch.bfloat16)[..., :I] for n in (I, I + 8))
+    index = (torch.arange(3 * I, device=DEVICE) % (2 * I)).int()
+
+    def run(backend, examples=slice(None)):
+        return (ops.sampled_norm(x[examples], dy[examples], index, eps=1e-5, backend=backend),)
+
+    return Call([x, dy], run, 5)
+
+
+def sampled_norm_one_by_one():
+    return sampled_norm(67)
+
+
 def sampled_conv():
     C, O, H, W, r = (8, 12, 19, 17, 400) if GPU else (3, 4, 9, 7, 70)
     x, dy = random(5, C, H, W), random(5, O, H, W)
@@ -190,6 +205,8 @@ CALLS = {
     "sampled_outer-staged columns": sampled_outer_staged_columns,
     "sampled_embedding": sampled_embedding,
     "sampled_conv": sampled_conv,
+    "sampled_norm": sampled_norm,
+    "sampled_norm-one by one": sampled_norm_one_by_one,
     "gather_grads": gather_grads,
     "gram": gram,
     "gram-long": gram_long,

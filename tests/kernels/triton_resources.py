@@ -20,6 +20,7 @@ from dropinf.triton_kernels import (
     gram,
     sampled_conv,
     sampled_embedding,
+    sampled_norm,
     sampled_outer,
     score_topk,
 )
@@ -48,6 +49,22 @@ def variants():
             types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32"}
             types |= {"ids_ptr": "*i64", "o_ptr": "*i32", "i_ptr": "*i32"}
             yield dtype, kernel, types, tiles, file.OPTIONS
+
+    norm = sampled_norm
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "eps": "fp32"}
+        types |= {"statistics_ptr": "*fp32", "sums_ptr": "*fp32"}
+        for rms in (False, True):
+            tiles = {"RMS": rms, "BLOCK_I": norm.BLOCK_I}
+            name = f"{dtype}{' rms' if rms else ''}"
+            yield name, norm.norm_statistics_kernel, types, tiles, norm.OPTIONS
+        tiles = {"BLOCK_T": norm.BLOCK_T, "BLOCK_C": norm.BLOCK_C}
+        yield dtype, norm.norm_sums_kernel, types, tiles, norm.OPTIONS
+    types = dict.fromkeys(("sums_ptr", "weights_ptr", "entry_weights_ptr", "out_ptr"), "*fp32")
+    types["index_ptr"] = "*i32"
+    for name in ("weights_ptr", "entry_weights_ptr"):
+        tiles = {"BLOCK_R": norm.BLOCK_R, name: None}
+        yield f"without {name}", norm.norm_pick_kernel, types, tiles, norm.OPTIONS
 
     types = {"parts_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": "*fp32"}
     yield "", chunks.add_chunks_kernel, types, {"BLOCK": chunks.BLOCK}, chunks.OPTIONS

@@ -79,6 +79,23 @@ def test_sampled_embedding(backend, strides):
     check(out, exact(dy), exact(dy.abs()), 2)
 
 
+@pytest.mark.ops("sampled_norm")
+@STRIDES
+def test_sampled_norm(backend, strides):
+    x, dy = (sparse((2, 2, 8), strides, torch.bfloat16) for _ in range(2))
+    x.copy_(randn(2, 2, 8))
+    dy.copy_(randn(2, 2, 8).flip(2))
+    out = ops.sampled_norm(x, dy, torch.arange(16).int(), eps=0.0, backend=backend.name)
+    wide = x.double() - x.double().mean(2, keepdim=True)
+    n, dy = wide / wide.square().mean(2, keepdim=True).sqrt(), dy.double()
+
+    def exact(n, dy):
+        return torch.cat([(n * dy).sum(1), dy.sum(1)], 1)
+
+    # Of n as well: 8 terms of its statistics.
+    check(out, exact(n, dy), exact(n.abs() + 1, dy.abs()), 2 + 16)
+
+
 @pytest.mark.ops("sampled_conv")
 @pytest.mark.parametrize(
     "strides",

@@ -51,6 +51,13 @@ def calls():
             "weights": torch.tensor([1.5, 0.0, -2.0]),
             **ones,
         },
+        "sampled_norm": {
+            "x": x,
+            "dy": dy[..., :4],
+            "index": torch.stack([FEW, index], 1),
+            "weights": torch.tensor([[1.5, -1], [1, 0], [-1, -2]]),
+            "eps": 1e-5,
+        },
         "gather_grads": {
             "grads": [randn(3, 4), randn(7)],
             "indices": [torch.tensor([[0, 5]]), torch.tensor([3])],
@@ -80,6 +87,7 @@ WRITTEN = {
     "factored_outer": ("out", (2, 9)),
     "sampled_embedding": ("out", (2, 3)),
     "sampled_conv": ("out", (2, 3)),
+    "sampled_norm": ("out", (2, 3)),
     "gather_grads": ("out", (2,)),
     "gram": ("out", (8,)),
     "damped_cholesky": ("out", (8,)),

@@ -18,6 +18,7 @@ CALLS = {  # op: arguments, one of them wrong, and what is said of it
     "factored_outer": ((x, dy.half(), None, None), {}, "dy must be torch.float32"),
     "sampled_embedding": ((x[..., 0], dy, index, index), {}, r"ids must be \[B, T\] int64"),
     "sampled_conv": ((image, image, index, index), conv | {"groups": 3}, "groups must divide"),
+    "sampled_norm": ((x, dy, index), {"eps": 0.0}, r"x and dy must both be \[B, T, I\]"),
     "gather_grads": (([x], [index]), {}, r"indices\[0\] must be torch.int64"),
     "gram": ((rows, offsets), {"accumulate": True}, "accumulate=True adds to out"),
     "damped_cholesky": ((packed[1:], offsets), {}, r"matrices must be contiguous \[13\]"),

@@ -44,6 +44,12 @@ def case(name):
             x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
         at = {"o_idx": new.index(5, 40), "i_idx": new.index(3, 40)}
         return op, {"x": x, "dy": dy, **at, **ONES}, (40,)
+    if name.startswith("sampled_norm"):
+        # As many of -1 as of 1: statistics, and so all sums, are exact.
+        signs = torch.ones(2, T, 8)
+        signs.scatter_(2, torch.rand(2, T, 8, generator=new.generator).argsort(2)[..., 4:], -1)
+        shape = (40, 3) if "sums" in name else (40,)
+        return op, {"x": signs, "dy": new(2, T, 8), "index": new.index(16, *shape), "eps": 0}, shape
     if name == "factored_outer":
         arguments = {"x": new(2, T, 7), "dy": new(2, T, 5), "o_idx": None, "i_idx": None}
         return op, arguments, (35,)
@@ -62,6 +68,9 @@ NAMES = [
     "sampled_conv",
     "sampled_conv, one chunk",
     "sampled_conv, channels last",
+    "sampled_norm",
+    "sampled_norm, one chunk",
+    "sampled_norm, sums",
     "factored_outer",
     "gather_grads",
     "gather_grads, strided",

@@ -1,10 +1,11 @@
-// gather_grads, sampled_embedding, sampled_conv and score_topk.
+// gather_grads, sampled_embedding, sampled_norm, sampled_conv and score_topk.
 
 #pragma once
 
 #include "cuda/gather_grads.cuh"
 #include "cuda/sampled_conv.cuh"
 #include "cuda/sampled_embedding.cuh"
+#include "cuda/sampled_norm.cuh"
 #include "cuda/score_topk.cuh"
 #include "inputs.cuh"
 
@@ -80,6 +81,55 @@ inline Case embedding(const Pools& pools, int64_t B, int64_t T, int64_t vocabula
       double sum = 0;
       for (int64_t t = b * T; t < (b + 1) * T; ++t) {
         if (tokens[t] == at.row[k]) sum += pool[t * O + at.column[k]];
+      }
+      return factors[k] * sum;
+    });
+  };
+  return it;
+}
+
+inline Case norm(const Pools& pools, int64_t B, int64_t T, int64_t I, int64_t r) {
+  const Pool<BFloat16>& pool = pools.halves;
+  std::vector<int32_t> at;
+  for (const int64_t n : positions(r, 2 * I)) at.push_back(static_cast<int32_t>(n));
+  const Device<int32_t> index(at);
+  const std::vector<float> factors = weights(r);
+  const Device<float> device_weights(factors), out(B * r);
+
+  SampledNormArgs args{};
+  args.dtype = DType::kBFloat16;
+  args.B = B, args.T = T, args.I = I, args.r = r, args.s = 1;
+  args.x_stride_b = args.dy_stride_b = T * I;
+  args.x_stride_t = args.dy_stride_t = I;
+  args.eps = 1e-5f;
+  const Device<float> scratch(cuda::sampled_norm_scratch(args));
+
+  Case it;
+  it.name = label("sampled_norm, T=%d, I=%d, r=%d", T, I, r);
+  it.num_bytes = 2 * 2 * B * T * I;
+  it.run = [=, &pool](int64_t turn) {
+    SampledNormArgs call = args;
+    call.x = pool.data() + pool.at(turn, 2 * B * T * I);
+    call.dy = static_cast<const BFloat16*>(call.x) + B * T * I;
+    call.index = index.data(), call.weights = device_weights.data();
+    call.out = out.data(), call.out_stride_b = r, call.out_stride_k = 1;
+    return cuda::sampled_norm(call, scratch.data(), nullptr);
+  };
+  it.wrong = [=, &pool] {
+    std::vector<double> mean, deviation;
+    for (int64_t row = 0; row < B * T; ++row) {
+      double sum = 0, square = 0;
+      for (int64_t i = 0; i < I; ++i) sum += pool[row * I + i];
+      for (int64_t i = 0; i < I; ++i) square += std::pow(pool[row * I + i] - sum / I, 2);
+      mean.push_back(sum / I);
+      deviation.push_back(std::sqrt(square / I + 1e-5));
+    }
+    return compare(out.on_host(), T, 1e-5 * T, [&](int64_t n) {
+      const int64_t b = n / r, k = n % r, i = at[k] % I;
+      double sum = 0;
+      for (int64_t row = b * T; row < (b + 1) * T; ++row) {
+        const double x = at[k] < I ? (pool[row * I + i] - mean[row]) / deviation[row] : 1;
+        sum += x * pool[B * T * I + row * I + i];
       }
       return factors[k] * sum;
     });

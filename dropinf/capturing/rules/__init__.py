@@ -3,6 +3,7 @@
 from dropinf.capturing.rules.composites import COMPOSITES, opened
 from dropinf.capturing.rules.forms import Bias, Form, RefusedError, Role, outer
 from dropinf.capturing.rules.layers import ELEMENTWISE, FORMS
+from dropinf.capturing.rules.norms import norm_sums
 
 __all__ = [
     "COMPOSITES",
@@ -12,6 +13,7 @@ __all__ = [
     "Form",
     "RefusedError",
     "Role",
+    "norm_sums",
     "opened",
     "outer",
 ]

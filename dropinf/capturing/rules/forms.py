@@ -40,6 +40,14 @@ class Bias:
 
 
 @dataclass(frozen=True)
+class Shift(Bias):
+    """(o, i) of positions in a vector [i] whose sums an op numbers behind those of a scale."""
+
+    def __call__(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return at + self.i, at + self.i
+
+
+@dataclass(frozen=True)
 class Scale:
     """(o, i) of positions in a vector whose element k takes input k to output k."""
 

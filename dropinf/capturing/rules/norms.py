@@ -20,10 +20,22 @@ from dropinf.capturing.rules.forms import (
     Form,
     RefusedError,
     Scale,
+    Shift,
     affine,
     outer,
     roles_of,
 )
+
+# Where one op reads x and dy in order, as they are, for all sums of a norm. On a CPU torch
+# normalises, in float32, and what is not sampled is left out.
+SUMMED_ON = {"cuda"}
+
+
+def norm_sums(
+    x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, *, eps: float, rms: bool, **options: Any
+) -> Tensor:
+    """Sampled entries of a norm's scale and shift, o = i numbers of its sums."""
+    return ops.sampled_norm(x, dy, o_idx, eps=eps, rms=rms, **options)
 
 
 def _channel_sums(x: Tensor, dy: Tensor, o_idx: Tensor, i_idx: Tensor, **options: Any) -> Tensor:
@@ -95,6 +107,9 @@ def layer_norm(
     def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return F.layer_norm(_wide(x), (width,), eps=eps), _wide(dy)
 
+    if input.device.type in SUMMED_ON:
+        yield _summed(input, len(normalized_shape), weight, bias, width, eps, rms=False)
+        return
     native = "layer_norm", {"width": width, "eps": eps}
     yield _scaled(input, len(normalized_shape), normalised, weight, bias, width, native)
 
@@ -110,8 +125,33 @@ def rms_norm(
     def normalised(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return F.rms_norm(_wide(x), (width,), eps=eps), _wide(dy)
 
+    if input.device.type in SUMMED_ON:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        eps = torch.finfo(wide).eps if eps is None else eps
+        yield _summed(input, len(normalized_shape), weight, None, width, eps, rms=True)
+        return
     native = "rms_norm", {"width": width, "eps": eps}
     yield _scaled(input, len(normalized_shape), normalised, weight, None, width, native)
+
+
+def _summed(
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    width: int,
+    eps: float,
+    rms: bool,
+) -> Form:
+    op = partial(norm_sums, eps=eps, rms=rms)
+    roles = roles_of(op, (weight, Scale()), (bias, Shift(width)))
+    native = "sampled_norm", {"eps": eps, "rms": rms}
+    return Form(x, roles, features=(dims, dims), prepare=_of_one_dtype, native=native)
+
+
+def _of_one_dtype(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    return x.to(dtype), dy.to(dtype)
 
 
 def mul(input: Any, other: Any, *, out: None = None) -> Iterator[Form]:

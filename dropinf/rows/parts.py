@@ -95,6 +95,11 @@ class Parts:
         return torch.cat([part.origin for part in self.parts]) if self.has_origin else None
 
     @property
+    def device(self) -> torch.device:
+        """Of all parts."""
+        return self.parts[0].packed.device
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the rows."""
         packed = self.parts[0].packed

@@ -37,7 +37,7 @@ def valid_rows(
     wanted = store.read_dtype if dtype is None else dtype
     num_rows = max(1, part_bytes // max(1, width * wanted.itemsize))
     for start, rows in store.chunks(columns, num_rows):  # copies of more would be beyond the part
-        valid = store.valid[start : start + len(rows)]
+        valid = store.valid[start : start + len(rows)].to(rows.device)
         bad = ~finite_rows(rows) & valid
         if bad.any():
             at = start + int(bad.nonzero()[0])
@@ -77,7 +77,7 @@ def mean_squares(store: RowStore, n: int, part_bytes: int | None = None) -> Tens
             step = max(1, rows.shape[1] // 8)  # of the columns, as float64 copies are larger
             sums = total[columns].split(step)
             for some, values in zip(sums, rows.split(step, 1), strict=True):
-                some += values.double().square().sum(0)
+                some += values.double().square().sum(0).to(some.device)
     return total.div_(n)
 
 
@@ -127,7 +127,7 @@ def _float32_holds(
     # Roundings of as many terms add up like a random walk; and below 2^-149 a solution is zero.
     least = 2.0**-149 * norms.sum().sqrt()
     rounding = torch.finfo(torch.float32).eps * squares.sum(1).sqrt() + least
-    return bool((rounding <= _LOST * exact.norm(dim=1))[asked].all())
+    return bool((rounding <= _LOST * exact.norm(dim=1))[asked.cpu()].all())
 
 
 def products(solved: Tensor, store: RowStore) -> Tensor:

@@ -121,7 +121,8 @@ class RowStore:
         """The rows of one store after the other; nothing is copied.
 
         Raises:
-            ValueError: they are of different plans, weights, updates or dtypes, or share an id.
+            ValueError: they are of different plans, weights, updates, dtypes or devices, or share
+                an id.
         """
         if not stores:
             raise ValueError("RowStore.join: no stores were given")
@@ -132,6 +133,7 @@ class RowStore:
                 ("weights", first.weights, store.weights),
                 ("updates", first.updates, store.updates),
                 ("dtype", first.dtype, store.dtype),
+                ("device", str(first.device), str(store.device)),
                 ("ids", first._parts.kind, store._parts.kind),
                 ("origin", first._parts.has_origin, store._parts.has_origin),
             ):
@@ -169,7 +171,9 @@ class RowStore:
             LockedError: another process writes this store.
         """
         given = None if ids is None else as_ids("RowStore.append", ids)
-        part = checked_part("RowStore.append", self.plan, rows, valid, origin, given, self.dtype)
+        part = checked_part(
+            "RowStore.append", self.plan, rows.to(self.device), valid, origin, given, self.dtype
+        )
         self._parts.check_new(part, rows.dtype)
         if self.path is not None:
             part = self._parts.written(part, self.path)
@@ -242,6 +246,11 @@ class RowStore:
     def dtype(self) -> torch.dtype:
         """In which the rows are kept."""
         return self._parts.packing.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are: the CPU's memory, unless they were given on another device."""
+        return self._parts.device
 
     @property
     def read_dtype(self) -> torch.dtype:

@@ -21,7 +21,7 @@ def mean_query(queries: RowStore) -> RowStore:
     n = int(queries.valid.sum())
     if n == 0:
         raise ValueError(f"mean_query: none of the {len(queries)} queries is valid")
-    total = torch.zeros(queries.plan.width, dtype=torch.float64)
+    total = torch.zeros(queries.plan.width, dtype=torch.float64, device=queries.device)
     for start, rows in queries.chunks():
         total += rows[queries.valid[start : start + len(rows)]].double().sum(0)
     mean = RowStore((total / n).to(queries.read_dtype)[None], queries.plan)

@@ -72,7 +72,7 @@ def scores(
     result = (products if by is None else layer_products)(solved, store).to(queries.read_dtype)
     factors = _factors("scores", store, solver, relative, weights)
     if factors is not None:
-        result *= factors
+        result *= factors.to(result.device)
     valid = queries.valid[:, None], store.valid
     solver.check_scores(
         "scores", result, valid, lambda *at: (solved[at[-2]], store.at([at[-1]])[0])
@@ -180,7 +180,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
         solver.check_scores(
             "self_influence", parts[-1], (), lambda i, x=solved, g=rows: (x[i], g[i])
         )
-    result = torch.full((len(store),), torch.nan, dtype=store.read_dtype)
+    result = torch.full((len(store),), torch.nan, dtype=store.read_dtype, device=store.device)
     if parts:
         result[store.valid] = torch.cat(parts)
     return result

@@ -74,7 +74,9 @@ def optimizer_updates(
     rows = torch.empty(len(store), plan.width, dtype=store.read_dtype)
     for start, chunk in store.chunks():
         for l, slot in enumerate(plan.slots):
-            g = chunk[:, slot.entries].double() / slot.scale
+            scale = slot.scale
+            scale = scale.to(chunk.device) if isinstance(scale, torch.Tensor) else scale
+            g = chunk[:, slot.entries].double() / scale
             rows[start : start + len(chunk), slot.entries] = steps.scaled(l, g).to(rows.dtype)
     rows[~store.valid] = 0
     updates = RowStore(rows, plan, store.valid.clone(), store.origin, store.ids)

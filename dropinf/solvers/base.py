@@ -29,6 +29,7 @@ class Solver(ABC):
         weights: fingerprint of those that made the rows of the fit, None if it is not known.
         updates: the optimizer whose steps the rows of the fit are; None of gradients.
         num_rows: n, the valid rows of the fit; 0 before `fit`.
+        device: of the rows of the fit, where it solves: queries go there, and solutions back.
         max_bytes: bound of the memory of `fit` and what it leaves, of each `solve`, and of
             self-influences, beyond what these are given and return. None: `solve` takes its queries
             all at once, what goes over all rows of a store takes 256 MB or a row at a time.
@@ -39,6 +40,7 @@ class Solver(ABC):
     weights: str | None = None
     updates: str | None = None
     num_rows: int = 0
+    device: torch.device = torch.device("cpu")
     max_bytes: int | None = None
     _kept_bytes: int = 0  # in memory, between fit and solve
     _given: Mapping[str, Any] = MappingProxyType({})  # arguments
@@ -80,6 +82,7 @@ class Solver(ABC):
             )
         self.plan = self.store = None  # an error leaves it unfitted, not half of the one before
         self._kept_bytes = 0
+        self.device = store.device
         self._fit(store, n)
         self.plan, self.store, self.weights = store.plan, store, store.weights
         self.num_rows, self.updates = n, store.updates
@@ -128,13 +131,14 @@ class Solver(ABC):
             )
         if not len(rows):
             return rows.clone()
+        asked_on, rows = rows.device, rows.to(self.device)
         row_bytes = 8 * rows.shape[1]
         # A query that is marked invalid may hold anything.
         finite = torch.cat([finite_rows(some) for some in rows.split(room.count(4 * row_bytes))])
         solved = torch.zeros_like(rows)
         if finite.all():
             solve(rows, solved, room)
-            return solved
+            return solved.to(asked_on)
         solved[~finite] = torch.nan
         half = room.share(1 / 2)
         for at in finite.nonzero().flatten().split(half.count(2 * row_bytes)):
@@ -142,7 +146,7 @@ class Solver(ABC):
             found = torch.zeros_like(some)
             solve(some, found, half)
             solved[at] = found
-        return solved
+        return solved.to(asked_on)
 
     def _blocks(self, plan: Plan) -> Sequence[LayerPlan]:
         """The layers that have a matrix of their own."""

@@ -81,7 +81,8 @@ class Cholesky(Solver):
         if self.max_bytes is not None:
             part_bytes = min(part_bytes, max(1, self.max_bytes // 8))
         widens = self.dtype is None and dtype == torch.float32
-        setting = Setting(type(self).__name__, self._damping, dtype, n, part_bytes, widens)
+        op, damping = type(self).__name__, self._damping
+        setting = Setting(op, damping, dtype, n, part_bytes, store.device, widens)
         groups = self._grouped(blocks, setting)
         total = sum(group.num_bytes(block, setting) for group in groups for block in group.blocks)
         beside = max(group.scratch_bytes(group.blocks, setting) for group in groups)
@@ -276,6 +277,7 @@ class Cholesky(Solver):
         groups = saved.groups(blocks, None if max_bytes is None else max_bytes // 4)
         solver._set(blocks, groups)
         solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
+        solver.device = saved.setting.device
         solver.updates = saved.updates
         solver.num_rows = saved.setting.n
         return solver

@@ -37,7 +37,7 @@ class Dual(Group):
 
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
         n, (block,) = self.setting.n, self.blocks
-        K = torch.zeros(n, n, dtype=torch.float64)
+        K = torch.zeros(n, n, dtype=torch.float64, device=self.setting.device)
         for _, G in columns_of(store, block, n, self.setting.part_bytes):
             K.addmm_(G, G.T)
         check_squares(f"{self.setting.op}.fit", block, K.diagonal(), store)
@@ -76,7 +76,7 @@ class Dual(Group):
         if layer.form == "zero":
             solved[:, block.entries] = 0
             return
-        inner = torch.zeros(n, len(rows), dtype=torch.float64)
+        inner = torch.zeros(n, len(rows), dtype=torch.float64, device=rows.device)
         for columns, G in columns_of(store, block, n, part_bytes):
             inner.addmm_(G, rows[:, columns].double().T)
         inner = torch.cholesky_solve(inner, factors.view(n, n))
@@ -94,4 +94,4 @@ class Dual(Group):
         if layer.form == "zero":
             return [1.0]
         L = self.read().view(n, n)
-        return [largest(lambda v: L @ (L.T @ v), n, L.dtype) / (n * layer.λ)]
+        return [largest(lambda v: L @ (L.T @ v), L) / (n * layer.λ)]

@@ -36,7 +36,7 @@ class _Pairs(NamedTuple):
         """V, in memory."""
         if isinstance(self.V, Tensor):
             return self.V
-        return self.V.read().view(len(self.s), self.block.r).T
+        return self.V.read().view(len(self.s), self.block.r).T.to(self.s.device)
 
 
 class Eigen(Solver):
@@ -103,7 +103,7 @@ class Eigen(Solver):
     ) -> _Pairs:
         op = f"{type(self).__name__}.fit"
         if n < block.r:
-            K = torch.zeros(n, n, dtype=torch.float64)
+            K = torch.zeros(n, n, dtype=torch.float64, device=store.device)
             for _, G in columns_of(store, block, n, part_bytes):
                 K.addmm_(G, G.T)
             K.div_(n)
@@ -113,14 +113,14 @@ class Eigen(Solver):
             del K
             kept = self._kept(s)
             s, U = s[kept], U[:, kept] / (n * s[kept]).sqrt()
-            V = torch.empty(block.r, len(s), dtype=torch.float64)
+            V = s.new_empty(block.r, len(s))
             for columns, G in columns_of(store, block, n, part_bytes):
                 torch.mm(G.T, U, out=V[within(block, columns)])
             if len(s) and s[0] < 1e-3 * s[-1]:
                 # The shorter G.T u is, the more rounding has left in it of the longer ones.
                 V = torch.linalg.qr(V.flip(1)).Q.flip(1)
         else:
-            F = torch.zeros(block.r**2, dtype=torch.float64)
+            F = torch.zeros(block.r**2, dtype=torch.float64, device=store.device)
             for rows in valid_rows(store, [block.entries], part_bytes=part_bytes):
                 ops.gram(rows, (0, block.r), scale=1 / n, accumulate=True, out=F)
             matrix = F.view(block.r, block.r)
@@ -211,7 +211,8 @@ class Eigen(Solver):
         op = f"{type(self).__name__}.log_likelihood"
         wanted = [Damping(op, damping, self.absolute) for damping in dampings]
         λs = [self._lambdas("log_likelihood", damping) for damping in wanted]
-        found = torch.zeros(len(rows), len(dampings), dtype=torch.float64)
+        rows = rows.to(self.device)
+        found = torch.zeros(len(rows), len(dampings), dtype=torch.float64, device=self.device)
         for l, pairs in enumerate(self._pairs):
             if pairs.mean_diagonal == 0:
                 continue
@@ -252,7 +253,7 @@ class Eigen(Solver):
         op = f"{type(self).__name__}.sweep"
         self.check_plans(op, queries, store, weights)
         m, n, R = len(queries), len(store), store.plan.width
-        found = torch.empty(len(dampings), m, n, dtype=queries.read_dtype)
+        found = torch.empty(len(dampings), m, n, dtype=queries.read_dtype, device=queries.device)
         room = self.room("sweep", whole_store=True)
         # Of one query at one damping: solutions in float64, alone and together, beside the query
         # and a solution in float32, and scores.

@@ -55,7 +55,7 @@ class Spill:
 
 def write(file: BinaryIO, numbers: Tensor, crc: int = 0) -> int:
     """Append a flat tensor to an open file; return the CRC-32 of everything so far."""
-    data = numbers.numpy()
+    data = numbers.cpu().numpy()
     file.write(data)
     return zlib.crc32(data, crc)
 

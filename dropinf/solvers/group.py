@@ -48,6 +48,7 @@ class Setting:
     dtype: torch.dtype  # of r x r factors
     n: int  # valid training rows
     part_bytes: int  # of the rows that are read at once
+    device: torch.device  # of the rows, the factors, and what is solved for
     widens: bool = False  # a layer that `dtype` has not the digits for is left for float64
 
 
@@ -74,8 +75,9 @@ class Group(ABC):
         return (0, *itertools.accumulate(block.r for block in self.blocks))
 
     def read(self) -> Tensor:
-        """The factors, in memory."""
-        return self.factors.read() if isinstance(self.factors, FileTensor) else self.factors
+        """The factors, in memory, on the device of the setting."""
+        factors = self.factors.read() if isinstance(self.factors, FileTensor) else self.factors
+        return factors.to(self.setting.device)
 
     @staticmethod
     @abstractmethod
@@ -167,10 +169,10 @@ def lost_pivot(factor: Tensor, diagonal: Tensor, margin: float = 1.0) -> int:
     return int(lost.nonzero()[0]) + 1 if lost.any() else 0
 
 
-def largest(multiply: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype) -> float:
-    """Largest eigenvalue of a symmetric matrix, from below: power iteration."""
+def largest(multiply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """Largest eigenvalue of a symmetric matrix of the size of another: power iteration, from below."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(dtype)
+    v = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)
     norm = 0.0
     for _ in range(_STEPS):
         v = multiply(v / v.norm())

@@ -129,7 +129,7 @@ class LiSSA(ByPasses):
         vectors = []
         for block in blocks:
             v = torch.randn(_POWER_VECTORS, block.r, generator=generator, dtype=torch.float64)
-            vectors.append((block, v))
+            vectors.append((block, v.to(store.device)))
         norms = []
         for _ in range(_POWER_PASSES):
             vectors = [

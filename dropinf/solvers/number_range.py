@@ -56,11 +56,11 @@ def check_scores(
     beyond = ~found.isfinite()
     for mask in valid:
         if beyond.any():
-            beyond &= mask
+            beyond &= mask.to(beyond.device)
     if not beyond.any():
         return
     solved, row = at(*beyond.nonzero()[0].tolist())
-    terms = solved.double() * row.double()
+    terms = solved.double() * row.to(solved.device).double()
     sizes = torch.stack([terms[block.entries].sum().abs() for block in plan.blocks])
     worst = plan.blocks[int(sizes.nan_to_num(torch.inf).argmax())]
     raise ValueError(

@@ -44,23 +44,24 @@ class Primal(Group):
 
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
         numbers, dtype = self.size()
-        F = torch.empty(numbers, dtype=dtype)
+        F = torch.empty(numbers, dtype=dtype, device=self.setting.device)
         exponents = self._gram(store, F)
         matrices = ops.unpack(F, self.offsets)
         for l, exponent in enumerate(exponents):
             if exponent:
                 Primal([self.blocks[l]], self.setting)._gram(store, matrices[l].view(-1), exponent)
         diagonals = [matrix.diagonal().clone() for matrix in matrices]
-        shift = F.new_empty(len(self.blocks))
+        shifts = []
         for l, (block, diagonal) in enumerate(zip(self.blocks, diagonals, strict=True)):
             squares = scaled(diagonal.double(), 2 * exponents[l])
             check_squares(f"{self.setting.op}.fit", block, squares, store)
             unit, mean = 4.0 ** exponents[l], float(squares.mean())
             λ = self.setting.damping.λ(dampings[l], mean)
             zero = λ == 0 and mean == 0
-            shift[l] = 1.0 if zero else λ / unit  # a zero layer's factor is never used
+            shifts.append(1.0 if zero else λ / unit)  # a zero layer's factor is never used
             form = "zero" if zero else self.form
             self.layers.append(Layer(block.name, block.r, form, λ, exponent=exponents[l]))
+        shift = F.new_tensor(shifts)
         # In place; the few layers that fail are summed again.
         info = ops.damped_cholesky(F, self.offsets, shift, out=F).info.tolist()
         for l, (block, matrix, diagonal) in enumerate(
@@ -88,13 +89,13 @@ class Primal(Group):
         """Every layer's F_l times 4^-exponent, packed, into F; the exponent each would need, 0
         where the squares of its rows are well within the dtype's range."""
         parts = valid_rows(store, self.columns, part_bytes=self.setting.part_bytes)
-        peaks = torch.zeros(self.offsets[-1], dtype=torch.float64)
+        peaks = torch.zeros(self.offsets[-1], dtype=torch.float64, device=F.device)
         for i, rows in enumerate(parts):
             peaks = torch.maximum(peaks, rows.abs().amax(0).double())
             rows = scaled(rows, -exponent) if exponent else rows
             ops.gram(rows, self.offsets, scale=1 / self.setting.n, accumulate=i > 0, out=F)
         sizes = [block.r for block in self.blocks]
-        largest = [float(part.max()) if len(part) else 0.0 for part in peaks.split(sizes)]
+        largest = [float(part.max()) if len(part) else 0.0 for part in peaks.cpu().split(sizes)]
         return [0 if _LEAST <= peak <= _MOST else math.frexp(peak)[1] for peak in largest]
 
     def _retry(
@@ -141,8 +142,8 @@ class Primal(Group):
     def condition(self) -> list[float]:
         factors = ops.unpack(self.read(), self.offsets)
         return [
-            largest(lambda v, L=L: L @ (L.T @ v), len(L), L.dtype)
-            * largest(lambda v, L=L: torch.cholesky_solve(v, L), len(L), L.dtype)
+            largest(lambda v, L=L: L @ (L.T @ v), L)
+            * largest(lambda v, L=L: torch.cholesky_solve(v, L), L)
             for L in factors
         ]
 

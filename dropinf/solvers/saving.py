@@ -153,7 +153,8 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
         damping = Damping(kind, **options)
         dtype = _DTYPES[field(saved, "dtype", str)]
         n, part_bytes = (field(saved, key, int, 1, 1 << 62) for key in ("n", "part_bytes"))
-        setting = Setting(kind, damping, dtype, n, part_bytes)
+        device = torch.device("cpu") if store is None else store.device
+        setting = Setting(kind, damping, dtype, n, part_bytes, device)
         parts = [
             (
                 _FORMS[field(group, "form", str)],

@@ -170,7 +170,7 @@ def lost_pivot(factor: Tensor, diagonal: Tensor, margin: float = 1.0) -> int:
 
 
 def largest(multiply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """Largest eigenvalue of a symmetric matrix of the size of another: power iteration, from below."""
+    """Largest eigenvalue of a symmetric matrix, of the size of another, by power iteration."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)
     norm = 0.0

@@ -62,6 +62,7 @@ class Backward:
         self._all = False  # sites write in the passes of one loss, whatever was found of them
         self._b: int | None = None
         self._tasks: set[int] = set()
+        self._streams: set[Any] = set()  # of CUDA, on which the pass runs: those of its forward
 
     def run(self, retain_graph: bool) -> None:
         """All passes; the graph is kept if asked for."""
@@ -164,6 +165,10 @@ class Backward:
                 self._trace.begin_call(call.native, of)
         try:
             _BACKWARD(losses, ones, retain_graph=retain_graph, inputs=inputs)
+            for stream in self._streams:  # autograd waits for gradients of leaves alone
+                here = torch.cuda.current_stream(stream.device)
+                if here != stream:
+                    here.wait_stream(stream)
             if writes:
                 self._note_written()
         finally:
@@ -183,6 +188,8 @@ class Backward:
     def _started(self, grad: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         self._tasks.add(task)
+        if grad.device.type == "cuda":
+            self._streams.add(torch.cuda.current_stream(grad.device))
         if self._record is not None and (self._b is None or self._one):
             self._trace.started(task)
 

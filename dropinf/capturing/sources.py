@@ -44,7 +44,7 @@ class View:
         return cls(slot, slot.index, None, parameter)
 
     def on(self, device: torch.device, cache: dict) -> Tensor:
-        """`at` on a device, copied once for a whole parameter: a step is not to wait for the host."""
+        """`at` on a device, of a whole parameter copied once: a step is not to wait for it."""
         if self.at is not self.slot.index:
             return self.at.to(device)
         key = "positions", self.slot.name, device

@@ -67,7 +67,7 @@ class Entries:
                 o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (o_idx, i_idx))
                 for some in chunk_items(len(x_part), shape.numel()):
                     grads = role.op(x_part[some], dy_part[some], o_idx, i_idx, backend=self.backend)
-                    for view, entries in source.pull(grads.unflatten(1, shape)):
+                    for view, entries in source.pull(grads.unflatten(1, shape), self.cache):
                         self.add(view, entries, _part(rows, some))
 
     def _sample_views(self, run: Run, x: Tensor, dy: Tensor, rows: Rows) -> None:
@@ -129,7 +129,8 @@ class Entries:
             shape = torch.Size((1, *shape))
         at = self._rows_at(rows.reshape(-1))
         if isinstance(source, View):
-            self.add(source, _view_entries(source, shape, by_item, dims, own, rest), at)
+            here = source.on(by_item.device, self.cache)
+            self.add(source, _view_entries(here, shape, by_item, dims, own, rest), at)
             return
         base = source.shape
         n = rows.size
@@ -138,7 +139,9 @@ class Entries:
                 _item_gradient(i, items, shape, by_item, dims, own)
                 for i in range(some.start, some.stop)
             ]
-            for view, entries in source.pull(torch.stack(whole).reshape(len(whole), *base)):
+            for view, entries in source.pull(
+                torch.stack(whole).reshape(len(whole), *base), self.cache
+            ):
                 self.add(view, entries, _part(at, some))
 
     def _rows_at(self, rows: Array) -> Rows:
@@ -153,7 +156,8 @@ class Entries:
             return False
         ids = source.ids.reshape(shape[:-1]).expand(grads.shape[:-1])
         for rows, some_ids, dy in self.map.split(ids, grads, (0, 1), owners):
-            self.add(*source.pull_positions(some_ids[..., 0], dy, self.backend), rows)
+            found = source.pull_positions(some_ids[..., 0], dy, self.backend, self.cache)
+            self.add(*found, rows)
         return True
 
     def add(self, view: View, values: Tensor, rows: Rows) -> None:
@@ -171,7 +175,8 @@ class Entries:
 
     def add_gradient(self, slot: ParamPlan, grad: Tensor, b: int) -> None:
         """Add what plain autograd has for the parameter in the pass of row b."""
-        self.add(View.of(slot), grad.reshape(1, -1)[:, slot.index.to(grad.device)], slice(b, b + 1))
+        for view, entries in View.of(slot).pull(grad[None], self.cache):
+            self.add(view, entries, slice(b, b + 1))
 
     def _begin(self, slot: ParamPlan) -> None:
         if slot.name not in self.touched:
@@ -193,15 +198,14 @@ class Entries:
 
 
 def _view_entries(
-    view: View,
+    at: Tensor,
     shape: torch.Size,
     grads: Tensor,
     dims: Sequence[int],
     own: Sequence[int],
     rest: Sequence[int],
 ) -> Tensor:
-    """[n, k] entries of each item, from grads [*items, *rest]."""
-    at = view.at.to(grads.device)
+    """[n, k] entries at positions `at` of each item, from grads [*items, *rest]."""
     index = torch.unravel_index(at, shape)
     flat = torch.zeros_like(at)  # position in the dimensions that are no items
     for d in rest:

@@ -44,8 +44,9 @@ def _give_way(p: Tensor, free: Callable[[Tensor], None]) -> Callable[[], None]:
     """Have `free` called with p's gradient in place of its own hooks; returns what undoes that."""
     grad, hooks = p.grad, p._post_accumulate_grad_hooks
     p.grad = None
-    if hooks:
-        p._post_accumulate_grad_hooks = None  # the next one makes an empty list of them
+    if hooks is not None:
+        # The next one makes a list of them; after torch.utils.swap_tensors nobody reads an old one.
+        p._post_accumulate_grad_hooks = None
     handle = p.register_post_accumulate_grad_hook(free)
 
     def put_back() -> None:

@@ -43,6 +43,15 @@ class View:
         """The parameter itself."""
         return cls(slot, slot.index, None, parameter)
 
+    def on(self, device: torch.device, cache: dict) -> Tensor:
+        """`at` on a device, of a whole parameter copied once: a step is not to wait for it."""
+        if self.at is not self.slot.index:
+            return self.at.to(device)
+        key = "positions", self.slot.name, device
+        if key not in cache:
+            cache[key] = self.at.to(device)
+        return cache[key]
+
     @property
     def leaves(self) -> list[Tensor]:
         """The parameter."""
@@ -95,9 +104,9 @@ class View:
         which = order if self.which is None else self.which[order]
         return View(self.slot, flat[order], which, self.parameter)
 
-    def pull(self, grads: Tensor) -> Iterator[tuple[View, Tensor]]:
+    def pull(self, grads: Tensor, cache: dict) -> Iterator[tuple[View, Tensor]]:
         """(parameter's view, entries [n, k]) of n gradients [n, *shape] of this tensor."""
-        yield self, grads.reshape(len(grads), -1)[:, self.at.to(grads.device)]
+        yield self, grads.reshape(len(grads), -1)[:, self.on(grads.device, cache)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Derived:
     leaves: Sequence[Tensor]
     slots: Sequence[ParamPlan]
 
-    def pull(self, grads: Tensor) -> Iterator[tuple[View, Tensor]]:
+    def pull(self, grads: Tensor, cache: dict) -> Iterator[tuple[View, Tensor]]:
         """(parameter's view, entries [n, k]) of n gradients [n, *shape] of this tensor."""
         each = [
             torch.autograd.grad(
@@ -131,7 +140,8 @@ class Derived:
         ]
         for slot, parts in zip(self.slots, zip(*each, strict=True), strict=True):
             if parts[0] is not None:
-                yield from View.of(slot).pull(torch.stack([part.to_dense() for part in parts]))
+                dense = torch.stack([part.to_dense() for part in parts])
+                yield from View.of(slot).pull(dense, cache)
 
 
 @dataclass(frozen=True)
@@ -143,10 +153,12 @@ class Lookup(Derived):
     ids: Tensor
     padding: int | None
 
-    def pull_positions(self, ids: Tensor, dy: Tensor, backend: str | None) -> tuple[View, Tensor]:
+    def pull_positions(
+        self, ids: Tensor, dy: Tensor, backend: str | None, cache: dict
+    ) -> tuple[View, Tensor]:
         """(the table's view, entries [b, k]) of dy [b, T, width] at ids [b, T]."""
-        at = self.table.at
-        o_idx, i_idx = (t.to(dy.device, torch.int32) for t in (at % self.width, at // self.width))
+        at = self.table.on(dy.device, cache)
+        o_idx, i_idx = (t.to(torch.int32) for t in (at % self.width, at // self.width))
         if self.padding is not None:
             ids = ids.masked_fill(ids == self.padding, -1)
         entries = ops.sampled_embedding(ids, dy, o_idx, i_idx, backend=backend)

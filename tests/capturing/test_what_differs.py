@@ -277,6 +277,21 @@ def test_parameters_can_be_swapped_afterwards():
     assert_exact(rows, model, plan, lambda: squares(model, (x,)))
 
 
+def test_gradients_are_taken_after_a_swap():
+    """Which leaves torch's list of a parameter's hooks where nobody reads it."""
+    model, x = nn.Linear(4, 3), torch.randn(3, 4)
+    plan = Plan.make(model, Full())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            with capture(model, plan, "grads") as tap:
+                rows = tap.rows(squares(model, (x.to(dtype),)))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_exact(rows, model, plan, lambda: squares(model, (x.double(),)))
+
+
 @pytest.mark.parametrize("what", ["hook", "attribute"])
 def test_a_parameter_that_leads_to_its_model_does_not_hold_it(what):
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))

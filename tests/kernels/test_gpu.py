@@ -78,7 +78,7 @@ def sampled_outer_staged():
 
 
 def sampled_outer_staged_two_passes():
-    call, passes = staged(128)
+    call, passes = staged(160)
     assert passes == 2
     return call
 

@@ -71,25 +71,6 @@ __device__ inline float inverse_root(float value) {
   return fmaf(0.5f * root, fmaf(-finite * root, root, 1.0f), root);
 }
 
-// The element that is the lower half of a word, or all of it, and the one that is its upper half.
-template <typename E>
-__device__ float widen_low(uint32_t word) {
-  if constexpr (sizeof(E) == 4)
-    return __uint_as_float(word);
-  else
-    return widen(E{static_cast<uint16_t>(word)});
-}
-
-template <typename E>
-__device__ float widen_high(uint32_t word) {
-  return widen(E{static_cast<uint16_t>(word >> 16)});
-}
-
-template <>
-__device__ inline float widen_high<BFloat16>(uint32_t word) {
-  return __uint_as_float(word & 0xffff0000u);
-}
-
 __device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // A finished sum times the weight of entry k, if there are weights; what is not finite is left out
@@ -127,54 +108,6 @@ __device__ inline void store_4(const float* from, float* to) {
 #else
   host_execution::check_aligned(to, 16);
   for (int k = 0; k < 4; ++k) to[k] = from[k];
-#endif
-}
-
-// Four elements of 16 bits.
-struct Halves {
-  uint32_t words[2];
-};
-
-// Reads them from an address that is a multiple of 8.
-__device__ inline Halves load_halves(const void* from) {
-#ifdef __CUDACC__
-  const uint2 words = __ldg(static_cast<const uint2*>(from));
-  return {{words.x, words.y}};
-#else
-  host_execution::check_aligned(from, 8);
-  Halves result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-#endif
-}
-
-// Writes four words to an address that is a multiple of 16, each with an element of both, that of
-// `low` in its lower half.
-__device__ inline void store_interleaved(Halves low, Halves high, uint32_t* to) {
-  constexpr unsigned kLowerHalves = 0x5410, kUpperHalves = 0x7632;
-  uint32_t words[4];
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    words[2 * k] = __byte_perm(low.words[k], high.words[k], kLowerHalves);
-    words[2 * k + 1] = __byte_perm(low.words[k], high.words[k], kUpperHalves);
-  }
-#ifdef __CUDACC__
-  *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-#else
-  host_execution::check_aligned(to, 16);
-  std::memcpy(to, words, sizeof words);
-#endif
-}
-
-// Has L2 fetch the bytes of a row, whose address is a multiple of 16; sm_80 cannot.
-__device__ inline void prefetch(const void* from, size_t num_bytes) {
-#ifdef __CUDACC__
-#if __CUDA_ARCH__ >= 900
-  const auto whole = static_cast<unsigned>(num_bytes / 16 * 16);
-  if (whole > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(whole));
-#endif
-#else
-  host_execution::check_aligned(from, 16);
 #endif
 }
 
@@ -286,9 +219,6 @@ inline cudaError_t shared_limit(int64_t* num_bytes) {
   *num_bytes = limit;
   return error;
 }
-
-// What each of two blocks of an SM may have, where one may have `limit`; CUDA takes 1 KB of each.
-constexpr int64_t shared_of_two(int64_t limit) { return (limit - 1024) / 2; }
 
 // A kernel has no more than this unless it is allowed to.
 constexpr int64_t kPlainSharedBytes = 48 * 1024;

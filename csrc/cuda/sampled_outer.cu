@@ -180,7 +180,7 @@ StagedKernel staged_for(int64_t num_slots) {
 
 cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, float* scratch,
                        cudaStream_t stream) {
-  const int64_t vector = 16 / size_of(args.dtype);
+  const int64_t size = size_of(args.dtype), vector = 16 / size;
   StagedCall call{call_of(args, scratch)};
   call.packed = order.packed;
   call.target = order.target;
@@ -198,19 +198,18 @@ cudaError_t run_staged(const SampledOuterArgs& args, const StagedOrder& order, f
     num_sums = std::max(num_sums, (pass[1] - pass[0]) * args.s);
     call.aligned &= pass[2] % vector == 0;
   }
-  call.x_pitch = static_cast<int>(round_up(args.I + args.bias, kVector));
-  call.dy_pitch = static_cast<int>(round_up(width, kVector));
+  call.x_pitch = static_cast<int>(round_up(args.I + args.bias, vector));
+  call.dy_pitch = static_cast<int>(round_up(width, vector));
+  const int64_t position_bytes = (call.x_pitch + call.dy_pitch) * size;
+  call.positions = kUnroll;
+  while (2 * call.positions <= kMaxPositions && call.positions < call.chunk &&
+         4 * call.positions * position_bytes <= kStagedBytes) {
+    call.positions *= 2;
+  }
+  const int64_t shared_bytes = std::max<int64_t>(2 * call.positions * position_bytes, 4 * num_sums);
   int64_t limit = 0;
   const cudaError_t no_limit = shared_limit(&limit);
   if (no_limit != cudaSuccess) return no_limit;
-  const bool one = args.dtype == DType::kFloat32;  // position a row, and then two buffers
-  const int64_t row_bytes = (one ? 2 : 1) * 4 * (call.x_pitch + call.dy_pitch);
-  call.rows = one ? kUnroll : 1;
-  while (2 * call.rows <= kMaxRows && call.rows * (one ? 1 : 2) < call.chunk &&
-         2 * call.rows * row_bytes <= shared_of_two(limit)) {
-    call.rows *= 2;
-  }
-  const int64_t shared_bytes = std::max<int64_t>(call.rows * row_bytes, 4 * num_sums);
   if (shared_bytes > limit) return run_direct(args, scratch, stream);
   const StagedKernel kernel = args.dtype == DType::kBFloat16  ? staged_for<BFloat16>(num_slots)
                               : args.dtype == DType::kFloat16 ? staged_for<Float16>(num_slots)

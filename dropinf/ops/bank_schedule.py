@@ -1,11 +1,9 @@
 """The order in which the CUDA kernel of `sampled_outer` sums its coordinates.
 
 The kernel stages positions x[b, t, :] and dy[b, t, o0:o1] in shared memory. Every lane keeps some
-coordinates and their float32 sums in registers, and for each position reads x[i] and dy[o]. An
-element has a word of 4 bytes, also where it has 2 itself: that of the next position shares it.
-Shared memory has 32 banks of a word, that of x[i] is i % 32, and a warp of 32 lanes waits for a
-bank as often as its lanes ask it for different words. The coordinates stay the same for a whole
-run, so they are ordered once:
+coordinates and their float32 sums in registers, and for each position reads x[i] and dy[o]. Shared
+memory has 32 banks of 4 bytes, and a warp of 32 lanes waits for a bank as often as its lanes ask it
+for different words. The coordinates stay the same for a whole run, so they are ordered once:
 
 Each coordinate goes to the first warp that can take it: one with a lane left, in whose banks its
 two words are, or none yet. So no warp reads two words of a bank, of x or of dy, and lanes that read
@@ -37,12 +35,10 @@ except ImportError:
 
 AVAILABLE = _C is not None
 WARP = 32  # lanes; and banks of shared memory
-_WORD_BYTES = 4  # of shared memory, and so of an element there
+_BANK_BYTES = 4
 _SECTOR_BYTES = 32  # what a GPU reads of memory at least
 _COPY_BYTES = 16  # what the kernel stages at once; windows of dy are aligned to it
-_MAX_INDEX = 1 << 15  # a lane has 15 bits for each of its two words
-_KEPT_BYTES = 1024  # of shared memory, by CUDA for each block
-_POSITION_BYTES = 40 * 1024  # of sm_80; a GPU with more shared memory takes more
+_MAX_INDEX = 1 << 16  # a packed index has 16 bits
 # More passes than one sorted range of outputs needs; a layer's weight and bias are two ranges.
 _MAX_RANGES = 4
 # What the columns kernel is for: more than one pass of the staged one, and so many of each column.
@@ -87,7 +83,7 @@ def staged_order(
     *,
     bias: bool = False,
     max_slots: int = 9600,
-    max_bytes: int | None = None,
+    max_bytes: int = 40 * 1024,
     device: torch.device | str | None = None,
 ) -> StagedOrder | None:
     """The order of a layer's coordinates without bank conflicts, cut into passes.
@@ -103,10 +99,9 @@ def staged_order(
         bias: i_idx = I names a virtual input, which is staged behind x.
         max_slots: of a pass, those that only fill up a warp included; the kernel takes no more than
             the default, kMaxStagedSlots.
-        max_bytes: of a position; x and the window of dy are each padded to a multiple of 16. None
-            is a quarter of the shared memory of the GPU that the order is for, less what CUDA
-            keeps: the kernel holds two positions in each of two blocks (of float32 four in one).
-            That is 40 KB on sm_80, also where the order is for no GPU, and 56 KB on sm_90.
+        max_bytes: of the shared memory for one position; x and the window of dy are each padded to
+            a multiple of 16. The kernel holds four positions or more, so with the default 160 KB,
+            of the 163 that a block can have on sm_80.
         device: of the order; None is that of o_idx.
 
     Returns:
@@ -133,8 +128,7 @@ def staged_order(
             raise ValueError(
                 f"staged_order: {name} must be in [0, {size}), got {index.min()} to {index.max()}"
             )
-    device = torch.device(o_idx.device if device is None else device)
-    max_bytes = _position_bytes(device) if max_bytes is None else max_bytes
+    device = o_idx.device if device is None else device
     align = _COPY_BYTES // element_size
     room = (max_bytes - _padded(width * element_size)) // _COPY_BYTES * align  # elements of dy
     max_outputs = min(room, _MAX_INDEX)
@@ -146,14 +140,14 @@ def staged_order(
     if ranges > _MAX_RANGES and _window(o, align, O)[2] > max_outputs:
         return None
     max_warps = max_slots // WARP
-    bounds = _C.cut_passes(o, i, _WORD_BYTES, align, max_outputs, max_warps) if o.size else []
+    bounds = _C.cut_passes(o, i, element_size, align, max_outputs, max_warps) if o.size else []
     if o.size and not len(bounds):
         return None
     passes, packed, target, first = [], [np.empty(0, np.int32)], [np.empty(0, np.int32)], 0
     for k0, k1 in itertools.pairwise(bounds):
         o_here, i_here = o[k0:k1].ravel(), i[k0:k1].ravel()
         o0, o1, _ = _window(o_here, align, O)
-        of_slot, real = _slots(i_here, o_here - o0)
+        of_slot, real = _slots(_word(i_here, element_size), _word(o_here - o0, element_size))
         both = (o_here - o0).astype(np.uint32) << 16 | i_here.astype(np.uint32)
         packed.append(both.view(np.int32)[of_slot])
         target.append(np.where(real, of_slot, -1).astype(np.int32))
@@ -224,11 +218,8 @@ def _window(o: np.ndarray, align: int, O: int) -> tuple[int, int, int]:
     return o0, min(O, o0 + room), room
 
 
-def _position_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _POSITION_BYTES
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return (shared // 2 - _KEPT_BYTES) // 2 // 1024 * 1024
+def _word(index: np.ndarray, element_size: int) -> np.ndarray:
+    return index * element_size // _BANK_BYTES
 
 
 def _padded(num_bytes: int) -> int:

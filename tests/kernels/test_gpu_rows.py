@@ -535,7 +535,7 @@ def test_scores_beyond_their_range(backend):
     for train, queries in ((stored.to(DEVICE), asked), (stored, asked.to(DEVICE))):
         solver = solvers.Identity().fit(train)
         for call in (dropinf.scores, lambda *given: dropinf.topk(*given, 2)):
-            with pytest.raises(ValueError, match="is beyond the range of .* by layer '0'"):
+            with pytest.raises(ValueError, match=r"is beyond the range of .* by layer '0'"):
                 call(queries, train, solver)
     bad = stored.to(DEVICE).rows.clone()
     bad[4, 2] = torch.nan

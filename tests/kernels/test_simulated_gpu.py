@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
 TESTS = Path(__file__).parents[1]
 
 # Of test_gpu_rows.py, those that need no captures there.

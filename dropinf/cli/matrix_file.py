@@ -46,7 +46,7 @@ class Matrix:
 
         def pieces() -> Iterator[np.ndarray]:
             for _, rows in store.chunks():
-                yield rows.numpy()
+                yield rows.cpu().numpy()
 
         columns = [f"entry_{j}" for j in range(store.plan.width)]
         dtype = np.dtype(str(store.read_dtype).removeprefix("torch."))

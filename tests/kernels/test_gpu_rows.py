@@ -403,13 +403,19 @@ def test_store_of_rows_there(case, tmp_path):
 # Where what comes out is.
 
 
-@pytest.mark.parametrize("where", ["rows", "queries", "both"])
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.int8, torch.bfloat16], ids=str)
+PLACES = [
+    *(("rows", dtype) for dtype in (None, torch.float16, torch.int8, torch.bfloat16)),
+    *(("queries", None), ("queries", torch.int8), ("both", None)),
+]
+
+
+@pytest.mark.parametrize("where, dtype", PLACES, ids=str)
 def test_where_scores_are(where, dtype, backend):
     """On the device where rows of either side are; and they are those of the CPU."""
     n, m, widths = SIZES["many rows"]
     stored, asked = stores(n, m, *widths, dtype=torch.float32)
-    valid = torch.arange(n) % 7 != 3
+    valid, asked_valid = torch.arange(n) % 7 != 3, torch.arange(m) != 1
+    asked = RowStore(asked.rows, asked.plan, valid=asked_valid)
     on_cpu = RowStore(stored.rows, stored.plan, valid=valid, dtype=dtype), asked
     train, queries = (
         store.to(DEVICE) if where in (name, "both") else store
@@ -422,12 +428,13 @@ def test_where_scores_are(where, dtype, backend):
         found = dropinf.scores(queries, train, solver)
         assert found.device == DEVICE
         assert_near(found.nan_to_num(), dropinf.scores(*on_cpu[::-1], exact).nan_to_num(), 1e-4)
-        assert torch.equal(found.isnan().any(0).cpu(), ~valid)
+        assert torch.equal(found.isnan().cpu(), ~(asked_valid[:, None] & valid))
         assert dropinf.scores(queries, train, solver, by="layer").device == DEVICE
         values, indices = dropinf.topk(queries, train, solver, 3)
         assert values.device == indices.device == DEVICE
         _, ids = dropinf.topk(queries, train, solver, 3, ids=True, largest=False)
         assert ids.device.type == "cpu"  # which index texts
+        assert (ids[1] == 2**63 - 1).all() and valid[ids[asked_valid]].all()
         own = dropinf.self_influence(train, solver)
         assert own.device == train.device
         assert_near(own.nan_to_num(), dropinf.self_influence(on_cpu[0], exact).nan_to_num(), 1e-4)
@@ -442,13 +449,14 @@ def test_where_scores_are(where, dtype, backend):
     assert solver.solve(asked.rows).device.type == "cpu"  # where the queries are
 
 
+@pytest.mark.filterwarnings("ignore:choose_damping. .* at the end:UserWarning")
 def test_choices_of_a_damping(backend):
     """Of rows there, and what is returned is on the CPU."""
     n, m, widths = SIZES["few rows"]
     on_cpu = stores(n, m, *widths, dtype=torch.float32)[::-1]
     parts = []
     for queries, train in (on_cpu, [placed(store, DEVICE) for store in on_cpu]):
-        parts.append((queries, train, solvers.Eigen(absolute=True).fit(train)))
+        parts.append((queries, train, solvers.Eigen(10.0, absolute=True).fit(train)))
     for metric in ("noise", "likelihood", lambda scores: float(scores.abs().mean())):
         truth, found = (
             dropinf.choose_damping([0.1, 1.0, 10.0], [part], metric).values for part in parts
@@ -494,3 +502,48 @@ def test_parts_of_several_devices(backend):
     assert found.mean.device == DEVICE
     assert_near(found.mean, truth.mean, 1e-4)
     assert_near(found.error, truth.error, 1e-4)
+    masks = []
+    for seed, device in ((0, DEVICE), (1, "cpu")):
+        plan = Plan.make(model_of(), Dropout(r=20, seed=seed))
+        drawn = torch.Generator().manual_seed(seed)
+        rows = torch.randn(30, plan.width, generator=drawn)
+        masks.append([RowStore(part, plan) for part in (rows[:4], rows)])
+        masks[-1].append(solvers.Cholesky().fit(masks[-1][1]))
+    on_cpu = dropinf.agreement(map(tuple, masks), 5)
+    moved = [store.to(DEVICE) for store in masks[0][:2]]
+    masks[0] = [*moved, solvers.Cholesky().fit(moved[1])]
+    assert dropinf.agreement(map(tuple, masks), 5) == pytest.approx(on_cpu, abs=1e-3)
+
+
+def test_factors_in_a_file(backend, tmp_path):
+    """Those of a device are written, and read back to it."""
+    stored, queries = stores(150, 4, 60, 60, 60, 60, dtype=torch.float32)
+    train = stored.to(DEVICE)
+    for kind, bound in ((solvers.Cholesky, 1 << 16), (solvers.Eigen, 1 << 19)):
+        truth = dropinf.scores(queries, stored, kind().fit(stored))
+        solver = kind(max_bytes=bound).fit(train)
+        assert solver._spill is not None
+        assert_near(dropinf.scores(queries, train, solver), truth, 1e-4)
+        if kind is solvers.Cholesky:
+            solver.save(tmp_path / "solver")
+            for store in (train, stored):
+                again = kind.load(tmp_path / "solver", store, max_bytes=bound)
+                assert again.device == store.device
+                assert_near(dropinf.scores(queries, train, again), truth, 1e-4)
+
+
+def test_scores_beyond_their_range(backend):
+    """The error says where, whichever side is on the device."""
+    stored, asked = stores(9, 2, 20, 3, dtype=torch.float32)
+    stored, asked = (RowStore(store.rows * 1e25, store.plan) for store in (stored, asked))
+    for train, queries in ((stored.to(DEVICE), asked), (stored, asked.to(DEVICE))):
+        solver = solvers.Identity().fit(train)
+        for call in (dropinf.scores, lambda *given: dropinf.topk(*given, 2)):
+            with pytest.raises(ValueError, match=r"is beyond the range of .* by layer '0'"):
+                call(queries, train, solver)
+    bad = stored.to(DEVICE).rows.clone()
+    bad[4, 2] = torch.nan
+    with pytest.raises(ValueError, match="row 4 is not finite"):
+        RowStore(bad, stored.plan)
+    with pytest.raises(ValueError, match=r"row 4 of 9 is beyond the range of torch.int8"):
+        RowStore(bad.nan_to_num(3.4e38), stored.plan, dtype=torch.int8)

@@ -5,12 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
 TESTS = Path(__file__).parents[1]
 
 # Of test_gpu_rows.py, those that need no captures there.
 CHOSEN = (
     "every_solver or what_is_made or saved_solver or store_of_rows or where_scores or choices "
-    "or moved or several_devices"
+    "or moved or several_devices or in_a_file or beyond_their_range"
 )
 
 

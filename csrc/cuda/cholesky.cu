@@ -52,7 +52,7 @@ constexpr int kMaxLayers = 1280;  // 31 KB of arguments, see gather_grads.cu
 struct Bucket {
   int width, threads;
 };
-constexpr Bucket kBuckets[] = {{32, 96}, {64, 192}, {128, 384}, {192, 448}, {256, 512}, {320, 512}};
+constexpr Bucket kBuckets[] = {{32, 96}, {64, 192}, {128, 256}, {192, 384}, {256, 512}, {320, 512}};
 constexpr int kMaxWidth = 320, kMaxThreads = 512;
 
 // Right-hand sides in shared memory at a time: there is room for the least beside the widest layer;

@@ -8,23 +8,23 @@
 // other, 700 cycles for each row of a warp, and 250 a root and a quotient, which branch.
 //
 // Predicted, not measured, for that card at 1.9 GHz, of cycles of latency: 4 of arithmetic, 25 to
-// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel of 8 columns takes 25
-// for its barrier, 60 to have its block on the diagonal less the products over the panel before,
-// 35; 55 to hand it to all lanes, 8 x 52 to factorise it and 15 to write: 600 together. Of the
-// warps ahead each takes 205 (160 instructions) for 32, 64 or 128 columns of 16, 8 or 4 rows, and
-// 250 to 330 (190) to add up; a warp of rows has 430 instructions a panel. An SM issues four a
-// cycle: a panel takes the longest of the chain, of the warps ahead, and of its instructions.
+// 30 of shared memory, a shuffle, a barrier or an approximate root. A panel of 8 columns takes 600:
+// 25 for its barrier, 95 until its block on the diagonal lacks no products any more, 55 to hand it
+// to all lanes, 8 x 52 to factorise it and 15 to write. Of the warps ahead each takes 205 (160
+// instructions) for 16, 32, 64 or 128 columns of 32, 16, 8 or 4 rows, and 250 to 330 (190) to add
+// up; a warp of rows has 430 instructions a panel. An SM issues four a cycle: a panel takes the
+// longest of the chain, of the warps ahead, and of its instructions.
 //
 //     r                                         64    128    256    320
-//     threads                                  192    384    512    512
+//     threads                                  128    256    512    512
 //     cycles, thousands: chain of panels       4.8    9.6     19     24
-//                        warps ahead           3.2    7.9     38     83
-//                        instructions / 4      3.1     13     58    101
-//                        panel by panel        4.9     15     68    117
+//                        warps ahead           2.8    9.5     32     77
+//                        instructions / 4      2.3     10     53     91
+//                        panel by panel        4.8     13     62    106
 //                        copies in and out       2      3      7     10
-//     µs, with 2.5 of the launch               6.1     12     42     69
+//     µs, with 2.5 of the launch               6.1     11     39     64
 //     and for 16 right-hand sides                2      4     10     17
-//     layers at a time on 132 SMs              264    132    132    132
+//     layers at a time on 132 SMs              528    264    132    132
 //
 // Floor: 64 layers of 128 x 128 are 2.1 MB to read and 4.2 MB to write, 1.5 µs at 4.3 TB/s.
 //
@@ -52,7 +52,7 @@ constexpr int kMaxLayers = 1280;  // 31 KB of arguments, see gather_grads.cu
 struct Bucket {
   int width, threads;
 };
-constexpr Bucket kBuckets[] = {{32, 96}, {64, 192}, {128, 384}, {192, 448}, {256, 512}, {320, 512}};
+constexpr Bucket kBuckets[] = {{32, 64}, {64, 128}, {128, 256}, {192, 384}, {256, 512}, {320, 512}};
 constexpr int kMaxWidth = 320, kMaxThreads = 512;
 
 // Right-hand sides in shared memory at a time: there is room for the least beside the widest layer;

@@ -94,30 +94,41 @@ __device__ inline int factor_corner(const float* corner, float (&l)[kPanel][kPan
   return bad;
 }
 
-// Sums over kPanel lanes; lane e of them gets those of values e * count / kPanel and on, as the
-// first of its values.
-template <int count, int lanes = kPanel>
-__device__ void team_sums(float (&values)[count]) {
-  if constexpr (lanes > 1) {
-    constexpr int kept = count / kPanel * (lanes / 2);
-    const bool upper = threadIdx.x & lanes / 2;
+// Adds up in pairs of lanes, whose indices differ in one bit: the lower lane gets the first half of
+// the sums, the other one the second.
+template <int kept, int count>
+__device__ void halve_sums(float (&sums)[count], int bit) {
+  const bool upper = threadIdx.x & bit;
 #pragma unroll
-    for (int v = 0; v < kept; ++v) {
-      const float give = upper ? values[v] : values[v + kept];
-      const float keep = upper ? values[v + kept] : values[v];
-      values[v] = keep + __shfl_xor_sync(kAllLanes, give, lanes / 2);
-    }
-    team_sums<count, lanes / 2>(values);
+  for (int v = 0; v < kept; ++v) {
+    const float give = upper ? sums[v] : sums[v + kept];
+    const float keep = upper ? sums[v + kept] : sums[v];
+    sums[v] = keep + __shfl_xor_sync(kAllLanes, give, bit);
+  }
+}
+
+// The first of the sums, off `to`.
+template <int used, int count>
+__device__ void subtract(const float (&sums)[count], float* to) {
+#pragma unroll
+  for (int v = 0; v < used; v += 4) {
+    float t[4];
+    load_4(to + v, t);
+#pragma unroll
+    for (int d = 0; d < 4; ++d) t[d] -= sums[v + d];
+    store_4(t, to + v);
   }
 }
 
 // Rows [next, N) of a panel's columns less their products over columns [0, count): four rows a team
-// of 8 to 32 lanes, which share the columns, each four at a time. The teams are the widest that can
-// all be at work at once. Warps [0, num_warps) share the rows.
+// of 4 to 32 lanes, which share the columns, each four at a time. The teams are the widest that can
+// all be at work at once and have columns for every lane. Warps [0, num_warps) share the rows.
 __device__ inline void update_panel(const Shared& shared, int N, int next, int count, int warp,
                                     int num_warps) {
-  int team = kPanel, rows_of_warp = 4 * kWarp / kPanel;
-  for (; team < kWarp && N - next <= rows_of_warp / 2 * num_warps; rows_of_warp /= 2) team *= 2;
+  int team = 4, rows_of_warp = kWarp;
+  for (; team < kWarp && 4 * team < count && N - next <= rows_of_warp / 2 * num_warps; team *= 2) {
+    rows_of_warp /= 2;
+  }
   const int lane = threadIdx.x & (team - 1);
   const float* const panel = shared.triangle + row_start(next);
   for (int first = next + rows_of_warp * warp; first < N; first += rows_of_warp * num_warps) {
@@ -147,18 +158,18 @@ __device__ inline void update_panel(const Shared& shared, int N, int next, int c
         }
       }
     }
-    team_sums(sums);
-    for (int lanes = kPanel; lanes < team; lanes *= 2) {
+    halve_sums<16>(sums, 2);
+    halve_sums<8>(sums, 1);
+    float* to = rows + lane % 4 * stride + next;
+    if (team == 4) {
+      if (there) subtract<8>(sums, to);
+    } else {
+      halve_sums<4>(sums, 4);
+      for (int bit = 8; bit < team; bit *= 2) {
 #pragma unroll
-      for (int d = 0; d < 4; ++d) sums[d] += __shfl_xor_sync(kAllLanes, sums[d], lanes);
-    }
-    if (there && lane < kPanel) {
-      float* const to = rows + lane / 2 * stride + next + lane % 2 * 4;
-      float t[4];
-      load_4(to, t);
-#pragma unroll
-      for (int d = 0; d < 4; ++d) t[d] -= sums[d];
-      store_4(t, to);
+        for (int d = 0; d < 4; ++d) sums[d] += __shfl_xor_sync(kAllLanes, sums[d], bit);
+      }
+      if (there && lane < 8) subtract<4>(sums, to + lane / 4 * 4);
     }
   }
 }

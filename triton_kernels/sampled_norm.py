@@ -60,7 +60,8 @@ def norm_statistics_kernel(
         rests += centred
         squares += centred * centred
     rest = tl.zeros([BLOCK_P], tl.float32) if RMS else tl.sum(rests, 1) / size
-    scale = tl.rsqrt(tl.sum(squares, 1) / size - rest * rest + eps)
+    square = tl.sum(squares, 1) / size - rest * rest + eps
+    scale = tl.rsqrt(tl.where(there, square, 1.0))
     to = statistics_ptr + b * T + t
     tl.store(to, mean, mask=there)
     tl.store(to + num_positions, scale, mask=there)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dropinf.triton_kernels.chunks import chunk_length, weighted
 
 # Not measured on a GPU.
-BLOCK_P = 8  # positions of a program that makes statistics, and columns at a time
+BLOCK_P = 4  # positions of a program that makes statistics, and columns at a time
 BLOCK_I = 256
 BLOCK_T = 16
 BLOCK_C = 128  # columns of a program

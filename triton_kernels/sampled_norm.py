@@ -13,7 +13,8 @@ from torch import Tensor
 from dropinf.triton_kernels.chunks import chunk_length, weighted
 
 # Not measured on a GPU.
-BLOCK_I = 1024  # of a position, for its statistics
+BLOCK_P = 4  # positions of a program that makes statistics, and columns at a time
+BLOCK_I = 256
 BLOCK_T = 16
 BLOCK_C = 128  # columns of a program
 BLOCK_R = 256
@@ -31,32 +32,40 @@ def norm_statistics_kernel(
     x_stride_t,
     eps,
     RMS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    x_ptr += program // T * x_stride_b + program % T * x_stride_t
+    num_blocks = tl.cdiv(T, BLOCK_P)
+    b = (tl.program_id(0) // num_blocks).to(tl.int64)
+    t = (tl.program_id(0) % num_blocks * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    there = t < T
+    x_ptrs = x_ptr + b * x_stride_b + t * x_stride_t
     column = tl.arange(0, BLOCK_I)
     size = I.to(tl.float32)
-    mean = 0.0
+    mean = tl.zeros([BLOCK_P], tl.float32)
     if not RMS:
-        sums = tl.zeros([BLOCK_I], tl.float32)
+        sums = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
         for i in range(0, I, BLOCK_I):
-            sums += tl.load(x_ptr + i + column, mask=i + column < I, other=0.0).to(tl.float32)
-        mean = tl.sum(sums, 0) / size
+            inside = there[:, None] & (i + column < I)[None, :]
+            x = tl.load(x_ptrs[:, None] + (i + column)[None, :], mask=inside, other=0.0)
+            sums += x.to(tl.float32)
+        mean = tl.sum(sums, 1) / size
     # The mean is rounded, as much as x is where x is far from 0: the shift mends that.
-    rests = tl.zeros([BLOCK_I], tl.float32)
-    squares = tl.zeros([BLOCK_I], tl.float32)
+    rests = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)
     for i in range(0, I, BLOCK_I):
-        inside = i + column < I
-        x = tl.load(x_ptr + i + column, mask=inside, other=0.0).to(tl.float32)
-        centred = tl.where(inside, x - mean, 0.0)
+        inside = there[:, None] & (i + column < I)[None, :]
+        x = tl.load(x_ptrs[:, None] + (i + column)[None, :], mask=inside, other=0.0)
+        centred = tl.where(inside, x.to(tl.float32) - mean[:, None], 0.0)
         rests += centred
         squares += centred * centred
-    rest = 0.0 if RMS else tl.sum(rests, 0) / size
-    scale = 1 / tl.sqrt_rn(tl.sum(squares, 0) / size - rest * rest + eps)
-    tl.store(statistics_ptr + program, mean)
-    tl.store(statistics_ptr + num_positions + program, scale)
-    tl.store(statistics_ptr + 2 * num_positions + program, -rest * scale)
+    rest = tl.zeros([BLOCK_P], tl.float32) if RMS else tl.sum(rests, 1) / size
+    square = tl.sum(squares, 1) / size - rest * rest + eps
+    scale = tl.rsqrt(tl.where(there, square, 1.0))
+    to = statistics_ptr + b * T + t
+    tl.store(to, mean, mask=there)
+    tl.store(to + num_positions, scale, mask=there)
+    tl.store(to + 2 * num_positions, -rest * scale, mask=there)
 
 
 @triton.jit(
@@ -182,7 +191,7 @@ def sampled_norm(
     statistics, sums = (out.new_empty(n, dtype=torch.float32) for n in sizes)
     with torch.cuda.device_of(out):
         if sums.numel():
-            norm_statistics_kernel[(B * T,)](
+            norm_statistics_kernel[(triton.cdiv(T, BLOCK_P) * B,)](
                 x,
                 statistics,
                 B * T,
@@ -192,6 +201,7 @@ def sampled_norm(
                 x.stride(1),
                 eps,
                 RMS=rms,
+                BLOCK_P=BLOCK_P,
                 BLOCK_I=BLOCK_I,
                 **OPTIONS,
             )

@@ -55,7 +55,7 @@ def variants():
         types = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "eps": "fp32"}
         types |= {"statistics_ptr": "*fp32", "sums_ptr": "*fp32"}
         for rms in (False, True):
-            tiles = {"RMS": rms, "BLOCK_I": norm.BLOCK_I}
+            tiles = {"RMS": rms, "BLOCK_P": norm.BLOCK_P, "BLOCK_I": norm.BLOCK_I}
             name = f"{dtype}{' rms' if rms else ''}"
             yield name, norm.norm_statistics_kernel, types, tiles, norm.OPTIONS
         tiles = {"BLOCK_T": norm.BLOCK_T, "BLOCK_C": norm.BLOCK_C}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 import dropinf
+from dropinf.ops import dispatch
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "bench" / "results"
@@ -37,6 +39,7 @@ class Results:
             "rows": [],
             "targets": [],
             "verified": {},
+            "sources": {},
             "sanitizers": {},
             "left_out": [],
         }
@@ -62,7 +65,7 @@ class Results:
         for key in ("rows", "targets", "left_out"):
             self.data[key] = [entry for entry in self.data[key] if entry["part"] != part]
         if part == "test":
-            self.data["verified"] = {}
+            self.data["verified"], self.data["sources"] = {}, sources()
         if part == "sanitize":
             self.data["sanitizers"] = {}
         entry = {"start": now(), "end": None, "commit": self.commit, "quick": quick}
@@ -82,6 +85,26 @@ class Results:
 
     def of(self, key: str, part: str) -> list[dict[str, Any]]:
         return [entry for entry in self.data[key] if entry["part"] == part]
+
+
+def sources() -> dict[str, str]:
+    """op -> sha256 of its CUDA kernel and what that includes, comments and white space aside."""
+    folder, found = ROOT / "csrc", {}
+    files = {op: folder / "cuda" / f"{op}.cu" for op in dispatch.KERNELS}
+    files |= dict.fromkeys(("damped_cholesky", "cholesky_solve"), folder / "cuda" / "cholesky.cu")
+    for op, file in files.items():
+        if not file.exists():
+            continue
+        waiting, seen = [file], {}
+        while waiting:
+            path = waiting.pop()
+            if path in seen or not path.exists():  # one of the standard library
+                continue
+            seen[path] = "".join(re.sub(r"//.*", "", path.read_text()).split())
+            waiting += [folder / name for name in re.findall(r'#include"(.+?)"', seen[path])]
+        code = "".join(seen[path] for path in sorted(seen))
+        found[op] = hashlib.sha256(code.encode()).hexdigest()
+    return found
 
 
 def default_path() -> Path:

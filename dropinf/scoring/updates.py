@@ -72,9 +72,10 @@ def optimizer_updates(
     if weights != "any":
         _refuse_others(store, model)
     rows = torch.empty(len(store), plan.width, dtype=store.read_dtype, device=store.device)
+    scales = [torch.as_tensor(slot.scale, device=store.device) for slot in plan.slots]
     for start, chunk in store.chunks():
         for l, slot in enumerate(plan.slots):
-            g = chunk[:, slot.entries].double() / slot.scale
+            g = chunk[:, slot.entries].double() / scales[l]
             rows[start : start + len(chunk), slot.entries] = steps.scaled(l, g).to(rows.dtype)
     rows[~store.valid] = 0
     updates = RowStore(rows, plan, store.valid.clone(), store.origin, store.ids)

@@ -162,9 +162,10 @@ def sanitize(results: Results, seconds: float, quick: bool) -> None:
             results.data["sanitizers"][tool] = {"state": "missing"}
             results.save()
             continue
-        # Only our own kernels; torch's allocator would hide what is beyond a tensor's end.
+        # torch's allocator would hide what is beyond a tensor's end.
         wrapper = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
-        wrapper += ["--kernel-name", "kns=dropinf"]
+        if tool != "initcheck":  # which must see what torch's kernels write
+            wrapper += ["--kernel-name", "kns=dropinf"]
         arguments = [*files_of(names).values(), "-x", "-k", chosen]
         running[tool] = PytestRun(rehearsal, backend, arguments, wrapper)
     while running:

@@ -18,8 +18,6 @@ from dropinf.capturing.rules import Role, norm_sums, outer
 from dropinf.capturing.sources import Source, View
 from dropinf.compression import DenseProjection, Kron, SignedSums, by_entry
 from dropinf.ops import bank_schedule
-from dropinf.ops.bank_schedule import StagedOrder
-from dropinf.ops.column_schedule import ColumnOrder
 
 # Products of x and dy, which take sums of coordinates, orders, and a grid as one product ->
 # whether a bias is an input of theirs.
@@ -61,7 +59,7 @@ class Coordinates(NamedTuple):
     i_idx: Tensor
     weights: Tensor | None
     grid: Grid | None
-    orders: dict[Any, StagedOrder | ColumnOrder | None] | None
+    orders: dict[Any, bank_schedule.Order | None] | None
 
 
 def runs(targets: Sequence[tuple[Source, Role]]) -> Iterator[list[tuple[Source, Role]]]:
@@ -258,7 +256,7 @@ def order(
     element_size: int,
     device: torch.device,
     backend: str | None,
-) -> StagedOrder | ColumnOrder | None:
+) -> bank_schedule.Order | None:
     """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
     if not _on_cuda(device) or op not in _PRODUCTS or backend not in (None, "cuda"):
         return None

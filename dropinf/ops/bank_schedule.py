@@ -74,6 +74,9 @@ class StagedOrder(NamedTuple):
         return self[:3]
 
 
+Order = StagedOrder | ColumnOrder
+
+
 def staged_order(
     o_idx: Tensor,
     i_idx: Tensor,
@@ -165,7 +168,7 @@ def staged_order(
 
 def order_if_faster(
     o_idx: Tensor, i_idx: Tensor, I: int, O: int, element_size: int, *, bias: bool = False
-) -> StagedOrder | ColumnOrder | None:
+) -> Order | None:
     """The order of the kernel that should be fastest, or None for the direct one, which needs none.
 
     Direct: for few coordinates. Both others read x and dy whole, so most of their 32-byte sectors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dropinf.ops import bank_schedule, column_schedule
-from dropinf.ops.bank_schedule import StagedOrder
+from dropinf.ops.bank_schedule import Order
 from dropinf.ops.checks import (
     check_activations,
     check_coordinates,
@@ -18,7 +18,6 @@ from dropinf.ops.checks import (
     output_of,
     unit_stride,
 )
-from dropinf.ops.column_schedule import ColumnOrder
 from dropinf.ops.dispatch import add_op, kernel
 from dropinf.ops.selftest import Case, Inputs
 
@@ -31,7 +30,7 @@ def sampled_outer(
     *,
     weights: Tensor | None = None,
     bias: bool = False,
-    order: StagedOrder | ColumnOrder | None = None,
+    order: Order | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -88,7 +87,7 @@ def sampled_outer(
     return out
 
 
-def _check_order(op: str, order: StagedOrder | ColumnOrder, r: int, x: Tensor) -> None:
+def _check_order(op: str, order: Order, r: int, x: Tensor) -> None:
     wanted = (r, x.element_size(), x.device)
     given = (order.num_entries, order.element_size, order.packed.device)
     if given != wanted:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dropinf.triton_kernels.chunks import chunk_length, weighted
 
-# Not measured on a GPU.
+# Not tuned on a GPU; docs/gpu.md has what an H200 took.
 BLOCK_P = 4  # positions of a program that makes statistics, and columns at a time
 BLOCK_I = 256
 BLOCK_T = 16

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Not measured on a GPU.
+# Not tuned on a GPU; docs/gpu.md has what an H200 took.
 MAX_K = 1024
 MIN_BLOCK = 128  # a key for each thread
 WIDE = 2048  # scores compared at a time

@@ -2,7 +2,7 @@
 // nothing is copied to the device first and a CUDA graph can replay the launch.
 //
 // Floor at L=200, r=1024: an index of 8 bytes, a weight of 4, a sector of 32 and a float out, 10
-// MB, 2 µs at 4.3 TB/s; a launch takes longer (predicted, not measured).
+// MB, 2 µs at 4.3 TB/s; a launch takes longer. Measured on an H200: 8.0 µs in a graph.
 
 #include "cuda/common.cuh"
 #include "cuda/gather_grads.cuh"

@@ -9,7 +9,8 @@
 // of 32 bytes of dy (8 * 2048 * 1024 / 50,000 meetings) and 33 KB out, 0.04 µs at 4.3 TB/s. The
 // wait for three loads, each for the one before (tokens, ids, dy, 0.7 µs each), takes longer: 2.1
 // µs, and with the launch 5 µs. At B=8, T=8192, r=8192 every block of the 512 reads its example's
-// ids, 34 MB from L2: 7 µs at 5 TB/s. (All predicted, not measured.)
+// ids, 34 MB from L2: 7 µs at 5 TB/s. Measured on an H200 at B=8, T=2048, O=4096, r=8192:
+// 9 to 10 µs.
 
 #include "cuda/common.cuh"
 #include "cuda/sampled_embedding.cuh"

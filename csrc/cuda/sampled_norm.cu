@@ -10,7 +10,7 @@
 // Floor at B=8, T=1024, I=2048, bf16 on an H200 (4.2 TB/s): x and dy once, 67 MB, 16 us. The sums
 // of 32 chunks are 4 MB, written and read in L2; x from L1 or L2 three times over is 100 MB, 0.8 MB
 // an SM, 4 us behind the rest; about 12 instructions an element are 9 us of all SMs. With a second
-// launch: 20 to 25 us. (Predicted, not measured.)
+// launch: 20 to 25 us predicted, 30.5 measured.
 
 #include <algorithm>
 

@@ -16,11 +16,17 @@
 // The first two cut the positions into chunks, whose sums a second kernel adds in order. The chunks
 // depend on T and the layer alone, so B changes no bit, nor does the device but for that room.
 //
-// Predicted, not measured, for B=8, T=2048, I=O=4096, bf16 on an H200 (4.3 TB/s, 132 SMs, 1.75
-// GHz): one read of x and dy is 268 MB, 62 us. Staged at r=8192, 16 % padding: 156 M
-// coordinate-positions; 2 shared reads each are 74 k cycles of an SM, 42 us, and about 9
-// instructions each 83 k cycles, 47 us, both behind the copies; the sums of 32 chunks are written
-// and read in 16 MB, 4 us. Direct at r=64: 64 of 512 sectors twice a position, 67 MB, 16 us.
+// For B=8, T=2048, I=O=4096, bf16 on an H200 (4.2 TB/s, 132 SMs, 1.75 GHz) one read of x and dy is
+// 268 MB, 63 us; torch's sums of both take 77. Staged at r=8192, 16 % padding: 156 M
+// coordinate-positions; 2 shared reads each are 74 k cycles of an SM, 42 us, and 6.6 instructions
+// each 61 k cycles, 35 us, both behind the copies; the sums of 32 chunks are written and read in
+// 16 MB, 4 us. Direct at r=64: 64 of 512 sectors twice a position, 67 MB, 16 us.
+//
+// Measured: staged 75 us at r=1024, 88 to 95 at 8192, 156 at 16384, 535 to 570 at 65536 (8 passes);
+// direct 37 at r=64, as memory gives 64 bytes where it is asked for 32. Tried there and slower: two
+// positions in a word of shared memory, interleaved on their way through registers (4.9
+// instructions, half the shared reads): 86, 94, 145 and 436 us, as loads that pass through
+// registers wait where asynchronous copies do not.
 
 #include <algorithm>
 

@@ -102,7 +102,8 @@ class Packing:
                 # By its bits, since not every device's power of two is exact.
                 scales[at] = ((exponent + 127) << 23).view(torch.float32)
             else:
-                scales[at] = (most / 127).clamp(min=_LEAST_SCALE)
+                # By a tensor: on a GPU torch multiplies by the inverse of a number.
+                scales[at] = (most / most.new_full((), 127.0)).clamp(min=_LEAST_SCALE)
             scaled = piece / scales[at].gather(1, index)
             numbers[at] = scaled if self.dtype == torch.float16 else scaled.round_()
         return packed

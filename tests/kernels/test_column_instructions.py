@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from nvcc import nvcc
 from places import ROOT
-from test_cuda_compile import nvcc
 
 # One buffer of a warp: 48 steps of 8 positions.
 COORDINATE_POSITIONS = 48 * 8

@@ -1,22 +1,15 @@
 """Every .cu file compiles for every architecture, without torch, a GPU, or a register spilled."""
 
-import hashlib
-import os
 import re
-import shutil
-import subprocess
-import sysconfig
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from nvcc import OPTIONS, kept, nvcc, output_of
 from places import ROOT
 
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "bench" / "gpu" / "kernels.cu"]
 ARCHITECTURES = ("80", "90", "100")
-BUILD = ROOT / "build" / "nvcc"
 REGISTERS = 65536  # of an SM of each of these architectures; a block has no more
 
 
@@ -31,50 +24,23 @@ class Kernel(NamedTuple):
     min_blocks: int
 
 
-def nvcc():
-    """The compiler on the path, of CUDA_HOME, or of the package nvidia-cuda-nvcc."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home, "bin", "nvcc")] if home else []
-    candidates += sorted(Path(sysconfig.get_paths()["purelib"], "nvidia").glob("*/bin/nvcc"))
-    return shutil.which("nvcc") or next((str(c) for c in candidates if c.exists()), None)
-
-
 @cache
 def compiled(source):
-    """What ptxas says of each kernel; kept in build/ until a file or the compiler changes."""
-    compiler = nvcc()
-    if compiler is None:
-        pytest.skip("nvcc is not here: pip install 'dropinf[nvcc]', or put CUDA's bin on the PATH")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    folders = (ROOT / "csrc", ROOT / "bench" / "gpu")
-    headers = sorted(h for f in folders for end in ("*.h", "*.cuh") for h in f.rglob(end))
-    digest = hashlib.sha256(version.encode())
-    for file in [source, *headers]:
-        digest.update(file.read_bytes())
-    report = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
-    if not report.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        report_of(compiler, source, report)
-    return parse(report.read_text())
+    """What ptxas says of each kernel."""
+    return parse(kept(source, "txt", report_of))
 
 
-def report_of(compiler, source, report):
-    """Whole from the first moment: another process may be making it too."""
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-        command = [compiler, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *codes, "-Xptxas=-v"]
-        command += ["--keep", f"--keep-dir={folder}", "-c", str(source), f"-o={folder}/out.o"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        bounds = [
-            f"bounds {architecture} {name} {threads} {blocks or 1}\n"
-            for architecture in ARCHITECTURES
-            for ptx in Path(folder).glob(f"*compute_{architecture}.ptx")
-            for name, threads, blocks in BOUNDS.findall(ptx.read_text())
-        ]
-        made = Path(folder, "report.txt")
-        made.write_text(done.stderr + done.stdout + "".join(bounds))
-        made.replace(report)
+def report_of(source, folder):
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    keep = ["-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
+    said = output_of(nvcc(), *OPTIONS, *codes, *keep, "-c", source, f"-o={folder}/out.o")
+    bounds = [
+        f"bounds {architecture} {name} {threads} {blocks or 1}\n"
+        for architecture in ARCHITECTURES
+        for ptx in folder.glob(f"*compute_{architecture}.ptx")
+        for name, threads, blocks in BOUNDS.findall(ptx.read_text())
+    ]
+    return said + "".join(bounds)
 
 
 BOUNDS = re.compile(

@@ -185,8 +185,9 @@ def test_choice():
     staged, columns = bank_schedule.StagedOrder, column_schedule.ColumnOrder
     assert chosen(Layer(4096, 4096, 64)) is None
     assert isinstance(chosen(Layer(4096, 4096, 8192)), staged)
-    assert isinstance(chosen(Layer(4096, 4096, 16384)), columns)
-    assert isinstance(chosen(Layer(4096, 4096, 16384), element_size=4), staged)
+    assert isinstance(chosen(Layer(4096, 4096, 16384)), staged)
+    assert isinstance(chosen(Layer(4096, 4096, 32768)), columns)
+    assert isinstance(chosen(Layer(4096, 4096, 32768), element_size=4), staged)
     assert isinstance(chosen(Layer(1024, 1024, 16384), s=2), staged)
     assert isinstance(chosen(Layer(4096, 8192, 16384)), staged)  # two of each column in a window
     assert isinstance(chosen(Layer(512, 512, 9000)), staged)  # one pass of the staged kernel

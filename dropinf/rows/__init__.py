@@ -20,6 +20,7 @@ from dropinf.rows.row_passes import (
     solved_for,
     valid_rows,
 )
+from dropinf.rows.shares import split
 from dropinf.rows.store import RowStore
 from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
@@ -47,6 +48,7 @@ __all__ = [
     "products",
     "put",
     "solved_for",
+    "split",
     "take",
     "valid_rows",
 ]

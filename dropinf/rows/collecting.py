@@ -17,6 +17,7 @@ from dropinf.rows.batches import CaptureOptions, LossFn, refuse_dataset
 from dropinf.rows.collection import Collection
 from dropinf.rows.ids import GivenIds
 from dropinf.rows.resuming import Source
+from dropinf.rows.shares import num_examples, share_of
 from dropinf.rows.stopping import Sigterm
 from dropinf.rows.store import RowStore
 
@@ -138,6 +139,8 @@ def _bar(**options: Any) -> Any:
 
 def _num_examples(loader: Iterable) -> int:
     """Examples that a DataLoader will give, 0 if that is not known."""
+    if share_of(loader) is not None:
+        return num_examples(loader)
     sampler = getattr(loader, "sampler", None)
     if isinstance(loader, torch.utils.data.DataLoader) and hasattr(sampler, "__len__"):
         return len(sampler)

@@ -195,6 +195,7 @@ LEAVES = (
     "user_warning",
     "version",
     "whole_files",
+    "world",
 )
 
 

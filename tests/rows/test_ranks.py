@@ -245,6 +245,8 @@ part_writer._FLUSH_SECONDS = 0
 
 def slow(model, batch):
     time.sleep(0.2)
+    while dies == -2 and batch[1][0] not in (0, 20) and not os.path.exists(f"{path}-go"):
+        time.sleep(0.05)
     if dist.get_rank() == dies and batch[1][0] in (10, 30):
         os.kill(os.getpid(), signal.SIGKILL)
     return losses(model, batch)
@@ -292,7 +294,7 @@ def test_a_rank_is_killed(tmp_path, dies):
 def test_two_launches_on_one_store(tmp_path):
     """The second one is refused by name, new or resumed; the first one goes on."""
     path = tmp_path / "rows"
-    first = launched(tmp_path, 2, path, -1, "new")
+    first = launched(tmp_path, 2, path, -2, "new")
     while not (path / "store.json").exists():
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
@@ -300,6 +302,7 @@ def test_two_launches_on_one_store(tmp_path):
         second = launched(tmp_path, 2, path, -1, how)
         printed = second.communicate(timeout=200)[0]
         assert second.returncode != 0 and words in printed, printed
+    Path(f"{path}-go").touch()
     printed = first.communicate(timeout=200)[0]
     assert first.returncode == 0, printed
     assert_same(RowStore.load(path), gather(DataLoader(tensors(40), batch_size=2)))

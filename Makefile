@@ -15,7 +15,7 @@ HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10
 GPU_PYTHON ?= python3
 PART ?=
 
-.PHONY: demo test test-more bench bench-check gpu peers sanitize lint format wheel clean
+.PHONY: demo test test-more experiments bench bench-check gpu peers sanitize lint format wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
@@ -29,6 +29,11 @@ test: .venv/installed $(OLD_TRITON) lint
 # Tests of what measures: slow, and seldom concerned by a change.
 test-more: .venv/installed
 	$(pytest) -m more
+
+# All of bench/experiments in tiny sizes, each in about a minute; without --quick they make bench/results/.
+EXPERIMENTS := quality mislabeled retrain sources stability spectrum bounds beyond_classification frontier
+experiments: .venv/installed
+	set -e; for name in $(EXPERIMENTS); do $(BIN)/python bench/experiments/$$name.py --quick; done
 
 bench: .venv/installed
 	mkdir -p build

@@ -43,6 +43,21 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class NextToken(nn.Module):
+    """A small transformer of four heads: tokens [B, T] -> logits of the next [B, T, vocabulary]."""
+
+    def __init__(self, vocabulary: int, T: int, width: int = 32, num_layers: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(T, width)
+        self.blocks = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(num_layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        self.register_buffer("at", torch.arange(T)[None], persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(self.at)
+        return self.head(self.norm(self.blocks(x)))
+
+
 class GPT2(nn.Module):
     """GPT-2 small: ids [B, T] -> logits [B, T, 50257], the head tied to the token embedding."""
 

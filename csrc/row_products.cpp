@@ -83,13 +83,17 @@ bool in_place(const RowProductsArgs& args) { return args.dtype == DType::kFloat3
 class OneThread {
  public:
 #if defined(__linux__) && defined(__GNUC__)
-  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  OneThread() {
+    // What torch does first of all in a new thread takes such a limit back; so it is to do it now.
+    at::get_num_threads();
+    if (MKL_Set_Num_Threads_Local) before_ = MKL_Set_Num_Threads_Local(1);
+  }
   ~OneThread() {
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
   }
 
  private:
-  int before_;
+  int before_ = 0;
 #endif
 };
 

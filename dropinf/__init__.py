@@ -1,6 +1,6 @@
 """dropinf: dropout gradient compression for influence functions (arXiv 2509.15651)."""
 
-from dropinf import losses, ops, solvers
+from dropinf import evaluate, losses, ops, solvers
 from dropinf.capturing import ProofError, capture, keeps_examples, verify
 from dropinf.compression import (
     FJLT,
@@ -62,6 +62,7 @@ __all__ = [
     "energies",
     "energies_from_adam",
     "ensemble",
+    "evaluate",
     "influence",
     "keeps_examples",
     "losses",

@@ -85,8 +85,8 @@ class Attention(nn.Module):
     def forward(self, x, real):
         B, T, width = x.shape
         q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        causal = torch.ones(T, T, dtype=torch.bool).tril()
-        mask = (causal & real[:, None, None, :]) | torch.eye(T, dtype=torch.bool)
+        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        mask = (causal & real[:, None, None, :]) | torch.eye(T, dtype=torch.bool, device=x.device)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, T, width))
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, ids):
-        x = self.token(ids) + self.position(torch.arange(ids.shape[1])[None])
+        x = self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device)[None])
         for layer in self.layers:
             x = x + layer["attention"](layer["norm1"](x), ids != 0)
             x = x + layer["mlp"](layer["norm2"](x))

@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
 
     def forward(self, x, k, v):
-        mask = torch.zeros(k.shape[:2], dtype=torch.bool)
+        mask = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
         mask[:, -2:] = True
         return self.attention(x, k, v, key_padding_mask=mask)[0]
 
@@ -98,10 +98,10 @@ class Written(nn.Module):
 
     def forward(self, x):
         B, T, width = x.shape
-        y = torch.zeros(B, T + 1, width, dtype=x.dtype)
+        y = x.new_zeros(B, T + 1, width)
         y[:, 0] = self.cls
         y[:, 1:] = x
-        z = torch.zeros(B, T, width, dtype=x.dtype)
+        z = x.new_zeros(B, T, width)
         z[:, :2] = x[:, 1:3]
         return self.out(torch.cat([y, z * self.cls], 1))
 
@@ -179,7 +179,7 @@ class Positions(nn.Module):
 
     def forward(self, ids):
         B, T = ids.shape
-        at = torch.arange(T)
+        at = torch.arange(T, device=ids.device)
         x = self.token(ids) + self.flat(at) + self.norm(self.shared(at[None]))
         x = x + self.each(self.types[:, :T].expand(B, T))
         relative = self.relative((at[:, None] - at).clamp(min=0))  # [T, T, 2]
@@ -302,7 +302,8 @@ class Bag(nn.Module):
     def forward(self, ids, weights=None):
         if not self.offsets:
             return self.bag(ids, per_sample_weights=weights)
-        return self.bag(ids.flatten(), torch.arange(0, ids.numel(), ids.shape[1]))
+        offsets = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+        return self.bag(ids.flatten(), offsets)
 
 
 def conv(*layers):

@@ -64,7 +64,7 @@ scores = dropinf.influence(
     model, data, data, lambda m, x: m(x).pow(2).sum(1), dropinf.Dropout(r=7), progress=False
 )
 assert scores.shape == (5, 5) and scores.isfinite().all()
-tools = {"captum", "dattri", "lightning", "sklearn", "trak", "transformers"}
+tools = {"bm25s", "captum", "dattri", "lightning", "sklearn", "trak", "transformers"}
 tools |= {"jinja2", "matplotlib", "pandas", "pyarrow", "rich", "typer"}
 assert not tools & set(sys.modules)  # those that adapters and the demo are for
 for name, state in dropinf.backends().items():
@@ -180,7 +180,7 @@ ROOMS = [
     ["rows"],
     ["solvers"],
     ["scoring"],
-    ["results"],
+    ["results", "evaluate"],
     ["reporting", "integrations"],
     ["jobs"],
     ["tools"],
@@ -190,6 +190,7 @@ LEAVES = (
     "extras",
     "manifest",
     "processes",
+    "progress",
     "ranks",
     "text_table",
     "user_warning",

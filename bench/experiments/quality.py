@@ -17,16 +17,14 @@ Every result goes to --out at once, so that the same command goes on where it wa
 figures are made anew each time.
 """
 
-import argparse
-import tempfile
 import time
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import quality_tasks
 import torch
+from command import files_of, parser_of
 from quality_contestants import CONTESTANTS, DOT, FULL, KEPT, kept_in, plan_of
 from quality_report import write_report
 from quality_tasks import Task, loader
@@ -37,9 +35,6 @@ from torch.utils.data import TensorDataset
 
 import dropinf
 from dropinf import solvers
-
-OUT = Path(__file__).parent.parent / "results" / "quality.json"
-FIGURES = Path(__file__).parent.parent / "figures"
 
 # One thread: the layers are too small for two, and the sums do not depend on the machine's cores.
 SETTINGS = {"totals": [64, 256, 1024, 4096], "seeds": 5, "threads": 1}
@@ -55,9 +50,7 @@ MEASURED = 64  # training examples, the first ones, whose gradients make a task'
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, two minutes")
-    parser.add_argument("--out", type=Path, help="the JSON file; its Markdown goes beside it")
+    parser = parser_of(__doc__)
     parser.add_argument("--compressions", help="A,B; all contestants if not given")
     parser.add_argument("--datasets", help="A,B; all of them if not given")
     given = parser.parse_args(arguments)
@@ -69,16 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     settings["datasets"] = {name: task.description() for name, task in tasks.items()}
     names = chosen("--compressions", given.compressions, CONTESTANTS)
     datasets = chosen("--datasets", given.datasets, tasks)
-    path = given.out
-    if path is None:
-        path = Path(tempfile.mkdtemp()) / "quality-quick.json" if given.quick else OUT
+    files = files_of("quality", given)
 
-    records = Records(path, settings, NAMES, PACKAGES)
+    records = Records(files.json, settings, NAMES, PACKAGES)
     experiments = [Experiment(tasks[name], names, records) for name in datasets]
     run(experiments, records)
-    figures = FIGURES if path == OUT else path.parent
-    write_report(records.data, path.with_suffix(".md"), figures)
-    print(f"{path}, {path.with_suffix('.md')} and figures in {figures}")
+    write_report(records.data, files.page, files.figures)
+    print(files)
 
 
 def chosen(option: str, given: str | None, known: Iterable[str]) -> list[str]:

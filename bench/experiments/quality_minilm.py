@@ -24,7 +24,7 @@ def missing_packages() -> list[str]:
     return [name for name in packages if find_spec(name) is None]
 
 
-def opening_lines(n: int, m: int) -> tuple[TensorDataset, TensorDataset, Tensor]:
+def opening_lines(n: int, m: int, seed: int = 0) -> tuple[TensorDataset, TensorDataset, Tensor]:
     """n training lines, m queries, and which of the former have a wrong category."""
     import yaml
     from transformers import AutoTokenizer
@@ -35,7 +35,7 @@ def opening_lines(n: int, m: int) -> tuple[TensorDataset, TensorDataset, Tensor]
         for dialogue in yaml.safe_load(text)["conversations"]:
             category.setdefault(str(dialogue[0]).strip(), number)
     lines = list(category)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lines), generator=generator)[: n + m].tolist()
     tokenizer = AutoTokenizer.from_pretrained(folder(MODEL) / "model", local_files_only=True)
     ids = tokenizer(
@@ -74,13 +74,13 @@ def pretrained() -> nn.Module:
 class SentenceClassifier(nn.Module):
     """Token ids [B, T], 0 where there is none -> logits [B, categories]."""
 
-    def __init__(self) -> None:
+    def __init__(self, categories: int = len(CATEGORIES)) -> None:
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
         adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
         self.encoder = get_peft_model(deepcopy(pretrained()), adapter)
-        self.head = nn.Linear(self.encoder.config.hidden_size, len(CATEGORIES))
+        self.head = nn.Linear(self.encoder.config.hidden_size, categories)
 
     def forward(self, ids: Tensor) -> Tensor:
         there = (ids != 0).long()

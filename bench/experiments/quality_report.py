@@ -1,11 +1,12 @@
 """Markdown tables and SVG figures of what quality.py recorded."""
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
+from pages import new_figure, row, rows_of, save_figure
 from quality_claims import FEWER_BYTES, MEASURES, NOISE, Measured, claims, spread
 
 REFERENCES = {"Full": "black", "gradient dot product": "grey"}
@@ -17,7 +18,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
     lines = [*head(data), *verdicts(measured)]
     for dataset in measured.datasets:
         drawn = draw(measured, dataset, figures / f"quality-{dataset}.svg")
-        link = Path(os.path.relpath(drawn, page.parent)).as_posix()
+        link = pages.link(drawn, page)
         about = data["settings"]["datasets"][dataset]
         lines += ["", f"## {dataset}", "", "{about}.".format(**about)]
         lines += [
@@ -33,17 +34,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
 
 def head(data: dict[str, Any]) -> Iterator[str]:
     """What was measured, on what, and what the columns mean."""
-    settings, machine = data["settings"], data["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in data["runs"]))
-    quick = " (--quick: tiny sizes, which show only that it runs)" if settings["quick"] else ""
-    yield f"# What compressions keep of influence{quick}"
-    yield ""
-    yield (
-        f"{settings['threads']} thread of {machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['system']}; {packages}; commit {commits}; {data['runs'][-1]['date'][:10]}."
-    )
-    yield ""
+    settings = data["settings"]
+    yield from pages.head("quality", "What compressions keep of influence", data)
     yield (
         f"Mean ± standard deviation over {settings['seeds']} seeds of the compression alone: the "
         "model, the queries and the halves are the same for all. `r` counts coordinates over all "
@@ -128,26 +120,12 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def rows_of(heads: tuple[str, ...]) -> list[str]:
-    return [row(*heads), row(*["---"] * len(heads))]
-
-
-def row(*cells: object) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def draw(measured: Measured, dataset: str, path: Path) -> Path:
     """Three panels: LDS, AUC and rho against r, with the whole gradient as a line.
 
     Without rows in fewer bytes, whose points lie on Dropout's.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = dataset  # the same figure is the same file
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    figure, panels = new_figure(dataset, 1, 3, figsize=(13, 4.6))
     names = [name for name in compressions(measured, dataset) if name not in FEWER_BYTES]
     for panel, measure in zip(panels, ("lds", "auc", "rho"), strict=True):
         for number, name in enumerate(names):
@@ -175,7 +153,4 @@ def draw(measured: Measured, dataset: str, path: Path) -> Path:
         panel.set_title(f"{MEASURES[measure]}, {dataset}", fontsize=10)
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import models
 import quality_minilm
-from models import Block
+from models import NextToken
 
 from dropinf.tools import demo
 
@@ -35,6 +35,7 @@ class Task:
         halves: how many are retrained for LDS.
         rounds: in which the time is taken.
         losses: (output, label) -> [B].
+        seed: of the first weights and the order of the examples.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     halves: int = 100
     rounds: int = 5
     losses: Callable[[Tensor, Tensor], Tensor] = models.losses
+    seed: int = 0
 
     def description(self) -> dict[str, Any]:
         """What results of it depend on."""
@@ -80,10 +82,10 @@ class Task:
         What the choice of a half does is then not buried in what the choice of weights does.
         """
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(self.seed)
             model = self.make()
         kept = torch.arange(len(self.train)) if half is None else self.half(half)
-        order = torch.Generator().manual_seed(0)
+        order = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01)
         for _ in range(self.epochs):
             shuffled = kept[torch.randperm(len(kept), generator=order)]
@@ -147,7 +149,7 @@ def make_tasks() -> list[Task]:
             windows,
             questions,
             garbled,
-            make=CharTransformer,
+            make=lambda: NextToken(VOCABULARY, T),
             epochs=20,
             batch_size=32,
             lr=3e-3,
@@ -264,19 +266,3 @@ def cnn() -> nn.Module:
         nn.ReLU(),
         nn.Linear(48, 10),
     )
-
-
-class CharTransformer(nn.Module):
-    """Characters [B, T] -> logits of the next [B, T, VOCABULARY]."""
-
-    def __init__(self, width: int = 32, num_layers: int = 2) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(T, width)
-        self.blocks = nn.Sequential(*(Block(width, 4, causal=True) for _ in range(num_layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-        self.register_buffer("at", torch.arange(T)[None], persistent=False)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        x = self.tokens(characters) + self.positions(self.at)
-        return self.head(self.norm(self.blocks(x)))

@@ -3,11 +3,14 @@
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent))
 
 from gpu.results import commit, now
 

@@ -132,6 +132,7 @@ def factorise(
         contestants[name] = Contestant(
             lambda i, peer=peer: peer(sets[i % len(sets)], batch_columns),
             lambda out: relative_error(flat(list(out)), truth),
+            graph=not solve,  # torch's batched solve is MAGMA's, whose capture aborts the process
         )
     contestants[LOOP] = Contestant(layer_by_layer, lambda out: relative_error(flat(out), truth))
 

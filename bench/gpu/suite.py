@@ -28,6 +28,12 @@ OP_TESTS = [
 ]
 GPU_TEST = "test_gpu"  # has some tests of every op
 BACKENDS = ["cuda", "triton"]
+# Paths of users, with the kernels that are taken by default, and with all of a backend.
+PATH_TESTS = {
+    "test_gpu_capturing": ["default", "cuda", "triton"],
+    "test_gpu_rows": ["default", "cuda", "triton"],
+    "test_gpu_tools": ["default", "cuda"],
+}
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 # Some cases of every op, for tools that slow a kernel down a hundredfold.
 FEW = "same_bits or each_layer_has_its_own_shift or accumulate or many_layers or agrees"
@@ -37,6 +43,7 @@ STAGED = "agrees and staged"  # the kernel with most to go wrong: copies, barrie
 REHEARSED = ["cuda-host", "reference"]
 REHEARSED_FILES = ["test_gather_grads", "test_gram"]
 REHEARSED_TESTS = "empty or many_layers"
+REHEARSED_PATHS = "checkpointing or after_a_fork or out_of_memory or job"
 
 
 def files_of(names: list[str]) -> dict[str, str]:
@@ -87,6 +94,9 @@ def run_tests(results: Results, seconds: float) -> None:
     files = files_of([*(REHEARSED_FILES if rehearsal else OP_TESTS), GPU_TEST])
     backends = REHEARSED if rehearsal else BACKENDS
     waiting = [(name, backend) for name in files for backend in backends]
+    paths = files_of(list(PATH_TESTS))
+    waiting += [(name, at) for name in paths for at in PATH_TESTS[name][: 1 if rehearsal else None]]
+    files |= paths
     needed = set(waiting)
     running: dict[tuple[str, str], PytestRun] = {}
     complete: set[tuple[str, str]] = set()
@@ -94,7 +104,8 @@ def run_tests(results: Results, seconds: float) -> None:
     while waiting or running:
         while waiting and len(running) < at_once() and deadline.left() > 0:
             job = waiting.pop(0)
-            options = ["-k", REHEARSED_TESTS] if rehearsal else []
+            few = REHEARSED_PATHS if job[0] in paths else REHEARSED_TESTS
+            options = ["-k", few] if rehearsal else []
             running[job] = PytestRun(rehearsal, job[1], [files[job[0]], *options])
         time.sleep(0.05)
         over = deadline.left() <= 0
@@ -135,7 +146,7 @@ def counted(lines: list[dict]) -> dict[str, dict]:
 
 
 def sanitize(results: Results, seconds: float, quick: bool) -> None:
-    """Few and small cases under each tool; what it printed last, and whether it found errors."""
+    """Few and small cases under all tools, side by side: what each printed last, and found."""
     deadline = Deadline(seconds)
     rehearsal = results.data["rehearsal"]
     program = shutil.which("compute-sanitizer")
@@ -144,7 +155,9 @@ def sanitize(results: Results, seconds: float, quick: bool) -> None:
         tools, names, chosen = QUICK_TOOLS, [GPU_TEST], STAGED
     elif rehearsal:
         names = [*REHEARSED_FILES, GPU_TEST]
-    for nth, tool in enumerate(tools):
+    backend = "cuda-host" if rehearsal else "cuda"
+    running: dict[str, PytestRun] = {}
+    for tool in tools:
         if program is None:
             results.data["sanitizers"][tool] = {"state": "missing"}
             results.save()
@@ -152,27 +165,32 @@ def sanitize(results: Results, seconds: float, quick: bool) -> None:
         # Only our own kernels; torch's allocator would hide what is beyond a tensor's end.
         wrapper = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
         wrapper += ["--kernel-name", "kns=dropinf"]
-        limit = Deadline(deadline.left() / (len(tools) - nth))
         arguments = [*files_of(names).values(), "-x", "-k", chosen]
-        run = PytestRun(rehearsal, "cuda-host" if rehearsal else "cuda", arguments, wrapper)
-        while not run.finished() and limit.left() > 0:
-            time.sleep(0.05)
-        code, lines, printed = run.end()
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
-        if code == 99 or any(map(int, found)):
-            state = "errors"
-        elif code is None:
-            state = "time was over"
-        elif code == 5 or not lines:
-            state = "no test was run"
-        else:
-            state = "clean" if code == 0 and found else "tests failed"
-        results.data["sanitizers"][tool] = {
-            "state": state,
-            "exit_code": code,
-            "errors": sum(map(int, found)) if found else None,
-            "outcomes": dict(Counter(line["outcome"] for line in lines)),
-            "cases": chosen,
-            "output": printed[-1500:],
-        }
-        results.save()
+        running[tool] = PytestRun(rehearsal, backend, arguments, wrapper)
+    while running:
+        time.sleep(0.05)
+        over = deadline.left() <= 0
+        for tool in [tool for tool, run in running.items() if over or run.finished()]:
+            results.data["sanitizers"][tool] = found_by(*running.pop(tool).end(), chosen)
+            results.save()
+
+
+def found_by(code: int | None, lines: list[dict], printed: str, chosen: str) -> dict:
+    """What a tool found in the tests that were chosen."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
+    if code == 99 or any(map(int, found)):
+        state = "errors"
+    elif code is None:
+        state = "time was over"
+    elif code == 5 or not lines:
+        state = "no test was run"
+    else:
+        state = "clean" if code == 0 and found else "tests failed"
+    return {
+        "state": state,
+        "exit_code": code,
+        "errors": sum(map(int, found)) if found else None,
+        "outcomes": dict(Counter(line["outcome"] for line in lines)),
+        "cases": chosen,
+        "output": printed[-1500:],
+    }

@@ -81,7 +81,7 @@ CompiledCall::~CompiledCall() {
   calls().erase(number_);
 }
 
-void CompiledCall::begin(const Pass* pass, std::vector<std::shared_ptr<const Writes>> writes) {
+void CompiledCall::begin(Pass* pass, std::vector<std::shared_ptr<const Writes>> writes) {
   pass_ = pass;
   writes_ = std::move(writes);
   wrote_.assign(writes_.size(), false);
@@ -91,6 +91,7 @@ bool CompiledCall::write(int64_t site, const at::Tensor& x, const at::Tensor& dy
   if (pass_ == nullptr || at::GradMode::is_enabled() || !pass_->is_running()) return false;
   const auto& writes = writes_.at(site);
   if (writes == nullptr || wrote_[site] || !writes->takes(dy, pass_->rows)) return false;
+  pass_->streams.enter();
   writes->write(x, dy, pass_->rows);
   wrote_[site] = true;
   return true;

@@ -21,7 +21,7 @@ class CompiledCall {
   CompiledCall& operator=(const CompiledCall&) = delete;
 
   // Have those sites write into the rows of a pass that have something to write.
-  void begin(const Pass* pass, std::vector<std::shared_ptr<const Writes>> writes);
+  void begin(Pass* pass, std::vector<std::shared_ptr<const Writes>> writes);
   // Whether the site has written.
   bool write(int64_t site, const at::Tensor& x, const at::Tensor& dy);
   // The sites among those that wrote nothing.
@@ -30,7 +30,7 @@ class CompiledCall {
 
  private:
   const int64_t number_;
-  const Pass* pass_ = nullptr;
+  Pass* pass_ = nullptr;
   std::vector<std::shared_ptr<const Writes>> writes_;
   std::vector<bool> wrote_;
 };

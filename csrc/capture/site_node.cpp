@@ -145,6 +145,7 @@ variable_list SiteNode::apply(variable_list&& grads) {
   if (!writes) {
     return in_python(*this, pointer_to<NodePtr, Node>(this), dy);
   }
+  pass->streams.enter();
   site->writes->write(reads ? x.unpack() : dy.new_zeros({}).expand(shape), dy, pass->rows);
   wrote = true;
   variable_list found(3);

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "streams.h"
 #include "writes.h"
 
 namespace dropinf {
@@ -31,6 +32,7 @@ struct Site {
 struct Pass {
   std::vector<int> tasks;  // autograd's numbers of it
   at::Tensor rows;
+  Streams streams;
   bool is_running() const;
 };
 
@@ -53,7 +55,7 @@ class SiteNode : public torch::autograd::Node {
   torch::autograd::SavedVariable x;
   const void* trace = nullptr;  // the last one that it was in, as long as that one lives
   int64_t place = -1;           // among the sites of it
-  const Pass* pass = nullptr;   // in which it writes by itself
+  Pass* pass = nullptr;         // in which it writes by itself
   bool wrote = false;           // in that pass
 };
 

@@ -126,6 +126,7 @@ py::list Trace::sites() const {
 std::vector<bool> Trace::begin(const at::Tensor& rows, const std::vector<bool>& may_write) {
   pass_.rows = rows;
   pass_.tasks.clear();
+  pass_.streams.begin(rows);
   std::vector<bool> will(sites_.size());
   for (size_t k = 0; k < sites_.size(); ++k) {
     sites_[k]->wrote = false;
@@ -158,6 +159,7 @@ void Trace::end() {
   }
   for (const auto& call : calls_) call->end();
   calls_.clear();
+  pass_.streams.end();
   pass_.rows = at::Tensor();
   pass_.tasks.clear();
 }

@@ -1,7 +1,8 @@
 """One backward pass -> rows [B, R]."""
 
 from dropinf.capturing.activations import ActivationsTap
-from dropinf.capturing.checking import check_examples, example_at, places_of, size_at
+from dropinf.capturing.batch_parts import example_at, moved_to, places_of, size_at
+from dropinf.capturing.checking import check_examples
 from dropinf.capturing.gradients import GradsTap
 from dropinf.capturing.keeping import keeps_examples
 from dropinf.capturing.modes import capture
@@ -23,6 +24,7 @@ __all__ = [
     "check_examples",
     "example_at",
     "keeps_examples",
+    "moved_to",
     "places_of",
     "size_at",
     "verify",

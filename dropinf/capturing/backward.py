@@ -22,6 +22,7 @@ from dropinf.capturing.passes import taken
 from dropinf.capturing.reading import A_PASS, Reading
 from dropinf.capturing.rowmap import TokensDiffer
 from dropinf.capturing.rules import opened
+from dropinf.capturing.streams import Streams
 from dropinf.capturing.walk import Found, walk
 from dropinf.capturing.writes import writing_of
 from dropinf.compression import ParamPlan
@@ -62,6 +63,7 @@ class Backward:
         self._all = False  # sites write in the passes of one loss, whatever was found of them
         self._b: int | None = None
         self._tasks: set[int] = set()
+        self._streams = Streams(entries.rows)
 
     def run(self, retain_graph: bool) -> None:
         """All passes; the graph is kept if asked for."""
@@ -169,6 +171,7 @@ class Backward:
         finally:
             handle.remove()
             self._tasks.clear()
+            self._streams.end()
             if writes:
                 self._trace.end()
 
@@ -200,6 +203,7 @@ class Backward:
         slot = self._slot_of.get(id(p))
         if slot is not None and self._b is not None:
             self.reading.reached = True
+            self._streams.enter()
             self._entries.add_gradient(slot, p.grad, self._b)
             self.reading.paths.setdefault(slot.name, A_PASS)
 
@@ -215,6 +219,7 @@ class Backward:
             owners = of_one(self._b, dy.dim())
         else:
             return
+        self._streams.enter()
         try:
             if isinstance(site, FormSite):
                 self._entries.sample(site.form, site.targets, x, dy, owners)

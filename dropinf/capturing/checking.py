@@ -7,8 +7,7 @@ dimension that was taken for another. Dropout is switched off in both, so that i
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dropinf.capturing.batch_parts import one_example
 from dropinf.capturing.call_args import argument
 from dropinf.capturing.snapshot import Snapshot
 from dropinf.compression import Plan
@@ -157,84 +157,6 @@ def _last_layer(model: nn.Module, run: Callable[[], object]) -> str:
             handle.remove()
     module = model.get_submodule(entered[-1])
     return f"layer {entered[-1]!r} ({type(module).__name__})"
-
-
-def one_example(batch: Any, b: int, B: int, batch_dim: int, inputs: int = 1) -> Any:
-    """Example b of a batch, as a batch; None where there is nothing to cut.
-
-    With more inputs than one, all first ones stand before all second ones.
-    """
-    places = places_of(batch, B, batch_dim)
-    several = places_of(batch, inputs * B, batch_dim) if inputs > 1 else []
-    if not places and not several:
-        return None
-    number = iter(range(1 << 62))
-
-    def cut(leaf: Any) -> Any:
-        if next(number) not in several or not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.unflatten(0, (inputs, B))[:, b]
-
-    return example_at(_mapped(batch, cut), b, places, batch_dim)
-
-
-def places_of(batch: Any, B: int, batch_dim: int) -> list[int]:
-    """Which leaves of a batch, in their order, hold B examples."""
-    return [i for i, size in enumerate(_sizes(batch, batch_dim)) if size == B]
-
-
-def size_at(batch: Any, places: Sequence[int], batch_dim: int) -> int | None:
-    """How many examples these leaves hold, if they agree."""
-    sizes = _sizes(batch, batch_dim)
-    found = {sizes[i] if i < len(sizes) else None for i in places}
-    return found.pop() if len(found) == 1 else None
-
-
-def example_at(batch: Any, b: int, places: Sequence[int], batch_dim: int) -> Any:
-    """Example b of these leaves of a batch, all else as it is."""
-    number = iter(range(1 << 62))
-
-    def cut(leaf: Any) -> Any:
-        if next(number) not in places:
-            return leaf
-        if isinstance(leaf, Tensor):
-            return leaf.narrow(batch_dim if leaf.dim() > batch_dim else 0, b, 1)
-        return leaf[b : b + 1]
-
-    return _mapped(batch, cut)
-
-
-def _sizes(batch: Any, batch_dim: int) -> list[int | None]:
-    sizes: list[int | None] = []
-
-    def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            dim = batch_dim if leaf.dim() > batch_dim else 0
-            sizes.append(leaf.shape[dim] if leaf.dim() else None)
-        else:
-            sizes.append(len(leaf) if isinstance(leaf, (list, tuple)) else None)
-        return leaf
-
-    _mapped(batch, note)
-    return sizes
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same structure with its leaves changed: tensors, lists of what is neither, all else."""
-    if isinstance(value, Mapping):
-        parts = {key: _mapped(v, change) for key, v in value.items()}
-        return parts if type(value) is dict else type(value)(parts)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(v, change) for v in value))
-    if isinstance(value, (list, tuple)) and any(
-        isinstance(v, (Tensor, Mapping, tuple, list)) for v in value
-    ):
-        return type(value)(_mapped(v, change) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        changed = {f.name: _mapped(getattr(value, f.name), change) for f in fields}
-        return dataclasses.replace(value, **changed)
-    return change(value)
 
 
 def _differing(one: Tensor, other: Tensor, plan: Plan, eps: float) -> str | None:

@@ -87,9 +87,7 @@ class RowMap:
                     ),
                 )
                 return
-        of_position = (
-            torch.from_numpy(np.ascontiguousarray(rows)).to(x.device).repeat_interleave(x.shape[1])
-        )
+        of_position = torch.from_numpy(np.array(rows)).to(x.device).repeat_interleave(x.shape[1])
         x, dy = x.flatten(0, 1), dy.flatten(0, 1)
         for here, at, real in groups(of_position, self.num_rows, x.shape[1] + dy.shape[1]):
             yield here, x[at], dy[at].where(real[..., None], 0)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import torch
 import typer
 
 import dropinf
-from dropinf.cli.errors import INTERRUPTED, sentence_of
+from dropinf.cli.errors import FULL, INTERRUPTED, sentence_of
 from dropinf.cli.terminal import Terminal
+from dropinf.version import __version__
 
 app = typer.Typer(
     name="dropinf",
@@ -25,33 +27,48 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_SAID_AT_THE_END = "collect: stopped;"  # by the error, with the command that goes on
+
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dropinf {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=dropinf.__doc__)
+def _app(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="And torch's."),
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
 def command(
-    example: str, name: str | None = None, goes_on: str = "", plain: bool = False
+    example: str, name: str | None = None, goes_on: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a function a command; what it takes first is the `Terminal`.
 
     Args:
         example: how it is called, for its help.
         name: of the command, if not the function's.
-        goes_on: what to do after an interrupt.
-        plain: whether it prints by itself, and so knows no --json and --quiet.
+        goes_on: what to do after an interrupt, or when a disk was full.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         called = name or function.__name__.replace("_", "-")
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
         shared = {"as_json": _JSON, "quiet": _QUIET, "debug": _DEBUG}
-        if plain:
-            shared = {"debug": _DEBUG}
 
         def run(**given: Any) -> None:
             debug = given.pop("debug")
-            how = {} if plain else {key: given.pop(key) for key in ("as_json", "quiet")}
+            how = {key: given.pop(key) for key in ("as_json", "quiet")}
             terminal = Terminal(f"dropinf {called}", **how)
             with _ending(terminal, debug, goes_on), _warnings_said(terminal):
                 function(terminal, **given)
@@ -82,7 +99,8 @@ def _ending(terminal: Terminal, debug: bool, goes_on: str) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         sentence, code = sentence_of(error)
-        terminal.say(sentence + (f"; {goes_on}" if goes_on and code == INTERRUPTED else ""))
+        goes = code == INTERRUPTED or getattr(error, "errno", None) in FULL
+        terminal.say(sentence + (f"; {goes_on}" if goes_on and goes else ""))
         sys.exit(code)
 
 
@@ -92,7 +110,8 @@ def _warnings_said(terminal: Terminal) -> Iterator[None]:
     with warnings.catch_warnings():
 
         def say(message: Warning | str, *_: Any, **__: Any) -> None:
-            terminal.say(f"warning: {' '.join(str(message).split())}")
+            if not str(message).startswith(_SAID_AT_THE_END):
+                terminal.say(f"warning: {' '.join(str(message).split())}")
 
         warnings.showwarning = say
         yield

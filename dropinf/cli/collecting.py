@@ -13,6 +13,7 @@ import typer
 import dropinf
 from dropinf.cli.app import command
 from dropinf.cli.job_options import takes_job
+from dropinf.cli.matrix_file import refuse_no_file
 from dropinf.cli.run_directory import Run, refuse_another_job
 from dropinf.cli.terminal import Terminal
 from dropinf.compression import Energies, Plan
@@ -36,6 +37,7 @@ def init(
         path = getattr(job, name)
         if path is not None and not os.path.exists(path):
             raise FileNotFoundError(f"there is no {path} ({name})")
+    refuse_no_file(to)
     if os.path.lexists(to):
         raise FileExistsError(f"{to} exists; remove it, or name another file with --to")
     job.save(to)
@@ -71,7 +73,7 @@ def plan(
         return
     if tokens is not None:
         raise ValueError("--tokens goes with --estimate")
-    run, ready = Run.of(Path(job.out)), prepared(terminal, job)
+    run, ready = Run.of_job(job), prepared(terminal, job)
     made = plan_of(terminal, job, ready, run)
     layers = [{"layer": block.name, "parameters": block.P, "r": block.r} for block in made.blocks]
     facts = {"path": str(run.plan), "plan": made.fingerprint, "width": made.width, "layers": layers}
@@ -101,7 +103,7 @@ def energies(terminal: Terminal, job: Job) -> None:
 @takes_job
 def collect(terminal: Terminal, job: Job, resume: Resume = False) -> None:
     """Compress the gradient of every training example and query into the directory of a run."""
-    run = Run.of(Path(job.out))
+    run = Run.of_job(job)
     _refuse_what_is_there(run, job, resume)
     started = time.monotonic()
     ready = prepared(terminal, job)
@@ -164,6 +166,20 @@ def measured(terminal: Terminal, job: Job, ready: Ready, n: int) -> Energies:
         n,
         include=job.include,
         exclude=job.exclude,
+    )
+
+
+def rows_of(
+    terminal: Terminal, ready: Ready, examples: Examples, plan: Plan, label: str
+) -> RowStore:
+    """Rows in memory, under another plan than the run's."""
+    return dropinf.collect(
+        ready.model,
+        examples.loader,
+        ready.loss_fn,
+        plan,
+        progress=terminal.progress and label,
+        ids=examples.ids,
     )
 
 

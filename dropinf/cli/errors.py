@@ -15,7 +15,7 @@ _WRONG_CALLS = (
     *(UsageError, ValueError, ImportError),
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "AcceleratorError")  # torch's by name
 
 
@@ -31,7 +31,7 @@ def sentence_of(error: BaseException) -> tuple[str, int]:
         return _one_line(error.format_message()), WRONG_CALL
     if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f": {error.filename}"
-        way_out = "; make room, or write elsewhere" if error.errno in _FULL else ""
+        way_out = "; make room, or write elsewhere" if error.errno in FULL else ""
         known = isinstance(error, _WRONG_CALLS)
         return _one_line(f"{error.strerror}{where}{way_out}"), WRONG_CALL if known else FAILED
     kind = type(error).__name__

@@ -40,11 +40,29 @@ def job_of(source: Path | None, flags: dict[str, Any]) -> Job:
     """
     job = Job()
     if source is not None:
+        _refuse_nothing(source)
         if (source / "job.toml").exists():
             source = source / "job.toml"
         is_file = source.is_file() or source.suffix == ".toml"
         job = Job.load(source) if is_file else Job.of(model=str(source))
     return job.but(**{name: value for name, value in flags.items() if value != []})
+
+
+def _refuse_nothing(source: Path) -> None:
+    if source.suffix == ".toml":
+        return  # which Job.load says better
+    if not source.exists():
+        raise FileNotFoundError(
+            f"there is no {source}: no job's file, and no directory of a run or a model; models "
+            "are not fetched from a hub, so download it first"
+        )
+    without_job = not (source / "job.toml").exists()
+    if without_job and (source / "train" / "store.json").exists():
+        raise FileNotFoundError(
+            f"{source} is a run without a job.toml, as Python makes them, so that its model and "
+            "data are not known; topk, score and self need none, and dropinf.write_report writes "
+            "its report"
+        )
 
 
 _SOURCE = Annotated[

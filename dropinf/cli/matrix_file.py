@@ -69,17 +69,32 @@ def ending_of(path: Path, known: Sequence[str] = (".csv", ".parquet", ".arrow", 
 
     Raises:
         ValueError: it is not known.
-        IsADirectoryError: it is a directory.
+        IsADirectoryError, FileNotFoundError: as of `refuse_no_file`.
         ImportError: Parquet and Arrow need pyarrow.
     """
     ending = path.suffix.lower()
     if ending not in known:
         raise ValueError(f"--to must be a file of {', '.join(known)}, got {str(path)!r}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; give a file")
+    refuse_no_file(path)
     if ending in (".parquet", ".arrow"):  # known before anything is computed
         optional("pyarrow", "arrow", f"a {ending} file")
     return ending
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuse what no file can be written to, before anything is computed.
+
+    Raises:
+        IsADirectoryError: it is a directory.
+        FileNotFoundError: its directory is not there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file with --to")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no directory {path.parent} to write in; make it, or name another file with "
+            "--to"
+        )
 
 
 def write_table(table: Any, path: Path) -> None:

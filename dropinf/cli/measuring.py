@@ -32,7 +32,7 @@ class Demo(str, Enum):
     text = "text"
 
 
-@command("dropinf demo text", plain=True)
+@command("dropinf demo text")
 def demo(
     terminal: Terminal,
     on: Annotated[Demo, typer.Argument(help="Images, or text.")] = Demo.digits,
@@ -48,13 +48,17 @@ def demo(
         optional("jinja2", "demo", "the demo")
         from dropinf.tools import demo_text
 
-        demo_text.main(report)
+        with terminal.printing():
+            facts = demo_text.main(report)
+        terminal.show_json(facts)
         return
     for module in ("sklearn", "matplotlib", "jinja2", "PIL"):
         optional(module, "demo", "the demo")
     from dropinf.tools import demo as quickstart
 
-    quickstart.main(picture, report)
+    with terminal.printing():
+        facts = quickstart.main(picture, report)
+    terminal.show_json(facts)
 
 
 @command("dropinf backends")
@@ -79,7 +83,7 @@ def doctor(terminal: Terminal) -> None:
     sys.exit(failed)
 
 
-@command("dropinf bench --preset quick --out dropinf-bench", plain=True)
+@command("dropinf bench --preset quick --out dropinf-bench")
 def bench(
     terminal: Terminal,
     preset: Annotated[
@@ -97,4 +101,7 @@ def bench(
     ] = None,
 ) -> None:
     """What compressing costs, beside other packages."""
-    sys.exit(tools.bench(preset.value, out, against))
+    with terminal.printing():
+        results, slower = tools.bench(preset.value, out, against)
+    terminal.show_json({"path": str(out), "slower": slower, **results})
+    sys.exit(bool(slower))

@@ -6,42 +6,17 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from dropinf import solvers
-from dropinf.cli.terminal import Terminal
 from dropinf.jobs import Job
 from dropinf.manifest import read_manifest
 from dropinf.rows import RowStore
 from dropinf.solvers import Solver
 
-SOLVERS = ("Cholesky", "Eigen", "DataInf", "Diagonal", "Identity", "CG", "LiSSA")
 _SAVED = ("Cholesky", "Full")
-_FREE = ("queries", "out", "device", "solver_kind", "damping", "max_bytes")  # they shape no rows
-
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
-TrainPath = Annotated[
-    Path | None, typer.Option("--train", help="Store of the training rows, if not RUN/train.")
-]
-QueriesPath = Annotated[
-    Path | None, typer.Option("--queries", help="Store of the query rows, if not RUN/queries.")
-]
-SolverPath = Annotated[
-    Path | None, typer.Option("--solver", help="Directory of the solver, if not RUN/solver.")
-]
-Kind = Annotated[
-    str | None,
-    typer.Option("--kind", help=f"Fit this solver: {', '.join(SOLVERS)}.", metavar="KIND"),
-]
-Damping = Annotated[
-    float | None,
-    typer.Option(help="Relative to the mean diagonal of each layer's matrix (default 0.1)."),
-]
-MaxBytes = Annotated[
-    int | None, typer.Option("--max-bytes", min=1, help="Bound of the memory of the solver.")
-]
+# They shape no rows.
+_FREE = ("queries", "truth", "out", "device", "solver_kind", "damping", "max_bytes")
 
 
 @dataclass(frozen=True)
@@ -65,6 +40,21 @@ class Run:
         return cls(
             path, train or path / "train", queries or path / "queries", solver or path / "solver"
         )
+
+    @classmethod
+    def of_job(cls, job: Job) -> Run:
+        """The one that a job names.
+
+        Raises:
+            NotADirectoryError: a file is there.
+        """
+        path = Path(job.out)
+        there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+        if there is not None and not there.is_dir():
+            raise NotADirectoryError(
+                f"{there} is a file, and a run needs a directory; give another --out"
+            )
+        return cls.of(path)
 
     @property
     def plan(self) -> Path:
@@ -135,36 +125,6 @@ def need_queries(run: Run) -> RowStore:
             "with --queries"
         )
     return found
-
-
-def new_solver(
-    kind: str | None, damping: float | None, max_bytes: int | None, job: Path | None = None
-) -> Solver:
-    """A solver that is not fitted, of these options; without any, that of a job's file."""
-    if kind is None and damping is None and job is not None and job.exists():
-        return Job.load(job).but(max_bytes=max_bytes).solver()
-    if kind not in (None, *SOLVERS):
-        raise ValueError(f"--kind must be one of {', '.join(SOLVERS)}, got {kind!r}")
-    options: dict[str, Any] = {} if damping is None else {"damping": damping}
-    if kind == "Identity" and options:
-        raise ValueError("Identity inverts nothing and takes no --damping")
-    return getattr(solvers, kind or "Cholesky")(max_bytes=max_bytes, **options)
-
-
-def fitted(
-    terminal: Terminal,
-    run: Run,
-    store: RowStore,
-    kind: str | None,
-    damping: float | None,
-    max_bytes: int | None,
-) -> Solver:
-    """The solver of a run; where it has none, or options are given, one that is fitted now."""
-    if kind is None and damping is None and run.solver.exists():
-        return load_solver(run.solver, store, max_bytes)
-    solver = new_solver(kind, damping, max_bytes, run.job)
-    terminal.note(f"fitting {solver} on {len(store):,} rows of {run.train}")
-    return solver.fit(store)
 
 
 def load_solver(path: Path, store: RowStore | None, max_bytes: int | None = None) -> Solver:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from dropinf.cli.app import command
@@ -15,7 +12,6 @@ from dropinf.cli.matrix_file import Matrix, ending_of
 from dropinf.cli.run_directory import Run, load_solver, solver_facts
 from dropinf.cli.terminal import Terminal
 from dropinf.compression import Plan
-from dropinf.extras import optional
 from dropinf.rows import RowStore
 from dropinf.text_table import Table
 
@@ -48,7 +44,8 @@ def verify(
         for what, one in _things_at(path):
             if what == "store":
                 read = RowStore.load(one)
-                read.verify()
+                with terminal.passes(f"verify {one}"):
+                    read.verify()
                 store = store or read  # that of the training rows comes first
                 found[str(one)] = f"{len(read):,} rows" + ("" if read.finished else ", unfinished")
             elif what == "solver":
@@ -67,7 +64,8 @@ def join(
 ) -> None:
     """Make one store of several of the same plan and weights."""
     joint = RowStore.join([RowStore.load(path) for path in stores])
-    joint.save(to)
+    with terminal.passes("join"):
+        joint.save(to)
     facts = {"path": str(to), "rows": len(joint), "stores": len(stores)}
     terminal.show(facts, f"{to}: {len(joint):,} rows of {len(stores)} stores")
 
@@ -84,19 +82,10 @@ def export(
     """Write the rows of a store as a file for other tools; invalid ones are zeros."""
     ending_of(to)
     rows = RowStore.load(store)
-    matrix = Matrix.of_store(rows)
-    matrix = replace(matrix, pieces=lambda: _with_bar(terminal, Matrix.of_store(rows), len(rows)))
-    matrix.write(to)
+    with terminal.passes("export"):
+        Matrix.of_store(rows).write(to)
     facts = {"path": str(to), "rows": len(rows), "width": rows.plan.width}
     terminal.show(facts, f"{to}: {len(rows):,} rows of width {rows.plan.width:,}")
-
-
-def _with_bar(terminal: Terminal, matrix: Matrix, n: int) -> Iterator[np.ndarray]:
-    tqdm = optional("tqdm.auto", "cli", "export").tqdm
-    with tqdm(total=n, desc="export", unit="row", disable=not terminal.progress) as bar:
-        for piece in matrix.pieces():
-            yield piece
-            bar.update(len(piece))
 
 
 def _things_at(path: Path) -> list[tuple[str, Path]]:
@@ -108,16 +97,32 @@ def _things_at(path: Path) -> list[tuple[str, Path]]:
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
+    if path.is_file():
+        if not _is_sealed(path):
+            raise ValueError(
+                f"{path} is a file, and no plan; info and verify take the directory of a run, a "
+                "store or a solver, or a plan's file"
+            )
+        return [("plan", path)]
     for what, file in (("store", "store.json"), ("solver", "solver.json")):
         if (path / file).exists():
             return [(what, path)]
     run = Run.of(path)
     things = [("store", run.train), ("store", run.queries), ("solver", run.solver)]
-    there = [("plan", path if path.is_file() else run.plan)]
-    there += [(what, one) for what, one in things if one.exists()]
-    if path.is_file() or len(there) > 1 or run.plan.exists():
-        return [(what, one) for what, one in there if one.exists()]
+    things.insert(0, ("plan", run.plan))
+    there = [(what, one) for what, one in things if one.exists()]
+    if there:
+        return there
     raise ValueError(f"{path} is no run, store, solver or plan of dropinf")
+
+
+def _is_sealed(file: Path) -> bool:
+    """Whether a file may be a plan's, damaged ones included: JSON, by its name or its end."""
+    if file.suffix == ".json":
+        return True
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 40))
+        return b'"crc32"' in opened.read()
 
 
 def _facts_of(what: str, path: Path) -> dict[str, Any]:

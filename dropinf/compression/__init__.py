@@ -8,6 +8,7 @@ from dropinf.compression.energy import Energies
 from dropinf.compression.energy_fit import FewOfEach, fit
 from dropinf.compression.entry_map import DenseProjection, SignedSums, by_entry
 from dropinf.compression.grid import FactoredDropout
+from dropinf.compression.parts import draw
 from dropinf.compression.plan import (
     Compression,
     LayerPlan,
@@ -41,6 +42,7 @@ __all__ = [
     "Sketch",
     "by_entry",
     "coordinates_of",
+    "draw",
     "energies_from_adam",
     "fit",
     "peeled",

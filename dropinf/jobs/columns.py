@@ -71,6 +71,25 @@ def class_of(value: Any, config: Any, data: DataFile, position: int) -> int:
     return number
 
 
+def truth_of(data: DataFile, column: str) -> list[bool]:
+    """Which examples a column calls wrong: true or false, 1 or 0, in a CSV file as text.
+
+    Raises:
+        ValueError: a value is something else.
+    """
+    wanted = "true or false, or 1 or 0"
+    said = {"true": True, "1": True, "false": False, "0": False}
+    found = []
+    for position, value in enumerate(data.column(column, "truth", (bool, int, str), wanted)):
+        flag = said.get(str(value).strip().lower())
+        if flag is None:
+            raise ValueError(
+                f"{data.where(position)}: column {column!r} must be {wanted}, got {value!r}"
+            )
+        found.append(flag)
+    return found
+
+
 def numbers_of(data: DataFile, column: str) -> list[float]:
     """What a regression is to give."""
     values = data.column(column, "label", (int, float, str), "a number")

@@ -50,6 +50,7 @@ class DataFile:
         Raises:
             ValueError: the column is missing, or a value has another type.
         """
+        flags = bool in (kind if isinstance(kind, tuple) else (kind,))
         values = []
         for position, row in enumerate(self.rows):
             if name not in row:
@@ -58,7 +59,7 @@ class DataFile:
                     f"{', '.join(map(repr, row))}"
                 )
             value = row[name]
-            if not isinstance(value, kind) or isinstance(value, bool):
+            if not isinstance(value, kind) or (isinstance(value, bool) and not flags):
                 raise ValueError(
                     f"{self.where(position)}: column {name!r} must be {wanted}, got {_short(value)}"
                 )

@@ -119,7 +119,8 @@ def dry_run(op: str) -> Iterator[DryRun]:
             yield run
         except (RuntimeError, TypeError) as error:
             why = (
-                "goes by the numbers of a tensor, as routing to experts does, and there are none"
+                "goes by the numbers of a tensor, as routing to experts and the last token of a "
+                "padded text do, and there are none"
                 if isinstance(error, NotImplementedError)
                 else f"fails: {str(error).partition(chr(10))[0].rstrip('.')}"
             )
@@ -139,7 +140,7 @@ def _function_of(error: Exception) -> str:
             owner = frame.f_locals.get("self")
             name = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
             return f"{name} ({os.path.basename(code.co_filename)}:{line})"
-    return frames[-1][0].f_code.co_name
+    return "the model"
 
 
 def _is_meta(t: Any) -> bool:

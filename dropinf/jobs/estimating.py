@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_map
 from dropinf.capturing import ActivationsTap, Prover, Snapshot, capture
 from dropinf.compression import Plan
 from dropinf.jobs.dry_run import dry_run
+from dropinf.jobs.images import BATCH
 from dropinf.jobs.job import Job
-from dropinf.jobs.models import meta_model
+from dropinf.jobs.models import Loaded, meta_model
 from dropinf.rows import PART_BYTES, LossFn
 from dropinf.text_table import Table
 
 _GB = 1e9
+_BATCHES = ("causal_lm", "seq2seq", "masked_lm", "classification", "image_classification")
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,11 @@ def estimate_of_job(job: Job, tokens: int | None = None) -> Estimate:
     """What collecting a job's directory takes, from its config alone: no weights, no data.
 
     Args:
-        job: of the directory of a language model or text classifier.
+        job: of the directory of a language model or a classifier of texts or images.
         tokens: of a text; None is the job's max_tokens, or else the most that the model takes.
 
     Raises:
-        ValueError: the job is of a function, of images, or its loss is not known.
+        ValueError: the job is of a function, or its loss or its batches are not known.
     """
     if job.model is None:
         raise ValueError(
@@ -239,11 +241,16 @@ def estimate_of_job(job: Job, tokens: int | None = None) -> Estimate:
             "before it is there"
         )
     found = meta_model(job.model, job.adapter, job.dtype)
-    if found.loss_fn is None or found.kind not in ("causal_lm", "masked_lm", "classification"):
+    if found.loss_fn is None or found.kind not in _BATCHES:
         raise ValueError(
             f"estimate: {job.model} is a model of kind {found.kind}, which --estimate does not "
             "know batches of; dropinf.jobs.estimate takes any model and batch"
         )
+    if found.kind == "image_classification":
+        batch = _image_batch(job.batch_size or BATCH, found)
+        return estimate(found.model, job.plan(found.model), found.loss_fn, batch)
+    if found.kind == "classification" and found.config.pad_token_id is None:
+        found.config.pad_token_id = 0  # as `prepare` sets one, of the tokenizer
     most = getattr(found.config, "max_position_embeddings", None) or 2048
     tokens = tokens or min(job.max_tokens or most, most)
     batch_size = job.batch_size or max(1, job.batch_tokens // tokens)
@@ -251,6 +258,27 @@ def estimate_of_job(job: Job, tokens: int | None = None) -> Estimate:
     if found.kind == "classification":
         batch["labels"] = batch["labels"][:, 0]
     return estimate(found.model, job.plan(found.model), found.loss_fn, batch)
+
+
+def _image_batch(batch_size: int, found: Loaded) -> dict[str, Tensor]:
+    """Images of the size that the config names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    size = getattr(found.config, "image_size", None)
+    if size is None:
+        raise ValueError(
+            f"estimate: the config of {found.directory} does not say how large images are; "
+            "dropinf.jobs.estimate takes any model and batch"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = batch_size, getattr(found.config, "num_channels", 3), height, width
+    pixels = torch.empty(shape, dtype=found.model.dtype, device="meta")
+    return {
+        "pixel_values": pixels,
+        "labels": torch.empty(batch_size, dtype=torch.int64, device="meta"),
+    }
 
 
 def token_batch(batch_size: int, tokens: int, padded: bool = False) -> dict[str, Tensor]:

@@ -124,6 +124,12 @@ class Job:
         "file, from 0",
         example="id",
     )
+    truth: str | None = _key(
+        "data.truth",
+        "column of the training examples that says which are known to be wrong (true or false), "
+        "for the report",
+        example="wrong",
+    )
     max_tokens: int | None = _key(
         "data.max_tokens",
         "longer examples are cut (default: what the model takes)",

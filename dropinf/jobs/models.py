@@ -219,6 +219,11 @@ def _weights_of(directory: Path, auto: Any, config: Any, dtype: str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # of safetensors and accelerate too, which have their own
+        if type(error).__name__ == "SafetensorError":
+            raise ValueError(
+                f"the weights in {directory} are damaged: {_said(error)}; download or save them "
+                "again"
+            ) from error
         raise ValueError(f"the weights in {directory} cannot be loaded: {_said(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

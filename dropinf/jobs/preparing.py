@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropinf import losses
-from dropinf.jobs.columns import columns_of
+from dropinf.jobs.columns import columns_of, truth_of
 from dropinf.jobs.data_files import DataFile, ids_of_column, read_data
 from dropinf.jobs.entry import given_by
 from dropinf.jobs.examples import Encoded, Examples, examples_of
@@ -21,7 +21,7 @@ from dropinf.jobs.tokenizing import Tokens
 
 _OF_DIRECTORIES = (
     *("model", "adapter", "train", "queries", "text", "prompt", "completion", "messages"),
-    *("label", "image", "id", "max_tokens", "loss", "batch_size"),
+    *("label", "image", "id", "truth", "max_tokens", "loss", "batch_size"),
 )
 
 
@@ -34,6 +34,8 @@ class Ready:
         loss_fn: (model, batch) -> [B].
         train: the training examples.
         queries: those to explain, None if the job names none.
+        truth: by position, which training examples are known to be wrong; None if the job names no
+            column of it.
         notes: sentences that people should read, as of examples that were cut.
     """
 
@@ -41,6 +43,7 @@ class Ready:
     loss_fn: Callable[[Any, Any], Tensor]
     train: Examples
     queries: Examples | None = None
+    truth: list[bool] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,6 +82,7 @@ def prepare(job: Job) -> Ready:
     files = {
         name: read_data(getattr(job, name)) for name in ("train", "queries") if getattr(job, name)
     }
+    truth = None if job.truth is None else truth_of(files["train"], job.truth)
     loaded = load_model(job.model, job.adapter, job.dtype, job.device)
     loss_fn = loaded.loss_fn if job.loss is None else getattr(losses, f"{job.loss}_loss")
     if loss_fn is None:
@@ -88,7 +92,7 @@ def prepare(job: Job) -> Ready:
     make = _of_images if loaded.kind == "image_classification" else _of_texts
     notes: list[str] = []
     made = {name: make(job, loaded, data, name == "queries", notes) for name, data in files.items()}
-    return Ready(loaded.model, loss_fn, **made, notes=notes)
+    return Ready(loaded.model, loss_fn, **made, truth=truth, notes=notes)
 
 
 def _of_texts(

@@ -53,7 +53,8 @@ def gather_grads(
             f"{op}: grads must be as long as indices, {len(indices)}, got {len(grads)}; "
             "None stands for a layer without"
         )
-    device = indices[0].device if indices else torch.device("cpu")
+    given = indices[0] if indices else out
+    device = torch.device("cpu") if given is None else given.device
     # Sets, and what kernels refuse is named after that: at 200 layers a look at each tensor in turn
     # costs more than the gathering.
     dtypes = set(map(_dtype_of, [g for g in grads if g is not None]))

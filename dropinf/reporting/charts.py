@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dropinf.evaluate import mislabeled_auc
 from dropinf.reporting.page_contents import list_of
 from dropinf.scoring import Stability
 from dropinf.solvers import DampingChoice
@@ -42,26 +43,22 @@ def finding(
     truth: Sequence[bool] | Tensor, own: Tensor | None, mean: Sequence[float | None] | None
 ) -> dict[str, Any]:
     """A table: the probability that a wrong example comes before a right one."""
-    wrong = np.array([bool(t) for t in truth])
+    wrong = torch.tensor([bool(t) for t in truth])
     rows = [("known to be wrong", f"{int(wrong.sum()):,} of {len(wrong):,}")]
     for what, values in (
         ("AUC of a high self-influence", None if own is None else list_of(own)),
         ("AUC of a low mean score", None if mean is None else [v and -v for v in mean]),
     ):
         if values is not None:
-            auc = area(wrong, np.array([np.nan if v is None else v for v in values]))
-            rows.append((what, "not known" if auc is None else f"{auc:.3f}"))
+            rows.append((what, _area(wrong, values)))
     return {"title": "Finding what is wrong", "rows": rows}
 
 
-def area(wrong: np.ndarray, values: np.ndarray) -> float | None:
-    """Area under the ROC curve: the share of pairs in which the wrong one is larger; ties half."""
-    known = ~np.isnan(values)
-    high, low = np.sort(values[known & wrong]), np.sort(values[known & ~wrong])
-    if not len(high) or not len(low):
-        return None
-    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
-    return float(below.sum() / (2 * len(high) * len(low)))
+def _area(wrong: Tensor, values: Sequence[float | None]) -> str:
+    known = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
+    if not (wrong & ~known.isnan()).any() or not (~wrong & ~known.isnan()).any():
+        return "not known"
+    return f"{mislabeled_auc(known, wrong).value:.3f}"
 
 
 def shares(layers: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -107,17 +104,9 @@ def agreements(found: Stability) -> dict[str, Any]:
     }
 
 
-def dampings(tried: Sequence[float], choice: DampingChoice) -> dict[str, Any]:
-    """What each damping is worth.
-
-    Raises:
-        ValueError: the choice is not of these.
-    """
-    if len(tried) != len(choice.values):
-        raise ValueError(
-            f"write_report: sweep has {len(tried)} dampings and {len(choice.values)} values; give "
-            "those that choose_damping was given"
-        )
+def dampings(choice: DampingChoice) -> dict[str, Any]:
+    """What each damping is worth."""
+    tried = choice.dampings
     order = sorted((i for i in range(len(tried)) if tried[i] > 0), key=lambda i: tried[i])
     errors = [e or 0 for e in list_of(choice.errors)]
     values = list_of(choice.values)
@@ -126,7 +115,7 @@ def dampings(tried: Sequence[float], choice: DampingChoice) -> dict[str, Any]:
         "title": "Damping",
         "label": "damping",
         "y_label": "worth",
-        "x": [float(tried[i]) for i in order],
+        "x": [tried[i] for i in order],
         "series": [
             {
                 "name": "worth",
@@ -134,6 +123,6 @@ def dampings(tried: Sequence[float], choice: DampingChoice) -> dict[str, Any]:
                 "error": [errors[i] for i in order],
             }
         ],
-        "chosen": float(choice.damping),
-        "note": f"Chosen: {choice.damping:g}.",
+        "chosen": choice.damping,
+        "note": f"Chosen: {choice.damping:g}. Worth: {choice.worth}.",
     }

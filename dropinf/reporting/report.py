@@ -39,7 +39,7 @@ def write_report(
     truth: Sequence[bool] | Tensor | None = None,
     layers: Mapping[str, Tensor] | None = None,
     stability: Stability | None = None,
-    sweep: tuple[Sequence[float], DampingChoice] | None = None,
+    sweep: DampingChoice | None = None,
     title: str = "What taught the model",
 ) -> Path:
     """Write one HTML file that shows what was found; an existing one is replaced at once or not.
@@ -67,16 +67,23 @@ def write_report(
             score.
         layers: name of each layer -> its part [m, n] of the scores, see `scores(by="layer")`.
         stability: of `dropinf.stability`.
-        sweep: the dampings that `choose_damping` was given, and what it returned.
+        sweep: what `choose_damping` returned.
         title: at the top.
 
     Returns:
         The absolute path.
 
     Raises:
+        TypeError: path or attribution is something else.
         ImportError: jinja2 is missing (extra "report").
         ValueError: there is no text or image for an id, or lengths disagree.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"write_report: path must name a file, got {type(path).__name__}")
+    if not isinstance(attribution, Attribution):
+        raise TypeError(
+            f"write_report: needs what dropinf.attribute returned, got {type(attribution).__name__}"
+        )
     jinja2 = optional("jinja2", "report", "write_report")
     shown = PageContents(texts, images, "texts", "images")
     asked = PageContents(query_texts, query_images, "query_texts", "query_images")
@@ -108,7 +115,7 @@ def write_report(
         data["charts"].append(charts.agreements(stability))
         data["tables"].append({"title": "Stability over masks", **notes})
     if sweep is not None:
-        data["charts"].append(charts.dampings(*sweep))
+        data["charts"].append(charts.dampings(sweep))
     data["contents"] = shown.found
     page = _page(jinja2, title, data, attribution)
     path = Path(os.path.abspath(path))

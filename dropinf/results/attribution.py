@@ -82,6 +82,7 @@ class Attribution:
         query_texts: Contents | None = None,
         images: Contents | None = None,
         query_images: Contents | None = None,
+        queries: int | None = 5,
     ) -> Any:
         """Print the examples of each query; with images, a figure of matplotlib (extra "report").
 
@@ -90,21 +91,28 @@ class Attribution:
                 sequence in which ids are positions. Images are arrays, tensors or images of PIL,
                 [H, W], [H, W, C] or [C, H, W]; colours that are not from 0 to 1 are scaled to it.
             query_texts, query_images: of the queries.
+            queries: how many to show, the first ones; None shows all.
 
         Returns:
             The figure, which a notebook shows, or None.
 
         Raises:
-            ValueError: there is nothing for an id.
+            ValueError: there is nothing for an id, or `queries` is no number of them.
         """
+        if queries is not None and (not isinstance(queries, Integral) or queries < 0):
+            raise ValueError(
+                f"show: queries must be a number of them, or None for all, got {queries!r}"
+            )
+        few = len(self) if queries is None else min(queries, len(self))
         if images is None and query_images is not None:
             raise ValueError("show: query_images go with images=, of the training examples")
         if images is None or texts is not None or query_texts is not None:
-            print(showing.as_text(self, Lookup(texts, "texts"), Lookup(query_texts, "query_texts")))
+            asked = Lookup(query_texts, "query_texts")
+            print(showing.as_text(self, Lookup(texts, "texts"), asked, few))
         if images is None:
             return None
         own = Lookup(query_images, "query_images")
-        return showing.picture(self, Lookup(images, "images"), own)
+        return showing.picture(self, Lookup(images, "images"), own, few)
 
     def to_pandas(self) -> Any:
         """A pandas.DataFrame (extra "report"), a row for each query, side and rank.
@@ -165,6 +173,7 @@ def attribute(
         relative, weights: as in `scores`.
 
     Raises:
+        TypeError: one of them is something else.
         ValueError: as in `scores` and `ensemble`; k is not positive; or the rows of one mask are of
             other examples than the first's, or in another order.
     """
@@ -175,6 +184,16 @@ def attribute(
             "attribute: give one queries, store and solver, or as many of each; got "
             "{}, {} and {}".format(*lengths)
         )
+    for name, given, kind in (
+        *(("queries", queries, RowStore), ("store", store, RowStore)),
+        ("solver", solver, Solver),
+    ):
+        wrong = [one for one in _several(given) if not isinstance(one, kind)]
+        if wrong:
+            raise TypeError(
+                f"attribute: {name} must be a {kind.__name__}, or several in a list, got "
+                f"{type(wrong[0]).__name__}"
+            )
     if not isinstance(k, Integral) or k < 1:
         raise ValueError(f"attribute: k must be positive, got {k!r}")
     if any(len(known) and not known.valid.any() for _, known, _ in parts):

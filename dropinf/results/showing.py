@@ -37,8 +37,11 @@ def table_of(
                     cells.append("" if example is None else shortened(lookup(example), 40))
             rows.append(cells)
     numbers = [j for j, name in enumerate(columns) if name in ("rank", "score")]
-    more = [f"... and {len(found) - few:,} queries more"] if few < len(found) else []
-    return Table(columns, rows, numbers, [*more, *_made(found)])
+    return Table(columns, rows, numbers, [*_more(found, few), *_made(found)])
+
+
+def _more(found: Attribution, few: int) -> list[str]:
+    return [f"... and {len(found) - few:,} queries more"] if few < len(found) else []
 
 
 def _made(found: Attribution) -> list[str]:
@@ -52,10 +55,10 @@ def score_of(ranked: Ranked, q: int, j: int, digits: int = 4) -> str:
     return f"{float(ranked.scores[q, j]):.{digits}g}{error}"
 
 
-def as_text(found: Attribution, texts: Lookup, query_texts: Lookup) -> str:
-    """Query by query: its text, and those of both ends."""
+def as_text(found: Attribution, texts: Lookup, query_texts: Lookup, few: int) -> str:
+    """Query by query, the first few: its text, and those of both ends."""
     lines = []
-    for q, query in enumerate(found.query_ids):
+    for q, query in enumerate(found.query_ids[:few]):
         own = f"  {shortened(query_texts(query), 200)}" if query_texts else ""
         lines.append(f"query {query}{own}")
         for title, ranked in (("lower its loss", found.top), ("raise it", found.bottom)):
@@ -66,20 +69,20 @@ def as_text(found: Attribution, texts: Lookup, query_texts: Lookup) -> str:
                 )
                 lines.append(f"    {score_of(ranked, q, j):>12}  {example}{text}")
         lines.append("")
-    return "\n".join(map(shown, [*lines, *_made(found)]))
+    return "\n".join(map(shown, [*lines, *_more(found, few), *_made(found)]))
 
 
-def picture(found: Attribution, images: Lookup, query_images: Lookup) -> Any:
-    """A row of images for each query: its own, those of its top, those of its bottom."""
+def picture(found: Attribution, images: Lookup, query_images: Lookup, few: int) -> Any:
+    """A row of images for each of the first few queries: its own, those of its top and bottom."""
     figures = optional("matplotlib.figure", "report", "show(images=)")
     k = len(found.top.ids[0]) if len(found) else 0
     wide = 1 + 2 * k
-    figure = figures.Figure(figsize=(1.1 * wide, 1.4 * max(1, len(found))), layout="constrained")
-    axes = figure.subplots(max(1, len(found)), wide, squeeze=False)
+    figure = figures.Figure(figsize=(1.1 * wide, 1.4 * max(1, few)), layout="constrained")
+    axes = figure.subplots(max(1, few), wide, squeeze=False)
     for row in axes:
         for axis in row:
             axis.set_axis_off()
-    for q, query in enumerate(found.query_ids):
+    for q, query in enumerate(found.query_ids[:few]):
         cells: list[tuple[Any, str]] = []
         if query_images:
             cells.append((query_images(query), f"query {_name(query)}"))
@@ -99,6 +102,7 @@ def picture(found: Attribution, images: Lookup, query_images: Lookup) -> Any:
     facts = found.facts
     figure.suptitle(
         "the query; the examples that lower its loss; those that raise it\n"
+        + "".join(f"{line}\n" for line in _more(found, few))
         + printable(f"{facts.unit} {facts.compression}, {facts.solver}; {facts.proof}"),
         fontsize=8,
         parse_math=False,

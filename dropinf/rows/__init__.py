@@ -1,12 +1,12 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
-from dropinf.rows.batches import LossFn
+from dropinf.rows.batches import LossFn, refuse_shuffling
 from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
 from dropinf.rows.ids import Ids, digest_of_ids, listed
-from dropinf.rows.lock import LockedError
+from dropinf.rows.lock import Lock, LockedError
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take
 from dropinf.rows.row_passes import (
@@ -22,6 +22,7 @@ from dropinf.rows.row_passes import (
 )
 from dropinf.rows.shares import split
 from dropinf.rows.store import RowStore
+from dropinf.rows.watching import passes_watched
 from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
 
@@ -30,6 +31,7 @@ __all__ = [
     "Collection",
     "Drawn",
     "Ids",
+    "Lock",
     "LockedError",
     "LossFn",
     "OptimizerSteps",
@@ -45,8 +47,10 @@ __all__ = [
     "mark_invalid",
     "mean_squares",
     "merged",
+    "passes_watched",
     "products",
     "put",
+    "refuse_shuffling",
     "solved_for",
     "split",
     "take",

@@ -9,6 +9,13 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from dropinf.capturing import (
     ActivationsTap,
@@ -17,6 +24,7 @@ from dropinf.capturing import (
     NotCompiledError,
     capture,
     example_at,
+    moved_to,
     size_at,
 )
 from dropinf.compression import Plan
@@ -33,6 +41,25 @@ def refuse_dataset(op: str, loader: Any) -> None:
             f"{op}: a Dataset gives examples, not batches; give "
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
+
+
+def refuse_shuffling(op: str, name: str, loader: Any) -> None:
+    """Refuse a DataLoader whose sampler draws at random: whose score is whose, nobody would know.
+
+    What does not tell its order (a list of batches, an iterator, an IterableDataset, a sampler of
+    the user's own) is taken at its word.
+    """
+    if not isinstance(loader, DataLoader):
+        return
+    samplers = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    for one in samplers:
+        if isinstance(one, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) or (
+            isinstance(one, DistributedSampler) and one.shuffle
+        ):
+            raise ValueError(
+                f"{op}: {name} shuffles ({type(one).__name__}), and scores are in the order in "
+                "which it gives its examples; make it with shuffle=False"
+            )
 
 
 class CaptureOptions(TypedDict, total=False):
@@ -102,8 +129,13 @@ class Batches:
             yield
 
     def drawn(self, loader: Iterable) -> Iterator[Any]:
-        """The batches of a loader, which runs as without a capture: watched, it would be slow."""
+        """The batches of a loader, on the model's device where it has one.
+
+        The loader runs as without a capture: watched, it would be slow.
+        """
         end = object()
+        devices = {p.device for p in self.model.parameters()}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise TypeError(
                 f"{self._op}: the loader must be what batches can be taken from, such as a "
@@ -114,8 +146,10 @@ class Batches:
         while True:
             with self.tap.paused():
                 batch = next(left, end)
-            if batch is end:
-                return
+                if batch is end:
+                    return
+                if device.type != "cpu":  # hooks of a model on several devices do it themselves
+                    batch = moved_to(device, batch)
             yield batch
 
     def rows(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from dropinf.compression import Plan
+from dropinf.progress import progress_bar
 from dropinf.rows.batches import CaptureOptions, LossFn, refuse_dataset
 from dropinf.rows.collection import Collection
 from dropinf.rows.ids import GivenIds
@@ -56,7 +56,8 @@ def collect(
 
     Args:
         model: used as it is, on the device and in the training mode that it is in.
-        loader: gives batches, of any type that `loss_fn` takes.
+        loader: gives batches, of any type that `loss_fn` takes. Tensors in tuples, lists, mappings
+            and dataclasses are moved to a GPU that the whole model is on.
         loss_fn: (model, batch) -> [B], one loss per example, of whose sum the gradient is taken.
         plan: the coordinates to keep.
         path: a directory to make; None keeps the rows in memory.
@@ -129,7 +130,7 @@ def collect(
         ) as collection,
         contextlib.closing(collection.source(loader, ids)) as source,
         collection.capturing() as batches,
-        _bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
+        progress_bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
     ):
         bar.update(batches.seen)
         for batch in batches.drawn(source):
@@ -152,15 +153,6 @@ def _sending_nothing(model: nn.Module) -> nn.Module:
     """The model that DistributedDataParallel wraps: it sends buffers with the first batch, which a
     rank may not have."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _bar(**options: Any) -> Any:
-    """tqdm's; without tqdm none, since `make gpu` runs beside what a CUDA build of torch brings."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return contextlib.nullcontext(SimpleNamespace(update=lambda num_examples: None))
-    return tqdm(**options)
 
 
 def _num_examples(loader: Iterable) -> int:

@@ -16,6 +16,7 @@ from dropinf.rows.lock import Lock
 from dropinf.rows.packing import Packing
 from dropinf.rows.part import Marks, Part
 from dropinf.rows.part_writer import write_part
+from dropinf.rows.watching import a_pass
 from dropinf.whole_files import appearing
 
 
@@ -106,11 +107,14 @@ class Parts:
         Each is `count` chunks of a part.
         """
         first = 0
-        for part in self.parts:
-            for start, chunk in part.chunks(count):
-                yield first + start, chunk
-                del chunk  # or its map would stay until the next one is made
-            first += len(part)
+        with a_pass(len(self)) as done:
+            for part in self.parts:
+                for start, chunk in part.chunks(count):
+                    num_rows = len(chunk)
+                    yield first + start, chunk
+                    del chunk  # or its map would stay until the next one is made
+                    done(num_rows)
+                first += len(part)
 
     def at(self, positions: Tensor | Sequence[int]) -> Tensor:
         """[k, ...] the rows at these positions as they are kept, verified; a copy."""
@@ -172,9 +176,10 @@ class Parts:
 
     def verify(self) -> None:
         """Read everything that is on the disk, and compare its checksums anew."""
-        for part in self.parts:
-            if part.path is not None:
-                again = Part.open(part.path, self.packing.width)
-                for _ in again.chunks():
-                    pass
-                _ = again.ids, again.origin
+        with a_pass(len(self)) as done:
+            for part in self.parts:
+                if part.path is not None:
+                    again = Part.open(part.path, self.packing.width)
+                    for _, chunk in again.chunks():
+                        done(len(chunk))
+                    _ = again.ids, again.origin

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -160,29 +160,38 @@ class RowWriter:
                 self._lock.release()
 
     def _close_part(self) -> None:
-        """Keep what is there, and say so."""
-        part, interrupt = self._part, None
+        """Keep what is there, and say so, also where a signal comes in between."""
+        part, where, interrupts = self._part, self.path, []
+
+        def firmly(step: Callable[[], Any]) -> Any:
+            """Do it again where a signal ended it, such as torch's for a worker that died."""
+            try:
+                return step()
+            except (OSError, ValueError):
+                raise
+            except BaseException as error:
+                interrupts.append(error)
+                return step()
+
+        def rows() -> int:
+            return sum(len(Part.open(path, self._plan.width)) for path in part_paths(where))
+
         try:
-            part.flush()
+            firmly(part.flush)
         except OSError:
             pass  # of a full disk: what was flushed before is there
-        except BaseException as error:  # of a signal, such as torch's for a worker that died
-            interrupt = error
-            with contextlib.suppress(OSError):
-                part.flush()
         finally:
             part.close()
-        where = self.path
         try:
-            n = sum(len(Part.open(path, self._plan.width)) for path in part_paths(where))
+            n = firmly(rows)
         except (ValueError, OSError):
             n = 0
         how = f"collect(..., path={str(where)!r}, resume=True) goes on behind them"
         if self.about.weights is None:
             how = "RowStore.load opens them"  # of a training, which is not gone on with here
-        warn_user(f"collect: stopped; the first {n} rows are in {where}, and {how}")
-        if interrupt is not None:
-            raise interrupt
+        firmly(lambda: warn_user(f"collect: stopped; the first {n} rows are in {where}, and {how}"))
+        if interrupts:
+            raise interrupts[0]
 
     def append(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -144,9 +145,17 @@ def stability(
             raise ValueError(
                 f"stability: {name} is gone after one pass; give a DataLoader or a list of batches"
             )
+    several = isinstance(r, Iterable) and not isinstance(r, str)
+    if not several or not all(isinstance(one, Real) for one in r):
+        raise ValueError(f"stability: r must be the sizes to try, such as (256, 1024), got {r!r}")
+    for name, value, least in (("masks", masks, 2), ("k", k, 1)):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(
+                f"stability: {name} must be a whole number from {least}, got {value!r}"
+            )
     sizes = tuple(sorted(set(r)))
-    if not sizes or masks < 2:
-        raise ValueError(f"stability: need sizes and at least two masks, got r={r}, masks={masks}")
+    if not sizes:
+        raise ValueError(f"stability: need sizes to try, got r={r!r}")
     if compression is None:
         compression = Dropout(r=1, energies=energies(model, train_loader, loss_fn, mode=mode))
     given = [name for name in _SIZES if getattr(compression, name, None) is not None]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dropinf import losses
 from dropinf.compression import Compression, Dropout, Plan
-from dropinf.rows import LossFn, RowStore, collect, energies
+from dropinf.rows import LossFn, RowStore, collect, energies, refuse_shuffling
 from dropinf.scoring.query_scores import scores
 from dropinf.solvers import Cholesky
 
@@ -46,9 +46,12 @@ def influence(
         scores [m, n], see `scores`.
 
     Raises:
-        ValueError: `fisher` is none of these, or loss_fn does not say what the outputs are.
+        ValueError: a loader shuffles; `fisher` is none of these, or loss_fn does not say what the
+            outputs are.
     """
     curvature = _curvature_loss(fisher, loss_fn)
+    for name, loader in (("train_loader", train_loader), ("query_loader", query_loader)):
+        refuse_shuffling("influence", name, loader)
     if compression is None:
         once = hasattr(train_loader, "__next__")
         found = None if once else energies(model, train_loader, loss_fn, mode=mode)

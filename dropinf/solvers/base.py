@@ -27,6 +27,7 @@ class Solver(ABC):
         plan: of the rows it was fitted on; None before `fit`.
         store: what it was fitted on; None before `fit`, and for a solver that was loaded.
         weights: fingerprint of those that made the rows of the fit, None if it is not known.
+        updates: the optimizer whose steps the rows of the fit are; None of gradients.
         num_rows: n, the valid rows of the fit; 0 before `fit`.
         max_bytes: bound of the memory of `fit` and what it leaves, of each `solve`, and of
             self-influences, beyond what these are given and return. None: `solve` takes its queries
@@ -36,6 +37,7 @@ class Solver(ABC):
     plan: Plan | None = None
     store: RowStore | None = None
     weights: str | None = None
+    updates: str | None = None
     num_rows: int = 0
     max_bytes: int | None = None
     _kept_bytes: int = 0  # in memory, between fit and solve
@@ -80,7 +82,7 @@ class Solver(ABC):
         self._kept_bytes = 0
         self._fit(store, n)
         self.plan, self.store, self.weights = store.plan, store, store.weights
-        self.num_rows = n
+        self.num_rows, self.updates = n, store.updates
         return self
 
     def solve(self, rows: Tensor) -> Tensor:
@@ -177,6 +179,11 @@ class Solver(ABC):
                 f"{made}; fit it on rows of the store's plan"
             )
 
+        if self.updates is not None and store is not None and store.updates is None:
+            raise ValueError(
+                f"{op}: the solver was fitted on updates (of {self.updates}), and the rows of the "
+                "store are gradients; fit it on those, or score the updates"
+            )
         if weights == "any":
             return
         there = self.weights if store is None else store.weights

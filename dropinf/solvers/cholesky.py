@@ -183,17 +183,22 @@ class Cholesky(Solver):
             [k, m, n], equal to the scores of k solvers fitted with those dampings.
         """
         self.check_plans(f"{type(self).__name__}.sweep", queries, store, weights)
+        return self.decomposed("sweep").sweep(dampings, queries, store, weights)
+
+    def decomposed(self, call: str = "decomposed") -> Eigen:
+        """The eigen-decomposition of each layer, made at the first call and kept."""
+        self._need_fit(call)
         if self.store is None:
             name = type(self).__name__
             raise ValueError(
-                f"{name}.sweep: needs the rows of the fit; use {name}.load(path, store)"
+                f"{name}.{call}: needs the rows of the fit; use {name}.load(path, store)"
             )
         if self._decomposed is None:
             if self.max_bytes is not None:
                 self._to_file(self._groups)
             eigen = self._eigen(absolute=self.absolute, max_bytes=self.max_bytes)
             self._decomposed = eigen.fit(self.store)
-        return self._decomposed.sweep(dampings, queries, store, weights)
+        return self._decomposed
 
     def condition(self) -> list[float]:
         """An estimate of each layer's condition number λ_max / λ_min of F_l + λ_l, from below.
@@ -236,7 +241,14 @@ class Cholesky(Solver):
         self._need_fit("save")
         options = {"damping": self.damping, "absolute": self.absolute}
         save_solver(
-            type(self).__name__, path, self.plan, self.weights, options, self._order, self._groups
+            type(self).__name__,
+            path,
+            self.plan,
+            self.weights,
+            self.updates,
+            options,
+            self._order,
+            self._groups,
         )
 
     @classmethod
@@ -264,6 +276,7 @@ class Cholesky(Solver):
         groups = saved.groups(blocks, None if max_bytes is None else max_bytes // 4)
         solver._set(blocks, groups)
         solver.plan, solver.store, solver.weights = saved.plan, store, saved.weights
+        solver.updates = saved.updates
         solver.num_rows = saved.setting.n
         return solver
 

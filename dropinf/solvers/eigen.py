@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -199,6 +200,31 @@ class Eigen(Solver):
                     f"eigenvalues below {rounding:.3g} count as zero: its solutions keep few "
                     "digits; raise the damping"
                 )
+
+    def log_likelihood(self, rows: Tensor, dampings: Sequence[float]) -> Tensor:
+        """Of rows [m, R] under N(0, F_l + λ_l), the sum over layers, at k dampings: [m, k] float64.
+
+            -1/2 Σ log(s + λ) - 1/2 gᵀ (F + λ)⁻¹ g - r/2 log(2 pi)
+
+        A layer that is zero in every row of the fit is left out.
+        """
+        op = f"{type(self).__name__}.log_likelihood"
+        wanted = [Damping(op, damping, self.absolute) for damping in dampings]
+        λs = [self._lambdas("log_likelihood", damping) for damping in wanted]
+        found = torch.zeros(len(rows), len(dampings), dtype=torch.float64)
+        for l, pairs in enumerate(self._pairs):
+            if pairs.mean_diagonal == 0:
+                continue
+            block, s = pairs.block, pairs.s
+            g = rows[:, block.entries].double()
+            inside = (g @ pairs.vectors()).square()
+            outside = (g.square().sum(1) - inside.sum(1)).clamp(min=0)
+            for k, of_layers in enumerate(λs):
+                λ, beyond = of_layers[l], block.r - len(s)
+                log_det = float((s + λ).log().sum()) + (beyond * math.log(λ) if beyond else 0.0)
+                square = (inside / (s + λ)).sum(1) + (outside / λ if beyond else 0.0)
+                found[:, k] -= (log_det + square + block.r * math.log(2 * math.pi)) / 2
+        return found
 
     def sweep(
         self,

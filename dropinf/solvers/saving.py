@@ -34,6 +34,7 @@ def save_solver(
     path: str | os.PathLike,
     plan: Plan,
     weights: str | None,
+    updates: str | None,
     options: dict[str, Any],
     blocks: Sequence[LayerPlan],
     groups: Sequence[Group],
@@ -56,6 +57,7 @@ def save_solver(
             "kind": kind,
             "fingerprint": plan.fingerprint,
             "weights": weights,
+            "updates": updates,
             "options": options,
             "n": setting.n,
             "dtype": _name(setting.dtype),
@@ -80,6 +82,7 @@ class Saved:
 
     plan: Plan
     weights: str | None
+    updates: str | None
     options: dict[str, Any]
     setting: Setting
     file: Path
@@ -142,9 +145,10 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
         if field(saved, "format", str) != _FORMAT:
             raise ValueError(f"'format' is not {_FORMAT!r}")
         known = field(saved, "fingerprint", str) == plan.fingerprint
-        weights = saved.get("weights")
-        if weights is not None:
-            weights = field(saved, "weights", str)
+        weights, updates = (
+            None if saved.get(key) is None else field(saved, key, str)
+            for key in ("weights", "updates")
+        )
         options = field(saved, "options", dict)
         damping = Damping(kind, **options)
         dtype = _DTYPES[field(saved, "dtype", str)]
@@ -186,7 +190,7 @@ def load_solver(kind: str, path: str | os.PathLike, store: RowStore | None) -> S
                 f"{kind}.load: the solver was fitted on rows of weights {weights}, the store has "
                 f"rows of {store.weights}; give the store that it was fitted on"
             )
-    return Saved(plan, weights, options, setting, file, parts)
+    return Saved(plan, weights, updates, options, setting, file, parts)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from dropinf.compression import Compression
 
 FLIPPED = 0.2  # share of the training labels that are made wrong
 BUDGETS = (64, 256, 1024, 4096)  # coordinates kept of the whole gradient
+SHOWN_TOTAL = 1024  # of these, whose most suspicious are drawn
 SHOWN = 24
 
 
@@ -31,8 +31,21 @@ class Digits(NamedTuple):
     flipped: Tensor  # [n] bool
 
 
-def main(picture: Path, page: Path) -> None:
-    """Train, score with every method, print the table, draw the most suspicious; write a report."""
+class Scored(NamedTuple):
+    """What one method found."""
+
+    on_queries: Tensor  # [m, n]
+    on_itself: Tensor  # [n]
+    seconds: float
+    num_bytes: int  # of the stored training rows
+
+
+def main(picture: Path, page: Path) -> dict[str, Any]:
+    """Train, score with every method, print the table, draw the most suspicious; write a report.
+
+    Returns:
+        The table, what was suggested, and where picture and report are.
+    """
     digits = load_digits()
     model = train_classifier(digits.train)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -40,27 +53,41 @@ def main(picture: Path, page: Path) -> None:
     print(
         f"{num_train} handwritten digits, {num_flipped} of them with a wrong label; "
         f"{len(digits.queries)} clean queries; a network of {num_parameters:,} parameters.\n"
-        "A wrong label hurts the queries: the lower its mean influence, the more suspicious.\n"
+        "How well two numbers find the wrong labels (AUC): an example's influence on itself, large "
+        "where\nno other explains it; and its mean influence on the queries, low where it harms "
+        "them.\n"
     )
-    print(f"{'method':32}{'AUC':>7}{'seconds':>10}{'bytes stored':>15}")
-    suspects = {}
-    for total in BUDGETS:
-        method = f"Dropout, r = {total} in all"
-        compression = dropinf.Dropout(total=total)
-        suspects[total] = report(method, digits, lambda c=compression: score(model, digits, c))
-    report("Full (every coordinate)", digits, lambda: score(model, digits, dropinf.Full()))
-    report(
-        "gradient dot product, no inverse",
-        digits,
-        lambda: score(model, digits, dropinf.Full(), solvers.Identity()),
-    )
-    report("loss value", digits, lambda: (-losses_of(model, digits.train)[None], 0))
+    print(f"{'method':32}{'itself':>8}{'queries':>9}{'seconds':>9}{'bytes stored':>14}")
+    methods: list[tuple[str, Compression, solvers.Solver]] = [
+        (f"Dropout, r = {total} in all", dropinf.Dropout(total=total), solvers.Cholesky())
+        for total in BUDGETS
+    ]
+    methods += [
+        ("Full (every coordinate)", dropinf.Full(), solvers.Cholesky()),
+        ("gradient dot product, no inverse", dropinf.Full(), solvers.Identity()),
+    ]
+    table, found = [], {}
+    for method, compression, solver in methods:
+        found[method] = score(model, digits, compression, solver)
+        table.append(figures(method, digits, found[method]))
+        print(line(table[-1]))
+    of_loss = auc(digits, losses_of(model, digits.train))
+    print(f"{'loss value':32}{of_loss:8.3f}")
     print(
-        "\nOn so simple a set the loss alone finds wrong labels best; influence also tells whom "
-        "each one hurts,\nand so what its label should be."
+        "\nOn so simple a set the loss finds wrong labels as well as self-influence does; "
+        "influence on queries\nalso tells whom each one harms."
     )
-    draw(digits, suspects[1024], picture)
+    on_queries, on_itself, *_ = found[f"Dropout, r = {SHOWN_TOTAL} in all"]
+    draw(model, digits, on_itself, picture)
+    suggested = compare_suggestions(model, digits, on_queries)
     show(model, digits, page)
+    return {
+        "methods": table,
+        "AUC of the loss": of_loss,
+        "right suggestions": suggested,
+        "picture": str(picture.resolve()),
+        "report": str(page.resolve()),
+    }
 
 
 def load_digits() -> Digits:
@@ -114,46 +141,71 @@ def score(
     model: nn.Module,
     digits: Digits,
     compression: Compression,
-    solver: solvers.Cholesky | solvers.Identity | None = None,
-) -> tuple[Tensor, int]:
-    """Scores [m, n] of the queries, and the bytes of the stored training rows."""
+    solver: solvers.Solver,
+) -> Scored:
+    """Collect, fit and score."""
+    start = time.perf_counter()
     plan = dropinf.Plan.make(model, compression)
     store, queries = (
         dropinf.collect(model, DataLoader(data, batch_size=128), loss_fn, plan, progress=False)
         for data in (digits.train, digits.queries)
     )
-    solver = (solver or solvers.Cholesky(damping=0.1)).fit(store)
-    return dropinf.scores(queries, store, solver), store.num_bytes
+    solver.fit(store)
+    on_queries = dropinf.scores(queries, store, solver)
+    on_itself = dropinf.self_influence(store, solver)
+    return Scored(on_queries, on_itself, time.perf_counter() - start, store.num_bytes)
 
 
-def report(method: str, digits: Digits, run: Callable[[], tuple[Tensor, int]]) -> Tensor:
-    """Print one line of the table; return the scores [m, n]."""
+def auc(digits: Digits, suspicion: Tensor) -> float:
+    """How well large values [n] find the wrong labels."""
     from sklearn.metrics import roc_auc_score
 
-    start = time.perf_counter()
-    scores, num_bytes = run()
-    seconds = time.perf_counter() - start
-    auc = roc_auc_score(digits.flipped, -scores.mean(0))
-    print(f"{method:32}{auc:7.3f}{seconds:10.2f}{num_bytes:15,}")
-    return scores
+    return roc_auc_score(digits.flipped, suspicion)
 
 
-def draw(digits: Digits, scores: Tensor, picture: Path) -> None:
-    """Write the most suspicious digits with their given and suggested labels.
+def figures(method: str, digits: Digits, found: Scored) -> dict[str, Any]:
+    """What the table says of one method."""
+    return {
+        "method": method,
+        "itself": auc(digits, found.on_itself),
+        "queries": auc(digits, -found.on_queries.mean(0)),
+        "seconds": found.seconds,
+        "bytes": found.num_bytes,
+    }
 
-    The suggestion is the digit whose queries the example hurts most.
-    """
+
+def line(of: dict[str, Any]) -> str:
+    """One of the table."""
+    return (
+        f"{of['method']:32}{of['itself']:8.3f}{of['queries']:9.3f}{of['seconds']:9.2f}"
+        f"{of['bytes']:14,}"
+    )
+
+
+def second_thoughts(model: nn.Module, digits: Digits) -> Tensor:
+    """[n] the label that the model takes for the likeliest beside the given one."""
+    images, given = digits.train.tensors
+    with torch.no_grad():
+        return model(images).scatter(1, given[:, None], -torch.inf).argmax(1)
+
+
+def most_harmed(digits: Digits, on_queries: Tensor) -> Tensor:
+    """[n] the label, beside the given one, whose queries the example harms most."""
+    labels = digits.queries.tensors[1]
+    by_label = torch.stack([on_queries[labels == digit].mean(0) for digit in range(10)])
+    return by_label.scatter(0, digits.train.tensors[1][None], torch.inf).argmin(0)
+
+
+def draw(model: nn.Module, digits: Digits, suspicion: Tensor, picture: Path) -> None:
+    """Write the most suspicious digits, with the labels given and the model's second thoughts."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     images, given = digits.train.tensors
-    query_labels = digits.queries.tensors[1]
-    by_label = torch.stack([scores[query_labels == digit].mean(0) for digit in range(10)])
-    by_label.scatter_(0, given[None], torch.inf)  # anything but the given label
-    suggested = by_label.argmin(0)
-    worst = scores.mean(0).argsort()[:SHOWN]
+    suggested = second_thoughts(model, digits)
+    worst = suspicion.argsort(descending=True)[:SHOWN]
 
     figure, axes = plt.subplots(3, 8, figsize=(12, 5.6), layout="constrained")
     for axis, i in zip(axes.flat, worst.tolist(), strict=True):
@@ -171,14 +223,31 @@ def draw(digits: Digits, scores: Tensor, picture: Path) -> None:
     wrong = int(digits.flipped[worst].sum())
     right = int((suggested == digits.true_labels)[worst].sum())
     print(
-        f"\nOf the {SHOWN} most suspicious (Dropout, r = 1024), {wrong} have a wrong label, and "
-        f"{right} suggestions are the true one.\nTheir picture: {picture.resolve()}"
+        f"\nOf the {SHOWN} with the largest influence on themselves (Dropout, r = {SHOWN_TOTAL}), "
+        f"{wrong} have a wrong label,\nand {right} suggestions are the true one. "
+        f"Their picture: {picture.resolve()}"
     )
+
+
+def compare_suggestions(model: nn.Module, digits: Digits, on_queries: Tensor) -> dict[str, float]:
+    """Print and return how often each way to correct a wrong label is right."""
+    wrong, truth = digits.flipped, digits.true_labels
+    ways = {
+        "the label that the model takes for the likeliest beside it": second_thoughts(
+            model, digits
+        ),
+        "the label whose queries the example harms most": most_harmed(digits, on_queries),
+    }
+    print(f"\nOf all {int(wrong.sum())} wrong labels, the true one is")
+    shares = {way: float((of == truth)[wrong].double().mean()) for way, of in ways.items()}
+    for way, share in shares.items():
+        print(f"  {way:60}{share:7.1%}")
+    return shares
 
 
 def show(model: nn.Module, digits: Digits, page: Path) -> None:
     """Write the report of one of the runs above."""
-    plan = dropinf.Plan.make(model, dropinf.Dropout(total=1024))
+    plan = dropinf.Plan.make(model, dropinf.Dropout(total=SHOWN_TOTAL))
     store, queries = (
         dropinf.collect(model, DataLoader(data, batch_size=128), loss_fn, plan, progress=False)
         for data in (digits.train, digits.queries)

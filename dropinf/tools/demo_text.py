@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,12 @@ class Texts(NamedTuple):
     query_topics: Tensor  # [m]
 
 
-def main(page: Path) -> None:
-    """Train, ask of each held-out sentence what taught it, and count how many share its topic."""
+def main(page: Path) -> dict[str, Any]:
+    """Train, ask of each held-out sentence what taught it, and count how many share its topic.
+
+    Returns:
+        The table, and where the report is.
+    """
     texts = load_texts()
     vocabulary = words_of(texts.train)
     torch.manual_seed(0)
@@ -63,12 +67,16 @@ def main(page: Path) -> None:
     loaders = [DataLoader(some, batch_size=64) for some in (train, queries)]
     energies = dropinf.energies(model, loaders[0], loss_fn)
     by_energy = dropinf.Dropout(R, energies=energies, allocation="energy")
+    table = []
     for method, compression, solver in (
         (f"gradient dot product, r = {R}", dropinf.Dropout(R), solvers.Identity()),
         (f"Dropout, r = {R}", dropinf.Dropout(R), solvers.Cholesky()),
         ("Dropout, layers' shares by energy", by_energy, solvers.Cholesky()),
     ):
-        store, asked = report(method, texts, model, loaders, compression, solver)
+        store, asked, same, seconds = score(texts, model, loaders, compression, solver)
+        print(f"{method:38}{same:12.2f}{seconds:10.2f}{store.num_bytes:15,}")
+        figures = {"same topic": same, "seconds": seconds, "bytes": store.num_bytes}
+        table.append({"method": method, **figures})
     found = dropinf.attribute(asked, store, solver, TOP)
     dropinf.write_report(
         page,
@@ -80,6 +88,7 @@ def main(page: Path) -> None:
         title="What taught a language model",
     )
     print(f"\nEach sentence with what taught it, word by word: {page.resolve()}")
+    return {"methods": table, "chance": 1 / topics, "report": str(page.resolve())}
 
 
 def load_texts() -> Texts:
@@ -172,25 +181,22 @@ def fit(model: nn.Module, data: Tensor, epochs: int = 6) -> None:
     model.eval()
 
 
-def report(
-    method: str,
+def score(
     texts: Texts,
     model: nn.Module,
     loaders: list[DataLoader],
     compression: Compression,
     solver: solvers.Solver,
-) -> tuple[RowStore, RowStore]:
-    """Print one line of the table; return the rows of texts and queries."""
+) -> tuple[RowStore, RowStore, float, float]:
+    """Rows of texts and queries, the share of the same topic, and seconds."""
     start = time.perf_counter()
     plan = dropinf.Plan.make(model, compression)
     store, queries = (
         dropinf.collect(model, loader, loss_fn, plan, progress=False) for loader in loaders
     )
     _, indices = dropinf.topk(queries, store, solver.fit(store), TOP)
-    same = (texts.topics[indices] == texts.query_topics[:, None]).double().mean()
-    seconds = time.perf_counter() - start
-    print(f"{method:38}{same:12.2f}{seconds:10.2f}{store.num_bytes:15,}")
-    return store, queries
+    same = float((texts.topics[indices] == texts.query_topics[:, None]).double().mean())
+    return store, queries, same, time.perf_counter() - start
 
 
 def shares(

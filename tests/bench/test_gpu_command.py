@@ -118,7 +118,8 @@ def test_the_run(checkout, python, tmp_path):
     for part in data["parts"].values():
         assert part["end"] and part["commit"] == "abc123" and part["quick"]
     assert not data["parts"]["test"]["failures"]
-    assert data["verified"]["cuda-host/gather_grads"]["passed"] > 0
+    for of in ("cuda-host/gather_grads", "default/gpu_capturing", "default/gpu_rows"):
+        assert data["verified"][of]["passed"] > 0
     assert all(counts["complete"] for counts in data["verified"].values())
     assert data["rows"] and not [row for row in data["rows"] if row.get("reason")]
     names = ("its case was not run", "not to be measured on this device", "did not run")

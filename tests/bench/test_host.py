@@ -2,22 +2,17 @@
 
 import json
 import re
-import sys
-
-import pytest
-import torch
-from places import ROOT
-
-import dropinf
-
-sys.path.append(str(ROOT / "bench"))
 
 import bench_host
 import host_contestants
+import pytest
 import report
+import torch
 from bench_host import PROVEN
 from host_cases import A_LAYER, FLOOR, OF_FLOOR, OPEN, OPENED, PLAIN, cases
 from host_contestants import OPACUS, Timed, contestants
+
+import dropinf
 
 MLP, CNN = "MLP of width 64, 5 layers, B=16", "CNN, 3 convolutions and a head, B=16"
 

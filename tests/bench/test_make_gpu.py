@@ -12,16 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from places import ROOT
-
-import dropinf
-
-sys.path.append(str(ROOT / "bench"))
-
 from gpu import processes, ratios, report, rest, run, suite
 from gpu.ratios import Case, Contestant, Setup, Target
 from gpu.results import Deadline, Results, default_path, environment
 from gpu.timing import Bench, ceilings
+from places import ROOT
+
+import dropinf
 
 pytestmark = pytest.mark.more
 
@@ -378,7 +375,8 @@ def test_part_test(tmp_path, monkeypatch):
     results = started(tmp_path / "r.json", "test")
     suite.run_tests(results, 200.0)
     verified = results.data["verified"]
-    for of in ("cuda-host/gather_grads", "reference/gather_grads", "reference/sampled_outer"):
+    of_ops = ["cuda-host/gather_grads", "reference/gather_grads", "reference/sampled_outer"]
+    for of in (*of_ops, "default/gpu_capturing", "default/gpu_rows", "default/gpu_tools"):
         counts = verified[of]
         assert counts["passed"] > 0 and counts["failed"] == 0 and counts["complete"], of
     assert not any(of.startswith("cpu") for of in verified)
@@ -405,9 +403,9 @@ def test_part_test_out_of_time(tmp_path, monkeypatch):
     results = started(tmp_path / "r.json", "test")
     suite.run_tests(results, 1.0)
     reasons = [entry["reason"] for entry in results.of("left_out", "test")]
-    assert len(reasons) == 6
+    assert len(reasons) == 9
     assert sum("its time was over" in r for r in reasons) == 2
-    assert sum("the 1 s are spent" in r for r in reasons) == 4
+    assert sum("the 1 s are spent" in r for r in reasons) == 7
     assert not processes._running
 
 

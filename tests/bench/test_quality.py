@@ -2,26 +2,19 @@
 
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import quality
+import quality_minilm
+import quality_tasks
 import scipy.stats
 import torch
-from places import ROOT
+from bench_runs import run_quick
+from quality_contestants import COMPRESSIONS, CONTESTANTS, KEPT
 
 import dropinf
-
-FOLDER = ROOT / "bench" / "experiments"
-sys.path.append(str(FOLDER))
-
-import quality  # noqa: E402
-import quality_minilm  # noqa: E402
-import quality_tasks  # noqa: E402
-from quality_contestants import COMPRESSIONS, CONTESTANTS, KEPT  # noqa: E402
 
 pytestmark = pytest.mark.more
 
@@ -42,10 +35,7 @@ def threads():
 def quick(tmp_path_factory):
     """The JSON of a quick run, and its path."""
     path = tmp_path_factory.mktemp("quality") / "quick.json"
-    command = [sys.executable, FOLDER / "quality.py", "--quick", "--out", path]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True)
-    return json.loads(path.read_text()), path
+    return run_quick("quality", path), path
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,10 @@
 """What bench/experiments/quality.py concludes, from records with planted values."""
 
 import itertools
-import sys
 
 import numpy as np
 import pytest
 import scipy.stats
-from places import ROOT
-
-sys.path.append(str(ROOT / "bench" / "experiments"))
-
 from quality_claims import BOUNDED, DENSE, FEWER_BYTES, Measured, claims, difference
 from quality_contestants import BY_ENERGY, COMPRESSIONS, KEPT
 from quality_report import write_report

@@ -1,20 +1,14 @@
 """The contestants of bench/experiments/quality.py: coordinates, dtypes and energies of theirs."""
 
-import sys
-
 import numpy as np
 import pytest
-import torch
-from places import ROOT
-
-import dropinf
-
-sys.path.append(str(ROOT / "bench" / "experiments"))
-
 import quality
 import quality_tasks
+import torch
 from quality_contestants import BY_ENERGY, CONTESTANTS
 from records import Records
+
+import dropinf
 
 pytestmark = pytest.mark.more
 

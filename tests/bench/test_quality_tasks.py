@@ -1,19 +1,13 @@
 """The data of bench/experiments/quality.py: what is spoiled is, and nothing else."""
 
-import sys
-
 import numpy as np
 import pytest
+import quality_minilm
+import quality_tasks
 import torch
-from places import ROOT
 from sklearn.datasets import load_diabetes
 
 import dropinf
-
-sys.path.append(str(ROOT / "bench" / "experiments"))
-
-import quality_minilm
-import quality_tasks
 
 pytestmark = pytest.mark.more
 

@@ -15,7 +15,14 @@ from torch.utils.data import default_collate
 from transformers import BatchEncoding
 
 from dropinf import Dropout, Full, Plan, collect
-from dropinf.capturing.checking import _differing, example_at, one_example, places_of, size_at
+from dropinf.capturing.batch_parts import (
+    example_at,
+    moved_to,
+    one_example,
+    places_of,
+    size_at,
+)
+from dropinf.capturing.checking import _differing
 
 MODES = ["activations", "grads"]
 x, label = torch.randn(6, 5), torch.randint(3, (6,))
@@ -238,6 +245,18 @@ def test_one_example():
     assert one_example((ids.T, ids[:, 0]), 0, 4, 1)[1].shape == (1,)
     assert one_example({"n": 4}, 0, 4, 0) is None
     assert one_example(default_collate([{"x": r} for r in ids]), 0, 4, 0)["x"].shape == (1, 3)
+
+
+def test_moved_to():
+    ids, meta = torch.arange(12).reshape(4, 3), torch.device("meta")
+    batch = {"x": [ids, (ids, "a")], "pair": Pair(ids, 3), "record": Record(ids, ["b"])}
+    moved = moved_to(meta, batch)
+    found = [moved["x"][0], moved["x"][1][0], moved["pair"].x, moved["record"].x]
+    assert all(t.is_meta and t.shape == (4, 3) for t in found)
+    assert moved["x"][1][1] == "a" and moved["pair"].label == 3 and moved["record"].names == ["b"]
+    encoding = moved_to(meta, BatchEncoding({"input_ids": ids}))
+    assert isinstance(encoding, BatchEncoding) and encoding["input_ids"].is_meta
+    assert batch["x"][0] is ids and moved_to(ids.device, batch) is batch
 
 
 def test_a_smaller_batch_is_cut_at_the_same_places():

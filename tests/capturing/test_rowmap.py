@@ -1,7 +1,10 @@
 """Rows of tokens where data show only whose example a position is."""
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 
 from dropinf.capturing.owners import NONE
 from dropinf.capturing.rowmap import RowMap, TokensDiffer
@@ -46,3 +49,24 @@ def test_ends_of_texts_that_reach_no_loss():
 def test_positions_that_may_be_other_tokens(owners, examples):
     with pytest.raises(TokensDiffer):
         rows_of(owners, examples)
+
+
+def test_owners_that_are_views_are_not_written_to():
+    """As numpy broadcasts them; torch would warn of its view of them."""
+    owners = np.broadcast_to(np.array([2, 0, 2])[:, None], (3, 1))
+    assert not owners.flags.writeable
+    x, dy = torch.randn(3, 1, 4), torch.randn(3, 1, 5)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = list(RowMap(4).split(x, dy, (1, 1), owners))
+    finally:
+        torch.set_warn_always(before)
+    sums = torch.zeros(4, 5, 4)
+    for rows, of_x, of_dy in found:
+        sums[rows] += of_dy.transpose(1, 2) @ of_x
+    each = dy.transpose(1, 2) @ x
+    truth = torch.stack([each[1], torch.zeros(5, 4), each[0] + each[2], torch.zeros(5, 4)])
+    torch.testing.assert_close(sums, truth)

@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from cli_runs import make_run, one_object, one_sentence, started
 from places import PACKAGE
+
+import dropinf
 
 typer = pytest.importorskip("typer")
 
@@ -15,7 +18,6 @@ from dropinf.cli import errors  # noqa: E402
 from dropinf.cli.app import app, command  # noqa: E402
 
 PARAMETERS = typer.main.get_command(app).commands
-OWN = ("demo", "bench")  # which print by themselves
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -23,8 +25,9 @@ def test_help(dropinf_, name):
     """A sentence, an example that is called so, and the shared options."""
     code, told, _ = dropinf_(name, "--help")
     assert code == 0 and f"Example: dropinf {name}" in " ".join(told.split())
-    shared = {"--debug"} if name in OWN else {"--debug", "--json", "--quiet"}
-    assert shared <= {option for one in PARAMETERS[name].params for option in one.opts}
+    assert {"--debug", "--json", "--quiet"} <= {
+        option for one in PARAMETERS[name].params for option in one.opts
+    }
     assert all(one.help for one in PARAMETERS[name].params)
 
 
@@ -106,6 +109,37 @@ def test_json_is_all_of_stdout(dropinf_, tmp_path):
     ):
         code, out, _ = dropinf_(*arguments, "--json")
         assert code == 0 and one_object(out)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_json_of_what_prints(dropinf_, monkeypatch, tmp_path, quiet):
+    """The demo and the microbenchmark: what they print for people stands on stderr."""
+    pytest.importorskip("jinja2")
+    from dropinf.tools import demo_text
+    from dropinf.tools.microbenchmark import main
+
+    def tell(*_, **__):
+        print("a table")
+        return {"chance": 0.5}
+
+    monkeypatch.setattr(demo_text, "main", tell)
+    monkeypatch.setattr(main, "run", lambda *_: (tell(), ["slower"]))
+    for arguments, code in ((["demo", "text"], 0), (["bench", "--out", tmp_path], 1)):
+        assert dropinf_(*arguments) == (code, "a table\n", "")
+        how = ["--json", *(["--quiet"] if quiet else [])]
+        found, out, err = dropinf_(*arguments, *how)
+        assert found == code and one_object(out)["chance"] == 0.5
+        assert err == ("" if quiet else "a table\n")
+    assert one_object(out)["slower"] == ["slower"]
+
+
+def test_version(dropinf_):
+    code, out, err = dropinf_("--version")
+    assert (code, out, err) == (
+        0,
+        f"dropinf {dropinf.__version__}, torch {torch.__version__}\n",
+        "",
+    )
 
 
 def test_quiet_leaves_notes_out(dropinf_, tmp_path):

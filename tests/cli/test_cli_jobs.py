@@ -1,10 +1,16 @@
 """Commands that run a model: from a directory and a file to a report; what ends them early."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 
 import pytest
@@ -268,7 +274,7 @@ def test_wrong_jobs(dropinf_, here):
         (["model"], "the job names no train"),
         ([], "the job names no model"),
         (["bare", *data], "bare has no tokenizer"),
-        (["nowhere", *data], "there is no model directory nowhere"),
+        (["nowhere", *data], "there is no nowhere: no job's file, and no directory of a run or a"),
         (["none.toml"], "there is no job file none.toml"),
         (["broken.toml"], "broken.toml: [plan] r must be a whole number, got 'many'"),
         (["unknown.toml"], "unknown.toml: 'trian' is no key of [data]; did you mean 'train'?"),
@@ -281,7 +287,10 @@ def test_wrong_jobs(dropinf_, here):
         (["--entry", "no_module:x"], "entry no_module:x cannot be imported"),
     ):
         assert wrong(dropinf_, "collect", *arguments).startswith(said), arguments
-    assert wrong(dropinf_, "collect", "model", *data, "--out", "file/run").startswith("Not a direc")
+    for out in ("file", "file/run"):
+        said = wrong(dropinf_, "collect", "bare", *data, "--out", out)  # whose tokenizer is missing
+        assert said == "file is a file, and a run needs a directory; give another --out"
+    assert wrong(dropinf_, "report", "none").startswith("there is no none: no job's file, and no ")
     assert wrong(dropinf_, "report", "model", *data).startswith("there are no training rows at")
     for name, said in (("train", "there is no none"), ("adapter", "there is no none (adapter)")):
         assert wrong(dropinf_, "init", "model", f"--{name}", "none").startswith(said)
@@ -400,11 +409,36 @@ def test_signals(slow, whole, tmp_path, number, code, queries):
     assert left == {path.name for path in whole.rglob("*")}
 
 
-def test_progress_is_on_stderr(slow):
-    process = started(*JOB, "--out", "run", "--json")
-    out, err = process.communicate()
+def on_a_terminal(*arguments):
+    """(stdout, what stands on a terminal)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dropinf", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        env={**os.environ, "TQDM_MININTERVAL": "0"},
+    )
+    os.close(theirs)
+    told = b""
+    with contextlib.suppress(OSError):  # when nobody holds the other end
+        while more := os.read(ours, 1 << 12):
+            told += more
+    os.close(ours)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return out, told.decode()
+
+
+def test_progress_is_on_a_terminal(slow):
+    """On stderr, with the time that is left; beside one, or with --quiet, there is none."""
+    out, err = on_a_terminal(*JOB, "--out", "run", "--json")
     assert one_object(out)["train"] == 60
-    assert re.search(r"train: +\d+%.*/60 .*<00:0\d.*ex/s", err)  # with the time that is left
+    assert re.search(r"train: +\d+%.*/60 .*<00:0\d.*ex/s", err)
+    assert on_a_terminal(*JOB, "--out", "quiet", "--json", "--quiet")[1] == ""
+    process = started(*JOB, "--out", "piped")
+    assert "%" not in process.communicate()[1]
 
 
 def test_a_full_disk(slow, whole, tmp_path):
@@ -419,8 +453,12 @@ def test_a_full_disk(slow, whole, tmp_path):
         filler.write_bytes(bytes(32 << 10))
         process = started(*JOB, "--out", disk / "run", "--quiet")
         out, err = process.communicate()
-        assert process.returncode == 1 and out == "" and "Traceback" not in err
-        assert "No space left on device" in err.splitlines()[-1]
+        assert process.returncode == 1 and out == ""
+        said = one_sentence("dropinf collect", err)
+        assert said.startswith("No space left on device")
+        assert said.endswith(
+            "; make room, or write elsewhere; the same command with --resume goes on"
+        )
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
         resumed = started(*JOB, "--out", disk / "run", "--resume", "--quiet")
@@ -428,3 +466,76 @@ def test_a_full_disk(slow, whole, tmp_path):
         assert_same(disk / "run", whole)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def data_of(page):
+    text = page.read_text("utf-8")
+    return json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", text, re.S)[1])
+
+
+def test_a_report_with_truth(ok, dropinf_, here):
+    """The AUC is that of the examples in the file's order, whatever the order of the rows."""
+    texts, wrong_ones = sentences(40), {3, 8, 21, 30}
+    rows = [{"text": text, "wrong": i in wrong_ones} for i, text in enumerate(texts)]
+    lines(here / "marked.jsonl", rows)
+    flags = ["--train", "marked.jsonl", "--queries", "queries.jsonl"]
+    ok("collect", "model", *flags, "--r", 30)
+    how = ["--truth", "wrong", "--dampings", "0.1,1,10", "--json"]
+    found = one_object(ok("report", "dropinf-run", *how))
+    data = data_of(here / "dropinf-run" / "report.html")
+    marked = zip(data["suspicious"]["ids"], data["suspicious"]["truth"], strict=True)
+    assert {i for i, truth in marked if truth} == wrong_ones
+    store, asked = (RowStore.load(f"dropinf-run/{name}") for name in ("train", "queries"))
+    for damping, worth in found["dampings"].items():
+        solver = dropinf.solvers.Cholesky(float(damping)).fit(store)
+        low = dict(
+            zip(store.ids.tolist(), (-dropinf.scores(asked, store, solver).mean(0)).tolist())
+        )
+        pairs = [(low[i], low[j]) for i in wrong_ones for j in set(range(40)) - wrong_ones]
+        auc = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+        assert abs(worth - auc) < 0.02, damping
+    assert found["chosen damping"] in (0.1, 1, 10)
+    tables = {table["title"]: dict(table["rows"]) for table in data["tables"] if table.get("rows")}
+    assert tables["Finding what is wrong"]["known to be wrong"] == "4 of 40"
+    assert "Damping" in {chart["title"] for chart in data["charts"]}
+    lines(here / "marked.jsonl", [*rows[:2], {"text": texts[2], "wrong": "perhaps"}, *rows[3:]])
+    said = wrong(dropinf_, "report", "dropinf-run", "--truth", "wrong")
+    assert said == (
+        "marked.jsonl, line 3: column 'wrong' must be true or false, or 1 or 0, got 'perhaps'"
+    )
+
+
+def test_a_report_with_other_masks(ok, dropinf_, here):
+    """Dampings by what the rows can tell, and stability over sizes, as in Python."""
+    ok("collect", "model", "--train", "train.jsonl", "--queries", "queries.jsonl", "--r", 30)
+    how = ["--dampings", "0.1,1", "--stability", "8,16", "-k", 4, "--json"]
+    found = one_object(ok("report", "dropinf-run", *how))
+    store, asked = by_hand(30)
+    part = asked, store, dropinf.solvers.Cholesky().fit(store)
+    with pytest.warns(UserWarning, match="at the end"):
+        truth = dropinf.choose_damping([0.1, 1.0], [part])
+    assert found["dampings"].keys() == {"0.1", "1.0"} and found["chosen damping"] == truth.damping
+    for mine, its in zip(found["dampings"].values(), truth.values.tolist(), strict=True):
+        assert abs(mine - its) < 1e-3
+    data = data_of(here / "dropinf-run" / "report.html")
+    (table,) = [one for one in data["tables"] if one["title"] == "Stability over masks"]
+    assert [row[0] for row in table["rows"]] == ["8", "16"]
+    for options, said in (
+        (["--dampings", "0.1,much"], "--dampings must be positive numbers with commas"),
+        (["--stability", "0"], "--stability must be positive numbers with commas"),
+        (["--dampings", "1", "--solver-kind", "Diagonal"], "--dampings tries those of Cholesky"),
+    ):
+        assert wrong(dropinf_, "report", "dropinf-run", *options).startswith(said)
+
+
+def test_cut_weights(dropinf_, here, capsys):
+    """What is damaged is a failure, not a wrong call."""
+    gpt2(here / "cut")
+    (file,) = (here / "cut").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-50])
+    capsys.readouterr()
+    code, out, err = dropinf_("collect", "cut", "--train", "train.jsonl")
+    assert code == 1 and out == ""
+    said = one_sentence("dropinf collect", err)
+    assert said.startswith("the weights in cut are damaged: ") and said.endswith("save them again")
+    assert not (here / "dropinf-run").exists()

@@ -1,7 +1,9 @@
 """Commands on directories: info, verify, join, export, fit, score, topk, self."""
 
+import contextlib
 import csv
 import errno
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,8 @@ pytest.importorskip("typer")
 
 import dropinf
 from dropinf import RowStore
+from dropinf.cli import terminal
+from dropinf.rows import passes_watched
 
 
 @pytest.fixture(
@@ -71,6 +75,7 @@ def test_files(ok, run, tmp_path, ending):
     if ending in ("parquet", "arrow"):
         pytest.importorskip("pyarrow")
     to = tmp_path / "out" / f"found.{ending}"
+    to.parent.mkdir()
     for what, command, truth in (
         ("train", ["export", run / "train"], RowStore.load(run / "train").rows.numpy()),
         ("queries", ["score", run], true_scores(run)),
@@ -217,7 +222,7 @@ def test_wrong_directories(dropinf_, ok, tmp_path):
         (["topk", run, "--solver", other / "solver"], "the solver was fitted on"),
         (["score", run, "--to", to, "--queries", other / "queries"], "the queries were made with"),
         (["score", run, "--to", tmp_path / "to.xlsx"], "--to must be a file of .csv, .parquet"),
-        (["score", run, "--to", tmp_path / "file" / "to.csv"], "File exists: "),
+        (["score", run, "--to", tmp_path / "file" / "to.csv"], "there is no directory "),
         (["topk", run, "--kind", "Best"], "--kind must be one of Cholesky, Eigen"),
         (["topk", run, "--kind", "Identity", "--damping", 1], "Identity inverts nothing and takes"),
         (["fit", run, "--damping", -1], "Cholesky: damping must be"),
@@ -293,3 +298,83 @@ def test_a_full_disk(dropinf_, tmp_path, small_disk, arguments):
     sentence = one_sentence(f"dropinf {arguments[0]}", err)
     assert code == 1 and out == "" and "No space left on device" in sentence, errno.ENOSPC
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """A terminal, on which bars appear at once."""
+    monkeypatch.setattr(terminal.Terminal, "progress", property(lambda self: not self.quiet))
+    monkeypatch.setattr(terminal, "_DELAY", 0)
+
+
+def test_bars(dropinf_, watched, run, tmp_path):
+    """Rows done, and the time left, of each command that reads a store; none with --quiet."""
+    for arguments, bars in (
+        (["fit", run], ["fit"]),
+        (["score", run, "--to", tmp_path / "scores.npy"], ["score"]),
+        (["score", run, "--to", tmp_path / "scores.npy", "--damping", 1], ["fit", "score"]),
+        (["topk", run], ["topk"]),
+        (["self", run], ["self"]),
+        (["verify", run], [f"verify {run / 'train'}", f"verify {run / 'queries'}"]),
+        (["join", run / "train", "--to", tmp_path / "joint"], ["join"]),
+        (["export", run / "train", "--to", tmp_path / "rows.npy"], ["export"]),
+    ):
+        code, _, err = dropinf_(*arguments)
+        assert code == 0, err
+        for bar in bars:
+            assert re.search(rf"{re.escape(bar)}: +0%\|.*\| 0/\d+ \[.*<", err), (bar, err)
+    code, _, err = dropinf_("self", run, "--quiet")
+    assert code == 0 and err == ""
+
+
+def test_no_bars_beside_a_terminal(dropinf_, monkeypatch, run):
+    monkeypatch.setattr(terminal, "_DELAY", 0)
+    assert "%" not in dropinf_("self", run)[2]
+
+
+def test_a_pass_inside_of_a_pass_has_no_bar_of_its_own(run):
+    seen = []
+
+    @contextlib.contextmanager
+    def watch(num_rows):
+        seen.append([num_rows])
+        yield seen[-1].append
+
+    store = RowStore.load(run / "train")
+    with passes_watched(watch):
+        for _ in store.chunks():
+            for _ in store.chunks():
+                pass
+        next(store.chunks())  # one that is left early
+        store.verify()
+    assert seen == [[30, 30], [30], [30, 30]]
+    for _ in store.chunks():
+        pass
+    assert len(seen) == 3
+
+
+def test_files_that_are_no_stores(dropinf_, run, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "a"}\n' * 9)
+    for command in ("info", "verify"):
+        code, out, err = dropinf_(command, data)
+        assert code == 2 and out == ""
+        assert one_sentence(f"dropinf {command}", err).startswith(f"{data} is a file, and no plan;")
+    (tmp_path / "a plan").write_bytes((run / "plan.json").read_bytes())
+    assert dropinf_("info", tmp_path / "a plan")[0] == 0
+    whole = (run / "plan.json").read_bytes()
+    (tmp_path / "a plan").write_bytes(whole[:9] + b"x" + whole[10:])
+    code, _, err = dropinf_("info", tmp_path / "a plan")
+    assert code == 1 and "is damaged" in one_sentence("dropinf info", err)
+
+
+def test_a_directory_that_is_not_there(dropinf_, run, tmp_path):
+    """It is not made for a name that may be a slip, and nothing is computed first."""
+    for command in ("score", "topk", "self"):
+        code, out, err = dropinf_(command, run, "--to", tmp_path / "none" / "x.csv")
+        assert code == 2 and out == ""
+        said = (
+            f"there is no directory {tmp_path / 'none'} to write in; make it, or name another file"
+        )
+        assert one_sentence(f"dropinf {command}", err).startswith(said)
+    assert not (tmp_path / "none").exists()

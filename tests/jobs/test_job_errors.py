@@ -51,7 +51,7 @@ def test_model_directories(tmp_path, said):
     weights = tmp_path / "model" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert said().startswith("the weights in model cannot be loaded: ")
+    assert said().startswith("the weights in model are damaged: ")
     weights.unlink()
     torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     assert said().startswith("model has no weights in safetensors; save the model with")

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ def test_same_bits_whatever_the_number_of_threads(backend, shape, dtype):
         first, *others = (ops.row_products(queries, rows, **options) for _ in numbers_of_threads())
         assert_products(first, queries, rows, given, bounds)
         for other in others:
+            assert torch.equal(first, other)
+
+
+@pytest.mark.backends("cpu")
+def test_same_bits_in_threads_that_torch_has_not_seen(backend):
+    """Each caller gets workers of its own; in new ones torch undid MKL's limit of one thread."""
+    queries, rows, scales, bounds = numbers(25, 261, (5, 1030), torch.float32)
+    options = {"scales": scales, "offsets": bounds, "backend": backend.name}
+    first = ops.row_products(queries, rows, **options)
+    for _ in numbers_of_threads():
+        for _ in range(15):  # the slower the machine, the fewer of which a worker takes part in
+            with ThreadPoolExecutor(1) as caller:
+                other = caller.submit(ops.row_products, queries, rows, **options).result()
             assert torch.equal(first, other)
 
 

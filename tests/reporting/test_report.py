@@ -65,12 +65,14 @@ def everything(found):
         "truth": np.arange(60) % 5 == 0,
         "layers": {"first": by[0], "<b>second</b>": by[1]},
         "stability": Stability((64, 256), (128, 512), agreements, 3, 10),
-        "sweep": (
-            [0.01, 0.1, 1.0],
-            DampingChoice(0.1, torch.tensor([0.2, 0.5, 0.4]), torch.full((3,), torch.nan)),
-        ),
+        "sweep": damping_choice(torch.tensor([0.2, 0.5, 0.4]), 0.01, 0.1, 1.0),
         "title": "<script>window.hacked = 1</script> & \ud83d",
     }
+
+
+def damping_choice(values, *dampings):
+    errors = torch.full_like(values, torch.nan)
+    return DampingChoice(0.1, values, errors, dampings, "metric", at_edge=False)
 
 
 def data_of(path):
@@ -122,8 +124,8 @@ def test_area_under_the_curve():
     values[3] = np.nan
     known = ~np.isnan(values)
     pairs = [(a > b) + (a == b) / 2 for a in values[wrong & known] for b in values[~wrong & known]]
-    assert charts.area(wrong, values) == pytest.approx(np.mean(pairs), rel=1e-12)
-    assert charts.area(np.zeros(50, dtype=bool), values) is None
+    for truth, said in ((wrong, f"{np.mean(pairs):.3f}"), (np.zeros(50, dtype=bool), "not known")):
+        assert charts.finding(truth, torch.from_numpy(values), None)["rows"][1][1] == said
     table = charts.finding([True, False, False], torch.tensor([3.0, 1, 2]), [-1.0, 2.0, None])
     assert [row[1] for row in table["rows"]] == ["1 of 3", "1.000", "1.000"]
 
@@ -173,6 +175,13 @@ def test_ids_that_javascript_would_round():
     assert page_contents.plain(2**60 + 1) == str(2**60 + 1)
 
 
+def test_what_is_no_attribution(found, tmp_path):
+    with pytest.raises(TypeError, match=r"needs what dropinf\.attribute returned, got list"):
+        write_report(tmp_path / "report.html", [found])
+    with pytest.raises(TypeError, match="path must name a file, got int"):
+        write_report(5, found)
+
+
 def test_refusals(found, tmp_path, monkeypatch):
     attribution, own, scores, _ = found
     path = tmp_path / "report.html"
@@ -181,10 +190,6 @@ def test_refusals(found, tmp_path, monkeypatch):
         ({"self_influence": own, "truth": [True]}, "60 self-influences and 1 truth"),
         ({"self_influence": own, "scores": scores[:, :4]}, "and 4 columns of scores"),
         ({"texts": ["only one"]}, "texts has nothing for id"),
-        (
-            {"sweep": ([0.1], DampingChoice(0.1, torch.zeros(2), torch.zeros(2)))},
-            "1 dampings and 2",
-        ),
     ):
         with pytest.raises(ValueError, match=words):
             write_report(path, attribution, **given)

@@ -115,6 +115,15 @@ def test_refusals(case):
         attribute(*case, k=0)
     with pytest.raises(ValueError, match=r"k must be positive, got 2\.5"):
         attribute(*case, k=2.5)
+    with pytest.raises(ValueError, match="k must be positive, got '3'"):
+        attribute(*case, k="3")
+    for given, said in (
+        (("rows", store, solver), "queries must be a RowStore, or several in a list, got str"),
+        ((queries, None, solver), "store must be a RowStore, or several in a list, got N"),
+        ((queries, store, Cholesky), "solver must be a Solver, or several in a list, got ABCMeta"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"attribute: {said}"):
+            attribute(*given)
     none = RowStore(store.rows, store.plan, torch.zeros(len(store), dtype=torch.bool))
     for parts in ((queries, none, solver), ([queries] * 2, [none] * 2, [solver] * 2)):
         with pytest.raises(ValueError, match="attribute: no row of a store is valid"):

@@ -143,3 +143,27 @@ def test_a_path_in_a_repr(tmp_path):
     store, _ = stores(3, 1, 6, 9)
     store.save(tmp_path / "a\x1b[31m")
     assert r"a\x1b[31m" in repr(RowStore.load(tmp_path / "a\x1b[31m"))
+
+
+def test_show_is_of_some_queries(capsys):
+    """The first five, with a line on the others; all, or so many as are asked for."""
+    store, queries = stores(9, 7, 6, 9)
+    found = attribute(queries, store, Cholesky().fit(store), k=2)
+    pictures = np.zeros((9, 3, 3))
+    for options, number in (
+        *(({}, 5), ({"queries": 2}, 2)),
+        *(({"queries": None}, 7), ({"queries": 9}, 7)),
+    ):
+        found.show(**options)
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if line.startswith("query ")] == [
+            f"query {q}" for q in range(number)
+        ]
+        more = [line for line in printed if line.endswith(" queries more")]
+        assert more == ([] if number == 7 else [f"... and {7 - number} queries more"])
+        figure = found.show(images=pictures, **options)
+        assert len(figure.axes) == number * 5
+        assert ("queries more" in figure.get_suptitle()) == (number < 7)
+    for wrong in (-1, 2.5, "all"):
+        with pytest.raises(ValueError, match="show: queries must be a number of them, or None"):
+            found.show(queries=wrong)

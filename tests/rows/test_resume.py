@@ -26,7 +26,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from dropinf import Dropout, Plan, RowStore, collect
-from dropinf.rows import LockedError, RowWriter, part_writer
+from dropinf.rows import LockedError, RowWriter, part_writer, writing
 from dropinf.rows.journal import read_journal
 from dropinf.rows.lock import Lock
 from dropinf.rows.packing import Packing
@@ -227,6 +227,30 @@ def test_a_killed_worker(whole, tmp_path, flush):
     ):
         gather(path, num_workers=1, dies_at=64, flush=flush)
     gather(path, True, num_workers=1)
+    assert_same(path, whole)
+
+
+@pytest.mark.parametrize("step", ["part_paths", "warn_user"])
+def test_a_signal_while_it_stops(whole, tmp_path, step, monkeypatch):
+    """As of a worker that is found dead while what it left is being counted."""
+    path, calls = tmp_path / "rows", []
+    own = getattr(writing, step)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("a worker is dead")
+        return own(*args)
+
+    with (
+        pytest.raises(RuntimeError, match="a worker is dead"),
+        pytest.warns(UserWarning, match="the first 63 rows are in"),
+    ):
+        monkeypatch.setattr(writing, step, interrupted)
+        gather(path, fails_at=64, flush=0.0)
+    assert len(calls) == 2
+    monkeypatch.undo()
+    gather(path, True)
     assert_same(path, whole)
 
 

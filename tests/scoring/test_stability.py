@@ -7,6 +7,14 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import dropinf
 from dropinf import Dropout, Full, Plan, RowStore
@@ -246,8 +254,12 @@ def test_plot_shows_both(task):
 def test_refusals(task):
     model, train, asked = task
     for given, words in (
-        ({"r": ()}, "need sizes and at least two masks"),
-        ({"masks": 1}, "need sizes and at least two masks"),
+        ({"r": ()}, "need sizes to try"),
+        ({"r": 8}, "r must be the sizes to try, such as .256, 1024., got 8"),
+        ({"r": "8"}, "r must be the sizes to try"),
+        ({"k": "3"}, "k must be a whole number from 1, got '3'"),
+        ({"masks": 2.5}, "masks must be a whole number from 2"),
+        ({"masks": 1}, "masks must be a whole number from 2, got 1"),
         ({"compression": Full()}, "has no size and seed to vary"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -264,3 +276,33 @@ def test_more_coordinates_agree_more(task):
     )
     values = [each.correlation for each in found.agreements]
     assert values == sorted(values) and values[-1] - values[0] > 0.2
+
+
+@pytest.mark.parametrize("which", ["train_loader", "query_loader"])
+def test_influence_refuses_a_loader_that_shuffles(task, which):
+    """Its columns would be in an order that nobody knows; what does not say its order is taken."""
+    model, [data], _ = task
+    examples = TensorDataset(*data)
+    ordered = DataLoader(examples, batch_size=60)
+    drawn = WeightedRandomSampler(torch.ones(len(examples)), len(examples))
+    for shuffling in (
+        DataLoader(examples, batch_size=60, shuffle=True),
+        DataLoader(examples, batch_size=60, sampler=drawn),
+        DataLoader(examples, sampler=DistributedSampler(examples, 2, 0, shuffle=True)),
+        DataLoader(examples, batch_sampler=BatchSampler(RandomSampler(examples), 60, False)),
+    ):
+        loaders = {"train_loader": ordered, "query_loader": ordered, which: shuffling}
+        with pytest.raises(ValueError, match=f"influence: {which} shuffles"):
+            dropinf.influence(model, loss_fn=squared, progress=False, **loaders)
+    unshuffled = DataLoader(examples, sampler=DistributedSampler(examples, 2, 0, shuffle=False))
+    for known in (ordered, unshuffled, list(ordered)):
+        loaders = {"train_loader": ordered, "query_loader": ordered, which: known}
+        options = {"compression": dropinf.Dropout(r=8), "progress": False}
+        found = dropinf.influence(model, loss_fn=squared, **options, **loaders)
+        assert found.isfinite().all()
+
+
+def test_agreement_refuses_other_things(task):
+    for parts, said in ((5, "got 5"), ([(1, 2)], r"got \(1, 2\)"), ([("a", "b", "c")], "got")):
+        with pytest.raises(TypeError, match=r"agreement: parts must be \(queries, store.*" + said):
+            dropinf.agreement(parts)

@@ -10,7 +10,7 @@ from torch import nn
 
 import dropinf
 from dropinf import Dropout, FactoredDropout, Full, Gaussian, Sketch, optimizer_updates
-from dropinf.solvers import Identity
+from dropinf.solvers import Cholesky, Identity
 
 
 def kept(steps, plan):
@@ -153,3 +153,22 @@ def test_sharded_parameters_are_refused():
             optimizer_updates(store, optimizer, model)
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_solver_of_updates_refuses_gradients(tmp_path):
+    """Also one that was saved; updates themselves are scored by it."""
+    model, optimizer, data = trained("Adam")
+    store = collect(model, data, dropinf.Plan.make(model, Dropout(r=9)))
+    updates = optimizer_updates(store, optimizer, model)
+    fitted = Cholesky().fit(updates)
+    fitted.save(tmp_path / "solver")
+    for solver in (fitted, Cholesky.load(tmp_path / "solver", updates)):
+        for call in (
+            lambda solver: dropinf.scores(store, store, solver),
+            lambda solver: dropinf.topk(store, store, solver, 1),
+            lambda solver: dropinf.self_influence(store, solver),
+        ):
+            with pytest.raises(ValueError, match=r"the solver was fitted on updates \(of Adam"):
+                call(solver)
+        assert dropinf.scores(store, updates, solver).isfinite().all()
+    assert Cholesky().fit(store).updates is None

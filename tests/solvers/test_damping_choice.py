@@ -88,7 +88,7 @@ def spearman(a, b):
 def test_choose_by_consistency():
     parts = parts_of(3)
     dampings = [10.0, 1e-6, 0.1, 1e-2]
-    choice = choose_damping(dampings, parts)
+    choice = choose_damping(dampings, parts, "agreement")
     expected = []
     for damping in dampings:
         each = [scores(q, s, Cholesky(damping).fit(s)).numpy() for q, s, _ in parts]
@@ -128,16 +128,109 @@ def test_scores_without_an_order_agree_with_nothing():
     for queries, store, _ in parts_of(2):
         store = RowStore(torch.zeros_like(store.rows), store.plan)
         parts.append((queries, store, Cholesky().fit(store)))
-    assert choose_damping([0.1, 1.0], parts).values.tolist() == [0, 0]
+    assert choose_damping([0.1, 1.0], parts, "agreement").values.tolist() == [0, 0]
 
 
 def test_bad_input():
     parts = parts_of(2)
     with pytest.raises(ValueError, match="no dampings"):
         choose_damping([], parts)
-    with pytest.raises(ValueError, match="two masks or more, got 1"):
-        choose_damping([0.1], parts[:1])
+    with pytest.raises(ValueError, match="1 masks or more, got 0"):
+        choose_damping([0.1], [])
+    with pytest.raises(ValueError, match="2 masks or more, got 1"):
+        choose_damping([0.1], parts[:1], "agreement")
     with pytest.raises(ValueError, match="two parts have the same plan"):
-        choose_damping([0.1], [parts[0], parts[0]])
+        choose_damping([0.1], [parts[0], parts[0]], "agreement")
     with pytest.raises(ValueError, match="differ in queries or examples"):
-        choose_damping([0.1], [parts[0], parts_of(2, n=40)[1]])
+        choose_damping([0.1], [parts[0], parts_of(2, n=40)[1]], "agreement")
+    with pytest.raises(ValueError, match="'noise', 'likelihood', 'agreement', got 'loss'"):
+        choose_damping([0.1], parts, "loss")
+    with pytest.raises(ValueError, match="got None"):
+        choose_damping([0.1], parts, None)
+    queries, store, solver = parts[0]
+    none = RowStore(queries.rows, store.plan, torch.zeros(len(queries), dtype=torch.bool))
+    with pytest.raises(ValueError, match="no query is valid"):
+        choose_damping([0.1], [(none, store, solver)], "likelihood")
+    zero = RowStore(torch.zeros_like(store.rows), store.plan)
+    with pytest.raises(ValueError, match="every row of the fit is zero"):
+        choose_damping([0.1], [(queries, zero, Cholesky(absolute=True).fit(zero))])
+    with pytest.raises(RuntimeError, match="the solver was not fitted"):
+        choose_damping([0.1], [(queries, store, Cholesky())])
+
+
+@pytest.mark.parametrize("solver", [Cholesky, Eigen])
+@pytest.mark.parametrize("n, sizes, best", [(60, (6, 6), 0.1), (12, (12, 12), 1.0)])
+def test_noise_is_the_mean_over_entries_of_decades(solver, n, sizes, best):
+    """r / n is the relative damping; and trace / n the absolute one."""
+    store, queries = stores(n, 3, *sizes)
+    part = [(queries, store, solver().fit(store))]
+    choice = choose_damping([1e-3, 0.1, 1.0, 100.0], part)
+    assert choice.damping == best and choice.metric == "noise" and not choice.at_edge
+    off = [-abs(np.log10(d * n / sizes[0])) for d in choice.dampings]
+    np.testing.assert_allclose(choice.values, off, atol=1e-12)
+    rows = store.rows.double().numpy().reshape(n, 2, sizes[0])
+    noise = (rows**2).sum((0, 2)) / n**2  # trace / n of both layers
+    part = [(queries, store, solver(absolute=True).fit(store))]
+    choice = choose_damping([1e-6, noise[0], 1e6], part)
+    off = [-np.abs(np.log10(λ / noise)).mean() for λ in choice.dampings]
+    np.testing.assert_allclose(choice.values, off, atol=1e-9)
+    assert choice.damping == noise[0]
+
+
+def test_noise_goes_by_the_layers_with_most_entries():
+    store, queries = stores(100, 3, 2, 50)
+    part = [(queries, store, Cholesky().fit(store))]
+    choice = choose_damping([0.02, 0.5, 10.0], part)
+    assert choice.damping == 0.5
+    off = -(50 * 0 + 2 * np.log10(25)) / 52
+    assert float(choice.values[1]) == pytest.approx(off, abs=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Cholesky, Eigen])
+@pytest.mark.parametrize("n, sizes", [(60, (5, 17)), (9, (5, 17))])
+def test_likelihood_of_held_out_queries(solver, n, sizes):
+    """Against scipy's density of a Gaussian."""
+    stats = pytest.importorskip("scipy.stats")
+    store, queries = stores(n, 7, *sizes)
+    queries = RowStore(queries.rows, store.plan, torch.arange(7) != 2)
+    part = [(queries, store, solver().fit(store))]
+    dampings = [0.03, 0.3, 30.0]
+    choice = choose_damping(dampings, part, "likelihood")
+    asked = queries.rows[queries.valid].double().numpy()
+    expected = np.zeros((6, 3))
+    for block in store.plan.blocks:
+        G = store.rows[:, block.entries].double().numpy()
+        F = G.T @ G / n
+        for k, damping in enumerate(dampings):
+            covariance = F + damping * np.trace(F) / len(F) * np.eye(len(F))
+            normal = stats.multivariate_normal(cov=covariance)
+            expected[:, k] += normal.logpdf(asked[:, block.entries])
+    np.testing.assert_allclose(choice.values, expected.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(choice.errors, expected.std(0, ddof=1) / 6**0.5, rtol=1e-6)
+    assert choice.damping == dampings[int(expected.mean(0).argmax())]
+
+
+def test_likelihood_finds_the_ridge_of_a_gaussian():
+    """Of queries whose covariance is F + λ itself."""
+    store, _ = stores(40, 1, 60)
+    G = store.rows.double()
+    F = G.T @ G / 40
+    λ = 0.3 * F.trace() / 60
+    root = torch.linalg.cholesky(F + λ * torch.eye(60))
+    noise = torch.randn(500, 60, generator=torch.Generator().manual_seed(1)).double()
+    queries = RowStore(noise @ root.T, store.plan)
+    dampings = [0.003, 0.03, 0.3, 3.0]
+    choice = choose_damping(dampings, [(queries, store, Eigen().fit(store))], "likelihood")
+    assert choice.damping == 0.3
+
+
+def test_the_edge_is_said():
+    parts = parts_of(1)
+    with pytest.warns(UserWarning, match="0.001 is at the end of the dampings given"):
+        choice = choose_damping([1e-5, 1e-4, 1e-3], parts)
+    assert choice.at_edge and "a better one may be beyond" in str(choice)
+    assert not choose_damping([0.3], parts).at_edge
+    lines = str(choose_damping([10.0, 1e-3, 0.3], parts)).splitlines()
+    assert len(lines) == 4 and "decades" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["0.001", "0.3", "10"]
+    assert ["chosen" in line for line in lines[1:]] == [False, True, False]

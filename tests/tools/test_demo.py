@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from dropinf.tools import demo, demo_text
 
@@ -22,15 +23,35 @@ def printed(tmp_path_factory):
 
 
 def test_table(printed):
-    aucs = {
-        line[:32].strip(): float(line[32:39])
+    """Self-influence finds nearly all wrong labels, mean influence most."""
+    found = {
+        line[:32].strip(): tuple(map(float, re.findall(r"[01]\.\d{3}", line[32:49])))
         for line in printed.splitlines()
-        if re.match(r".{32} *[01]\.\d{3} ", line)
+        if re.match(r".{32} *[01]\.\d{3}( |$)", line)
     }
-    assert len(aucs) == 7
-    dot_product = aucs.pop("gradient dot product, no inverse")
-    assert all(auc > 0.75 for auc in aucs.values())
-    assert aucs["Dropout, r = 1024 in all"] > dot_product
+    assert len(found) == 7 and found.pop("loss value")[0] > 0.98
+    dot_product = found["gradient dot product, no inverse"][1]
+    assert all(itself > 0.98 and queries > 0.75 for itself, queries in found.values())
+    assert found["Dropout, r = 1024 in all"][1] > dot_product
+
+
+def test_suggestions(printed):
+    """The model's own second thought is right more often than the queries that are harmed."""
+    thought, harmed = map(float, re.findall(r"^  the label .* (\d+\.\d)%$", printed, re.M))
+    assert 100 > thought > harmed > 75
+
+
+def test_most_harmed_and_second_thoughts():
+    """By hand: an example given as 1 harms the queries of 2 most; the model takes it for a 3."""
+    data = torch.utils.data.TensorDataset(torch.eye(10)[:1], torch.tensor([1]))
+    asked = torch.utils.data.TensorDataset(torch.zeros(10, 10), torch.arange(10))
+    digits = demo.Digits(data, asked, torch.tensor([2]), torch.tensor([True]))
+    on_queries = torch.tensor([[1.0, -9, -5, 2, 0, 0, 0, 0, 0, 0]]).T
+    assert demo.most_harmed(digits, on_queries).tolist() == [2]
+    model = torch.nn.Linear(10, 10, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()[:, 0] = torch.tensor([0.0, 9, 1, 5, 0, 0, 0, 0, 0, 0])
+    assert demo.second_thoughts(model, digits).tolist() == [3]
 
 
 def test_stored_bytes_are_rows_times_width(printed):

@@ -13,11 +13,13 @@ from dropinf.text_table import printable
 from dropinf.tools.microbenchmark import check, page, sweep
 
 
-def run(preset: str, out: Path, against: Path | None = None) -> int:
+def run(
+    preset: str, out: Path, against: Path | None = None
+) -> tuple[dict[str, Any], list[str] | None]:
     """Measure, and write results.json, page.md and figures into the directory `out`.
 
     Returns:
-        The exit status: 1 if something became slower than in the results `against`.
+        The results, and lines on what became slower than in those of `against`, if they are given.
 
     Raises:
         ValueError: there is nothing at `against`, it cannot be compared with, or the preset is for
@@ -40,13 +42,15 @@ def run(preset: str, out: Path, against: Path | None = None) -> int:
     page.write(results, out)
     print(f"{out / 'page.md'}")
     if against is None:
-        return 0
+        return results, None
     old = json.loads(against.read_text())
-    return compare(old, results, lambda: sweep.measure(preset, sweep.PRESETS[preset]))
+    return results, compare(old, results, lambda: sweep.measure(preset, sweep.PRESETS[preset]))
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], again: Callable[[], dict[str, Any]]) -> int:
-    """Print what became slower, in a second measurement too; the exit status, 1 if something did.
+def compare(
+    old: dict[str, Any], new: dict[str, Any], again: Callable[[], dict[str, Any]]
+) -> list[str]:
+    """Print what became slower, in a second measurement too.
 
     Of a hundred comparisons on a shared machine some are off in any one run.
     """
@@ -58,4 +62,4 @@ def compare(old: dict[str, Any], new: dict[str, Any], again: Callable[[], dict[s
         print(printable(line))
     if not lines:
         print("nothing became slower")
-    return int(bool(lines))
+    return lines

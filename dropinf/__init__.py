@@ -20,7 +20,7 @@ from dropinf.compression import (
 from dropinf.ops import BackendError, backends
 from dropinf.reporting import write_report
 from dropinf.results import Attribution, attribute
-from dropinf.rows import LockedError, RowStore, collect, energies
+from dropinf.rows import LockedError, RowStore, collect, energies, split
 from dropinf.scoring import (
     agreement,
     ensemble,
@@ -72,6 +72,7 @@ __all__ = [
     "scores",
     "self_influence",
     "solvers",
+    "split",
     "stability",
     "topk",
     "verify",

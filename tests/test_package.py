@@ -196,6 +196,7 @@ LEAVES = (
     "user_warning",
     "version",
     "whole_files",
+    "world",
 )
 
 

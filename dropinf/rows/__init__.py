@@ -21,6 +21,7 @@ from dropinf.rows.row_passes import (
     solved_for,
     valid_rows,
 )
+from dropinf.rows.shares import split
 from dropinf.rows.store import RowStore
 from dropinf.rows.watching import passes_watched
 from dropinf.rows.weights import Weights
@@ -53,6 +54,7 @@ __all__ = [
     "put",
     "refuse_shuffling",
     "solved_for",
+    "split",
     "take",
     "valid_rows",
 ]

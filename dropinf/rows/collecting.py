@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from dropinf.compression import Plan
@@ -16,9 +17,11 @@ from dropinf.progress import progress_bar
 from dropinf.rows.batches import CaptureOptions, LossFn, refuse_dataset
 from dropinf.rows.collection import Collection
 from dropinf.rows.ids import GivenIds
-from dropinf.rows.resuming import Source
+from dropinf.rows.shared_writing import written_by_ranks
+from dropinf.rows.shares import num_examples, share_of
 from dropinf.rows.stopping import Sigterm
 from dropinf.rows.store import RowStore
+from dropinf.world import World, in_group
 
 
 def collect(
@@ -38,12 +41,18 @@ def collect(
     check: bool = True,
     dtype: torch.dtype | None = None,
     updates: torch.optim.Optimizer | None = None,
+    timeout: float = 600.0,
     **options: Unpack[CaptureOptions],
 ) -> RowStore:
     """The rows of every example of a loader, in its order.
 
     With `path`, rows are on the disk once a batch or every five seconds, whichever is later, so
     that a kill, SIGTERM, an interrupt or an error leaves a store that `resume` goes on with.
+
+    Where torch.distributed is initialised and there is a `path`, all ranks call this, each with a
+    share of the examples (see `split`), and write parts of one store, which each of them gets. Of
+    `split`, its rows are in the order of one process; of a DistributedSampler, rank after rank, and
+    what pads it is left out. Without a `path`, each rank has its own rows.
 
     Args:
         model: used as it is, on the device and in the training mode that it is in.
@@ -79,6 +88,7 @@ def collect(
             the update is made of the coordinates before they are summed up or projected. A batch
             then takes a row of coordinates an example: s r of each layer for `Sketch`, all P for
             projections. Collect queries without it.
+        timeout: seconds without a sign of life (a batch) until another rank counts as lost.
         options: per=, batch_dim=, closed= and backend= of `capture`. Of a row of tokens or
             segments, `RowStore.origin` says the example and the token or segment.
 
@@ -93,14 +103,17 @@ def collect(
         ProofError: rows are not what plain autograd gives.
         FileExistsError: there is something at `path`, and `resume` is False.
         LockedError: another process writes there.
+        RuntimeError: another rank is gone, or failed; what is there can be gone on with, also by
+            another number of ranks.
     """
     refuse_dataset("collect", loader)
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
     expected = size if options.get("per", "example") == "example" else 0
     with (
         Sigterm() as sigterm,
+        _world(path, resume, timeout) as world,
         Collection(
-            model,
+            model if world is None else _sending_nothing(model),
             loss_fn,
             plan,
             path,
@@ -113,9 +126,10 @@ def collect(
             check=check,
             dtype=dtype,
             updates=updates,
+            world=world,
             **options,
         ) as collection,
-        contextlib.closing(Source(loader, ids, collection.past, path)) as source,
+        contextlib.closing(collection.source(loader, ids)) as source,
         collection.capturing() as batches,
         progress_bar(total=size or None, desc=label, unit="ex", disable=not progress) as bar,
     ):
@@ -124,13 +138,28 @@ def collect(
             with sigterm.held():
                 collection.add(batch, source=source)
             bar.update(batches.num_examples)
-        if not batches.seen:
+        if not batches.seen and world is None:
             raise ValueError("collect: the loader is empty; it gave no batch")
         return collection.finish()
 
 
+def _world(path: Any, resume: bool, timeout: float) -> Any:
+    """The ranks that write one store, None where one process does."""
+    if path is not None and (in_group() or (resume and written_by_ranks(path))):
+        return World("collect", timeout)
+    return contextlib.nullcontext()
+
+
+def _sending_nothing(model: nn.Module) -> nn.Module:
+    """The model that DistributedDataParallel wraps: it sends buffers with the first batch, which a
+    rank may not have."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def _num_examples(loader: Iterable) -> int:
     """Examples that a DataLoader will give, 0 if that is not known."""
+    if share_of(loader) is not None:
+        return num_examples(loader)
     sampler = getattr(loader, "sampler", None)
     if isinstance(loader, torch.utils.data.DataLoader) and hasattr(sampler, "__len__"):
         return len(sampler)

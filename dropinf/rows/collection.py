@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from dropinf.compression import Plan
 from dropinf.rows.about import proof_of
 from dropinf.rows.batches import Batches, CaptureOptions, LossFn
 from dropinf.rows.checks import Checks
-from dropinf.rows.ids import picked
+from dropinf.rows.ids import GivenIds, picked
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows
-from dropinf.rows.resuming import Past, Source
+from dropinf.rows.resuming import Source
+from dropinf.rows.shared_writing import SharedWriter
 from dropinf.rows.store import RowStore
 from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
 from dropinf.user_warning import warn_user
+from dropinf.world import World
 
 
 class Collection:
@@ -51,11 +53,13 @@ class Collection:
         check: bool = True,
         dtype: torch.dtype | None = None,
         updates: torch.optim.Optimizer | None = None,
+        world: World | None = None,
         **options: Unpack[CaptureOptions],
     ) -> None:
         """`expected` rows, 0 if that is not known; all else as of `collect`.
 
-        Of a model that is `trained` meanwhile, weights have no fingerprint.
+        Of a model that is `trained` meanwhile, weights have no fingerprint. The ranks of `world`
+        write one store.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -78,7 +82,11 @@ class Collection:
             model, loss_fn, captured, mode, options, segment_ids, loss_scale, on_nonfinite
         )
         self._checks = Checks(self._batches) if check else None
-        self._writer = RowWriter(plan, path, expected, resume=resume, dtype=dtype)
+        self._writer: RowWriter | SharedWriter
+        if world is None:
+            self._writer = RowWriter(plan, path, expected, resume=resume, dtype=dtype)
+        else:
+            self._writer = SharedWriter(plan, path, world=world, resume=resume, dtype=dtype)
         self._weights = None if trained else Weights(model, plan)
         self._options = _shaping(model, mode, segment_ids, loss_scale, dtype, options)
         if self._steps is not None:
@@ -118,17 +126,21 @@ class Collection:
                 f"collect: the rows in {where} were made with weights {about.weights}, and the "
                 f"model has {own}; load those weights, or give another path"
             )
-        self._batches.seen = self.past.examples
+        if not isinstance(self._writer, SharedWriter):
+            self._batches.seen = self._writer.past.examples
         if self._writer.unmet is not None:
             self._unmet &= self._writer.unmet
         self._before = proof_of([state])
         if self._checks is not None:
             self._checks.proof = self._before
 
-    @property
-    def past(self) -> Past:
-        """What the store has that is gone on with."""
-        return self._writer.past
+    def source(self, loader: Iterable, ids: GivenIds | None) -> Source:
+        """The batches whose rows are not there yet."""
+        if isinstance(self._writer, SharedWriter):
+            return self._writer.source(
+                loader, ids, self._batches.per, bool(self._batches.tap.sharded)
+            )
+        return Source(loader, ids, self._writer.past, self._writer.path)
 
     def __exit__(self, *error: Any) -> None:
         self._writer.__exit__(*error)
@@ -159,6 +171,8 @@ class Collection:
             source: what knows the ids.
         """
         checks, batches = self._checks, self._batches
+        if isinstance(self._writer, SharedWriter):
+            batches.seen = self._writer.next_start() or batches.seen
         if checks is not None:
             checks.before(self._number)
         rows, valid = batches.rows(batch)
@@ -221,6 +235,8 @@ class Collection:
     def finish(self) -> RowStore:
         """The store."""
         slots = self._batches.plan.slots
+        if isinstance(self._writer, SharedWriter):
+            self._unmet = self._writer.unmet_by_all(self._unmet)
         unmet = [slot.name for slot in slots if slot.name in self._unmet]
         if unmet:
             made = "zeros" if self._steps is None else "steps of no gradient"

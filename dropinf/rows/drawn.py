@@ -24,7 +24,13 @@ class Drawn:
     """
 
     def __init__(
-        self, loader: Any, skipped: int = 0, done: Iterable[int] = (), cut: int = 0
+        self,
+        loader: Any,
+        skipped: int = 0,
+        done: Iterable[int] = (),
+        cut: int = 0,
+        most: int | None = None,
+        elsewhere: bool = False,
     ) -> None:
         """Watch `loader`.
 
@@ -34,6 +40,8 @@ class Drawn:
             done: examples to leave out of what is drawn, each as often as it is here; that all of
                 them are drawn is looked at first.
             cut: so many batches to leave out of what is drawn first.
+            most: examples; what is drawn behind them is padding, and left out. None: all are.
+            elsewhere: some of those that are done may be drawn by other ranks.
         """
         self._drawn: deque[Any] = deque()
         self._indices: Any = None
@@ -55,7 +63,11 @@ class Drawn:
                 start, cut = cut, 0
                 drawn.clear()  # of an epoch that was not gone through to its end
                 batches = islice(super().__iter__(), start, None)
-                for number, indices in enumerate(_without(batches, left) if left else batches):
+                if most is not None:
+                    batches = _first(batches, most)
+                if left:
+                    batches = _without(batches, left, elsewhere)
+                for number, indices in enumerate(batches):
                     if number >= first:
                         drawn.append(indices)
                     yield indices
@@ -85,7 +97,17 @@ class Drawn:
             self._sampler = None
 
 
-def _without(batches: Iterable[Sequence[int]], left: Counter[int]) -> list[list[int]]:
+def _first(batches: Iterable[Sequence[int]], most: int) -> Iterator[Sequence[int]]:
+    """What is drawn, as far as so many examples go."""
+    for indices in batches:
+        if most > 0:
+            yield indices[:most]
+        most -= len(indices)
+
+
+def _without(
+    batches: Iterable[Sequence[int]], left: Counter[int], elsewhere: bool
+) -> list[list[int]]:
     """What is drawn, without the examples that are to be left out."""
     kept = []
     for indices in batches:
@@ -97,7 +119,7 @@ def _without(batches: Iterable[Sequence[int]], left: Counter[int]) -> list[list[
                 batch.append(index)
         if batch:
             kept.append(batch)
-    missing = [index for index, count in left.items() if count]
+    missing = [index for index, count in left.items() if count and not elsewhere]
     if missing:
         raise ValueError(
             f"collect: {len(missing)} of the examples whose rows are there, such as {missing[0]}, "

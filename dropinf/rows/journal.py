@@ -34,6 +34,8 @@ class Header:
         ids: one of `ID_KINDS`.
         origin: whether origin.bin has two integers for each row.
         scales: of a row, see `packing`.
+        rank: which wrote it, of several; -1 of a process that was alone.
+        batch: number of its first batch among those of all ranks; -1 if that is not known.
     """
 
     dtype: str
@@ -42,6 +44,8 @@ class Header:
     ids: str
     origin: bool
     scales: int = 0
+    rank: int = -1
+    batch: int = 0
 
     @classmethod
     def load(cls, line: dict[str, Any]) -> Header:
@@ -57,10 +61,17 @@ class Header:
             checked(line, "ids", str),
             checked(line, "origin", bool),
             checked({"scales": 0, **line}, "scales", int, 0, _LARGEST),  # of before: none
+            checked({"rank": -1, **line}, "rank", int, -1, _LARGEST),
+            checked({"batch": 0, **line}, "batch", int, -1, _LARGEST),
         )
         if header.ids not in ID_KINDS:
             raise ValueError(f"'ids' must be one of {ID_KINDS}")
         return header
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """By which parts follow each other; those of one place by their names."""
+        return self.batch, self.rank
 
 
 class Told(NamedTuple):

@@ -27,11 +27,14 @@ REMEDY = "collect it again"
 IDS_FILES = {"integers": "ids.bin", "strings": "ids.jsonl"}
 
 
-def new_header(packing: Packing, ids: Ids | None, origin: Tensor | None) -> Header:
+def new_header(
+    packing: Packing, ids: Ids | None, origin: Tensor | None, rank: int = -1, batch: int = 0
+) -> Header:
     """Of a part of such rows."""
     name = str(packing.dtype).removeprefix("torch.")
     step = rows_per_chunk(packing.width, packing.dtype)
-    return Header(name, packing.width, step, kind_of(ids), origin is not None, packing.num_scales)
+    scales = packing.num_scales
+    return Header(name, packing.width, step, kind_of(ids), origin is not None, scales, rank, batch)
 
 
 def bytes_per_row(header: Header) -> int:

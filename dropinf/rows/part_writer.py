@@ -275,16 +275,18 @@ def write_part(
     proof: Proof | None = None,
     examples: int = 0,
     batches: int = 0,
+    place: tuple[int, int] = (0, -1),
 ) -> None:
     """Write a finished part of pieces (packed, valid, ids, origin) into a new directory, which its
-    maker syncs; so many examples and batches of them were collected.
+    maker syncs; so many examples and batches of them were collected. Its place is as of `Header`.
     """
     writer = None
     state = None if proof is None else {"proof": proof.saved()}
     try:
         for packed, valid, ids, origin in pieces:
             if writer is None:
-                make_part(path, new_header(packing, ids, origin))
+                batch, rank = place
+                make_part(path, new_header(packing, ids, origin, rank, batch))
                 writer = PartWriter(path)
             writer.append(packed, valid, ids, origin, state=state)
         if writer is None:

@@ -52,6 +52,7 @@ class Parts:
             raise ValueError(
                 f"RowStore.load: {path} holds no rows yet; collect(..., path=, resume=True) goes on"
             )
+        parts.sort(key=lambda part: part.header.place)
         if len({(p.header.dtype, p.header.ids, p.header.origin) for p in parts}) > 1:
             raise ValueError(f"RowStore.load: the parts of {path} are of different kinds")
         return cls(parts)
@@ -181,7 +182,8 @@ class Parts:
             made = path / part_name(len(found))
             with appearing(made) as new:
                 pieces = [(part.packed, part.valid, part.ids, part.origin)]
-                write_part(new, self.packing, pieces)
+                last = self.parts[-1].header.place  # and behind it by its name
+                write_part(new, self.packing, pieces, place=last)
             return Part.open(made, self.packing.width).lay_out(self.packing.bounds)
         finally:
             lock.release()

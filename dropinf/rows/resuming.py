@@ -44,10 +44,18 @@ class Source:
         ids: as of `collect`.
         past: what to leave out.
         where: the directory, for errors.
+        shared: other ranks draw others, among them some of what is past.
+        most: examples before what is padding, see `Drawn`.
     """
 
     def __init__(
-        self, loader: Iterable, ids: GivenIds | None, past: Past, where: object = None
+        self,
+        loader: Iterable,
+        ids: GivenIds | None,
+        past: Past,
+        where: object = None,
+        shared: bool = False,
+        most: int | None = None,
     ) -> None:
         self._loader, self._given, self._past, self._where = loader, ids, past, where
         self._batch: Any = None
@@ -62,6 +70,9 @@ class Source:
         self._read_past = past.batches if not self._cuts else min(past.batches, 1 if ids else 0)
         if not self._cuts:
             self._drawn = Drawn(loader)
+        elif shared:
+            done = past.ids.tolist() if isinstance(past.ids, Tensor) else ()
+            self._drawn = Drawn(loader, done=done, most=most, elsewhere=True)
         elif ids is not None or (past.batches and past.ids is None):
             self._drawn = Drawn(loader, cut=past.batches - self._read_past)
         else:

@@ -247,7 +247,8 @@ class RowStore:
         if self.path is None:
             return restored, (RowStore, self.__dict__)
         invalid = (~self.valid).nonzero().flatten()
-        return _opened, (self.path.absolute(), [part.marks for part in self._parts.parts], invalid)
+        marks = [part.marks for part in sorted(self._parts.parts, key=lambda part: part.path)]
+        return _opened, (self.path.absolute(), marks, invalid)
 
     @property
     def weights(self) -> str | None:
@@ -258,6 +259,11 @@ class RowStore:
     def updates(self) -> str | None:
         """Of rows that are steps of an optimizer, which, and a digest of its state; None if not."""
         return self.about.options.get("updates")
+
+    @property
+    def parts(self) -> list[Part]:
+        """What processes wrote, in order."""
+        return self._parts.parts
 
     @property
     def finished(self) -> bool:

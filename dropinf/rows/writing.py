@@ -96,46 +96,53 @@ class RowWriter:
         return self
 
     def _reopen(self) -> None:
-        if not os.path.lexists(self.path / "store.json"):
-            raise FileExistsError(f"collect: {self.path} holds no store; give another path")
         lock = Lock(self.path)
         try:
-            lock.acquire("collect")
-            width, fingerprint, self.about = read_about(self.path)
-            if fingerprint != self._plan.fingerprint:
-                raise ValueError(
-                    f"collect: the rows in {self.path} were made under plan {fingerprint}, not "
-                    f"{self._plan.fingerprint}; resume with Plan.load({str(self.path)!r})"
-                )
-            paths = part_paths(self.path)
-            parts = [Part.open(path, width) for path in paths]
-            collected = [part for part in parts if part.extent.batches]
-            self.past = Past(
-                sum(part.extent.examples for part in collected),
-                sum(part.extent.batches for part in collected),
-                id_lists.joined([_of_examples(part) for part in collected]),
-                self.about.first,
-            )
-            ids = self.past.ids
-            if ids is not None and len(ids) < self.past.examples:
-                raise ValueError(
-                    f"collect: {self.past.examples - len(ids)} of the examples done in {self.path} "
-                    "have no row, as of no segment, and nothing says which these are; collect "
-                    "again, under another path"
-                )
-            states = [part.extent.state for part in collected]
-            told = [set(state["unmet"]) for state in states if "unmet" in state]
-            self.unmet = set.intersection(*told) if told else None
-            self.num_rows = sum(map(len, parts))
-            for path, part in zip(paths, parts, strict=True):
+            for part in self._read(lock):
                 if not part.finished:
-                    self._part = PartWriter.reopen(path, width)
-                    self._packing = Packing.of(self._plan, DTYPES[part.header.dtype])
+                    self._part = PartWriter.reopen(part.path, self._plan.width)
                     self.state = part.extent.state
             self._lock = lock
         finally:
             if self._lock is None:
                 lock.release()
+
+    def _read(self, lock: Lock | None = None) -> list[Part]:
+        """The parts that are there, in order, and what they say of all of them, under a lock."""
+        if not os.path.lexists(self.path / "store.json"):
+            raise FileExistsError(f"collect: {self.path} holds no store; give another path")
+        if lock is not None:
+            lock.acquire("collect")
+        width, fingerprint, self.about = read_about(self.path)
+        if fingerprint != self._plan.fingerprint:
+            raise ValueError(
+                f"collect: the rows in {self.path} were made under plan {fingerprint}, not "
+                f"{self._plan.fingerprint}; resume with Plan.load({str(self.path)!r})"
+            )
+        parts = [Part.open(path, width) for path in part_paths(self.path)]
+        parts.sort(key=lambda part: part.header.place)
+        collected = [part for part in parts if part.extent.batches]
+        self.past = Past(
+            sum(part.extent.examples for part in collected),
+            sum(part.extent.batches for part in collected),
+            id_lists.joined([_of_examples(part) for part in collected]),
+            self.about.first,
+        )
+        ids = self.past.ids
+        if ids is not None and len(ids) < self.past.examples:
+            raise ValueError(
+                f"collect: {self.past.examples - len(ids)} of the examples done in {self.path} "
+                "have no row, as of no segment, and nothing says which these are; collect "
+                "again, under another path"
+            )
+        states = [part.extent.state for part in collected]
+        told = [set(state["unmet"]) for state in states if "unmet" in state]
+        self.unmet = set.intersection(*told) if told else None
+        self.num_rows = sum(map(len, parts))
+        for part in parts:
+            if not part.finished:
+                self._packing = Packing.of(self._plan, DTYPES[part.header.dtype])
+        return parts
 
     def __exit__(
         self,

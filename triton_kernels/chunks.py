@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Not tuned on a GPU; docs/gpu.md has what an H200 took. Of T alone, never of the batch or of the device: the bits of a row depend
+# Not tuned on a GPU (docs/gpu.md has what an H200 took).
+# Of T alone, never of the batch or of the device: the bits of a row depend
 # on how its sum is cut.
 CHUNK_T = 64  # positions, for T up to CHUNK_T * MAX_CHUNKS; then a multiple of it
 MAX_CHUNKS = 64  # bounds the scratch at this many outputs

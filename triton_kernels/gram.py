@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Not tuned on a GPU; docs/gpu.md has what an H200 took. A tile is BLOCK_R x BLOCK_R, of r alone: it is part of what fixes the bits.
+# Not tuned on a GPU (docs/gpu.md has what an H200 took).
+# A tile is BLOCK_R x BLOCK_R, of r alone: it is part of what fixes the bits.
 MAX_BLOCK_R = 64
 MIN_BLOCK_R = 16  # the least that tl.dot takes
 BLOCK_N = 16

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dropinf.triton_kernels.chunks import add_chunks, chunk_length, partial_sums, products
 
-# Not tuned on a GPU; docs/gpu.md has what an H200 took. Neighbouring lanes read neighbouring positions.
+# Not tuned on a GPU (docs/gpu.md has what an H200 took).
+# Neighbouring lanes read neighbouring positions.
 BLOCK_R = 16
 BLOCK_T = 64
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}

@@ -21,7 +21,8 @@ from dropinf.triton_kernels.chunks import (
     weighted,
 )
 
-# Not tuned on a GPU; docs/gpu.md has what an H200 took. Coordinates are sorted by o, so neighbouring lanes share sectors of dy.
+# Not tuned on a GPU (docs/gpu.md has what an H200 took).
+# Coordinates are sorted by o, so neighbouring lanes share sectors of dy.
 BLOCK_T = 16
 BLOCK_R = 64
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}

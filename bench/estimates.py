@@ -124,7 +124,8 @@ def page(found):
     context = f"{CONTEXT_BYTES / 1e9:.0f} GB"
     return f"""# What a collection will take on one GPU
 
-**Everything here is predicted.** No GPU has measured it. It is written by
+**Everything here is predicted.** No GPU has measured these
+batches. It is written by
 `python bench/estimates.py > bench/results/estimates.md`, from models on the meta device.
 
 The first batch of `collect` runs there as it would on the device, with its checks, which takes the
@@ -140,7 +141,8 @@ bfloat16, examples of {TOKENS:,} tokens without padding, `causal_lm_loss`, `Drop
 {table(found)}
 
 Time is the arithmetic of the forward pass and of the gradients of layers' inputs, at
-{UTILISATION:.0%} of the card's dense peak of 989 Tflop/s (an assumption), and behind it one read of
+{UTILISATION:.0%} of the card's dense peak of 989 Tflop/s (an assumption; of Pythia-1.4B and 6.9B
+an H200 measured 41% and 50%, see docs/gpu.md), and behind it one read of
 each layer's input and output gradient and one write of the rows, at the bandwidth of its data sheet
 (3.35 and 4.8 TB/s). Loading data, the disk and what a capture costs the host are not in it.
 

@@ -72,7 +72,9 @@ def optimizer_updates(
     if weights != "any":
         _refuse_others(store, model)
     rows = torch.empty(len(store), plan.width, dtype=store.read_dtype, device=store.device)
-    scales = [torch.as_tensor(slot.scale, device=store.device) for slot in plan.slots]
+    scales = [
+        torch.as_tensor(slot.scale, dtype=torch.float64, device=store.device) for slot in plan.slots
+    ]
     for start, chunk in store.chunks():
         for l, slot in enumerate(plan.slots):
             g = chunk[:, slot.entries].double() / scales[l]

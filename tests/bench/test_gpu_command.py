@@ -18,6 +18,8 @@ import pytest
 from cuda_host import build
 from places import ROOT
 
+from dropinf.ops import dispatch
+
 PACKAGES = ["torch", "triton", "numpy", "pytest", "ninja", "pybind11", "setuptools"]
 
 pytestmark = pytest.mark.more
@@ -158,6 +160,7 @@ def test_the_sanitizers(checkout, python, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     tools = json.loads((tmp_path / "sanitize.json").read_text())["sanitizers"]
-    assert set(tools) == {"memcheck", "racecheck"}
+    assert set(tools) == {"memcheck", "racecheck", "synccheck", "initcheck"}
     for tool in tools.values():
-        assert tool["state"] == "clean" and tool["outcomes"] == {"passed": 2}, tool
+        assert tool["state"] == "clean" and set(tool["outcomes"]) == {"passed"}, tool
+        assert tool["outcomes"]["passed"] >= len(dispatch.VERIFIED)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +91,14 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """The same structure with its leaves changed: tensors, lists of what is neither, all else."""
     if isinstance(value, Mapping):
         parts = {key: _mapped(v, change) for key, v in value.items()}
-        return parts if type(value) is dict else type(value)(parts)
+        if type(value) is dict:
+            return parts
+        if not isinstance(value, MutableMapping):
+            return type(value)(parts)
+        made = copy.copy(value)  # which keeps what else a class of its own knows
+        for key, part in parts.items():
+            made[key] = part
+        return made
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_mapped(v, change) for v in value))
     if isinstance(value, (list, tuple)) and any(
@@ -98,7 +106,9 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     ):
         return type(value)(_mapped(v, change) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        changed = {f.name: _mapped(getattr(value, f.name), change) for f in fields}
-        return dataclasses.replace(value, **changed)
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):  # some may be frozen, or not be of __init__
+            part = _mapped(getattr(value, field.name), change)
+            object.__setattr__(made, field.name, part)
+        return made
     return change(value)

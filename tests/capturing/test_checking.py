@@ -259,6 +259,29 @@ def test_moved_to():
     assert batch["x"][0] is ids and moved_to(ids.device, batch) is batch
 
 
+class Named(dict):
+    name = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    x: torch.Tensor
+    length: int = dataclasses.field(init=False, default=3)
+
+
+def test_moved_to_of_classes_that_are_not_made_of_their_parts():
+    ids, meta = torch.arange(12).reshape(4, 3), torch.device("meta")
+    named = Named(x=ids)
+    named.name = "first"
+    moved = moved_to(meta, named)
+    assert moved["x"].is_meta and moved.name == "first" and named["x"] is ids
+    lists = collections.defaultdict(list, x=ids)
+    assert moved_to(meta, lists)["x"].is_meta and moved_to(meta, lists)["y"] == []
+    padded = Padded(ids)
+    assert moved_to(meta, padded).x.is_meta and moved_to(meta, padded).length == 3
+    assert padded.x is ids
+
+
 def test_a_smaller_batch_is_cut_at_the_same_places():
     """Its number of examples may be that of something else in a larger one."""
     batch, last = (

@@ -86,10 +86,10 @@ def head(data: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield (
-        "Seconds: of the whole pipeline (energies, rows of training examples and queries, fit, "
-        f"scores) over Dropout's at r = {settings['timed_r']} in the same round: median (smallest "
-        f"to largest) of {settings['rounds']} rounds. Other programs ran on the machine meanwhile; "
-        f'what they make of a ratio shows in the row "{ANOTHER}".'
+        "Seconds: of the processor, on one thread, of the whole pipeline (energies, rows of "
+        "training examples and queries, fit, scores) over those of Dropout at "
+        f"r = {settings['timed_r']} in the same round: median (smallest to largest) of "
+        f'{settings["rounds"]} rounds. The row "{ANOTHER}" shows how far ratios can be trusted.'
     )
 
 

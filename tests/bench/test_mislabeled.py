@@ -18,7 +18,7 @@ from quality_contestants import COMPRESSIONS
 
 import dropinf
 
-TASKS = ["digits-cnn", "digits-cnn-100-epochs"]
+TASKS = ["digits-cnn", "digits-cnn-fitted"]
 if not quality_minilm.missing_packages():
     TASKS.insert(1, "minilm-lora")
 

@@ -61,14 +61,14 @@ build/gpu-kernels: setup.py $(SOURCES)
 	mkdir -p build
 	touch $@
 
-# Packages that `make bench` then compares with. Bergson asks for torchvision, which does not import
-# beside a CPU build of torch and takes transformers down with it; so: what Bergson imports, by name,
-# and then Bergson alone.
+# Packages that `make bench` and frontier.py then compare with. Bergson and Kronfluence ask for torchvision,
+# which does not import beside a CPU build of torch and takes transformers down with it; so: what they
+# import, by name, and then they alone.
 peers: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt dattri opacus traker \
-	    datasets jaxtyping ml_dtypes peft petname scipy simple-parsing torchopt
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps bergson
-	$(BIN)/python -c 'import bergson, dattri.algorithm, transformers'
+	    datasets einconv einops jaxtyping ml_dtypes opt_einsum peft petname scipy simple-parsing torchopt
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps bergson kronfluence
+	$(BIN)/python -c 'import bergson, dattri.algorithm, kronfluence.analyzer, transformers'
 
 # The CUDA kernels on the host under AddressSanitizer and ThreadSanitizer, and then faults in a copy of
 # them, which both must find. The C++ library is loaded first, or exceptions would not be known to

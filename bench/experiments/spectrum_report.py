@@ -73,7 +73,7 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         *pages.head("spectrum", "Damping, condition number and stability", data),
         "Dropout (uniform), r over all layers, relative damping: λ_l = damping x trace(F_l) / r_l. "
         f"{settings['seeds']} masks. LDS: mean ± standard error over masks; of the models "
-        "retrained on halves of quality.py. Overlap: the share of the "
+        "retrained on halves. Overlap: the share of the "
         f"{settings['k']} best examples of a query that two masks have in common, and rank "
         "correlation over all examples, ± standard error over queries. Condition: of F_l + λ_l, "
         "the geometric mean over entries. `noise` is the default of `choose_damping`: λ_l nearest "

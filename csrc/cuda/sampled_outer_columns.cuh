@@ -22,7 +22,7 @@
 // 1.75 GHz): three passes of 11 chunks are 264 blocks, two for each SM, of 24 buffers each.
 //   Instructions of a warp for a buffer: 48 steps of 18.5 (a read, its place, 8 widenings, 8 FFMA),
 //   8 columns of 11, 6 parts of 26 for staging, 24 jumps: 1200, 3.1 for each of 384
-//   coordinate-positions (tests/kernels/test_column_instructions.py); of 16 warps on 4 schedulers
+//   coordinate-positions (tests/kernels/test_instruction_budgets.py); of 16 warps on 4 schedulers
 //   4.8 k cycles, for 48 buffers 132 us.
 //   Shared memory, cycles of a buffer: dy 48 * 4 * 16 * 1.07 for conflicts = 3.3 k, x
 //   8 * 4 * 16 * 1.04 = 0.5 k, written cells 0.8 k, what is read of memory, on its way to

@@ -40,7 +40,7 @@ def refuse_dataset(op: str, loader: Any) -> None:
             f"{op}: a Dataset gives examples, not batches; give "
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
-    data = loader.dataset if isinstance(loader, DataLoader) else None
+    data: Any = loader.dataset if isinstance(loader, DataLoader) else None
     if _of_datasets(data) != "Dataset" or loader.collate_fn is not default_collate:
         return
     package = sys.modules["datasets"]

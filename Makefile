@@ -4,7 +4,7 @@ PYTHON ?= python3
 comma := ,
 BIN := .venv/bin
 # nvcc from the package index where there is none.
-EXTRAS := demo,test$(if $(shell command -v nvcc),,$(comma)nvcc)
+EXTRAS := demo,test,arrow,dask,faiss$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # The oldest Triton that pyproject.toml allows, which is torch 2.11's; like there, on Linux.
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0)

@@ -19,7 +19,7 @@ from dropinf.compression import (
 )
 from dropinf.ops import BackendError, backends
 from dropinf.reporting import write_report
-from dropinf.results import Attribution, attribute
+from dropinf.results import Attribution, ScoreTable, attribute
 from dropinf.rows import LockedError, RowStore, collect, energies, split
 from dropinf.scoring import (
     agreement,
@@ -52,6 +52,7 @@ __all__ = [
     "ProofError",
     "Rademacher",
     "RowStore",
+    "ScoreTable",
     "Sketch",
     "agreement",
     "attribute",

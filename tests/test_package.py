@@ -65,7 +65,7 @@ scores = dropinf.influence(
 )
 assert scores.shape == (5, 5) and scores.isfinite().all()
 tools = {"bm25s", "captum", "dattri", "lightning", "sklearn", "trak", "transformers"}
-tools |= {"jinja2", "matplotlib", "pandas", "pyarrow", "rich", "typer"}
+tools |= {"datasets", "jinja2", "matplotlib", "pandas", "pyarrow", "rich", "typer"}
 assert not tools & set(sys.modules)  # those that adapters and the demo are for
 for name, state in dropinf.backends().items():
     print(f"{name}: {state}")

@@ -1,11 +1,12 @@
 """Rows [n, R] of a data set: how they are collected, kept and read."""
 
-from dropinf.rows.batches import LossFn, refuse_shuffling
+from dropinf.rows.batches import LossFn
 from dropinf.rows.collecting import collect
 from dropinf.rows.collection import Collection
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.energy_pass import energies
 from dropinf.rows.ids import Ids, digest_of_ids, listed
+from dropinf.rows.loaders import refuse_shuffling
 from dropinf.rows.lock import Lock, LockedError
 from dropinf.rows.optimizer_steps import OptimizerSteps
 from dropinf.rows.packing import finite_rows, take

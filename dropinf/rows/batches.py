@@ -9,13 +9,6 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
 
 from dropinf.capturing import (
     ActivationsTap,
@@ -32,34 +25,6 @@ from dropinf.rows.packing import finite_rows
 from dropinf.user_warning import warn_user
 
 LossFn = Callable[[Any, Any], Tensor]  # Any, so that a function of a user's own model class passes
-
-
-def refuse_dataset(op: str, loader: Any) -> None:
-    """Refuse a Dataset, which would give an example for a batch."""
-    if isinstance(loader, torch.utils.data.Dataset) and hasattr(loader, "__getitem__"):
-        raise TypeError(
-            f"{op}: a Dataset gives examples, not batches; give "
-            "torch.utils.data.DataLoader(dataset, batch_size=...)"
-        )
-
-
-def refuse_shuffling(op: str, name: str, loader: Any) -> None:
-    """Refuse a DataLoader whose sampler draws at random: whose score is whose, nobody would know.
-
-    What does not tell its order (a list of batches, an iterator, an IterableDataset, a sampler of
-    the user's own) is taken at its word.
-    """
-    if not isinstance(loader, DataLoader):
-        return
-    samplers = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-    for one in samplers:
-        if isinstance(one, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) or (
-            isinstance(one, DistributedSampler) and one.shuffle
-        ):
-            raise ValueError(
-                f"{op}: {name} shuffles ({type(one).__name__}), and scores are in the order in "
-                "which it gives its examples; make it with shuffle=False"
-            )
 
 
 class CaptureOptions(TypedDict, total=False):

@@ -14,9 +14,10 @@ from typing_extensions import Unpack
 
 from dropinf.compression import Plan
 from dropinf.progress import progress_bar
-from dropinf.rows.batches import CaptureOptions, LossFn, refuse_dataset
+from dropinf.rows.batches import CaptureOptions, LossFn
 from dropinf.rows.collection import Collection
 from dropinf.rows.ids import GivenIds
+from dropinf.rows.loaders import refuse_dataset
 from dropinf.rows.shared_writing import written_by_ranks
 from dropinf.rows.shares import num_examples, share_of
 from dropinf.rows.stopping import Sigterm

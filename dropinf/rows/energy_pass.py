@@ -11,7 +11,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from typing_extensions import Unpack
 
 from dropinf.compression import Energies, FewOfEach, Plan, fit, tracked
-from dropinf.rows.batches import Batches, CaptureOptions, LossFn, refuse_dataset
+from dropinf.rows.batches import Batches, CaptureOptions, LossFn
+from dropinf.rows.loaders import refuse_dataset
 
 _OP = "energies"
 

@@ -17,7 +17,7 @@ from torch.utils.data import (
     Sampler,
 )
 
-from dropinf.rows.batches import refuse_dataset
+from dropinf.rows.loaders import refuse_dataset
 
 T = TypeVar("T", DataLoader, list)
 

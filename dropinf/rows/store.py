@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import Plan
+from dropinf.rows import arrow
 from dropinf.rows import ids as id_lists
 from dropinf.rows.about import (
     About,
@@ -361,6 +362,30 @@ class RowStore:
             ValueError: a chunk on disk does not have its checksum.
         """
         return self._parts.packing.unpack(self._parts.at(positions))
+
+    def to_arrow(self) -> Any:
+        """The rows as a pyarrow.Table (extra "arrow") over the memory or the map that they are in.
+
+        Rows are verified, not copied: but for a part in memory that is not contiguous. The table
+        keeps that memory, so nobody may write to it.
+
+            table = RowStore.load("rows").to_arrow()
+            datasets.Dataset(table).with_format("torch")[:8]["row"]  # [8, R]
+
+        Returns:
+            n rows, a chunk for each part, with columns "id" (int64 or string), "row" (a list of R
+            float32 or float64), "valid" (bool) and, where there are origins, "origin" (a list of 2
+            int64). The schema's metadata has JSON under "dropinf": the fingerprints "plan",
+            "weights" and "updates", the "compression", and for each of "layers" its name, its first
+            entry in a row, and r.
+
+        Raises:
+            ValueError: the rows are on a GPU, or are kept in a dtype that Arrow has no type for
+                (bfloat16; float16 and int8 with their scales); or a chunk on disk does not have its
+                checksum.
+            ImportError: pyarrow is not installed.
+        """
+        return arrow.table_of(self)
 
     def verify(self) -> None:
         """Read everything and compare its checksums anew.

@@ -167,7 +167,24 @@ class Eigen(Solver):
 
         return self._checked("solve_at", rows, solve, room)
 
-    def _solve_with(self, damping: Damping, rows: Tensor, solved: Tensor, room: Room) -> None:
+    def whiten(self, rows: Tensor) -> Tensor:
+        """[n, R] -> [n, R]: each layer's slice times (F_l + λ_l)^(-1/2), the symmetric root.
+
+        Products of whitened rows are scores, of training rows with queries, so that an index of
+        inner products finds what `dropinf.topk` does.
+
+        Raises:
+            RuntimeError, ValueError: as in `solve`.
+        """
+
+        def solve(q: Tensor, solved: Tensor, room: Room) -> None:
+            self._solve_with(self._damping, q, solved, room, power=0.5)
+
+        return self._checked("whiten", rows, solve, self.room("whiten"))
+
+    def _solve_with(
+        self, damping: Damping, rows: Tensor, solved: Tensor, room: Room, power: float = 1.0
+    ) -> None:
         λs = self._lambdas("solve_at", damping)
         for pairs, λ in zip(self._pairs, λs, strict=True):
             block, s, V = pairs.block, pairs.s, pairs.vectors()
@@ -179,9 +196,9 @@ class Eigen(Solver):
             for some, found in zip(rows.split(few), solved.split(few), strict=True):
                 q = some[:, block.entries].double()
                 inside = q @ V
-                x = inside / (s + λ) @ V.T
+                x = inside / (s + λ) ** power @ V.T
                 if len(s) < block.r and λ > 0:
-                    x += torch.sub(q, inside @ V.T).div_(λ)
+                    x += torch.sub(q, inside @ V.T).div_(λ**power)
                 found[:, block.entries] = x
             del V
 

@@ -239,6 +239,42 @@ def test_eigen_at_other_dampings():
         Eigen().solve_at(queries.rows, 0.1)
 
 
+@SHAPES
+@pytest.mark.parametrize("name", ["eigen", "eigen of rank 3"])
+def test_products_of_whitened_rows_are_scores(name, n, sizes):
+    """The root of the inverse, by numpy's of the whole matrix; half of it twice is all of it."""
+    store, queries = stores(n, 7, *sizes)
+    solver = make(name).fit(store)
+    rows, asked = solver.whiten(store.rows), solver.whiten(queries.rows)
+    train, truth = store.rows.numpy(), torch.zeros(7, n, dtype=torch.float64)
+    for block in store.plan.blocks:
+        G = train[:, block.entries]
+        inverse_of = SOLVERS[name][1](G, 0.1 * np.square(G).sum() / (len(G) * block.r))
+        s, V = np.linalg.eigh(inverse_of)
+        root = torch.from_numpy(V @ np.diag(np.sqrt(s)) @ V.T)
+        torch.testing.assert_close(
+            asked[:, block.entries], queries.rows[:, block.entries] @ root, rtol=1e-10, atol=1e-10
+        )
+        q = queries.rows[:, block.entries]
+        truth += q @ torch.from_numpy(inverse_of) @ store.rows[:, block.entries].T
+    torch.testing.assert_close(asked @ rows.T, truth, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(solver.whiten(asked), solver.solve(queries.rows))
+
+
+def test_rows_that_are_not_whitened():
+    store, queries = stores(12, 3, 4, 5)
+    store.rows[:, :4] = 0  # a layer without a gradient, at no damping
+    queries.rows[1, 8] = torch.nan
+    solver = Eigen(0).fit(store)
+    found = solver.whiten(queries.rows)
+    assert not found[[0, 2], :4].any() and found[[0, 2]].isfinite().all() and found[1].isnan().all()
+    assert solver.whiten(queries.rows[:0]).shape == (0, 9)
+    with pytest.raises(RuntimeError, match=r"Eigen\.whiten: call fit"):
+        Eigen().whiten(queries.rows)
+    with pytest.raises(ValueError, match=r"Eigen\.whiten: rows must be \[m, 9\]"):
+        solver.whiten(queries.rows[:, 1:])
+
+
 def test_eigen_of_rows_that_repeat():
     """n < r and yet rank below n: the pairs of eigenvalue zero are no division by it."""
     store, queries = stores(12, 4, 30)

@@ -1,0 +1,82 @@
+"""What is taken for a loader of batches, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+_FORMATTED = "select_columns([...]).with_format('torch')"
+
+
+def refuse_dataset(op: str, loader: Any) -> None:
+    """Refuse a data set, of torch or of `datasets`, which would give an example for a batch.
+
+    And a DataLoader of a `datasets.Dataset` that gives lists: torch's own collate_fn makes of B
+    lists of k numbers k tensors [B].
+    """
+    kind = _of_datasets(loader)
+    if kind in ("Dataset", "IterableDataset"):
+        raise TypeError(
+            f"{op}: a datasets.{kind} gives examples, not batches; give "
+            f"torch.utils.data.DataLoader(dataset.{_FORMATTED}, batch_size=...)"
+        )
+    if kind is not None:
+        raise TypeError(
+            f"{op}: a datasets.{kind} holds several data sets; give a DataLoader of one of "
+            f"them, .{_FORMATTED}"
+        )
+    if isinstance(loader, Dataset) and hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"{op}: a Dataset gives examples, not batches; give "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+    data: Any = loader.dataset if isinstance(loader, DataLoader) else None
+    if _of_datasets(data) != "Dataset" or loader.collate_fn is not default_collate:
+        return
+    package = sys.modules["datasets"]
+    single = (package.Value, package.ClassLabel)
+    others = [name for name, kind in data.features.items() if not isinstance(kind, single)]
+    if others and data.format["type"] is None:
+        raise TypeError(
+            f"{op}: column {others[0]!r} of this datasets.Dataset gives lists or objects of "
+            f"Python; give the DataLoader dataset.{_FORMATTED}, or a collate_fn"
+        )
+
+
+def _of_datasets(given: Any) -> str | None:
+    """Which class of the package `datasets` it is of, which is not imported for that."""
+    package = sys.modules.get("datasets")
+    for name in ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict"):
+        kind = getattr(package, name, None)
+        if isinstance(kind, type) and isinstance(given, kind):
+            return name
+    return None
+
+
+def refuse_shuffling(op: str, name: str, loader: Any) -> None:
+    """Refuse a DataLoader whose sampler draws at random: whose score is whose, nobody would know.
+
+    What does not tell its order (a list of batches, an iterator, an IterableDataset, a sampler of
+    the user's own) is taken at its word.
+    """
+    if not isinstance(loader, DataLoader):
+        return
+    samplers = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    for one in samplers:
+        if isinstance(one, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) or (
+            isinstance(one, DistributedSampler) and one.shuffle
+        ):
+            raise ValueError(
+                f"{op}: {name} shuffles ({type(one).__name__}), and scores are in the order in "
+                "which it gives its examples; make it with shuffle=False"
+            )

@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 from dropinf.tools.demo_text import load_texts
 
 T, VOCABULARY, PAD = 24, 600, -100
-LEAST = 10  # tokens of a text for SmolLM2; what is padded costs as much
+FROM, TO = 10, 15  # tokens of a text for SmolLM2: alike, as what is padded costs as much
 
 
 @dataclass(frozen=True)
@@ -171,26 +171,26 @@ def sentences() -> Task:
 
 
 def smollm() -> Task:
-    """The same texts, those that fit whole; a model some thousand times as large."""
+    """The same texts, those of about one length; a model some thousand times as large."""
     texts, tokenizer = load_texts(), retrain_smollm.tokenizer()
 
     def first_of_each(some: Sequence[str], topics: Tensor, each: int) -> list[int]:
-        fits = torch.tensor([LEAST <= len(found.ids) < T for found in tokenizer.encode_batch(some)])
+        fits = torch.tensor([FROM <= len(x.ids) <= TO for x in tokenizer.encode_batch(some)])
         mine = [(fits & (topics == topic)).nonzero()[:each, 0] for topic in topics.unique()]
         return torch.cat(mine).tolist()
 
     kept = first_of_each(texts.train, texts.topics, 20)
-    asked = first_of_each(texts.queries, texts.query_topics, 8)
+    asked = first_of_each(texts.queries, texts.query_topics, 4)
     train, queries = [texts.train[i] for i in kept], [texts.queries[i] for i in asked]
     topics = texts.query_topics[asked]
     return Task(
         "smollm2-lora",
         "first sentences of the standard library's docstrings, 20 of each of six topics, of "
-        f"{LEAST} to {T - 1} tokens; SmolLM2-135M-Instruct (30 layers of width 576, read from "
+        f"{FROM} to {TO} tokens; SmolLM2-135M-Instruct (30 layers of width 576, read from "
         "weights in 4 bits) with LoRA of rank 4 on queries and values, which alone is trained and "
         "tracked; a group is the held-out sentences of one topic",
-        encode(tokenizer, train),
-        encode(tokenizer, queries),
+        encode(tokenizer, train, TO + 1),
+        encode(tokenizer, queries, TO + 1),
         groups=[(topics == topic).nonzero()[:, 0].tolist() for topic in topics.unique()],
         make=retrain_smollm.SmolLM,
         losses=token_losses,
@@ -219,7 +219,7 @@ def tokenizer_of(texts: Sequence[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> TensorDataset:
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], T: int = T) -> TensorDataset:
     """(ids, next ids) [n, T]: a text between two ends; what is behind has no loss."""
     ids = torch.zeros(len(texts), T + 1, dtype=torch.int64)
     following = torch.full((len(texts), T), PAD)

@@ -195,13 +195,13 @@ def smollm() -> Task:
         make=retrain_smollm.SmolLM,
         losses=token_losses,
         epochs=1,
-        batch_size=8,
-        lr=1e-3,
+        batch_size=4,
+        lr=3e-3,
         removed=[12],
         total=4096,
         texts=train,
         query_texts=queries,
-        own={"seeds": 2, "random": 4, "methods": ["Dropout", "Gaussian", DOT, "BM25"]},
+        own={"seeds": 2, "random": 3, "methods": ["Dropout", DOT, "BM25"]},  # half an hour
     )
 
 

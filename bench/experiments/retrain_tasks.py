@@ -1,8 +1,8 @@
 """The tasks of retrain.py: real data, a model, how it is trained anew, and what it is asked."""
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import tokenizers
 
 sys.path.append(str(Path(__file__).parent.parent))
 
+import retrain_smollm
 import torch
 from models import NextToken
+from quality_contestants import DOT
 from quality_tasks import loader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -21,6 +23,7 @@ from torch.utils.data import TensorDataset
 from dropinf.tools.demo_text import load_texts
 
 T, VOCABULARY, PAD = 24, 600, -100
+FROM, TO = 10, 15  # tokens of a text for SmolLM2: alike, as what is padded costs as much
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Task:
         texts, query_texts: what BM25 reads; None if examples are no texts.
         removed: how many training examples are taken out.
         total: r over all layers of a compression.
+        own: settings that it has in place of retrain.py's: seeds, random, methods.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Task:
     total: int
     texts: Sequence[str] | None = None
     query_texts: Sequence[str] | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def description(self) -> dict[str, Any]:
         """What results of it depend on."""
@@ -61,6 +66,7 @@ class Task:
             "lr": self.lr,
             "removed": list(self.removed),
             "r": self.total,
+            **self.own,
         }
 
     def loss_fn(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -104,8 +110,16 @@ class Task:
         )
 
 
-def make_tasks() -> list[Task]:
-    return [digits(), sentences()]
+def make_tasks(quick: bool = False) -> list[Task]:
+    tasks = [digits(), sentences()]
+    missing = retrain_smollm.missing_packages()
+    if quick:
+        print("smollm2-lora is left out of --quick: to read the model takes too long")
+        return [task.tiny() for task in tasks]
+    if missing:
+        print(f"smollm2-lora is left out: no {', '.join(missing)}; see CONTRIBUTING.md")
+        return tasks
+    return [*tasks, smollm()]
 
 
 def digits() -> Task:
@@ -156,6 +170,41 @@ def sentences() -> Task:
     )
 
 
+def smollm() -> Task:
+    """The same texts, those of about one length; a model some thousand times as large."""
+    texts, tokenizer = load_texts(), retrain_smollm.tokenizer()
+
+    def first_of_each(some: Sequence[str], topics: Tensor, each: int) -> list[int]:
+        fits = torch.tensor([FROM <= len(x.ids) <= TO for x in tokenizer.encode_batch(some)])
+        mine = [(fits & (topics == topic)).nonzero()[:each, 0] for topic in topics.unique()]
+        return torch.cat(mine).tolist()
+
+    kept = first_of_each(texts.train, texts.topics, 20)
+    asked = first_of_each(texts.queries, texts.query_topics, 4)
+    train, queries = [texts.train[i] for i in kept], [texts.queries[i] for i in asked]
+    topics = texts.query_topics[asked]
+    return Task(
+        "smollm2-lora",
+        "first sentences of the standard library's docstrings, 20 of each of six topics, of "
+        f"{FROM} to {TO} tokens; SmolLM2-135M-Instruct (30 layers of width 576, read from "
+        "weights in 4 bits) with LoRA of rank 4 on queries and values, which alone is trained and "
+        "tracked; a group is the held-out sentences of one topic",
+        encode(tokenizer, train, TO + 1),
+        encode(tokenizer, queries, TO + 1),
+        groups=[(topics == topic).nonzero()[:, 0].tolist() for topic in topics.unique()],
+        make=retrain_smollm.SmolLM,
+        losses=token_losses,
+        epochs=1,
+        batch_size=4,
+        lr=3e-3,
+        removed=[12],
+        total=4096,
+        texts=train,
+        query_texts=queries,
+        own={"seeds": 2, "random": 3, "methods": ["Dropout", DOT, "BM25"]},  # half an hour
+    )
+
+
 def tokenizer_of(texts: Sequence[str]) -> tokenizers.Tokenizer:
     """Byte pairs of these texts, `VOCABULARY` of them."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -170,7 +219,7 @@ def tokenizer_of(texts: Sequence[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> TensorDataset:
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], T: int = T) -> TensorDataset:
     """(ids, next ids) [n, T]: a text between two ends; what is behind has no loss."""
     ids = torch.zeros(len(texts), T + 1, dtype=torch.int64)
     following = torch.full((len(texts), T), PAD)

@@ -12,15 +12,14 @@ from torch.utils.data import DataLoader
 
 from dropinf.compression import Plan
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
-from dropinf.integrations.versions import require
+from dropinf.integrations.versions import tested
 from dropinf.rows import LossFn, RowStore, collect
 
-require("lightning", "2.6")
+with tested("lightning", "2.6"):
+    from lightning import Callback
 
-import lightning  # noqa: E402
 
-
-class InfluenceCallback(lightning.Callback):
+class InfluenceCallback(Callback):
     """Rows of the training examples of a `lightning.Trainer`.
 
         callback = InfluenceCallback(plan, loss_fn, path="rows")

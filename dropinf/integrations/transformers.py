@@ -9,26 +9,26 @@ from torch import Tensor, nn
 
 from dropinf.compression import Plan
 from dropinf.integrations.training import TrainingRows, in_order, undisturbed
-from dropinf.integrations.versions import require
+from dropinf.integrations.versions import tested
 from dropinf.rows import Drawn, RowStore, collect
 
-require("transformers", "5", tested="5.23")
+with tested("transformers", "5", release="5.23"):
+    from transformers import DataCollatorWithFlattening, TrainerCallback
+    from transformers.trainer_utils import has_length
 
-import transformers  # noqa: E402
-
-from dropinf.integrations.transformers_losses import (  # noqa: E402
-    Batch,
-    LossFn,
-    causal_lm_loss,
-    classification_loss,
-    loss_fn_for,
-    masked_lm_loss,
-    question_answering_loss,
-    refuse_packed,
-    seq2seq_loss,
-    target_names,
-    token_classification_loss,
-)
+    from dropinf.integrations.transformers_losses import (
+        Batch,
+        LossFn,
+        causal_lm_loss,
+        classification_loss,
+        loss_fn_for,
+        masked_lm_loss,
+        question_answering_loss,
+        refuse_packed,
+        seq2seq_loss,
+        target_names,
+        token_classification_loss,
+    )
 
 __all__ = [
     "InfluenceCallback",
@@ -46,7 +46,7 @@ __all__ = [
 _OF_TRAINERS = ("num_items_in_batch", "fused_lm_head")
 
 
-class InfluenceCallback(transformers.TrainerCallback):
+class InfluenceCallback(TrainerCallback):
     """Rows of the training examples of a `transformers.Trainer`.
 
         callback = InfluenceCallback(plan, path="rows")
@@ -173,7 +173,7 @@ def _refuse_training(args: Any, loader: Any, loss_fn: LossFn | None, when: str) 
     """Refuse a Trainer whose examples or weights the callback cannot reach."""
     collator = loader.collate_fn
     collator = getattr(collator, "data_collator", collator)  # inside of what drops columns
-    flattening = isinstance(collator, transformers.DataCollatorWithFlattening)
+    flattening = isinstance(collator, DataCollatorWithFlattening)
     if flattening or getattr(collator, "padding_free", False):
         why = (
             f"{type(collator).__name__} joins the examples of a batch into one row; use a data "
@@ -219,6 +219,6 @@ def _num_skipped(args: Any, state: Any, loader: Any) -> int:
     if not state.global_step or args.ignore_data_skip:
         return 0
     accumulated, steps = args.gradient_accumulation_steps, state.max_steps  # of an epoch
-    if transformers.trainer_utils.has_length(loader):
+    if has_length(loader):
         steps = max(-(-len(loader) // accumulated), 1)
     return state.global_step % steps * accumulated

@@ -60,7 +60,7 @@ def fetch(directory: Path) -> Path:
 
 
 def stand_in_for_torchvision(patch: pytest.MonkeyPatch) -> None:
-    """dattri's modules of CIFAR import torchvision, which is missing beside a CPU build of torch."""
+    """dattri's modules of CIFAR import torchvision, missing beside a CPU build of torch."""
     if importlib.util.find_spec("torchvision") is not None:
         return
     for name in ("torchvision", "torchvision.datasets", "torchvision.datasets.cifar"):

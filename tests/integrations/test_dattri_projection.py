@@ -181,9 +181,11 @@ def test_another_dattri_is_refused(monkeypatch, owner, name):
     """As its main branch, which has typed parameters for the dictionary; nothing stays replaced."""
     monkeypatch.delattr(owner, name)
     theirs = trak.random_project
-    with pytest.raises(ImportError, match=f"not like the releases .*0\\.3\\.x.*{name}.*pip install"):
-        with projection():
-            pass
+    with (
+        pytest.raises(ImportError, match=f"not like the releases .*0\\.3\\.x.*{name}.*pip install"),
+        projection(),
+    ):
+        pass
     assert trak.random_project is theirs
     monkeypatch.undo()  # before `dattri_is_as_before` looks
 

@@ -2,9 +2,10 @@
 
     python bench/dattri_tests.py
 
-The tests are those of the sdist of the installed version, fetched for the run and not kept. It ends
-with 1 unless each of them passes or is refused by `projection` with its reason, as two of DVEmb's
-factorised forms are, and with pytest's own status if there are none to run.
+The tests are those of the sdist of the installed version, fetched for the run and not kept. They
+take some minutes, as one trains a ResNet. It ends with 1 unless each passes or is refused by
+`projection` with its reason, as two of DVEmb's factorised forms are, and with pytest's own status
+if there are none to run.
 """
 
 from __future__ import annotations

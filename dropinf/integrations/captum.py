@@ -18,15 +18,14 @@ from torch.utils.data import (
 )
 
 from dropinf.compression import Compression, Plan
-from dropinf.integrations.versions import require
+from dropinf.integrations.versions import tested
 from dropinf.rows import RowStore, collect
 from dropinf.scoring import scores, self_influence, topk
 from dropinf.solvers import Cholesky, Solver
 
-require("captum", "0.9")
-
-from captum.influence import DataInfluence  # noqa: E402
-from captum.influence._utils.common import KMostInfluentialResults  # noqa: E402
+with tested("captum", "0.9"):
+    from captum.influence import DataInfluence
+    from captum.influence._utils.common import KMostInfluentialResults
 
 Loss = Callable[[Tensor, Any], Tensor]  # (outputs, labels) -> losses
 

@@ -38,16 +38,15 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from dropinf.compression import Compression, DropoutProjector, Energies, Plan
 from dropinf.integrations.batching import batched_outputs, check_first, first_alone
-from dropinf.integrations.versions import require
+from dropinf.integrations.versions import tested
 from dropinf.rows import RowStore, collect
 from dropinf.scoring import scores, self_influence
 from dropinf.solvers import Cholesky, Solver
 
-require("dattri", "0.3")
-
-from dattri.algorithm import dvemb, tracin, trak  # noqa: E402
-from dattri.algorithm.base import BaseAttributor  # noqa: E402
-from dattri.task import AttributionTask  # noqa: E402
+with tested("dattri", "0.3"):
+    from dattri.algorithm import dvemb, tracin, trak
+    from dattri.algorithm.base import BaseAttributor
+    from dattri.task import AttributionTask
 
 _NAME = "DropinfAttributor"
 
@@ -68,6 +67,8 @@ def projection(
             parameters in the attributor's layer_name, in that order, if it has one.
 
     Raises:
+        ImportError: dattri is not like its releases, as its main branch, whose attributors take
+            typed parameters for projector_kwargs.
         ValueError: in a call of the attributor: it was made outside, has a proj_type of its own, or
             is a DVEmbAttributor with factors; or what `dropinf.DropoutProjector` refuses.
     """
@@ -102,16 +103,17 @@ def projection(
         return project
 
     with ExitStack() as stack:
-        for module in (trak, tracin, dvemb):
-            # Attributors take them, and those of trak and tracin write projector_kwargs into them.
-            defaults = {**module.DEFAULT_PROJECTOR_KWARGS, "proj_type": wanted}
-            for name, value in (
-                ("DEFAULT_PROJECTOR_KWARGS", defaults),
-                ("random_project", random_project),
-            ):
-                stack.enter_context(mock.patch.object(module, name, value))
-        patch = mock.patch.object(dvemb.DVEmbAttributor, "_setup_projectors", _refuse_factors)
-        stack.enter_context(patch)
+        with tested("dattri", "0.3"):
+            for module in (trak, tracin, dvemb):
+                # Attributors take them, and of trak and tracin write projector_kwargs into them.
+                defaults = {**module.DEFAULT_PROJECTOR_KWARGS, "proj_type": wanted}
+                for name, value in (
+                    ("DEFAULT_PROJECTOR_KWARGS", defaults),
+                    ("random_project", random_project),
+                ):
+                    stack.enter_context(mock.patch.object(module, name, value))
+            patch = mock.patch.object(dvemb.DVEmbAttributor, "_setup_projectors", _refuse_factors)
+            stack.enter_context(patch)
         yield
 
 

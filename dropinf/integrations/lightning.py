@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dropinf.compression import Plan
-from dropinf.integrations.training import TrainingRows, in_order, undisturbed
-from dropinf.integrations.versions import require
-from dropinf.rows import LossFn, RowStore, collect
+from dropinf.integrations.training import TrainingRows, in_order, rows_after, why_not_ranks
+from dropinf.integrations.versions import tested
+from dropinf.rows import LossFn, RowStore
 
-require("lightning", "2.6")
+with tested("lightning", "2.6"):
+    from lightning import Callback
+    from lightning.pytorch.strategies import DDPStrategy
 
-import lightning  # noqa: E402
 
-
-class InfluenceCallback(lightning.Callback):
+class InfluenceCallback(Callback):
     """Rows of the training examples of a `lightning.Trainer`.
 
         callback = InfluenceCallback(plan, loss_fn, path="rows")
@@ -33,7 +33,8 @@ class InfluenceCallback(lightning.Callback):
     Args:
         plan: of the LightningModule.
         loss_fn: (module, batch) -> [B], one loss per example.
-        path: a directory to make for the rows; None keeps them in memory.
+        path: a directory to make for the rows; None keeps them in memory. Several processes
+            (strategy="ddp") need one, in a file system that all see, and write one store.
         when: "after" collects every example of the training data set once, in its order, when
             training has ended; "during" collects each batch as it comes, with the weights of that
             step, and `store.origin` [n, 2] says the step and the example, -1 without `index`;
@@ -70,7 +71,7 @@ class InfluenceCallback(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what gives no rows before training, and begin with them if "during"."""
         self.store = None
-        _refuse_training(trainer, self.when)
+        _refuse_training(trainer, self.when, self.path)
         if self.when == "during":
             self._rows = TrainingRows(pl_module, self.plan, self.path, self.loss_fn, self.options)
 
@@ -100,10 +101,7 @@ class InfluenceCallback(lightning.Callback):
             return
         given = trainer.train_dataloader
         loader = in_order(given, trainer.strategy.batch_to_device, given.batch_size)
-        with undisturbed(pl_module):
-            self.store = collect(
-                pl_module, loader, self.loss_fn, self.plan, self.path, **self.options
-            )
+        self.store = rows_after(pl_module, loader, self.loss_fn, self.plan, self.path, self.options)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the rows of a training that stopped with an error; `path` has those so far."""
@@ -112,13 +110,14 @@ class InfluenceCallback(lightning.Callback):
             self._rows = None
 
 
-def _refuse_training(trainer: Any, when: str) -> None:
+def _refuse_training(trainer: Any, when: str, path: str | os.PathLike | None) -> None:
     """Refuse a Trainer whose examples or weights the callback cannot reach."""
-    loader = trainer.train_dataloader
-    if trainer.world_size > 1:
+    loader, strategy = trainer.train_dataloader, type(trainer.strategy)
+    if trainer.world_size > 1 and strategy is not DDPStrategy:
         why = (
-            "the training is spread over devices, each of which sees a part; load the trained "
-            "module on one device and call dropinf.collect"
+            f"under {strategy.__name__} no process may have the whole module; of several "
+            "processes, only DDPStrategy is taken: load the trained module on one device and call "
+            "dropinf.collect"
         )
     elif trainer.precision != "32-true":
         why = (
@@ -130,6 +129,8 @@ def _refuse_training(trainer: Any, when: str) -> None:
             f"when='after' needs one DataLoader with a batch_size, got {type(loader).__name__}; "
             "use when='during', or dropinf.collect after training"
         )
+    elif trainer.world_size > 1 and (refused := why_not_ranks(loader, when, path)):
+        why = refused
     else:
         return
     raise ValueError(f"InfluenceCallback: {why}")

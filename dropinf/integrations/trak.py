@@ -30,16 +30,15 @@ from torch import Tensor, nn
 from dropinf.capturing import capture
 from dropinf.compression import Plan
 from dropinf.integrations.batching import batched_outputs, check_first, first_alone
-from dropinf.integrations.versions import require
+from dropinf.integrations.versions import tested
 
-require("traker", "0.3")
-
-from trak.gradient_computers import AbstractGradientComputer  # noqa: E402
-from trak.modelout_functions import (  # noqa: E402
-    AbstractModelOutput,
-    IterativeImageClassificationModelOutput,
-)
-from trak.projectors import NoOpProjector  # noqa: E402
+with tested("traker", "0.3"):
+    from trak.gradient_computers import AbstractGradientComputer
+    from trak.modelout_functions import (
+        AbstractModelOutput,
+        IterativeImageClassificationModelOutput,
+    )
+    from trak.projectors import NoOpProjector
 
 _NAME = "DropoutGradientComputer"
 

@@ -6,29 +6,30 @@ import os
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from dropinf.compression import Plan
-from dropinf.integrations.training import TrainingRows, in_order, undisturbed
-from dropinf.integrations.versions import require
-from dropinf.rows import Drawn, RowStore, collect
+from dropinf.integrations.training import TrainingRows, in_order, rows_after, why_not_ranks
+from dropinf.integrations.versions import tested
+from dropinf.rows import Drawn, RowStore
 
-require("transformers", "5", tested="5.23")
+with tested("transformers", "5", release="5.23"):
+    from transformers import DataCollatorWithFlattening, TrainerCallback
+    from transformers.trainer_utils import has_length
 
-import transformers  # noqa: E402
-
-from dropinf.integrations.transformers_losses import (  # noqa: E402
-    Batch,
-    LossFn,
-    causal_lm_loss,
-    classification_loss,
-    loss_fn_for,
-    masked_lm_loss,
-    question_answering_loss,
-    refuse_packed,
-    seq2seq_loss,
-    target_names,
-    token_classification_loss,
-)
+    from dropinf.integrations.transformers_losses import (
+        Batch,
+        LossFn,
+        causal_lm_loss,
+        classification_loss,
+        loss_fn_for,
+        masked_lm_loss,
+        question_answering_loss,
+        refuse_packed,
+        seq2seq_loss,
+        target_names,
+        token_classification_loss,
+    )
 
 __all__ = [
     "InfluenceCallback",
@@ -42,11 +43,13 @@ __all__ = [
 ]
 
 
+# Of accelerate's distributed types, those where each process has all weights.
+_WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU")
 # What Trainers hand to the model beside the batch; TRL's asks for losses in place of logits.
 _OF_TRAINERS = ("num_items_in_batch", "fused_lm_head")
 
 
-class InfluenceCallback(transformers.TrainerCallback):
+class InfluenceCallback(TrainerCallback):
     """Rows of the training examples of a `transformers.Trainer`.
 
         callback = InfluenceCallback(plan, path="rows")
@@ -58,7 +61,9 @@ class InfluenceCallback(transformers.TrainerCallback):
 
     Args:
         plan: of the model that is trained; with adapters of peft, of the whole PeftModel.
-        path: a directory to make for the rows; None keeps them in memory.
+        path: a directory to make for the rows; None keeps them in memory. Several processes
+            (torchrun, `accelerate launch`) need one, in a file system that all see, and write one
+            store.
         loss_fn: (model, batch) -> [B]; None takes `loss_fn_for(model)`, the model's own loss. A
             Trainer with another one (compute_loss_func) needs it, with when="after"; TRL's
             DPOTrainer and RewardTrainer need `losses.dpo_loss(reference)` and `losses.reward_loss`.
@@ -102,6 +107,8 @@ class InfluenceCallback(transformers.TrainerCallback):
         self.store = None
         loader = given["train_dataloader"]
         _refuse_training(args, loader, self.loss_fn, self.when)
+        if args.world_size > 1:
+            _refuse_ranks(args, loader, self.when, self.path)
         self._loss = self.loss_fn or loss_fn_for(model)
         if self.when == "during":
             self._rows = TrainingRows(model, self.plan, self.path, self._loss, self.options)
@@ -154,8 +161,7 @@ class InfluenceCallback(transformers.TrainerCallback):
             return {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
         loader = in_order(given["train_dataloader"], to_device, args.train_batch_size)
-        with undisturbed(model):
-            self.store = collect(model, loader, self._loss, self.plan, self.path, **self.options)
+        self.store = rows_after(model, loader, self._loss, self.plan, self.path, self.options)
 
     def close(self) -> None:
         """Take the callback off the model; rows in memory that are not finished are dropped."""
@@ -171,18 +177,21 @@ class InfluenceCallback(transformers.TrainerCallback):
 
 def _refuse_training(args: Any, loader: Any, loss_fn: LossFn | None, when: str) -> None:
     """Refuse a Trainer whose examples or weights the callback cannot reach."""
+    kind = getattr(args.distributed_state, "distributed_type", None)  # of accelerate
+    spread = "DATA_PARALLEL" if args.n_gpu > 1 else getattr(kind, "value", kind)
     collator = loader.collate_fn
     collator = getattr(collator, "data_collator", collator)  # inside of what drops columns
-    flattening = isinstance(collator, transformers.DataCollatorWithFlattening)
+    flattening = isinstance(collator, DataCollatorWithFlattening)
     if flattening or getattr(collator, "padding_free", False):
         why = (
             f"{type(collator).__name__} joins the examples of a batch into one row; use a data "
             "collator that pads"
         )
-    elif args.world_size > 1 or args.n_gpu > 1 or args.deepspeed:
+    elif spread not in _WHOLE_MODELS:
         why = (
-            "the training is spread over devices, each of which sees a part; load the trained "
-            "model on one device and call dropinf.collect"
+            f"under {spread} no process has the whole model as its own, only one device or "
+            "DistributedDataParallel is taken; load the trained model on one device and call "
+            "dropinf.collect"
         )
     elif args.label_smoothing_factor and (loss_fn is None or when == "during"):
         why = (
@@ -203,6 +212,26 @@ def _refuse_training(args: Any, loader: Any, loss_fn: LossFn | None, when: str) 
     raise ValueError(f"InfluenceCallback: {why}")
 
 
+def _refuse_ranks(args: Any, loader: Any, when: str, path: str | os.PathLike | None) -> None:
+    """Refuse several processes whose rows could not be told, or that have no place for them."""
+    from accelerate.data_loader import DataLoaderDispatcher  # which losses do without
+
+    why = why_not_ranks(loader, when, path)
+    streamed = isinstance(loader.dataset, IterableDataset)
+    if why is None and args.parallelism_config is not None:
+        why = (
+            "parallelism_config= shares a model or its texts out; load the trained model on one "
+            "device and call dropinf.collect"
+        )
+    if why is None and isinstance(loader, DataLoaderDispatcher) and not streamed:
+        why = (
+            "dispatch_batches=True draws all batches in one process, so that it is not known which "
+            "examples are whose; leave it out of accelerator_config"
+        )
+    if why is not None:
+        raise ValueError(f"InfluenceCallback: {why}")
+
+
 def _refuse_other_loss(loss_fn: LossFn, batch: Batch) -> None:
     """Refuse a training with a loss of its own, whose Trainer keeps the labels from the model."""
     missing = [name for name in target_names(loss_fn) if batch.get(name) is None]
@@ -219,6 +248,6 @@ def _num_skipped(args: Any, state: Any, loader: Any) -> int:
     if not state.global_step or args.ignore_data_skip:
         return 0
     accumulated, steps = args.gradient_accumulation_steps, state.max_steps  # of an epoch
-    if transformers.trainer_utils.has_length(loader):
+    if has_length(loader):
         steps = max(-(-len(loader) // accumulated), 1)
     return state.global_step % steps * accumulated

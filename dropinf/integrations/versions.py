@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 
-def require(package: str, series: str, tested: str | None = None) -> None:
-    """Refuse versions of `package` outside of `series`; what follows it may differ.
+@contextmanager
+def tested(package: str, series: str, release: str | None = None) -> Iterator[None]:
+    """Inside, an adapter takes what it needs of a tool: of a tested version, or not at all.
+
+        with tested("dattri", "0.3"):
+            from dattri.task import AttributionTask
+
+    Names may be missing under a tested number too, as in a checkout of what comes next.
 
     Args:
         package: the distribution's name.
         series: the versions that are taken: "0.3" all of 0.3, "5" all of 5.
-        tested: the version that was tested, of a series wider than that; None is all of it.
+        release: the version that was tested, of a series wider than that; None is all of it.
 
     Raises:
-        ImportError: the package is missing, or of another series.
+        ImportError: the package is missing, of another series, or lacks a name that is taken.
     """
     try:
         found = version(package)
@@ -26,5 +34,13 @@ def require(package: str, series: str, tested: str | None = None) -> None:
     if found.split(".")[: len(wanted)] != wanted:
         raise ImportError(
             f"dropinf.integrations: {package} {found} is not supported, tested is "
-            f"{tested or series + '.x'}; pip install '{package}=={series}.*'"
+            f"{release or series + '.x'}; pip install '{package}=={series}.*'"
         )
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"dropinf.integrations: this {package} {found} is not like the releases that were "
+            f"tested ({release or series + '.x'}): {error}; pip install --force-reinstall "
+            f"--no-deps '{package}=={series}.*'"
+        ) from error

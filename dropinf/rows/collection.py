@@ -86,7 +86,9 @@ class Collection:
         if world is None:
             self._writer = RowWriter(plan, path, expected, resume=resume, dtype=dtype)
         else:
-            self._writer = SharedWriter(plan, path, world=world, resume=resume, dtype=dtype)
+            self._writer = SharedWriter(
+                plan, path, world=world, resume=resume, dtype=dtype, distinct=not trained
+            )
         self._weights = None if trained else Weights(model, plan)
         self._options = _shaping(model, mode, segment_ids, loss_scale, dtype, options)
         if self._steps is not None:

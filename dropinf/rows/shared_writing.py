@@ -57,9 +57,11 @@ class SharedWriter(RowWriter):
         world: World,
         resume: bool = False,
         dtype: torch.dtype | None = None,
+        distinct: bool = True,
     ) -> None:
+        """As of `RowWriter`; `distinct`: no example may be of two ranks, as it may in training."""
         super().__init__(plan, path, resume=resume, dtype=dtype)
-        self._world = world
+        self._world, self._distinct = world, distinct
         self._writers: list[tuple[PartWriter, Lock]] = []
         self._there = False  # a store that is gone on with
         self._before: list[Part] = []
@@ -263,7 +265,8 @@ class SharedWriter(RowWriter):
         if not any(rows for rows, _ in counts):
             raise ValueError("collect: the loaders of all ranks are empty; they gave no batch")
         if self._world.rank == 0:
-            self._check_distinct()
+            if self._distinct:
+                self._check_distinct()
             for part in self._before:
                 if not part.finished:
                     writer = PartWriter(part.path)

@@ -161,6 +161,11 @@ def _drawing(loader: DataLoader, sampler: Sampler) -> DataLoader:
 
 def _refuse_unlike(loader: DataLoader) -> None:
     """Refuse a loader whose batches are not the same on all ranks."""
+    if hasattr(loader, "base_dataloader"):  # what accelerate makes, which draws of a loader inside
+        raise ValueError(
+            "split: this loader is of Accelerator.prepare, which draws a rank's share already and "
+            "fills up its last batch; give the loader as it was before"
+        )
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise TypeError(
             "split: the batches of an IterableDataset, or of a loader without batch_size, cannot "

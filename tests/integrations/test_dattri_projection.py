@@ -169,6 +169,27 @@ def test_projections_do_not_mix(monkeypatch):
     run(outside)
 
 
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (tracin, "DEFAULT_PROJECTOR_KWARGS"),
+        (dvemb, "random_project"),
+        (DVEmbAttributor, "_setup_projectors"),
+    ],
+)
+def test_another_dattri_is_refused(monkeypatch, owner, name):
+    """As its main branch, which has typed parameters for the dictionary; nothing stays replaced."""
+    monkeypatch.delattr(owner, name)
+    theirs = trak.random_project
+    with (
+        pytest.raises(ImportError, match=f"not like the releases .*0\\.3\\.x.*{name}.*pip install"),
+        projection(),
+    ):
+        pass
+    assert trak.random_project is theirs
+    monkeypatch.undo()  # before `dattri_is_as_before` looks
+
+
 WIDE = 30
 
 

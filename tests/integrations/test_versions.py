@@ -15,6 +15,7 @@ TESTED = [
     ("captum", "captum", "0.9"),
     ("lightning", "lightning", "2.6"),
 ]
+OTHERS = ["versions", "transformers", "transformers_losses", *(adapter for adapter, *_ in TESTED)]
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def installed(monkeypatch):
 
     def say(answer):
         monkeypatch.setattr(importlib.metadata, "version", answer)
-        for name in ["versions", *(adapter for adapter, *_ in TESTED)]:
+        for name in OTHERS:
             monkeypatch.delitem(sys.modules, f"dropinf.integrations.{name}", raising=False)
 
     # A second import replaces it, and is to be undone.
@@ -60,4 +61,28 @@ def test_no_version(installed, adapter, package, series):
 def test_another_patch_level(monkeypatch, adapter, package, series):
     for found in (f"{series}.0", f"{series}.99", f"{series}.1.dev3"):
         monkeypatch.setattr(versions, "version", lambda package, found=found: found)
-        versions.require(package, series)
+        with versions.tested(package, series):
+            pass
+
+
+NAMES = [  # which each adapter takes
+    ("trak", "trak.projectors", "NoOpProjector"),
+    ("dattri", "dattri.task", "AttributionTask"),
+    ("captum", "captum.influence._utils.common", "KMostInfluentialResults"),
+    ("lightning", "lightning", "Callback"),
+    ("transformers", "transformers.trainer_utils", "has_length"),
+    ("transformers", "transformers.models.auto.modeling_auto", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+]
+
+
+@pytest.mark.parametrize("adapter, module, name", NAMES)
+def test_a_missing_name(installed, monkeypatch, adapter, module, name):
+    """Of a version with a tested number, as a checkout of what comes next."""
+    monkeypatch.delattr(importlib.import_module(module), name)
+    installed(importlib.metadata.version)
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(f"dropinf.integrations.{adapter}")
+    said = str(caught.value)
+    assert name in said and "is not like the releases that were tested (" in said
+    assert "pip install --force-reinstall --no-deps '" in said
+    assert f"dropinf.integrations.{adapter}" not in sys.modules

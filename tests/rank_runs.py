@@ -31,23 +31,25 @@ def run_rank(rank, world, path, checks):
     )
     try:
         for check in checks:
-            check(rank, world, f"{path}/{check.__name__}")
             dist.barrier()
+            check(rank, world, f"{path}/{check.__name__}")
     except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)  # without the interpreter's teardown, in which gloo's threads may abort
 
 
-def run_alone(check, world, path):
-    """A check on ranks that no launcher ends when one of them is gone."""
-    command = f"from rank_runs import run_rank; from {check.__module__} import {check.__name__}; "
-    command += f"import sys; run_rank(int(sys.argv[1]), {world}, {str(path)!r}, [{check.__name__}])"
-    paths = [os.path.dirname(check.__code__.co_filename), str(ROOT / "tests"), str(ROOT)]
+def run_alone(checks, world, path):
+    """Checks of one file on ranks that no launcher ends when one of them is gone: exit codes."""
+    names = ", ".join(check.__name__ for check in checks)
+    command = f"import sys; from rank_runs import run_rank; from {checks[0].__module__} import "
+    command += f"{names}; run_rank(int(sys.argv[1]), {world}, {str(path)!r}, [{names}])"
+    file = checks[0].__code__.co_filename
+    paths = [os.path.dirname(file), str(ROOT / "tests"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen([sys.executable, "-c", command, str(rank)], env=environment)
         for rank in range(world)
     ]
-    for rank in ranks:
-        rank.wait(timeout=200)  # nobody reaps it before, as it is this process's
+    # Nobody reaps one before, as they are this process's.
+    return [rank.wait(timeout=200) for rank in ranks]

@@ -4,18 +4,17 @@ import os
 import signal
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from rank_runs import refused, run_alone, run_rank
+from rank_runs import refused, run_alone
 from torch import nn
 
 import dropinf
 from dropinf import Dropout, Plan, RowStore, over_ranks, solvers
 from dropinf.rows import Together
+from dropinf.scoring import query_scores
 from dropinf.solvers.primal import Primal
 from dropinf.world import RankError
 
@@ -237,15 +236,6 @@ def check_lost(rank, world, path):
     assert time.monotonic() - start < 20
 
 
-CHECKS = check_results, check_ties, check_hard_layers, check_refused, check_lost
-
-
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.more)])
-def test_ranks_beside_one(world, tmp_path):
-    checks = CHECKS if world == 2 else CHECKS[:3]
-    mp.spawn(run_rank, (world, tmp_path, checks), nprocs=world)
-
-
 def test_one_process(tmp_path):
     """Without torch.distributed it does nothing."""
     plan = plan_of()
@@ -257,37 +247,51 @@ def test_one_process(tmp_path):
         pass
 
 
-def die():
+def die(*given):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed(rank, world, path):
+def lost_in(rank, world, where):
     """The last rank goes without a word; the others say its number."""
     plan, last = plan_of(), world - 1
     store = RowStore(rows_of(50, plan), plan)
-    where = Path(path).parent.name
-    if rank == last and where == "sum":
-        Primal.gram = lambda *rest: die()
-    if rank == last and where == "exchange":
-        Together._sent = lambda *rest: die()
     start = time.monotonic()
     with refused(RankError, f"rank {last}", "is gone"), over_ranks():
+        if rank == last and where == "sum":
+            Primal.gram = die
+        if rank == last and where == "exchange":
+            Together._sent = die
         solver = solvers.Cholesky().fit(store)
         if rank == last:
-            dropinf.scoring.query_scores._largest_of = lambda *rest: die()
+            query_scores._largest_of = die
         dropinf.topk(store, store, solver, 3)
     assert time.monotonic() - start < 30
-    Path(f"{path}-said-{rank}").touch()
+
+
+def killed_in_sum(rank, world, path):
+    lost_in(rank, world, "sum")
+
+
+def killed_in_exchange(rank, world, path):
+    lost_in(rank, world, "exchange")
+
+
+def killed_in_topk(rank, world, path):
+    lost_in(rank, world, "topk")
+
+
+RESULTS = check_results, check_ties, check_hard_layers
 
 
 @pytest.mark.parametrize(
-    ("where", "world"),
-    [pytest.param("sum", 2, marks=pytest.mark.more), ("exchange", 3), ("topk", 2)],
+    ("world", "checks"),
+    [
+        (2, (*RESULTS, check_refused, check_lost, killed_in_topk)),
+        (3, (*RESULTS, killed_in_exchange)),
+        pytest.param(4, (*RESULTS, check_lost, killed_in_sum), marks=pytest.mark.more),
+    ],
+    ids=["two", "three", "four"],
 )
-def test_others_say_who_is_gone(tmp_path, where, world):
-    """In the middle of a fit, of what is sent, and of a topk, without a launcher that ends them."""
-    folder = tmp_path / where
-    folder.mkdir()
-    run_alone(killed, world, folder)
-    said = sorted(path.name for path in folder.glob("killed-said-*"))
-    assert said == [f"killed-said-{rank}" for rank in range(world - 1)]
+def test_ranks_beside_one(world, checks, tmp_path):
+    """The last rank is killed in the end, in a topk, in what is sent, in a sum over its rows."""
+    assert run_alone(checks, world, tmp_path) == [*[0] * (world - 1), -signal.SIGKILL]

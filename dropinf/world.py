@@ -18,7 +18,8 @@ from torch import distributed
 
 from dropinf import processes
 
-_PAUSES = 0.001, 0.2  # seconds between two looks, the first and the longest
+_PAUSES = 0.001, 0.02  # seconds until it is asked again whether others are here: first, longest
+_LOOK_SECONDS = 0.2  # between two looks whether they are alive
 _BEAT_SECONDS = 1.0  # between two signs of life
 _LINGERING = 2.0  # seconds that rank 0 gives others to hear of an error
 
@@ -153,7 +154,7 @@ class World:
             time.sleep(pause)
             pause = min(2 * pause, longest)
             now = time.monotonic()
-            if now - looked < longest:
+            if now - looked < _LOOK_SECONDS:
                 continue
             looked = now
             ranks = range(self.size)
@@ -192,7 +193,7 @@ class World:
         try:
             yield
         except distributed.DistError as error:
-            time.sleep(_PAUSES[1])  # of a process that is being ended
+            time.sleep(_LOOK_SECONDS)  # of a process that is being ended
             self._look_at_processes(range(self.size))
             raise RankError(
                 f"{self.op}: the ranks do not reach each other any more; that which holds the "

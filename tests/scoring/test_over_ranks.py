@@ -1,5 +1,6 @@
 """fit, scores, topk and self_influence by several ranks together, beside one process."""
 
+import copy
 import os
 import signal
 import time
@@ -9,7 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_runs import refused, run_alone
+from survival_cases import tensors
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import dropinf
 from dropinf import Dropout, Plan, RowStore, over_ranks, solvers
@@ -169,6 +174,31 @@ def check_hard_layers(rank, world, path):
         solvers.Cholesky(0.0).fit(RowStore(rows, plan))
 
 
+def check_models(rank, world, path):
+    """A model that is wrapped or sharded, from its batches to the largest scores."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    plan = Plan.make(model, Dropout(r=6))
+    loader = DataLoader(tensors(12), batch_size=2)
+
+    def losses(model, batch):
+        return model(batch[0]).pow(2).sum(1)
+
+    def collected(model, loader, path=None):
+        return dropinf.collect(model, loader, losses, plan, path, progress=False)
+
+    whole = collected(model, loader)
+    truth = dropinf.topk(whole, whole, solvers.Cholesky().fit(whole), 3)
+    for kind, wrap in (("ddp", DistributedDataParallel), ("sharded", fully_shard)):
+        wrapped = wrap(copy.deepcopy(model))
+        store = collected(wrapped, dropinf.split(loader), f"{path}-{kind}")
+        queries = collected(wrapped, loader)
+        with over_ranks():
+            values, indices = dropinf.topk(queries, store, solvers.Cholesky().fit(store), 3)
+        assert_near(values, truth[0])
+        assert torch.equal(indices, truth[1])
+
+
 def check_refused(rank, world, path):
     plan, last = plan_of(), world - 1
     store, queries = RowStore(rows_of(20, plan), plan), RowStore(rows_of(2, plan), plan)
@@ -280,7 +310,7 @@ def killed_in_topk(rank, world, path):
     lost_in(rank, world, "topk")
 
 
-RESULTS = check_results, check_ties, check_hard_layers
+RESULTS = check_results, check_ties, check_hard_layers, check_models
 
 
 @pytest.mark.parametrize(

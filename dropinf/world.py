@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any
 
 from torch import distributed
+from typing_extensions import Self
 
 from dropinf import processes
 
@@ -55,7 +56,7 @@ class World:
             pid = os.getpid()
             self._who = self.meet("begin", [processes.host(), pid, processes.started(pid)])
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -17,12 +17,11 @@ from dropinf.rows.store import RowStore
 _PROBED = 32  # rows of a store in memory that stand for all
 
 
-class _Piece:
-    """Rows of a part that follow each other, read as those of a `Part` are."""
-
-    path = None
+class _Piece(Part):
+    """Rows of a part that follow each other."""
 
     def __init__(self, whole: Part, start: int, stop: int) -> None:
+        self.path = None
         self._whole, self._start, self._stop = whole, start, stop
         self.packed, self.packing = whole.packed[start:stop], whole.packing
         self.header, self.extent, self.finished = whole.header, whole.extent, whole.finished

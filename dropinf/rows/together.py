@@ -49,11 +49,11 @@ def over_ranks(timeout: float = 600.0) -> Iterator[None]:
     Raises:
         RuntimeError: it is inside of another one; or another rank is gone, failed, or makes other
             calls.
-        ValueError: timeout is not positive.
+        ValueError: timeout is not a positive number.
     """
     global _ranks
-    if not timeout > 0:
-        raise ValueError(f"over_ranks: timeout must be positive, got {timeout!r}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"over_ranks: timeout must be a positive number, got {timeout!r}")
     if _ranks is not None:
         raise RuntimeError("over_ranks: this is inside of another one; leave out the inner one")
     with Together(timeout) as ranks, signs_of_life(ranks.beat):
@@ -88,8 +88,8 @@ class Together(World):
             RankError: one makes another call, or is gone.
         """
         for rank, theirs in enumerate(found := self.meet(call, about)):
-            for what, value in theirs.items():
-                if not _alike(value, found[0].get(what)):
+            for what in {**theirs, **found[0]}:
+                if not _alike(theirs.get(what), found[0].get(what)):
                     raise ValueError(
                         f"{call}: rank {rank} has other {what} than rank 0; inside of over_ranks() "
                         "all ranks give the same store, queries and solver"

@@ -233,10 +233,11 @@ def _shared(
     ranks = ranks_together()
     if ranks is None:
         return None, store
-    about = {f"{what} of the store": value for what, value in identity_of(store).items()}
-    if queries is not None:
-        about |= {f"{what} of the queries": value for what, value in identity_of(queries).items()}
-    ranks.agree(op, {**about, "arguments": arguments, "solver": repr(solver)})
+    about = {"arguments": arguments, "solver": repr(solver)}
+    for name, of in (("store", store), ("queries", queries), ("fit", solver.store)):
+        if of is not None:
+            about |= {f"{what} of the {name}": value for what, value in identity_of(of).items()}
+    ranks.agree(op, about)
     return ranks, ranks.share_of(store)
 
 

@@ -217,6 +217,11 @@ def check_refused(rank, world, path):
     def score_other():
         dropinf.scores(other if rank == last else queries, store, passes)
 
+    fitted = solvers.Cholesky().fit(other if rank == last else store)
+
+    def score_with_other():
+        dropinf.scores(queries, store, fitted)
+
     def take_other():
         dropinf.topk(queries, store, passes, k=1 + (rank == last))
 
@@ -234,6 +239,7 @@ def check_refused(rank, world, path):
         (fit_other, both, "has other rows than rank 0"),
         (fit_more, both, "has other arguments than rank 0"),
         (score_other, both, "number of rows of the queries than rank 0"),
+        (score_with_other, both, "has other rows of the fit than rank 0"),
         (take_other, both, "has other arguments than rank 0"),
         (one_alone, RankError, "make the same calls in the same order"),
         (nested, (RuntimeError, RankError), "leave out the inner one"),
@@ -241,7 +247,7 @@ def check_refused(rank, world, path):
         with refused(kind, words), over_ranks():
             call()
         dist.barrier()
-    with pytest.raises(ValueError, match="timeout must be positive, got 0"), over_ranks(0):
+    with pytest.raises(ValueError, match="must be a positive number, got 0"), over_ranks(0):
         pass
     assert_near(found, dropinf.scores(queries, store, passes))  # outside, it is as it was
 

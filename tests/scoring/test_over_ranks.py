@@ -179,7 +179,7 @@ def check_models(rank, world, path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     plan = Plan.make(model, Dropout(r=6))
-    loader = DataLoader(tensors(12), batch_size=2)
+    loader = DataLoader(tensors(24), batch_size=2)  # as many batches on each of 2 to 4 ranks
 
     def losses(model, batch):
         return model(batch[0]).pow(2).sum(1)

@@ -20,7 +20,7 @@ from dropinf.compression import (
 from dropinf.ops import BackendError, backends
 from dropinf.reporting import write_report
 from dropinf.results import Attribution, ScoreTable, attribute
-from dropinf.rows import LockedError, RowStore, collect, energies, split
+from dropinf.rows import LockedError, RowStore, collect, energies, over_ranks, split
 from dropinf.scoring import (
     agreement,
     ensemble,
@@ -70,6 +70,7 @@ __all__ = [
     "mean_query",
     "ops",
     "optimizer_updates",
+    "over_ranks",
     "scores",
     "self_influence",
     "solvers",

@@ -15,11 +15,14 @@ from itertools import count
 from typing import Any
 
 from torch import distributed
+from typing_extensions import Self
 
 from dropinf import processes
 
-_PAUSES = 0.001, 0.2  # seconds between two looks, the first and the longest
+_PAUSES = 0.001, 0.02  # seconds until it is asked again whether others are here: first, longest
+_LOOK_SECONDS = 0.2  # between two looks whether they are alive
 _BEAT_SECONDS = 1.0  # between two signs of life
+_LINGERING = 2.0  # seconds that rank 0 gives others to hear of an error
 
 _calls = count()  # of this process; all ranks make the same ones
 
@@ -53,7 +56,7 @@ class World:
             pid = os.getpid()
             self._who = self.meet("begin", [processes.host(), pid, processes.started(pid)])
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -117,13 +120,21 @@ class World:
             self._look(range(self.size))
 
     def _fail(self, error: BaseException) -> None:
-        """Have the others end, unless one of them ends this."""
-        if self.size == 1 or isinstance(error, RankError):
+        """Have the others end, and say the same of who is at fault."""
+        if self.size == 1:
             return
+        why = f"{self.op}: rank {self.rank} failed: {type(error).__name__}: {error}"
+        if isinstance(error, RankError):
+            why = str(error)
         with suppress(distributed.DistError):
             if not self._store.check(["failed"]):
-                why = f"{type(error).__name__}: {error}"
-                self._store.set("failed", json.dumps([self.rank, why]))
+                self._store.set("failed", json.dumps(why))
+            self._store.set(f"left/{self.rank}", "")
+            # By its end the others would lose what they talk through, and take it for the cause.
+            until = time.monotonic() + _LINGERING
+            left = [f"left/{rank}" for rank in range(self.size)]
+            while self.rank == 0 and time.monotonic() < until and not self._store.check(left):
+                time.sleep(_PAUSES[1])
 
     def leave(self) -> None:
         """The last thing: rank 0, which may hold what they talk through, goes last."""
@@ -144,7 +155,7 @@ class World:
             time.sleep(pause)
             pause = min(2 * pause, longest)
             now = time.monotonic()
-            if now - looked < longest:
+            if now - looked < _LOOK_SECONDS:
                 continue
             looked = now
             ranks = range(self.size)
@@ -168,8 +179,7 @@ class World:
     def _look(self, ranks: Any) -> None:
         """Raise if one of these is gone, or any has failed."""
         if self._store.check(["failed"]):
-            rank, why = json.loads(self._store.get("failed"))
-            raise RankError(f"{self.op}: rank {rank} failed: {why}")
+            raise RankError(json.loads(self._store.get("failed")))
         self._look_at_processes(ranks)
 
     def _look_at_processes(self, ranks: Any) -> None:
@@ -184,7 +194,7 @@ class World:
         try:
             yield
         except distributed.DistError as error:
-            time.sleep(_PAUSES[1])  # of a process that is being ended
+            time.sleep(_LOOK_SECONDS)  # of a process that is being ended
             self._look_at_processes(range(self.size))
             raise RankError(
                 f"{self.op}: the ranks do not reach each other any more; that which holds the "

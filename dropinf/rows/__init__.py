@@ -24,6 +24,8 @@ from dropinf.rows.row_passes import (
 )
 from dropinf.rows.shares import split
 from dropinf.rows.store import RowStore
+from dropinf.rows.stretches import identity_of
+from dropinf.rows.together import Together, over_ranks, ranks_together
 from dropinf.rows.watching import passes_watched
 from dropinf.rows.weights import Weights
 from dropinf.rows.writing import RowWriter
@@ -39,20 +41,24 @@ __all__ = [
     "OptimizerSteps",
     "RowStore",
     "RowWriter",
+    "Together",
     "Weights",
     "collect",
     "device_of",
     "digest_of_ids",
     "energies",
     "finite_rows",
+    "identity_of",
     "kept_beside",
     "listed",
     "mark_invalid",
     "mean_squares",
     "merged",
+    "over_ranks",
     "passes_watched",
     "products",
     "put",
+    "ranks_together",
     "refuse_shuffling",
     "solved_for",
     "split",

@@ -24,11 +24,23 @@ from dropinf.rows.batches import Batches
 _SHARE, _COST = 0.01, 2.0
 
 
-class Checks:
-    """The checks of one collection."""
+def compared(rank: int, world_size: int, most: int) -> list[int]:
+    """Numbers up to `most` of a rank's batches that are to be compared with plain autograd.
 
-    def __init__(self, batches: Batches) -> None:
+    The first; and once all ranks together have had 4, 8, 16, ... batches, one of one rank, which is
+    another one each time: more ranks do not compare more often, but for their first.
+    """
+    powers = range(2, (max(1, most) * world_size).bit_length() + 1)
+    return [0, *(-(-(1 << e) // world_size) for e in powers if e % world_size == rank)]
+
+
+class Checks:
+    """The checks of one collection, or of what a rank has of it."""
+
+    def __init__(self, batches: Batches, rank: int = 0, world_size: int = 1) -> None:
         self._batches = batches
+        # The ranks of a sharded model run the same passes.
+        self._rank, self._size = (0, 1) if batches.tap.sharded else (rank, world_size)
         self._prover = Prover(batches.model, batches.loss_fn, batches.plan)
         self._due: Snapshot | None = None
         self._alone = False  # an example was compared with itself alone
@@ -44,7 +56,7 @@ class Checks:
         self._prover.proof = before
 
     def before(self, number: int) -> None:
-        """Batch `number` comes next: whether it is to be compared, on all ranks alike."""
+        """Batch `number` of this rank comes next: whether it is to be compared."""
         tap, per = self._batches.tap, self._batches.per
         due = self._is_due(number) and isinstance(tap, ActivationsTap) and per != "segment"
         self._due = Snapshot(self._batches.model) if due else None
@@ -84,7 +96,7 @@ class Checks:
                 batches.places = places_of(batch, batches.num_examples, batches.batch_dim)
 
     def _is_due(self, number: int) -> bool:
-        if number & (number - 1) == 0 and number not in (1, 2):  # the first, and powers of two
+        if number in compared(self._rank, self._size, number):
             return True
         missing = len(self.proof.layers) < len(self._batches.plan.blocks)
         return missing and _COST * (self.proof.examples + 1) <= _SHARE * number

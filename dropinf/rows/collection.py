@@ -81,7 +81,8 @@ class Collection:
         self._batches = Batches(
             model, loss_fn, captured, mode, options, segment_ids, loss_scale, on_nonfinite
         )
-        self._checks = Checks(self._batches) if check else None
+        which = (0, 1) if world is None else (world.rank, world.size)
+        self._checks = Checks(self._batches, *which) if check else None
         self._writer: RowWriter | SharedWriter
         if world is None:
             self._writer = RowWriter(plan, path, expected, resume=resume, dtype=dtype)

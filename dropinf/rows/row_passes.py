@@ -42,7 +42,7 @@ def valid_rows(
         if not whole:
             bad &= valid.to(bad.device)
         if bad.any():
-            at = start + int(bad.nonzero()[0])
+            at = store.begins + start + int(bad.nonzero()[0])
             raise ValueError(
                 f"row {at} of the store is not finite; collect it again, or mark it in store.valid"
             )

@@ -52,7 +52,10 @@ class RowStore:
         weights: fingerprint of the weights that made the rows, None if that is not known.
         finished: whether all that was to be collected is there.
         proof: on how many examples, over which layers, `collect` compared rows with plain autograd.
+        begins: of a stretch of another store, the position there of its first row; else 0.
     """
+
+    begins = 0
 
     def __init__(
         self,

@@ -12,10 +12,13 @@ from dropinf import ops
 from dropinf.rows import (
     PART_BYTES,
     RowStore,
+    Together,
     device_of,
+    identity_of,
     kept_beside,
     mark_invalid,
     products,
+    ranks_together,
     solved_for,
     valid_rows,
 )
@@ -38,7 +41,8 @@ def scores(
 
     Positive: more of training example i lowers query q's loss. Solves for the m queries, never for
     the n training rows. F is what the solver was fitted on: of the training rows themselves the
-    empirical Fisher matrix (see `solvers.Solver.fit`).
+    empirical Fisher matrix (see `solvers.Solver.fit`). Inside of `over_ranks` each rank scores its
+    share of the training rows, and has all scores in the end.
 
     Args:
         queries: m rows.
@@ -70,16 +74,16 @@ def scores(
         )
     solver.check_plans("scores", queries, store, weights)
     _refuse_updates("scores", queries)
+    ranks, own = _shared("scores", store, solver, queries, relative=relative, by=by)
     solved = solved_for(queries.rows.to(device_of(queries, store)), store, solver.solve)
-    result = (products if by is None else layer_products)(solved, store).to(queries.read_dtype)
-    factors = _factors("scores", store, solver, relative, weights)
+    result = (products if by is None else layer_products)(solved, own).to(queries.read_dtype)
+    factors = _factors("scores", own, solver, relative)
     if factors is not None:
         result *= factors.to(result.device)
-    valid = queries.valid[:, None], store.valid
-    solver.check_scores(
-        "scores", result, valid, lambda *at: (solved[at[-2]], store.at([at[-1]])[0])
-    )
-    return mark_invalid(result, queries, store)
+    valid = queries.valid[:, None], own.valid
+    solver.check_scores("scores", result, valid, lambda *at: (solved[at[-2]], own.at([at[-1]])[0]))
+    result = mark_invalid(result, queries, own)
+    return result if ranks is None else ranks.joined(result)
 
 
 def topk(
@@ -94,6 +98,9 @@ def topk(
     largest: bool = True,
 ) -> tuple[Tensor, Any]:
     """The k training examples of largest score for each query, without forming [m, n].
+
+    Inside of `over_ranks` each rank takes those of its share of the training rows, and has the
+    largest of all in the end.
 
     Args:
         queries, store, solver, relative, weights: as in `scores`.
@@ -116,26 +123,15 @@ def topk(
     num_valid = int(store.valid.sum())
     if not 1 <= k <= num_valid:
         raise ValueError(f"topk: k must be 1 to {num_valid}, the valid rows of the store, got {k}")
+    ranks, own = _shared("topk", store, solver, queries, relative=relative, k=k, largest=largest)
     solved = solved_for(queries.rows.to(device_of(queries, store)), store, solver.solve)
     if not largest:
         solved = -solved
-    factors = _factors("topk", store, solver, relative, weights)
-    values = solved.new_full((len(queries), k), -torch.inf)
-    indices = torch.full((len(queries), k), -1, device=solved.device)
-    for start, numbers, scales in kept_beside(store, solved):
-        part = slice(start, start + len(numbers))
-        ops.score_topk(
-            solved,
-            numbers,
-            values,
-            indices,
-            scales=scales,
-            offsets=store.bounds,
-            first=start,
-            factors=None if factors is None else factors[part].to(solved),
-            valid=None if num_valid == len(store) else store.valid[part].to(solved.device),
-        )
-        del numbers, scales
+    values, indices = _largest_of(own, solved, k, _factors("topk", own, solver, relative))
+    if ranks is not None:
+        # Of equal ones the earlier row is first, as in one process.
+        found, order = ranks.joined(values).sort(dim=1, descending=True, stable=True)
+        values, indices = found[:, :k], ranks.joined(indices).gather(1, order[:, :k])
     values = values.to(queries.read_dtype)
 
     def terms(q: int, at: int) -> tuple[Tensor, Tensor]:
@@ -154,12 +150,38 @@ def topk(
     return values, _ids_at(store, indices, queries.valid) if ids else indices
 
 
+def _largest_of(
+    store: RowStore, solved: Tensor, k: int, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Values and positions of the k largest scores, or of all valid rows if these are fewer."""
+    num_valid = int(store.valid.sum())
+    k = min(k, num_valid)
+    values = solved.new_full((len(solved), k), -torch.inf)
+    indices = torch.full((len(solved), k), -1, device=solved.device)
+    for start, numbers, scales in kept_beside(store, solved) if k else ():
+        part = slice(start, start + len(numbers))
+        ops.score_topk(
+            solved,
+            numbers,
+            values,
+            indices,
+            scales=scales,
+            offsets=store.bounds,
+            first=store.begins + start,
+            factors=None if factors is None else factors[part].to(solved),
+            valid=None if num_valid == len(store) else store.valid[part].to(solved.device),
+        )
+        del numbers, scales
+    return values, indices
+
+
 def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") -> Tensor:
     """[n]: scores[i, i] of every training example, without forming [n, n].
 
     Large for what a model fits with few other examples: memorised, mislabelled, rare. Solves for
     all n rows, as many at a time as have room within the solver's `max_bytes`, or else in 256 MB;
-    `weights` is as in `scores`.
+    `weights` is as in `scores`. Inside of `over_ranks` each rank does so for its share of them, and
+    has all in the end.
 
     Returns:
         [n] in the rows' dtype, on their device; NaN where the row is invalid.
@@ -169,6 +191,12 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
             beyond the range of the rows' dtype, or a row takes more than `max_bytes`.
     """
     solver.check_plans("self_influence", store, store, weights)
+    ranks, own = _shared("self_influence", store, solver)
+    found = _own_influence(own, solver)
+    return found if ranks is None else ranks.joined(found)
+
+
+def _own_influence(store: RowStore, solver: Solver) -> Tensor:
     # A quarter is for the rows: two parts in memory, or one and its solutions, in float64.
     room, R = solver.room("self_influence", whole_store=True), store.plan.width
     here, there = room.share(1 / 4), room.share(3 / 4)
@@ -198,21 +226,34 @@ def _ids_at(store: RowStore, indices: Tensor, valid: Tensor) -> Any:
     return [[None if i == _NOWHERE else own[i] for i in row] for row in indices.tolist()]
 
 
-def _factors(
-    op: str, store: RowStore, solver: Solver, relative: bool, weights: str
-) -> Tensor | None:
+def _shared(
+    op: str, store: RowStore, solver: Solver, queries: RowStore | None = None, **arguments: Any
+) -> tuple[Together | None, RowStore]:
+    """The ranks of `over_ranks` and this one's rows; else None and the store."""
+    ranks = ranks_together()
+    if ranks is None:
+        return None, store
+    about = {"arguments": arguments, "solver": repr(solver)}
+    for name, of in (("store", store), ("queries", queries), ("fit", solver.store)):
+        if of is not None:
+            about |= {f"{what} of the {name}": value for what, value in identity_of(of).items()}
+    ranks.agree(op, about)
+    return ranks, ranks.share_of(store)
+
+
+def _factors(op: str, store: RowStore, solver: Solver, relative: bool) -> Tensor | None:
     """[n] factors of the training rows' scores, None for one each."""
     scaled = len(store) > 0 and solver.scale(torch.empty(0, store.plan.width)) is not None
     if not relative:
         return torch.cat([solver.scale(chunk) for _, chunk in store.chunks()]) if scaled else None
     if scaled:
         raise ValueError(f"{op}: relative=True with cosine=True would normalise twice; take one")
-    own = self_influence(store, solver, weights=weights)
+    own = _own_influence(store, solver)
     if (own < 0).any():
         at = int((own < 0).nonzero()[0])
         raise ValueError(
-            f"{op}: the self-influence of example {at} is {float(own[at]):.3g}, which no positive "
-            "definite inverse gives; raise the solver's accuracy or its damping"
+            f"{op}: the self-influence of example {store.begins + at} is {float(own[at]):.3g}, "
+            "which no positive definite inverse gives; raise the solver's accuracy or its damping"
         )
     return torch.where(own == 0, 0.0, own.rsqrt())  # a row of zeros has scores of zero
 

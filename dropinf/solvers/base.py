@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan, Plan
-from dropinf.rows import RowStore, finite_rows
+from dropinf.rows import RowStore, finite_rows, identity_of, ranks_together
 from dropinf.solvers.number_range import check_scores
 from dropinf.solvers.room import Room
 
@@ -42,6 +42,7 @@ class Solver(ABC):
     num_rows: int = 0
     device: torch.device = torch.device("cpu")
     max_bytes: int | None = None
+    _takes_part = False  # whether `fit` is shared out inside of `over_ranks`
     _kept_bytes: int = 0  # in memory, between fit and solve
     _given: Mapping[str, Any] = MappingProxyType({})  # arguments
 
@@ -69,12 +70,13 @@ class Solver(ABC):
 
         It may be another store than the one that is scored: of `losses.sampled` or
         `losses.gauss_newton` under the same plan. Of the training rows themselves F is the
-        empirical Fisher matrix.
+        empirical Fisher matrix. Inside of `over_ranks` all ranks fit together.
 
         Raises:
             ValueError: the store holds no valid row, a layer cannot be inverted, or does not fit
-                into `max_bytes`.
+                into `max_bytes`; or ranks cannot fit this together.
         """
+        self._agree_to_fit(store)
         n = int(store.valid.sum())
         if n == 0:
             raise ValueError(
@@ -87,6 +89,19 @@ class Solver(ABC):
         self.plan, self.store, self.weights = store.plan, store, store.weights
         self.num_rows, self.updates = n, store.updates
         return self
+
+    def _agree_to_fit(self, store: RowStore) -> None:
+        """Inside of `over_ranks`, with the other ranks."""
+        ranks = ranks_together()
+        if ranks is None:
+            return
+        name = type(self).__name__
+        if not self._takes_part:
+            raise ValueError(
+                f"{name}.fit: ranks do not fit it together; fit it on every rank before "
+                "over_ranks(), inside of which scores may be made with it"
+            )
+        ranks.agree(f"{name}.fit", {"arguments": repr(self._shown()), **identity_of(store)})
 
     def solve(self, rows: Tensor) -> Tensor:
         """[m, R] -> [m, R]: each layer's slice times the inverse of its damped matrix.

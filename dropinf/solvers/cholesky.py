@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan
-from dropinf.rows import PART_BYTES, RowStore
+from dropinf.rows import PART_BYTES, RowStore, ranks_together
 from dropinf.solvers.base import Joint, Solver
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.dual import Dual
@@ -20,6 +20,7 @@ from dropinf.solvers.group import Group, Layer, Setting
 from dropinf.solvers.primal import Primal
 from dropinf.solvers.room import Room
 from dropinf.solvers.saving import load_solver, save_solver
+from dropinf.solvers.shared_fit import fitted_together
 from dropinf.text_table import Table
 
 
@@ -55,6 +56,7 @@ class Cholesky(Solver):
     """
 
     layers: tuple[Layer, ...] = ()
+    _takes_part = True
     _spill: Spill | None = None
     _eigen: type[Eigen] = Eigen
 
@@ -98,8 +100,7 @@ class Cholesky(Solver):
     def _fit_groups(
         self, store: RowStore, groups: Sequence[Group], dampings: Mapping[LayerPlan, float]
     ) -> None:
-        for group in groups:
-            group.fit(store, [dampings[block] for block in group.blocks])
+        for group in fitted_together(ranks_together(), store, groups, dampings):
             if self._spill is not None:
                 group.factors = self._spill.append(group.factors)
 

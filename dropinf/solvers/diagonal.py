@@ -33,6 +33,8 @@ class Diagonal(Solver):
             zero in every row. (A layer that is zero as a whole gives zeros.)
     """
 
+    _takes_part = True
+
     def __init__(
         self,
         damping: float | Mapping[str, float] = 0.1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from dropinf.rows import (
     device_of,
     mark_invalid,
     products,
+    ranks_together,
     solved_for,
     valid_rows,
 )
@@ -64,6 +65,8 @@ class Eigen(Solver):
             it are in a temporary file, and read a layer at a time.
     """
 
+    _takes_part = True
+
     def __init__(
         self,
         damping: float | Mapping[str, float] = 0.1,
@@ -95,13 +98,35 @@ class Eigen(Solver):
         self._pairs: list[_Pairs] = []
         self._spill = None if fits else Spill()
         self._kept_bytes = kept if fits else 0
-        for block in blocks:
-            pairs = self._decompose(store, n, block, part_bytes)
+        for pairs in self._all_pairs(store, n, blocks, part_bytes):
             if self._spill is not None:
                 pairs = pairs._replace(V=self._spill.append(pairs.V.T.reshape(-1)))
             self._pairs.append(pairs)
             del pairs
         self._warn_of_rounding("fit", self._damping)
+
+    def _all_pairs(
+        self, store: RowStore, n: int, blocks: Sequence[LayerPlan], part_bytes: int | None
+    ) -> Iterator[_Pairs]:
+        """Of each layer; inside of `over_ranks` each rank decomposes another one at a time."""
+        ranks = ranks_together()
+        if ranks is None:
+            for block in blocks:
+                yield self._decompose(store, n, block, part_bytes)
+            return
+        for first in range(0, len(blocks), ranks.size):
+            some, mine = blocks[first : first + ranks.size], None
+            if ranks.rank < len(some):
+                mine = self._decompose(store, n, some[ranks.rank], part_bytes)
+            told = None if mine is None else [len(mine.s), mine.mean_diagonal]
+            said = ranks.meet("eigenvalues", told)
+            for rank, block in enumerate(some):
+                k, mean = said[rank]
+                numbers = torch.empty(k + k * block.r, dtype=torch.float64, device=store.device)
+                if rank == ranks.rank:
+                    numbers[:k], numbers[k:] = mine.s, mine.V.T.reshape(-1)
+                ranks.give(numbers, rank)
+                yield _Pairs(block, numbers[:k], numbers[k:].view(k, block.r).T, mean)
 
     def _vector_bytes(self, block: LayerPlan, n: int) -> int:
         return 8 * block.r * min(n, block.r, block.r if self.rank is None else self.rank)

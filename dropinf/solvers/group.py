@@ -94,6 +94,11 @@ class Group(ABC):
     def size(self) -> tuple[int, torch.dtype]:
         """Numbers in `factors`, and their dtype."""
 
+    def empty(self) -> Tensor:
+        """Room for `factors`, on their device."""
+        numbers, dtype = self.size()
+        return torch.empty(numbers, dtype=dtype, device=self.setting.device)
+
     @abstractmethod
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
         """Fill `layers` and `factors`.

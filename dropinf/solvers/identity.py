@@ -22,6 +22,8 @@ class Identity(Solver):
         max_bytes: bound of the memory, see `Solver`.
     """
 
+    _takes_part = True
+
     def __init__(self, cosine: bool = False, max_bytes: int | None = None) -> None:
         self.cosine = cosine
         self._bounded(max_bytes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dropinf.compression import LayerPlan, Plan
-from dropinf.rows import RowStore, mean_squares, valid_rows
+from dropinf.rows import RowStore, mean_squares, ranks_together, valid_rows
 from dropinf.solvers.room import Room
 
 
@@ -38,7 +38,12 @@ def diagonal_of(room: Room, store: RowStore, n: int) -> Tensor:
         ValueError: a layer's squares are beyond float64, or there is no room for a second [R].
     """
     room.need(f"a row of width R={store.plan.width}", 32 * store.plan.width)
-    diagonal = mean_squares(store, n, room.part_bytes)
+    ranks = ranks_together()
+    own = store if ranks is None else ranks.share_of(store)
+    diagonal = mean_squares(own, n, room.part_bytes)
+    if ranks is not None:
+        ranks.add(diagonal, bounds := ranks.bounds_of(len(diagonal)))
+        ranks.spread(diagonal, bounds)
     for block in store.plan.blocks:
         check_squares(room.op, block, diagonal[block.entries], store)
     return diagonal

@@ -43,13 +43,19 @@ class Primal(Group):
         return sum(block.r**2 for block in self.blocks), self.setting.dtype
 
     def fit(self, store: RowStore, dampings: Sequence[float]) -> None:
-        numbers, dtype = self.size()
-        F = torch.empty(numbers, dtype=dtype, device=self.setting.device)
-        exponents = self._gram(store, F)
+        F = self.empty()
+        self.factorise(store, F, self.gram(store, F), dampings)
+
+    def factorise(
+        self, store: RowStore, F: Tensor, peaks: Sequence[float], dampings: Sequence[float]
+    ) -> None:
+        """Fill `layers` and `factors`, given what `gram` makes of all rows of the store."""
+        dtype = self.setting.dtype
+        exponents = [0 if _LEAST <= peak <= _MOST else math.frexp(peak)[1] for peak in peaks]
         matrices = ops.unpack(F, self.offsets)
         for l, exponent in enumerate(exponents):
             if exponent:
-                Primal([self.blocks[l]], self.setting)._gram(store, matrices[l].view(-1), exponent)
+                Primal([self.blocks[l]], self.setting).gram(store, matrices[l].view(-1), exponent)
         diagonals = [matrix.diagonal().clone() for matrix in matrices]
         shift = F.new_empty(len(self.blocks))
         for l, (block, diagonal) in enumerate(zip(self.blocks, diagonals, strict=True)):
@@ -84,18 +90,20 @@ class Primal(Group):
                 )
         self.factors = F
 
-    def _gram(self, store: RowStore, F: Tensor, exponent: int = 0) -> list[int]:
-        """Every layer's F_l times 4^-exponent, packed, into F; the exponent each would need, 0
-        where the squares of its rows are well within the dtype's range."""
+    def gram(self, store: RowStore, F: Tensor, exponent: int = 0) -> list[float]:
+        """The store's part of every layer's F_l times 4^-exponent, packed, into F; the largest
+        entry of each layer's rows."""
         parts = valid_rows(store, self.columns, part_bytes=self.setting.part_bytes)
         peaks = torch.zeros(self.offsets[-1], dtype=torch.float64, device=F.device)
+        i = -1
         for i, rows in enumerate(parts):
             peaks = torch.maximum(peaks, rows.abs().amax(0).double())
             rows = scaled(rows, -exponent) if exponent else rows
             ops.gram(rows, self.offsets, scale=1 / self.setting.n, accumulate=i > 0, out=F)
+        if i < 0:
+            F.zero_()
         sizes = [block.r for block in self.blocks]
-        largest = [float(part.max()) if len(part) else 0.0 for part in peaks.split(sizes)]
-        return [0 if _LEAST <= peak <= _MOST else math.frexp(peak)[1] for peak in largest]
+        return [float(part.max()) if len(part) else 0.0 for part in peaks.split(sizes)]
 
     def _retry(
         self, store: RowStore, l: int, failed: int, factor: Tensor, diagonal: Tensor
@@ -106,7 +114,7 @@ class Primal(Group):
         unit = 4.0**exponent
 
         def factorise(λ: float) -> int:
-            alone._gram(store, packed, exponent)
+            alone.gram(store, packed, exponent)
             info = ops.damped_cholesky(packed, alone.offsets, λ / unit, out=packed).info
             return int(info[0]) or lost_pivot(factor, diagonal + λ / unit)
 

@@ -223,8 +223,22 @@ def test_batches_that_are_compared(monkeypatch):
     assert 13 < due <= 0.01 * 10_000 / 1.5 + 1
 
 
+@pytest.mark.parametrize("world_size", range(1, 6))
+def test_batches_that_ranks_compare(world_size):
+    """Beyond the first of each rank no more of them all than of one process, and on all in turn."""
+    few = range(1000)
+    ranks = [fake(True, rank, world_size) for rank in range(world_size)]
+    seen = [[n for n in few if Checks._is_due(checks, n)] for checks in ranks]
+    assert all(numbers[0] == 0 for numbers in seen)
+    counts = [len(numbers) - 1 for numbers in seen]
+    assert max(counts) - min(counts) <= 1
+    powers = [e for e in range(2, 14) if -(-(2**e) // world_size) < 1000]
+    assert sum(counts) == len(powers)
+
+
 class fake:
-    def __init__(self, all_layers):
+    def __init__(self, all_layers, rank=0, world_size=1):
+        self._rank, self._size = rank, world_size
         self.proof = proof.Proof(layers={"a", "b"} if all_layers else {"a"})
         self._batches = type("B", (), {"plan": type("P", (), {"blocks": [1, 2]})})
 

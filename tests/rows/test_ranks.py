@@ -6,15 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rank_runs import refused, run_alone, run_rank
 from survival_cases import tensors
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -43,14 +41,6 @@ def plan_of(model):
 def gather(loader, path=None, loss_fn=losses, model=None, **options):
     model = net() if model is None else model
     return collect(model, loader, loss_fn, plan_of(model), path, progress=False, **options)
-
-
-@contextmanager
-def refused(kind, *words):
-    """On this rank by that error, and none of the words missing."""
-    with pytest.raises(kind) as found:
-        yield
-    assert all(word in str(found.value) for word in words), found.value
 
 
 def assert_same(store, whole):
@@ -194,24 +184,6 @@ def check_failed(rank, world, path):
         gather(split(loader), f"{path}-begun", loss_fn=failing)
 
 
-def run_rank(rank, world, path, checks):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{path}/group",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        for check in checks:
-            check(rank, world, f"{path}/{check.__name__}")
-            dist.barrier()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # without the interpreter's teardown, in which gloo's threads may abort
-
-
 @pytest.mark.filterwarnings("ignore:RowStore.load", "ignore:collect")
 def test_ranks_beside_one(tmp_path):
     """Two, and three, and what three began is completed by two and by one."""
@@ -323,34 +295,12 @@ def killed(rank, world, path):
     with refused(RankError, "rank 1", "is gone"):
         gather(split(loader), path, slow, check=False)
     assert time.monotonic() - start < 60
-    Path(f"{path}-said-{rank}").touch()
-    if rank == 0:  # which would end the others by its end
-        while len(list(Path(path).parent.glob("*-said-*"))) < world - 1:
-            time.sleep(0.05)
 
 
 @pytest.mark.more
 @pytest.mark.filterwarnings("ignore:RowStore.load", "ignore:collect")
 def test_others_say_who_is_gone(tmp_path):
     """Without a launcher that ends them."""
-    world = 3
-    command = "from test_ranks import run_rank, killed; import sys; "
-    command += f"run_rank(int(sys.argv[1]), {world}, {str(tmp_path)!r}, [killed])"
-    here = os.path.dirname(__file__)
-    paths = [here, os.path.dirname(here), os.path.dirname(os.path.dirname(here))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", command, str(rank)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for rank in ranks:
-        rank.wait(timeout=200)  # nobody reaps it before, as it is this process's
-    assert (tmp_path / "killed-said-0").exists() and (tmp_path / "killed-said-2").exists()
+    assert run_alone([killed], 3, tmp_path) == [0, -signal.SIGKILL, 0]
     store = RowStore.load(tmp_path / "killed")
     assert not store.finished and len(store) >= 12

@@ -166,8 +166,8 @@ def factored_outer(
 
     out[b, p * b' + q] = weights[p * b' + q] * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
 
-    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx][:, :, i_idx].flatten(1) * weights, without the
-    [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
+    Equal to `einsum("bto,bti->boi", dy, x)[:, o_idx][:, :, i_idx].flatten(1) * weights`, without
+    the [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
 
     Args:
         x: [B, T, I] layer input, float32, bfloat16, float16 or float64.

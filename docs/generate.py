@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,8 @@ REFERENCE: dict[str, tuple[str, list[str]]] = {
             "solvers.DataInf",
             "solvers.Diagonal",
             "solvers.Identity",
+            "solvers.Solver",
+            "solvers.DampingChoice",
         ],
     ),
     "scores": (
@@ -89,16 +90,44 @@ def reference_page(name: str) -> str:
 
 
 def options_page() -> str:
-    """Every command with its arguments and options, as `--help` has them."""
+    """Every command with its arguments and options, as `--help` has them.
+
+    What several commands take is told once, at the end: the options of all, and the parts of a job.
+    """
     from typer.main import get_command
 
     from dropinf.cli.app import app
 
-    parts = ["# Commands and their options", "Made from the command line itself.\n"]
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        parts.append(f"## dropinf {name}\n\n{command.help}\n\n{_as_code(command.epilog)}\n")
-        parts += _option_tables(command.params)
-    return "\n".join(parts)
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    of_all = set.intersection(*({p.name for p in c.params} for c in commands.values()))
+    parts: dict[str, list[Any]] = {}  # of a job
+    text = ["# Commands and their options", "Made from the command line itself.\n"]
+    for name, command in commands.items():
+        own = [p for p in command.params if p.name not in of_all and not _part(p)]
+        text += [f"## dropinf {name}", command.help, _as_code(command.epilog), *_table(own)]
+        taken: dict[str, list[Any]] = {}
+        for param in command.params:
+            if _part(param):
+                taken.setdefault(_part(param), []).append(param)
+        if taken:
+            links = (f"[{part}](#{_anchor(part)})" for part in taken)
+            text.append(f"And the options of {', '.join(links)}.")
+        parts.update(taken)
+    shared = [p for p in next(iter(commands.values())).params if p.name in of_all]
+    text += ["## Options of every command", *_table(shared)]
+    for part, params in parts.items():
+        text += [f"## {part}", *_table(params)]
+    return "\n\n".join(text) + "\n"
+
+
+def _part(param: Any) -> str:
+    """The part of a job's file that an option stands for."""
+    return getattr(param, "rich_help_panel", None) or ""
+
+
+def _anchor(title: str) -> str:
+    """The name that mkdocs gives a heading."""
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
 def _as_code(epilog: str) -> str:
@@ -107,19 +136,14 @@ def _as_code(epilog: str) -> str:
     return "\n".join(["```sh", *examples, "```"])
 
 
-def _option_tables(params: list[Any]) -> Iterator[str]:
-    """A table for each part of a job's file, and one of the rest."""
-    panels: dict[str, list[Any]] = {}
+def _table(params: list[Any]) -> list[str]:
+    rows = ["| option | |", "| --- | --- |"]
     for param in params:
-        panels.setdefault(getattr(param, "rich_help_panel", None) or "", []).append(param)
-    for panel, found in panels.items():
-        yield f"| {panel or 'option'} | |\n| --- | --- |"
-        for param in found:
-            names = param.opts if param.param_type_name == "option" else [param.name.upper()]
-            shown = ", ".join(f"`{one}`" for one in names)
-            text = " ".join((param.help or "").split()).replace("|", "\\|").replace("<", "&lt;")
-            yield f"| {shown} | {text} |"
-        yield ""
+        names = param.opts if param.param_type_name == "option" else [param.name.upper()]
+        shown = ", ".join(f"`{one}`" for one in names)
+        said = " ".join((param.help or "").split()).replace("|", "\\|").replace("<", "&lt;")
+        rows.append(f"| {shown} | {said} |")
+    return ["\n".join(rows)] if params else []
 
 
 def generated() -> dict[str, str]:

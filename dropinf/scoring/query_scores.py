@@ -40,6 +40,8 @@ def scores(
     the n training rows. F is what the solver was fitted on: of the training rows themselves the
     empirical Fisher matrix (see `solvers.Solver.fit`).
 
+        scores = dropinf.scores(asked, store, solver)  # [m, n]
+
     Args:
         queries: m rows.
         store: n training rows under the same plan.
@@ -94,6 +96,8 @@ def topk(
     largest: bool = True,
 ) -> tuple[Tensor, Any]:
     """The k training examples of largest score for each query, without forming [m, n].
+
+        values, indices = dropinf.topk(asked, store, solver, k=5)  # [m, 5] each
 
     Args:
         queries, store, solver, relative, weights: as in `scores`.
@@ -160,6 +164,8 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
     Large for what a model fits with few other examples: memorised, mislabelled, rare. Solves for
     all n rows, as many at a time as have room within the solver's `max_bytes`, or else in 256 MB;
     `weights` is as in `scores`.
+
+        own = dropinf.self_influence(store, solver)  # [n]
 
     Returns:
         [n] in the rows' dtype, on their device; NaN where the row is invalid.

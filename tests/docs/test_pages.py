@@ -9,19 +9,18 @@ from places import ROOT
 
 import dropinf
 
-# Of several processes: run by a test of its own.
-ELSEWHERE = {"distributed.md"}
-
 
 def shown(page):
     return page.relative_to(ROOT / "docs" if page.name != "README.md" else ROOT).as_posix()
 
 
-WITH_CODE = [page for page in pages.pages() if pages.blocks(page) and shown(page) not in ELSEWHERE]
+WITH_CODE = [page for page in pages.pages() if pages.blocks(page)]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=shown)
 def test_page(page, tmp_path, monkeypatch, capsys):
+    if any("torchrun" in block for block in pages.blocks(page)):
+        pytest.skip("it is of several processes, as tests/rows/test_distributed.py")
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="choose_damping: .* end of the dampings")

@@ -66,7 +66,7 @@ REFERENCE: dict[str, tuple[str, list[str]]] = {
             "optimizer_updates",
         ],
     ),
-    "looking": ("Looking at scores", ["attribute", "Attribution", "write_report"]),
+    "looking": ("Looking at scores", ["attribute", "Attribution", "ScoreTable", "write_report"]),
     "losses": ("Losses", ["losses"]),
     "evaluate": ("Evaluation", ["evaluate"]),
     "ops": ("Ops", ["backends", "BackendError", "ops"]),

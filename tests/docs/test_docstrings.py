@@ -121,7 +121,13 @@ def of_layers():
     }
 
 
+def of_a_data_set():
+    datasets = pytest.importorskip("datasets", reason="pip install 'dropinf[arrow]'")
+    return {"data": datasets.Dataset.from_dict({"text": ["..."] * 100})}
+
+
 OTHERS = {
+    "dropinf.ScoreTable": of_a_data_set,
     **{f"dropinf.losses.{kind}_loss": of_texts for kind in ("causal_lm", "masked_lm", "seq2seq")},
     "dropinf.losses.token_classification_loss": of_texts,
     "dropinf.losses.dpo_loss": of_texts,

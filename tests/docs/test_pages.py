@@ -89,6 +89,19 @@ def evaluating(names, folder, printed):
     assert (folder / "halves" / "losses.jsonl").read_bytes().count(b"\n") == 1 + 2 * 40
 
 
+def arrow(names, folder, printed):
+    store, scores = names["store"], names["scores"]
+    assert torch.equal(names["batch"], store.rows[:8])
+    assert sum(map(len, names["parts"])) == 50 * store.plan.width
+    assert names["asked"].ids == [f"a{i}" for i in range(50)]
+    assert list(names["frame"].columns[:3]) == ["id", "score_a0", "score_a1"]
+    assert (folder / "scores.csv").read_text().count("\n") == 51
+    assert names["arrow"].num_rows == 50 and scores.shape == (50, 50)
+    assert names["best"].to_arrow().num_rows == 50 * 2 * 5
+    assert isinstance(names["data"], names["datasets"].Dataset)
+    assert names["data"]["self_influence"][:] == names["own"].tolist()
+
+
 def trak(names, folder, printed):
     for name in ("before", "projected", "fast"):
         assert names[name].shape == (100, 20) and names[name].std() > 0
@@ -123,6 +136,7 @@ CHECKS = {
     "losses.md": losses,
     "energy.md": energy,
     "damping.md": damping,
+    "arrow.md": arrow,
     "evaluating.md": evaluating,
     "tools/trak.md": trak,
     "tools/dattri.md": dattri,

@@ -4,7 +4,7 @@ PYTHON ?= python3
 comma := ,
 BIN := .venv/bin
 # nvcc from the package index where there is none.
-EXTRAS := demo,test,arrow,dask,faiss$(if $(shell command -v nvcc),,$(comma)nvcc)
+EXTRAS := demo,docs,test,arrow,dask,faiss$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # The oldest Triton that pyproject.toml allows, which is torch 2.11's; like there, on Linux.
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0)
@@ -15,7 +15,7 @@ HOST := $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda_host/c10
 GPU_PYTHON ?= python3
 PART ?=
 
-.PHONY: demo test test-more experiments bench bench-check gpu peers sanitize lint format wheel clean
+.PHONY: demo docs test test-more experiments bench bench-check gpu peers sanitize lint format wheel clean
 
 demo: .venv/installed
 	$(BIN)/python -m dropinf demo
@@ -25,6 +25,10 @@ pytest := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: .venv/installed $(OLD_TRITON) lint
 	$(pytest)
+
+# The manual, into build/site; a warning is an error. The variable silences the theme's advertisement of its successor.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Tests of what measures: slow, and seldom concerned by a change.
 test-more: .venv/installed

@@ -27,7 +27,7 @@ def make_tasks(glue: tuple[str, ...] = (), glue_folder: Path | None = None) -> d
     }
     missing = quality_minilm.missing_packages()
     if missing:
-        print(f"minilm-lora is left out: no {', '.join(missing)}; see CONTRIBUTING.md")
+        print(f"minilm-lora is left out: no {', '.join(missing)}; see docs/developing/measuring.md")
     else:
         tasks["minilm-lora"] = opening_lines
     # Until it fits nearly all it was given, wrong labels too.

@@ -1,6 +1,6 @@
 """A pretrained small transformer with LoRA, and sentences with labels, both out of packages.
 
-The packages are optional (CONTRIBUTING.md says how to get them); nothing is downloaded.
+The packages are optional; docs/developing/measuring.md says how to get them. Nothing is downloaded.
 """
 
 from copy import deepcopy

@@ -169,7 +169,7 @@ def make_tasks() -> list[Task]:
     ]
     missing = quality_minilm.missing_packages()
     if missing:
-        print(f"minilm-lora is left out: no {', '.join(missing)}; see CONTRIBUTING.md")
+        print(f"minilm-lora is left out: no {', '.join(missing)}; see docs/developing/measuring.md")
         return tasks
     # A half takes as long as some tens of the others'.
     return [

@@ -26,7 +26,15 @@ _FACTOR = 3.0
 
 
 class ProofError(RuntimeError):
-    """Rows that are not what plain autograd gives."""
+    """Rows that are not what plain autograd gives.
+
+    `collect` raises it at the first difference beyond rounding.
+
+        try:
+            store = dropinf.collect(model, loader, loss_fn, plan)
+        except dropinf.ProofError as error:
+            print(error)  # which layer differs, and by how much
+    """
 
 
 @dataclass

@@ -25,6 +25,9 @@ def energies_from_adam(optimizer: Optimizer, model: nn.Module) -> Energies:
     gradients of batches, of the last 1 / (1 - beta2) steps, with whatever loss and weight decay
     were trained with: where that is not what influence is asked of, `energies` is nearer.
 
+        energies = dropinf.energies_from_adam(optimizer, model)
+        plan = dropinf.Plan.make(model, dropinf.Dropout(r=1024, energies=energies))
+
     Args:
         optimizer: Adam, AdamW, NAdam or RAdam of torch.optim, which has trained `model` or was
             loaded with the state of one that has; or what Accelerate wraps around it.

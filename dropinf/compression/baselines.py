@@ -53,6 +53,8 @@ class _Projected(AsWritten, ABC):
 class Gaussian(_Projected):
     """Independent Gaussian weights, as in TRAK (arXiv 2303.14186, section 3.2).
 
+        plan = dropinf.Plan.make(model, dropinf.Gaussian(r=256))
+
     Args:
         r, rate, total, seed, allocation: as in `Dropout`.
     """
@@ -66,6 +68,8 @@ class Gaussian(_Projected):
 class Rademacher(_Projected):
     """Independent weights of +1 and -1 (Achlioptas 2003), the default of TRAK.
 
+        plan = dropinf.Plan.make(model, dropinf.Rademacher(r=256))
+
     Args:
         r, rate, total, seed, allocation: as in `Dropout`.
     """
@@ -78,6 +82,8 @@ class Rademacher(_Projected):
 @dataclass(frozen=True, repr=False)
 class SJLT(_Projected):
     """A sparse projection: s entries for each coordinate, random signs (Kane & Nelson 2014).
+
+        plan = dropinf.Plan.make(model, dropinf.SJLT(r=256))
 
     Args:
         r, rate, total, seed, allocation: as in `Dropout`.
@@ -95,6 +101,8 @@ class SJLT(_Projected):
 class FJLT(_Projected):
     """Random signs, a Hadamard transform, and r of its entries (Ailon & Chazelle 2009).
 
+        plan = dropinf.Plan.make(model, dropinf.FJLT(r=256))
+
     Args:
         r, rate, total, seed, allocation: as in `Dropout`.
     """
@@ -110,6 +118,8 @@ class LoGra(_Projected):
 
     The matrices are [O, a] and [I, b], with sides a b as in `FactoredDropout`; parameters of one
     dimension have a Gaussian projection.
+
+        plan = dropinf.Plan.make(model, dropinf.LoGra(r=256))
 
     Args:
         r, rate, total, seed, allocation: as in `Dropout`.

@@ -25,6 +25,8 @@ class Dropout(AsWritten):
     """Keep coordinates drawn without replacement: uniformly (arXiv 2509.15651, section 3.1), or by
     energy.
 
+        plan = dropinf.Plan.make(model, dropinf.Dropout(r=1024, energies=energies))
+
     Exactly one of the first three is given:
 
     Args:
@@ -69,7 +71,12 @@ class Dropout(AsWritten):
 
 @dataclass(frozen=True, repr=False)
 class Full(AsWritten):
-    """Keep every coordinate: the exact method, for small models and tests."""
+    """Keep every coordinate: the exact method, for small models and tests.
+
+    A row is the gradient itself, layer by layer.
+
+        plan = dropinf.Plan.make(model, dropinf.Full())
+    """
 
     def keep(self, layers: Sequence[Layer]) -> list[list[Part]]:
         """Of each layer (name, shapes): the part of each parameter, all of it."""

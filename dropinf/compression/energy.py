@@ -113,6 +113,9 @@ class Energies:
     rows [a] and columns [b] of the matrix that `sides` takes it for, kept as integer levels, so
     that what is drawn from them is the same on every machine.
 
+        energies = dropinf.energies(model, loader, loss_fn)
+        rows, columns = energies["0.weight"]  # [O] and [I]: E g_oi^2 is rows[o] * columns[i]
+
     Attributes:
         params: by the names of the parameters, in their order in the model.
         size: numbers of all parameters together.

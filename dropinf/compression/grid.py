@@ -25,6 +25,8 @@ class FactoredDropout(AsWritten):
     proportion to their size, at least one each; where there are fewer, the layer keeps plain
     coordinates.
 
+        plan = dropinf.Plan.make(model, dropinf.FactoredDropout(r=256))
+
     Args:
         r, rate, total, seed, allocation: as in `Dropout`. A grid has the largest number of entries
             not above what falls to its weight, with sides as equal as the shape allows, give or

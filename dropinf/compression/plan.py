@@ -115,6 +115,10 @@ class LayerPlan:
 class Plan:
     """The coordinates that every row keeps; a pure function of layer shapes and compression.
 
+        plan = dropinf.Plan.make(model, dropinf.Dropout(r=1024), exclude="2.bias")
+        print(plan.describe())
+        plan.save("plan.json")
+
     Attributes:
         compression: what chose the coordinates.
         blocks: one `LayerPlan` a layer, in the order of the model's modules.

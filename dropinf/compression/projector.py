@@ -45,6 +45,9 @@ class DropoutProjector:
     Time is O(B r) and memory O(r), beside O(B r) for the result, and the energies. Gradients are
     read where they are: a dictionary or list of parameters is neither flattened, joined nor cast.
 
+        projector = dropinf.DropoutProjector(grad_dim=1539, proj_dim=256, seed=0)
+        features = projector.project(torch.randn(8, 1539), model_id=0)  # [8, 256]
+
     Args:
         grad_dim: D, numbers in an example's gradient; may exceed 2^31.
         proj_dim: r, 1 to D.

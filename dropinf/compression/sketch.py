@@ -34,6 +34,8 @@ class Sketch(AsWritten):
     with `Dropout`. Each entry averages over s coordinates, which keeps more of the signal at small
     r. (A count sketch, Charikar et al. 2002, of the drawn coordinates, with buckets of one size.)
 
+        plan = dropinf.Plan.make(model, dropinf.Sketch(r=256, s=4))
+
     Args:
         r: entries of each layer; or, exactly one of the three,
         s: coordinates of an entry.

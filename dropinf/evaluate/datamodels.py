@@ -17,6 +17,8 @@ def lds(scores: Tensor, members: Tensor, losses: Tensor) -> Estimate:
     sums rank the models as training does, 0 by chance. Ties share their mean rank; a query whose
     sums or losses all tie has 0.
 
+        print(dropinf.evaluate.lds(scores, members, losses))
+
     Args:
         scores: [m, n], positive where more of an example lowers the query's loss. Queries that are
             NaN throughout are left out; examples that are count as 0 in every sum.

@@ -13,6 +13,9 @@ from torch import Tensor
 class Estimate:
     """A figure, and how sure it is.
 
+        found = dropinf.evaluate.lds(scores, members, losses)
+        print(found)  # the value, and its errors
+
     Attributes:
         value: the mean over the queries.
         error: its standard error: how far the value of other queries would be from it, by the same

@@ -14,6 +14,8 @@ def mislabeled_auc(values: Tensor, wrong: Tensor) -> Estimate:
     It is the probability that an example with a wrong label has a larger value than one with a
     right label, where a tie counts a half: 0.5 by chance.
 
+        print(dropinf.evaluate.mislabeled_auc(own, wrong))
+
     Args:
         values: [n], large where a label is suspicious: self-influence or the loss as they are, but
             *minus* the mean influence on good queries (`-scores.nanmean(0)`), which is low where a

@@ -15,6 +15,9 @@ from dropinf.ranks import standard_ranks
 class LeaveOneOut:
     """What `leave_one_out` returns; each is of a query's examples, and then a mean over queries.
 
+        found = dropinf.evaluate.leave_one_out(scores, without_one, baseline)
+        print(found.rank_correlation, found.slope)
+
     Attributes:
         rank_correlation: Spearman's, of scores and changes of the loss.
         correlation: Pearson's.
@@ -36,6 +39,8 @@ def leave_one_out(
     is shared by all examples, as of a baseline that was trained otherwise, does not count. Training
     must be exact enough to show the effect of one example: with noise from seeds larger than that,
     correlations stay near 0 whatever the scores; then take `lds`.
+
+        print(dropinf.evaluate.leave_one_out(scores, without_one, baseline).slope)
 
     Args:
         scores: [m, n] of all n training examples. Queries that are NaN throughout are left out, and

@@ -24,6 +24,8 @@ def bm25(queries: Sequence[str], texts: Sequence[str]) -> Tensor:
     two letters, digits or underscores and more, in lower case, without 33 frequent English ones and
     not stemmed. 0 where no word is in common.
 
+        scores = dropinf.evaluate.bm25(["a black cat"], ["the cat sat", "two dogs"])  # [1, 2]
+
     Args:
         queries, texts: strings; of anything else than strings of words, as of ids, it says nothing.
 

@@ -14,6 +14,9 @@ from dropinf.evaluate.left_out import baseline_of
 class Removal:
     """What `removal` returns: means over queries, with errors over queries and over seeds.
 
+        found = dropinf.evaluate.removal(without_top, at_random, baseline)
+        print(found.difference)
+
     Attributes:
         top: what training without the top examples adds to a query's loss.
         at_random: what training without as many random ones adds.
@@ -31,6 +34,8 @@ def removal(top: Tensor, at_random: Tensor, baseline: Tensor) -> Removal:
     If scores are right, the loss goes up by more than after taking out as many at random. All are
     losses of the m queries as `retrain` returns them, [seeds, h, m], or [h, m] of one seed; give
     all the same seeds, and `runs_error` is over seeds.
+
+        print(dropinf.evaluate.removal(without_top, at_random, baseline).difference)
 
     Args:
         top: h = m, where model q lacks the top examples of query q (`without(n, indices)` with the

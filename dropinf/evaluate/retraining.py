@@ -32,6 +32,8 @@ def retrain(
     `train` the same call goes on behind what is done, and only the training in flight is lost. A
     call with more subsets behind those, or more seeds, trains only what is new.
 
+        losses = dropinf.evaluate.retrain(train_on, members, "halves", seeds=2)  # [2, h, m]
+
     Args:
         train: train(indices, seed) trains a model on the examples of these indices, int64, sorted,
             and returns the losses [m] of the queries. torch's generators are seeded with `seed`

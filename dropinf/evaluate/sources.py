@@ -18,6 +18,9 @@ from dropinf.evaluate.estimates import Estimate, mask_of, over_queries, scores_o
 class Recall:
     """What `recall` returns.
 
+        found = dropinf.evaluate.recall(scores, (query_sources, sources), k=10)
+        print(found.share, "by chance", found.chance)
+
     Attributes:
         share: of the k of largest score, how many are relevant.
         recall: of the relevant examples, how many are among the k of largest score.
@@ -38,6 +41,8 @@ def recall(
 
     Where scores tie, as the zeros of BM25 do, each figure is its mean over all orders of those that
     tie, so that the order of the data set does not count.
+
+        print(dropinf.evaluate.recall(scores, (query_sources, sources), k=10).share)
 
     Args:
         scores: [m, n]; queries that are NaN throughout are left out, examples that are have no

@@ -15,6 +15,8 @@ def halves(n: int, count: int, seed: int = 0) -> Tensor:
     """[count, n] bool: random halves of n examples, each of n // 2, the same on every machine.
 
     As `random_subsets`; the first ones stay as they are where more are asked for.
+
+        members = dropinf.evaluate.halves(100, 50)  # [50, 100] bool
     """
     _check("halves", n=(n, 2), count=(count, 1), seed=(seed, 0))
     return _drawn(n, n // 2, count, seed)
@@ -27,6 +29,8 @@ def random_subsets(n: int, size: int, count: int, seed: int = 0) -> Tensor:
     that it is the same on every machine and for every count. For what taking out k at random does:
     `random_subsets(n, n - k, count)`.
 
+        members = dropinf.evaluate.random_subsets(100, 90, 20)  # [20, 100] bool
+
     Raises:
         ValueError: a number is out of range.
     """
@@ -38,6 +42,8 @@ def random_subsets(n: int, size: int, count: int, seed: int = 0) -> Tensor:
 
 def without(n: int, indices: Tensor) -> Tensor:
     """[h, n] bool: all of n examples but those of each row of `indices`.
+
+        members = dropinf.evaluate.without(100, torch.arange(100))  # [100, 100] bool
 
     Args:
         n: the number of training examples.

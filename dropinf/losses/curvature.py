@@ -60,6 +60,9 @@ def gauss_newton(loss_fn: Any, seed: int = 0, output: int | None = None) -> Rows
     squared error the row is then sqrt(2) times the output's gradient. Signs are as reproducible as
     the labels of `sampled`.
 
+        F = dropinf.collect(model, loader, dropinf.losses.gauss_newton(loss_fn), plan)
+        solver = dropinf.solvers.Cholesky().fit(F)
+
     Args:
         loss_fn: of `dropinf.losses`, or made with `dropinf.losses.likelihood`.
         seed: of the signs.

@@ -19,6 +19,9 @@ def distillation_loss(
     divergence plus the teacher's entropy, so that rows are the same. With labels too, a sum
     a · hard + b · soft has rows a · rows(hard) + b · rows(soft).
 
+        loss_fn = dropinf.losses.distillation_loss(teacher, temperature=2.0)
+        losses = loss_fn(model, batch)  # [B]
+
     Args:
         teacher: a model that is called with the same batch, without gradient, as it is (eval).
         loss_fn: one of cross entropies, which says where logits are and which positions count

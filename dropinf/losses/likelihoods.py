@@ -27,6 +27,8 @@ Uniform = Callable[[Tensor, int], Tensor]
 class Likelihood(ABC):
     """The outputs of a model for a batch, and what they should have been.
 
+        losses = dropinf.losses.Categorical(logits, labels).losses()  # [B]
+
     Attributes:
         outputs: [B, C] or [B, ..., C], in float32 at least; what autograd leads back from.
         weight: of each example's loss, a number or [B].
@@ -75,6 +77,8 @@ class Categorical(Likelihood):
     """Cross entropy: -log softmax(z)[y] of logits z [B, ..., C], summed over positions.
 
     H = diag(p) - p pᵀ with p = softmax(z), and S = (diag(1) - p 1ᵀ) diag(sqrt(p)).
+
+        losses = dropinf.losses.Categorical(logits, labels).losses()  # [B]
 
     Args:
         logits: [B, ..., C].
@@ -140,6 +144,8 @@ class Bernoulli(Likelihood):
 
     H = diag(p (1 - p)) with p = sigmoid(z).
 
+        losses = dropinf.losses.Bernoulli(logits, targets).losses()  # [B]
+
     Args:
         logits: [B, ..., C].
         targets: of that shape.
@@ -169,6 +175,8 @@ class SquaredError(Likelihood):
     """Squared error (f - y)² of outputs f, summed over all C of them.
 
     H = 2. It is -log p of a normal distribution of variance 1/2 around f, up to a constant.
+
+        losses = dropinf.losses.SquaredError(outputs, targets).losses()  # [B]
 
     Args:
         outputs: [B, ..., C].

@@ -9,7 +9,12 @@ import torch
 
 
 def refuse_packed(batch: Any) -> None:
-    """Refuse rows of the batch that hold several examples each."""
+    """Refuse rows of the batch that hold several examples each.
+
+    A loss of each example could not be told there.
+
+        dropinf.losses.refuse_packed({"input_ids": ids})  # raises a ValueError, or returns
+    """
     if not isinstance(batch, Mapping):
         return
     packed = any(name in batch for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))

@@ -32,6 +32,9 @@ def dpo_loss(reference: Any = None, beta: float = 0.1) -> LikelihoodLoss:
     The function takes a mapping with input_ids [2 B, T] and either completion_mask [2 B, T] or
     labels [2 B, T] (-100 outside of the completion), and what else the model takes.
 
+        loss_fn = dropinf.losses.dpo_loss(reference, beta=0.1)
+        losses = loss_fn(model, {"input_ids": ids, "labels": ids})  # [B] of 2 B texts
+
     Args:
         reference: a model, called without gradient as it is (eval); None takes ref_chosen_logps
             and ref_rejected_logps [B] of the batch.
@@ -70,6 +73,8 @@ def reward_loss(model: Any, batch: Any) -> Bernoulli:
     """[B] losses -log sigmoid(f(c) - f(r) - margin) of pairs, f the reward (Bradley and Terry).
 
     As of TRL's RewardTrainer, without what its center_rewards_coefficient adds.
+
+        losses = dropinf.losses.reward_loss(model, {"input_ids": ids})  # [B] of 2 B texts
 
     Args:
         model: gives one number a text, [2 B, 1].

@@ -29,6 +29,8 @@ POSITIONS = ("start_positions", "end_positions")
 def classification_loss(model: Any, batch: Any) -> Categorical:
     """[B] cross entropies -log softmax(z)[y], as of torch.nn.CrossEntropyLoss.
 
+        losses = dropinf.losses.classification_loss(model, (x, labels))  # [B]
+
     Args:
         model: gives logits [B, C], or [B, C, ...] of pixels, whose losses are summed.
         batch: with labels [B] or [B, ...] of classes, -100 where there is no loss; or
@@ -46,6 +48,8 @@ def multilabel_loss(model: Any, batch: Any) -> Bernoulli:
     """[B] means over the C labels of binary cross entropies, as of torch.nn.BCEWithLogitsLoss.
 
     Labels [B, C] are in [0, 1]; one label an example may be [B].
+
+        losses = dropinf.losses.multilabel_loss(model, (x, targets))  # [B]
     """
     logits, labels = outputs_and_target(model, batch)
     return Bernoulli(logits, labels, 1 / logits[0].numel())
@@ -56,6 +60,8 @@ def regression_loss(model: Any, batch: Any) -> SquaredError:
     """[B] means over the C outputs of (f - y)², as of torch.nn.MSELoss.
 
     Labels are [B, C], or [B] of one output [B, 1] or [B].
+
+        losses = dropinf.losses.regression_loss(model, (x, targets))  # [B]
     """
     outputs, labels = outputs_and_target(model, batch)
     outputs = outputs[:, None] if outputs.dim() == 1 else outputs
@@ -67,6 +73,9 @@ def causal_lm_loss(model: Any, batch: Any) -> Categorical:
     """[B] next-token losses -sum_t log softmax(z_t)[y_(t+1)], summed over an example's tokens.
 
     (A sum, where the models of transformers give the mean over the tokens of the whole batch.)
+
+        batch = {"input_ids": ids, "labels": ids}
+        losses = dropinf.losses.causal_lm_loss(model, batch)  # [B]
 
     Args:
         model: gives logits [B, T, vocabulary].
@@ -81,7 +90,13 @@ def causal_lm_loss(model: Any, batch: Any) -> Categorical:
 
 @likelihood
 def masked_lm_loss(model: Any, batch: Any) -> Categorical:
-    """[B] losses at the tokens whose label [B, T] is not -100, summed over each example's."""
+    """[B] losses at the tokens whose label [B, T] is not -100, summed over each example's.
+
+    Labels are not shifted: a token has its own.
+
+        batch = {"input_ids": ids, "labels": labels}
+        losses = dropinf.losses.masked_lm_loss(model, batch)  # [B]
+    """
     refuse_packed(batch)
     logits, labels = outputs_and_target(model, batch)
     check_tokens(logits, labels)
@@ -90,7 +105,13 @@ def masked_lm_loss(model: Any, batch: Any) -> Categorical:
 
 @likelihood
 def token_classification_loss(model: Any, batch: Any) -> Likelihood:
-    """[B] losses of the labelled tokens, labels [B, T] of classes, summed over each example's."""
+    """[B] losses of the labelled tokens, labels [B, T] of classes, summed over each example's.
+
+    Labels are not shifted: a token has its own.
+
+        batch = {"input_ids": ids, "labels": labels}
+        losses = dropinf.losses.token_classification_loss(model, batch)  # [B]
+    """
     return masked_lm_loss.predict(model, batch)
 
 
@@ -100,6 +121,9 @@ def seq2seq_loss(model: Any, batch: Any) -> Categorical:
 
     The batch is a mapping, all of which the model gets: it makes its decoder's input from the
     labels where there is none.
+
+        batch = {"input_ids": ids, "labels": labels}
+        losses = dropinf.losses.seq2seq_loss(model, batch)  # [B]
     """
     labels = target_of(batch)
     logits = logits_of(model(**batch))
@@ -112,6 +136,9 @@ def question_answering_loss(model: Any, batch: Any) -> Categorical:
     """[B] means of the losses of where the answer starts and ends, positions [B] each.
 
     A position past the end of the text has no part in the loss.
+
+        batch = {"input_ids": ids, "start_positions": first, "end_positions": last}
+        losses = dropinf.losses.question_answering_loss(model, batch)  # [B]
     """
     refuse_packed(batch)
     positions = [target_of(batch, name) for name in POSITIONS]

@@ -45,6 +45,10 @@ def sampled_conv(
     weight [O, C / groups, *kernel_size]. For a transposed convolution, whose weight is
     [C, O / groups, *kernel_size], exchange the two: its dy is `x` here and its x is `dy`.
 
+        one, none = (1, 1), (0, 0)
+        at = {"kernel_size": (3, 3), "stride": one, "padding": none, "dilation": one}
+        rows = dropinf.ops.sampled_conv(images, dy, o_idx, i_idx, **at)  # [B, r]
+
     Args:
         x: [B, C, *S] layer input, 1 to 3 spatial dimensions, float32, bfloat16 or float16 (float64
             on `reference`).

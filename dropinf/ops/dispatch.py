@@ -44,7 +44,15 @@ VERIFIED: dict[tuple[str, str], str] = {
 
 
 class BackendError(RuntimeError):
-    """A backend that was named cannot take this call, or computes something else."""
+    """A backend that was named cannot take this call, or computes something else.
+
+    Every op raises it; nothing falls back to another backend.
+
+        try:
+            rows = dropinf.ops.sampled_outer(x, dy, o_idx, i_idx, backend="cuda")
+        except dropinf.BackendError as error:
+            print(error)  # which backends are here
+    """
 
 
 def _why_no_cuda() -> str:
@@ -89,7 +97,12 @@ def _state(backend: str) -> str:
 
 
 def backends() -> dict[str, str]:
-    """Every backend, with "available" or the reason why it is not."""
+    """Every backend, with "available" or the reason why it is not.
+
+    `dropinf backends` prints it.
+
+        print(dropinf.backends())
+    """
     return {name: _state(name) for name in _WHY_NOT}
 
 
@@ -183,7 +196,12 @@ def kernel(
 
 
 def is_native(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether calls with a float32 `out` go to the op of the extension, as C++ calls it."""
+    """Whether calls with a float32 `out` go to the op of the extension, as C++ calls it.
+
+    So capture knows whether it may call the op from C++.
+
+        dropinf.ops.is_native("sampled_outer", None, torch.device("cpu"), torch.float32)
+    """
     if _why_no_cpu or dtype not in DTYPES or device.type == "meta":
         return False
     try:

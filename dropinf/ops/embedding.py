@@ -37,6 +37,8 @@ def sampled_embedding(
     Equal to sampled_outer(one_hot(ids), dy, o_idx, i_idx, weights=weights), without the one-hot
     tensor: a lookup is a linear layer without a bias whose input is one-hot.
 
+        rows = dropinf.ops.sampled_embedding(ids, dy, o_idx, i_idx)  # [B, r]
+
     Args:
         ids: [B, T] int64 or int32 looked-up indices; a negative one contributes nothing.
         dy: [B, T, O] gradient of the summed loss at the lookup's output, O the embedding's width.

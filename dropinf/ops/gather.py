@@ -29,6 +29,11 @@ def gather_grads(
     copies and the L parts. With [r_l, s_l] indices the part of layer l is
     (g.flatten()[i] * w).sum(1), summed in that order, and nothing [r_l, s_l] is made.
 
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        indices = [torch.arange(2) for _ in grads]  # the first two of each
+        row = dropinf.ops.gather_grads(grads, indices)  # [R]
+
     Args:
         grads: L gradients of any shape and strides, dtypes may differ; None counts as zeros.
         indices: L tensors [r_l] or [r_l, s_l] int64, positions in the flattened gradient.

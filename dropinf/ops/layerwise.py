@@ -22,7 +22,12 @@ from dropinf.ops.selftest import Case, Inputs
 
 
 class DampedCholesky(NamedTuple):
-    """What `damped_cholesky` returns."""
+    """What `damped_cholesky` returns.
+
+    `info` is 0 for each layer that has a factor.
+
+        factors, info, solved = dropinf.ops.damped_cholesky(matrices, [0, 5, 12], 0.1, rows=rows)
+    """
 
     factors: Tensor  # [Σ r_l²]
     info: Tensor  # [L] int32
@@ -42,6 +47,8 @@ def gram(
     """Every layer's Gram matrix of packed rows, lower triangles only.
 
     F_l = scale * rows[:, offsets[l]:offsets[l + 1]].T @ rows[:, offsets[l]:offsets[l + 1]]
+
+        matrices = dropinf.ops.gram(rows, [0, 5, 12])  # of two layers, packed
 
     Args:
         rows: [n, R] float32 or float64, stride 1 in R.
@@ -88,6 +95,8 @@ def damped_cholesky(
     """Cholesky factors of every layer's damped matrix, and solutions with them if asked for.
 
     L_l L_lᵀ = F_l + shift[l] · 1, with the shift added as the matrix is read.
+
+        factors, info, _ = dropinf.ops.damped_cholesky(matrices, [0, 5, 12], 0.1)
 
     Args:
         matrices: [Σ r_l²] float32 or float64, one after the other as `gram` makes them; only the
@@ -141,6 +150,8 @@ def cholesky_solve(
 
     out[:, layer l] = rows[:, layer l] @ inverse(L_l L_lᵀ)
 
+        solved = dropinf.ops.cholesky_solve(factors, [0, 5, 12], rows)  # [m, R]
+
     Args:
         factors: [Σ r_l²] lower factors from `damped_cholesky`.
         offsets: [L + 1] rising column bounds of the layers; r_l is their difference.
@@ -175,7 +186,12 @@ def cholesky_solve(
 
 
 def unpack(packed: Tensor, offsets: Sequence[int] | Tensor) -> list[Tensor]:
-    """Views [r_l, r_l] of the matrices of a packed tensor [Σ r_l²], as `gram` makes it."""
+    """Views [r_l, r_l] of the matrices of a packed tensor [Σ r_l²], as `gram` makes it.
+
+    They share memory with the packed tensor.
+
+        first, second = dropinf.ops.unpack(matrices, [0, 5, 12])  # [5, 5] and [7, 7]
+    """
     offsets, num_packed, _ = checked_offsets("unpack", offsets)
     _packed("unpack", "packed", packed, num_packed, packed.dtype, packed.device)
     return reference.unpack(packed, offsets)

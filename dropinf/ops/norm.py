@@ -39,6 +39,8 @@ def sampled_norm(
 
     With a [r, s] index an entry is a sum of s of them, each with a weight of its own.
 
+        rows = dropinf.ops.sampled_norm(x, dy, index, eps=1e-5)  # [B, r]
+
     Args:
         x: [B, T, I] input of the norm, float32, bfloat16 or float16 (float64 on `reference`).
         dy: [B, T, I] gradient of the summed loss at the norm's output, dtype of x.

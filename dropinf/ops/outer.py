@@ -43,6 +43,8 @@ def sampled_outer(
 
     out[b, k] = sum_j weights[k, j] * sum_t dy[b, t, o_idx[k, j]] * x[b, t, i_idx[k, j]]
 
+        rows = dropinf.ops.sampled_outer(x, dy, o_idx, i_idx)  # [B, r]
+
     Args:
         x: [B, T, I] layer input, float32, bfloat16 or float16 (float64 on `reference`).
         dy: [B, T, O] gradient of the summed loss at the layer's output, dtype of x.
@@ -166,8 +168,10 @@ def factored_outer(
 
     out[b, p * b' + q] = weights[p * b' + q] * sum_t dy[b, t, o_idx[p]] * x[b, t, i_idx[q]]
 
-    Equal to einsum("bto,bti->boi", dy, x)[:, o_idx][:, :, i_idx].flatten(1) * weights, without the
-    [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
+    Equal to `einsum("bto,bti->boi", dy, x)[:, o_idx][:, :, i_idx].flatten(1) * weights`, without
+    the [B, O, I] tensor. The columns are gathered by torch, and the product is its `bmm`.
+
+        rows = dropinf.ops.factored_outer(x, dy, torch.tensor([0, 4]), None)  # [B, 2 I]
 
     Args:
         x: [B, T, I] layer input, float32, bfloat16, float16 or float64.

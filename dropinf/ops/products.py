@@ -34,6 +34,8 @@ def row_products(
 
     out[q, i] = Σ_l scales[i, l] * (queries[q, layer l] · rows[i, layer l])
 
+        scores = dropinf.ops.row_products(queries, rows.bfloat16())  # [m, c]
+
     Args:
         queries: [m, R] float32 or float64.
         rows: [c, R] float32, bfloat16, float16 or int8; or float64, as the queries.

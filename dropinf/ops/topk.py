@@ -39,6 +39,10 @@ def score_topk(
     Start with values of -inf and indices of -1, and call it for all parts of a store in any order:
     the result is that of one call. The scores are formed some rows at a time, never as [m, n].
 
+        values = torch.full((len(queries), 3), -torch.inf)
+        indices = torch.full((len(queries), 3), -1)
+        dropinf.ops.score_topk(queries, rows, values, indices)  # into what was given
+
     Args:
         queries, rows, scales, offsets: as `row_products` takes them.
         values: [m, k] largest scores so far, in descending order, dtype of the queries.

@@ -46,6 +46,10 @@ class Ranked:
 class Attribution:
     """What `attribute` returns.
 
+        found = dropinf.attribute(asked, store, solver, k=5)
+        found.top.ids[0]  # of the first query
+        dropinf.write_report("report.html", found)
+
     Attributes:
         top: the examples of largest score, which lower the query's loss most; the largest first.
         bottom: those of smallest score, which raise it most or lower it least; the smallest first.

@@ -55,6 +55,8 @@ def collect(
     `split`, its rows are in the order of one process; of a DistributedSampler, rank after rank, and
     what pads it is left out. Without a `path`, each rank has its own rows.
 
+        store = dropinf.collect(model, loader, loss_fn, plan, "rows", resume=True)
+
     Args:
         model: used as it is, on the device and in the training mode that it is in.
         loader: gives batches, of any type that `loss_fn` takes. Tensors in tuples, lists, mappings

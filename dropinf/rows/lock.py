@@ -23,7 +23,15 @@ except ImportError:  # not on Windows
 
 
 class LockedError(RuntimeError):
-    """Another process writes here."""
+    """Another process writes here.
+
+    `collect` and `RowStore.append` raise it.
+
+        try:
+            store = dropinf.collect(model, loader, loss_fn, plan, "rows", resume=True)
+        except dropinf.LockedError as error:
+            print(error)  # which process writes there
+    """
 
 
 class Lock:

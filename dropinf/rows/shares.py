@@ -46,6 +46,8 @@ def split(batches: T, *, rank: int | None = None, world_size: int | None = None)
     after rank has them in the order in which one process would. With fewer batches than ranks the
     last ranks have none.
 
+        train = dropinf.split(loader, rank=0, world_size=2)  # batches of the first of two
+
     Args:
         batches: a DataLoader that draws the same batches on every rank, so no shuffling one; or a
             list of batches.

@@ -45,6 +45,11 @@ class RowStore:
     rows (row-major, little-endian), their ids, and a journal of how far they go. All of it is under
     checksums. A store that is still being written can be opened as far as it is flushed.
 
+        store = dropinf.collect(model, loader, loss_fn, plan, "rows")
+        store = dropinf.RowStore.load("rows")
+        for start, rows in store.chunks():  # [c, R] float32, from the disk
+            print(start, rows.shape)
+
     Attributes:
         plan: the plan that made the rows.
         path: the directory, or None for a store in memory.

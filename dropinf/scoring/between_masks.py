@@ -36,6 +36,8 @@ def agreement(
     mask to mask, so that a top text on which two masks do not agree is not the model's yet: take a
     larger r, or average over masks (`ensemble`).
 
+        print(dropinf.agreement(parts, k=10))  # parts: two masks or more
+
     Args:
         parts: (queries, store, solver) of two masks or more, of the same queries and training
             examples by their ids (of another order, as of a loader that shuffles, it is seen to),

@@ -31,6 +31,8 @@ def ensemble(
     Averaging over several trained models is what helps most (TRAK, arXiv 2303.14186, section 3.2);
     several masks (`Dropout(seed=)`) of one model show how much of a score is the compression.
 
+        mean, error = dropinf.ensemble(parts)  # [m, n] each
+
     Args:
         parts: (queries, store, solver) of each checkpoint and mask, for the same queries and
             training examples in the same order; a generator makes them one at a time.

@@ -27,6 +27,8 @@ def influence(
 ) -> Tensor:
     """All of it in one call: plan, collect both loaders, fit `solvers.Cholesky`, score.
 
+        scores = dropinf.influence(model, train, queries, loss_fn)  # [m, n]
+
     Args:
         model: its trainable parameters are tracked.
         train_loader, query_loader: in a fixed order; batches of any type that `loss_fn` takes.

@@ -15,6 +15,8 @@ def mean_query(queries: RowStore) -> RowStore:
     Its loss is the mean of the queries' losses. (Not with `Identity(cosine=True)`, which divides by
     lengths, nor for the largest k of each.)
 
+        scores = dropinf.scores(dropinf.mean_query(asked), store, solver)  # [1, n]
+
     Raises:
         ValueError: no query is valid.
     """

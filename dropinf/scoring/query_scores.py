@@ -44,6 +44,8 @@ def scores(
     empirical Fisher matrix (see `solvers.Solver.fit`). Inside of `over_ranks` each rank scores its
     share of the training rows, and has all scores in the end.
 
+        scores = dropinf.scores(asked, store, solver)  # [m, n]
+
     Args:
         queries: m rows.
         store: n training rows under the same plan.
@@ -101,6 +103,8 @@ def topk(
 
     Inside of `over_ranks` each rank takes those of its share of the training rows, and has the
     largest of all in the end.
+
+        values, indices = dropinf.topk(asked, store, solver, k=5)  # [m, 5] each
 
     Args:
         queries, store, solver, relative, weights: as in `scores`.
@@ -182,6 +186,8 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
     all n rows, as many at a time as have room within the solver's `max_bytes`, or else in 256 MB;
     `weights` is as in `scores`. Inside of `over_ranks` each rank does so for its share of them, and
     has all in the end.
+
+        own = dropinf.self_influence(store, solver)  # [n]
 
     Returns:
         [n] in the rows' dtype, on their device; NaN where the row is invalid.

@@ -31,7 +31,7 @@ def optimizer_updates(
 
         updates = dropinf.optimizer_updates(store, optimizer, model)
         solver = dropinf.solvers.Identity(cosine=True).fit(updates)
-        scores = dropinf.scores(queries, updates, solver)
+        scores = dropinf.scores(asked, updates, solver)
 
     An entry of a row is one coordinate of the gradient, of which the optimizer has m and v: no
     gradient is formed again, O(R) a row. Invalid rows stay so. Queries stay gradients.

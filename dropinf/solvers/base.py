@@ -23,6 +23,9 @@ Self = TypeVar("Self", bound="Solver")
 class Solver(ABC):
     """Fit once on training rows, then solve for many queries.
 
+        solver = dropinf.solvers.Cholesky().fit(store)
+        solved = solver.solve(asked.rows)  # [m, R]
+
     Attributes:
         plan: of the rows it was fitted on; None before `fit`.
         store: what it was fitted on; None before `fit`, and for a solver that was loaded.

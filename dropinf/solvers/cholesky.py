@@ -42,6 +42,9 @@ class Cholesky(Solver):
     makes it, raises its layer's damping tenfold, at most four times, each with a warning. A layer
     whose training rows and λ are zero gives zeros: its scores are zero under any inverse.
 
+        solver = dropinf.solvers.Cholesky(damping=0.1).fit(store)
+        print(solver.describe())
+
     Args:
         damping: relative to the mean diagonal of F_l, the paper's 0.1 as the default; or a dict of
             layer name (or shell pattern; the first that matches) -> damping.
@@ -304,6 +307,8 @@ class Full(Joint, Cholesky):
     Without the block-diagonal approximation: dense for small R, and in the n x n form for few rows
     (the matrix of TRAK, arXiv 2303.14186, section 3.2, with damping). Arguments and forms as in
     `Cholesky`; its one layer is called "all layers".
+
+        solver = dropinf.solvers.Full(damping=0.1).fit(store)
     """
 
     _eigen = _JointEigen

@@ -29,6 +29,9 @@ _WORTH = {
 class DampingChoice:
     """What `choose_damping` returns; values and errors are in the order of `dampings`.
 
+        choice = dropinf.choose_damping([0.01, 0.1, 1.0], parts)
+        print(choice)  # a table, with the one that was chosen
+
     Attributes:
         damping: the one to take.
         values: [k] float64, on the CPU; larger is better.
@@ -93,6 +96,9 @@ def choose_damping(
       (`Dropout(seed=)`), mean over queries and pairs; the smallest damping within a standard error
       (over queries) of the best. What a mask makes up differs from mask to mask; but all masks
       agree on dot products, so that this runs to large dampings.
+
+        choice = dropinf.choose_damping([0.01, 0.1, 1.0, 10.0], parts)
+        solver = dropinf.solvers.Cholesky(choice.damping).fit(store)
 
     Args:
         dampings: k numbers to choose from, of the kind that the solvers take (relative or not).

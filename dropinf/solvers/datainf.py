@@ -26,6 +26,8 @@ class DataInf(ByPasses):
     One pass over the store at `fit`, for λ_l, and one at each `solve`; memory O(m R), or within
     `max_bytes` by a pass for some layers, or some queries of a layer, at a time.
 
+        solver = dropinf.solvers.DataInf(damping=0.1).fit(store)
+
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
         absolute: `damping` is λ_l itself.

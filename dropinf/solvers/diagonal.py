@@ -23,6 +23,8 @@ class Diagonal(Solver):
 
     One pass over the store at `fit`, none at `solve`; keeps R numbers.
 
+        solver = dropinf.solvers.Diagonal(damping=0.1).fit(store)
+
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
         absolute: `damping` is λ_l itself.

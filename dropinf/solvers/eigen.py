@@ -58,6 +58,8 @@ class Eigen(Solver):
     F counts as zero on it). A decomposition costs about twenty Cholesky factorisations, whatever
     the number of dampings; where n < r it is that of G Gᵀ / n [n, n]. float64.
 
+        solver = dropinf.solvers.Eigen(rank=20).fit(store)
+
     Args:
         damping, absolute: as in `Cholesky`.
         rank: eigenpairs to keep of each layer; None is all.

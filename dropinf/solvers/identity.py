@@ -15,6 +15,8 @@ class Identity(Solver):
 
     Reads nothing of the store but its plan.
 
+        solver = dropinf.solvers.Identity(cosine=True).fit(store)
+
     Args:
         cosine: score[q, i] = g_q · g_i / (|g_q| |g_i|) with the norms of whole rows, 0 where one
             is zero. The long gradients of outliers no longer lead every list (Barshan et al. 2020,

@@ -39,6 +39,8 @@ class LiSSA(ByPasses):
     float64 tensors [m, R], or within `max_bytes` by solving for some layers, or some queries of a
     layer, after the others.
 
+        solver = dropinf.solvers.LiSSA(damping=0.1).fit(store)
+
     Args:
         damping: λ_l as a share of the mean of diag(F_l), a number or layer name -> number.
         absolute: `damping` is λ_l itself.

@@ -1,4 +1,4 @@
-"""The commands that CONTRIBUTING.md gives for the first minutes on a GPU, rehearsed on the CPU.
+"""The commands of docs/developing/gpu.md for the first minutes on a GPU, rehearsed on the CPU.
 
 From a copy of the checkout without a build, in an environment that has what such a machine has and
 no more: torch, triton, numpy, pytest, ninja, pybind11, and what these need.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.more
 
 def commands():
     """The first is the run, the second the sanitizers."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "docs" / "developing" / "gpu.md").read_text()
     section = text.partition("## The first minutes on a GPU")[2].partition("\n## ")[0]
     return [" ".join(block.split()) for block in re.findall(r"\n\n((?: {4}.+\n)+)", section)]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from places import ROOT
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -217,23 +216,3 @@ def test_refuses_bad_inputs(model):
         for options in ({}, {"proponents": False}, {"aggregate": True}):
             with pytest.raises(ValueError, match=f"k must be 1 to {N}"):
                 ours.influence((x, labels), k=k, **options)
-
-
-def test_readme_example(tmp_path, monkeypatch):
-    """The README's lines run as they stand, after its first ones."""
-    monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text()
-    first, *others = (part.split("```")[0] for part in readme.split("```python\n")[1:])
-    namespace = {}
-    exec(first, namespace)
-    namespace["x"], namespace["labels"] = next(iter(namespace["queries"]))
-    namespace["checkpoints"] = ["1.pt"]
-    torch.save(namespace["model"].state_dict(), "1.pt")
-    example = next(block for block in others if "integrations.captum" in block)
-    start, end = example.index("# before"), example.index("# after")
-    for lines in (example[start:end], example[end:]):
-        scope = dict(namespace)
-        exec(example[:start] + lines, scope)
-        assert scope["scores"].shape == (20, 100)
-        assert scope["best"].indices.shape == (20, 5)
-        assert scope["own"].shape == (100,)

@@ -1,7 +1,6 @@
 """dropinf as an attributor of dattri."""
 
 import pytest
-import readme
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -162,16 +161,3 @@ def test_refused():
         DropinfAttributor(task_of(model), plan, layer_name="2")
     with pytest.raises(ValueError, match=r"'3\.weight' matches no trainable parameter"):
         DropinfAttributor(task_of(model), dropinf.Full(), layer_name=["2.weight", "3.weight"])
-
-
-def test_readme_example():
-    """Its lines run as they stand, and those before them."""
-    first, block = readme.blocks()[0], readme.block("DropinfAttributor")
-    assert len(readme.variants(block)) == 2
-    for lines in readme.variants(block):
-        names = {}
-        exec(first, names)
-        names["task"] = task_of(names["model"])
-        del names["scores"]
-        exec(lines, names)
-        assert names["scores"].shape == (100, 20) and names["scores"].std() > 0

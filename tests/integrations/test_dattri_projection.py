@@ -1,7 +1,6 @@
 """dattri's own attributors under `projection`, against their formulas in float64."""
 
 import pytest
-import readme
 import torch
 
 import dropinf
@@ -279,19 +278,3 @@ def test_bad_energies_are_refused():
             pass
     with pytest.raises(ValueError, match=rf"real numbers \[grad_dim={D}\], got torch.float32 \(5,"):
         run(torch.ones(5))
-
-
-def test_readme_example(monkeypatch):
-    """Its lines run as they stand, and those before them."""
-    monkeypatch.setattr(trak, "DEFAULT_PROJECTOR_KWARGS", trak.DEFAULT_PROJECTOR_KWARGS.copy())
-    first, block = readme.blocks()[0], readme.block("projection(")
-    assert len(readme.variants(block)) == 2
-    for lines in readme.variants(block):
-        names = {}
-        exec(first, names)
-        names["task"] = task_of(names["model"], batch_of_one=False)
-        loss = names["task"].get_loss_func(flatten=False)
-        names["correct"] = lambda params, data, loss=loss: torch.exp(-loss(params, data))
-        del names["scores"]
-        exec(lines, names)
-        assert names["scores"].shape == (100, 20) and names["scores"].std() > 0

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from places import ROOT
 from torch import nn
 from torch.overrides import _get_current_function_mode
 
@@ -221,18 +220,3 @@ def test_another_version_is_refused(monkeypatch):
     monkeypatch.delitem(sys.modules, "dropinf.integrations.lightning")
     with pytest.raises(ImportError, match=r"lightning 2\.5\.1 is not supported, tested is 2\.6\.x"):
         importlib.import_module("dropinf.integrations.lightning")
-
-
-def test_readme_example(tmp_path, monkeypatch):
-    """The README's lines before and after run as they stand."""
-    monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text()
-    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    train = torch.utils.data.DataLoader(data(), 2)
-    namespace = {"lightning": lightning, "dropinf": dropinf, "loss_fn": loss_fn}
-    namespace |= {"module": Digits(), "train": train}
-    ours = [block for block in blocks if "lightning.Trainer(" in block]
-    assert len(ours) == 2
-    for block in ours:
-        exec(block, namespace)
-    assert len(namespace["rows"].store) == 14

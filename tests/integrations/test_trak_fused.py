@@ -1,7 +1,6 @@
 """TRAK with dropinf's rows, against TRAK's own vmapped gradients."""
 
 import pytest
-import readme
 import torch
 from torch import nn
 
@@ -242,17 +241,3 @@ def test_grad_wrt_must_be_the_plans():
     DropoutGradientComputer(model, task, grad_wrt=["4.weight", "4.bias"], plan=plan)
     with pytest.raises(ValueError, match="include=grad_wrt"):
         DropoutGradientComputer(model, task, grad_wrt=["4.weight"], plan=plan)
-
-
-def test_readme_example(tmp_path, monkeypatch):
-    """Its lines run as they stand, and those before them."""
-    monkeypatch.chdir(tmp_path)
-    first, block = readme.blocks()[0], readme.block("import fused")
-    assert len(readme.variants(block)) == 3
-    for lines in readme.variants(block):
-        names = {"n": 100, "m": 20}
-        exec(first, names)
-        exec(readme.block("DropoutProjector(grad_dim"), names)
-        del names["scores"]
-        exec(lines, names)
-        assert names["scores"].shape == (100, 20) and names["scores"].std() > 0

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from places import ROOT
 from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -512,21 +511,3 @@ def test_callback_refuses(tmp_path, when):
     assert not list(tmp_path.glob("rows*")) and not model._forward_pre_hooks
     with pytest.raises(ValueError, match="when must be 'after' or 'during', got 'before'"):
         InfluenceCallback(plan, when="before")
-
-
-def test_readme_example(tmp_path, monkeypatch):
-    """The README's lines before and after run as they stand."""
-    monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text()
-    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    args = transformers.TrainingArguments(
-        "out", report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
-    )
-    texts = Texts()
-    namespace = {"transformers": transformers, "dropinf": dropinf, "args": args, "texts": texts}
-    namespace |= {"model": gpt2(), "collator": pad, "queries": [texts[i] for i in range(3)]}
-    ours = [block for block in blocks if "transformers.Trainer(" in block]
-    assert len(ours) == 2
-    for block in ours:
-        exec(block, namespace)
-    assert namespace["scores"].shape == (3, 7) and namespace["scores"].isfinite().all()

@@ -40,7 +40,7 @@ def over_ranks(timeout: float = 600.0) -> Iterator[None]:
 
         with dropinf.over_ranks():
             solver = dropinf.solvers.Cholesky().fit(store)
-            values, indices = dropinf.topk(queries, store, solver)
+            values, indices = dropinf.topk(asked, store, solver)
 
     Args:
         timeout: seconds without a sign of life (a call, or a chunk of rows in it) until another

@@ -250,3 +250,10 @@ def test_warnings_point_at_the_user(recwarn):
     store = dropinf.RowStore(torch.randn(9, 4), plan)
     dropinf.solvers.LiSSA(damping=1e-3, depth=1).fit(store).solve(store.rows)
     assert recwarn.pop(UserWarning).filename == __file__
+
+
+def test_what_tests_share_hides_no_module_of_bench():
+    """All of them are on one path: the first of two modules of one name is imported for both."""
+    folders = ("tests", "bench", "bench/experiments")
+    names = [p.name for f in folders for p in (ROOT / f).glob("*.py") if p.name != "conftest.py"]
+    assert len(names) == len(set(names))

@@ -3,11 +3,11 @@
 import importlib.util
 import re
 
-import pages
+import manual_pages
 import pytest
 from places import ROOT
 
-TEXTS = [*pages.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+TEXTS = [*manual_pages.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 _spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
 generate = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(generate)
@@ -32,7 +32,10 @@ def headings(text):
 def broken(page, text):
     for file, heading in links(text):
         target = (page.parent / file).resolve() if file else page
-        if target.is_relative_to(pages.DOCS) and str(target.relative_to(pages.DOCS)) in MADE:
+        if (
+            target.is_relative_to(manual_pages.DOCS)
+            and str(target.relative_to(manual_pages.DOCS)) in MADE
+        ):
             continue
         lost = heading and target.suffix == ".md" and target.exists()
         if not target.exists() or (lost and heading not in headings(target.read_text())):

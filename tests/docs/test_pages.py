@@ -2,7 +2,7 @@
 
 import warnings
 
-import pages
+import manual_pages
 import pytest
 import torch
 from places import ROOT
@@ -14,17 +14,17 @@ def shown(page):
     return page.relative_to(ROOT / "docs" if page.name != "README.md" else ROOT).as_posix()
 
 
-WITH_CODE = [page for page in pages.pages() if pages.blocks(page)]
+WITH_CODE = [page for page in manual_pages.pages() if manual_pages.blocks(page)]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=shown)
 def test_page(page, tmp_path, monkeypatch, capsys):
-    if any("torchrun" in block for block in pages.blocks(page)):
-        pytest.skip("it is of several processes, as tests/rows/test_distributed.py")
+    if any("torchrun" in block for block in manual_pages.blocks(page)):
+        pytest.skip("it is of several processes, as tests/rows/test_ranks.py")
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="choose_damping: .* end of the dampings")
-        names = pages.run(page)
+        names = manual_pages.run(page)
     if check := CHECKS.get(shown(page)):
         check(names, tmp_path, capsys.readouterr().out)
 
@@ -32,7 +32,7 @@ def test_page(page, tmp_path, monkeypatch, capsys):
 def readme(names, folder, printed):
     assert names["scores"].shape == (20, 100)
     assert [block.r for block in names["plan"].blocks] == [256, 195]
-    uses = pages.blocks(ROOT / "README.md")
+    uses = manual_pages.blocks(ROOT / "README.md")
     assert len(uses) == 1 and uses[0].count("\n") <= 16
 
 
@@ -154,4 +154,4 @@ def test_a_block_that_fails_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Text.\n\n```python\nx = 1\n```\n\nMore.\n\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError):
-        pages.run(page)
+        manual_pages.run(page)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_runs import quiet_trainer
 from torch import nn
 from torch.overrides import _get_current_function_mode
 
@@ -70,14 +71,10 @@ def fit(tmp_path, model, *callbacks, loader=None, **settings):
     if loader is None:
         loader = torch.utils.data.DataLoader(data(), 2, shuffle=True)
     torch.manual_seed(2)
-    lightning.Trainer(
-        default_root_dir=tmp_path,
+    quiet_trainer(
+        tmp_path,
         accelerator="cpu",
         max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
         **settings,
     ).fit(model, loader)

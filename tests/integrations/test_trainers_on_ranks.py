@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from lightning_runs import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
@@ -161,14 +162,10 @@ def loss_fn(model, batch):
 
 
 def fit(folder, callback, model, loader, **settings):
-    lightning.Trainer(
-        default_root_dir=folder,
+    quiet_trainer(
+        folder,
         accelerator="cpu",
         max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[callback],
         **settings,
     ).fit(model, loader)

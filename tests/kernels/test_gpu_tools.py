@@ -6,6 +6,7 @@ import on_gpu
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_runs import quiet_trainer
 from on_gpu import DEVICE, GPU, assert_near
 from torch import nn
 
@@ -181,15 +182,11 @@ def test_lightning_callback(backend, when, tmp_path):
     module = Module()
     plan = Plan.make(module, Dropout(r=20))
     callback = InfluenceCallback(plan, loss_fn, when=when)
-    lightning.Trainer(
-        default_root_dir=tmp_path,
+    quiet_trainer(
+        tmp_path,
         accelerator="gpu" if GPU else "cpu",
         devices=1,
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[callback],
     ).fit(module, torch.utils.data.DataLoader(data, 2))
     store = callback.store

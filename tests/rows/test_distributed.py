@@ -1,9 +1,7 @@
 """capture on models that are shared between processes: two ranks, each with its own batch."""
 
 import copy
-import os
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from cases import CASES, ScaleKernel, Transformer, assert_exact, build, true_rows
+from rank_runs import run_rank
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -20,25 +19,6 @@ from dropinf import Dropout, Plan, capture, collect, energies, verify
 RANKS = 2
 MODES = ["activations", "grads"]
 case = next(case for case in CASES if case.name == "transformer")
-
-
-def run_rank(rank, store):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        for check in (check_ddp, check_fsdp, check_collections, check_energies):
-            check(rank)
-            dist.barrier()
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    # Without the interpreter's teardown, in which gloo's threads now and then abort the process.
-    os._exit(0)
 
 
 def batch_of(rank, seed=0):
@@ -82,7 +62,7 @@ def check_capture(rank, model, wrapped):
             wrapped(batches[0][0])  # leaves the parameters of a sharded root put together
 
 
-def check_ddp(rank):
+def check_ddp(rank, world, path):
     for options in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
         model, _ = build(case, torch.float64)
         wrapped = DistributedDataParallel(copy.deepcopy(model), **options)
@@ -139,7 +119,7 @@ def check_collect(rank, model, wrapped):
     assert all(p.requires_grad and p.grad is None for p in wrapped.parameters())
 
 
-def check_collections(rank):
+def check_collections(rank, world, path):
     for make in (Transformer, WithKernel):
         model, _ = build(case._replace(model=lambda make=make: make().eval()), torch.float64)
         check_collect(rank, model, DistributedDataParallel(copy.deepcopy(model)))
@@ -148,7 +128,7 @@ def check_collections(rank):
         check_collect(rank, model, fully_shard(wrapped))
 
 
-def check_energies(rank):
+def check_energies(rank, world, path):
     """Those of rank 0's examples on both, also of a model that is sharded."""
     model, _ = build(case, torch.float64)
     wrapped = fully_shard(copy.deepcopy(model))
@@ -159,7 +139,7 @@ def check_energies(rank):
     assert len({f for fingerprints in gathered for f in fingerprints}) == 1, gathered
 
 
-def check_fsdp(rank):
+def check_fsdp(rank, world, path):
     model, _ = build(case, torch.float64)
     wrapped = copy.deepcopy(model)
     for layer in wrapped.layers:
@@ -174,7 +154,8 @@ def check_fsdp(rank):
 
 def test_rows_equal_plain(tmp_path):
     """Under DistributedDataParallel and fully_shard, in one pair of processes."""
-    mp.spawn(run_rank, (tmp_path / "store",), nprocs=RANKS)
+    checks = [check_ddp, check_fsdp, check_collections, check_energies]
+    mp.spawn(run_rank, (RANKS, tmp_path, checks), nprocs=RANKS)
 
 
 def test_data_parallel_is_refused():

@@ -1,12 +1,16 @@
 """bench/experiments/spectrum.py in its tiny size, and the arithmetic of what it concludes."""
 
+import json
+
 import numpy as np
 import pytest
+import quality_tasks
 import scipy.stats
 import spectrum
 import spectrum_report
 import torch
 from bench_runs import assert_second_run_changes_the_date_alone, run_quick
+from records import Records
 from score_cases import stores
 
 
@@ -27,7 +31,37 @@ def test_quick_run(tmp_path):
             picks = {x["at"]: x["dampings"] for x in mine if x["stage"] == "choice"}
             assert list(picks) == list(spectrum_report.CRITERIA[:-1])
             assert all(set(found) <= set(settings["dampings"]) for found in picks.values())
+    page = path.with_suffix(".md").read_text()
+    fewer = page.partition("## With fewer training examples")[2].partition("\n## ")[0]
+    of_task = [line.split(" | ")[1:3] for line in fewer.splitlines() if "| digits-mlp |" in line]
+    assert of_task == [["40", "64"], ["40", "256"], ["60", "64"], ["60", "256"]]
     assert_second_run_changes_the_date_alone("spectrum", path)
+
+
+@pytest.mark.parametrize("change", ["none", "machine", "losses"])
+def test_halves_of_quality_are_taken_of_the_same_machine_and_model(change, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    (task,) = (t for t in quality_tasks.make_tasks() if t.name == "digits-mlp")
+    task = task.tiny()
+    model = task.trained()
+    machine = {"cpu": "one"}
+    settings = {"quick": False, **spectrum.SETTINGS}
+    records = Records(tmp_path / "own.json", settings, spectrum.NAMES)
+    records.data["machine"] = machine if change != "machine" else {"cpu": "another"}
+    losses = task.query_losses(model) + (0.1 if change == "losses" else 0.0)
+    made = [
+        {"stage": "model", "dataset": task.name, "losses": losses.tolist()},
+        {"stage": "half", "dataset": task.name, "losses": [7.0] * len(task.queries)},
+    ]
+    quality = tmp_path / "quality.json"
+    quality.write_text(json.dumps({"machine": machine, "records": made}))
+    monkeypatch.setattr(spectrum, "QUALITY", quality)
+    found = spectrum.half_losses(task, model, records)
+    if change == "none":
+        assert found.tolist() == [[7.0] * len(task.queries)]
+    else:
+        trained = [task.query_losses(task.trained(half)).numpy() for half in range(task.halves)]
+        assert np.allclose(found, trained, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n, size", [(40, 9), (6, 9)])

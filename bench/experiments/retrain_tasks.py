@@ -117,7 +117,8 @@ def make_tasks(quick: bool = False) -> list[Task]:
         print("smollm2-lora is left out of --quick: to read the model takes too long")
         return [task.tiny() for task in tasks]
     if missing:
-        print(f"smollm2-lora is left out: no {', '.join(missing)}; see CONTRIBUTING.md")
+        names = ", ".join(missing)
+        print(f"smollm2-lora is left out: no {names}; see docs/developing/measuring.md")
         return tasks
     return [*tasks, smollm()]
 

@@ -123,7 +123,11 @@ class Energies:
     """
 
     def __init__(self, params: Mapping[str, ParamEnergy]) -> None:
-        """By the names of the parameters."""
+        """By the names of the parameters.
+
+        Raises:
+            TypeError: there is something else among them.
+        """
         self.params = dict(params)
         for name, param in self.params.items():
             if not isinstance(param, ParamEnergy):

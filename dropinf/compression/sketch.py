@@ -36,12 +36,17 @@ class Sketch(AsWritten):
 
         plan = dropinf.Plan.make(model, dropinf.Sketch(r=256, s=4))
 
+    Exactly one of r, rate and total is given:
+
     Args:
-        r: entries of each layer; or, exactly one of the three,
+        r: entries of each layer.
         s: coordinates of an entry.
         rate: entries as a fraction of each layer's coordinates, in (0, 1].
         total: entries of all layers together, at least one each.
         seed, allocation, energies: as in `Dropout`.
+
+    Raises:
+        ValueError: not exactly one of the three is given, or a number is out of range.
     """
 
     r: int | None = None

@@ -23,7 +23,7 @@ def halves(n: int, count: int, seed: int = 0) -> Tensor:
 
 
 def random_subsets(n: int, size: int, count: int, seed: int = 0) -> Tensor:
-    """[count, n] bool: `count` random subsets of n examples, uniform, without replacement.
+    """[count, n] bool: `count` random subsets, `size` of n examples each, without replacement.
 
     Number i is drawn by the counter-based Philox stream keyed by (seed, i), in integers alone, so
     that it is the same on every machine and for every count. For what taking out k at random does:

@@ -28,9 +28,12 @@ def outputs_and_target(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
 def target_of(batch: Any, name: str = "labels") -> Tensor:
     """What the batch says the model should have answered.
 
-    Of a mapping it is the value of `name`, of a pair (x, labels) the second.
+    Of a mapping it is the value of `name`, of a pair (x, labels) the second; [B, ...].
 
         labels = dropinf.losses.target_of((x, labels))
+
+    Raises:
+        ValueError: the batch is neither, or has no such name.
     """
     if isinstance(batch, Mapping):
         if batch.get(name) is None:

@@ -32,6 +32,9 @@ class Likelihood(ABC):
     Attributes:
         outputs: [B, C] or [B, ..., C], in float32 at least; what autograd leads back from.
         weight: of each example's loss, a number or [B].
+
+    Raises:
+        ValueError: outputs are [B].
     """
 
     def __init__(self, outputs: Tensor, weight: float | Tensor = 1.0) -> None:
@@ -63,11 +66,11 @@ class Likelihood(ABC):
 
     @abstractmethod
     def root(self, s: Tensor) -> Tensor:
-        """S s for s like outputs."""
+        """S s for s like outputs, [B, ..., C]."""
 
     @abstractmethod
     def gradient(self, uniform: Uniform) -> Tensor:
-        """Of the loss at a target drawn from the model, with respect to the outputs.
+        """[B, ..., C]: of the loss at a target drawn from the model, by the outputs.
 
         uniform(places, k) gives [B, n, k] numbers in (0, 1), k for each of n places.
         """
@@ -85,6 +88,9 @@ class Categorical(Likelihood):
         labels: [B, ...] classes, -100 for a position without loss; or [B, ..., C]
             probabilities, whose sum weighs the position.
         weight: see `Likelihood`.
+
+    Raises:
+        ValueError: labels are of another shape.
     """
 
     def __init__(self, logits: Tensor, labels: Tensor, weight: float | Tensor = 1.0) -> None:
@@ -116,8 +122,8 @@ class Categorical(Likelihood):
         return labels.sum(-1, keepdim=True) if self.soft else (labels != IGNORED)[..., None]
 
     def places(self) -> Tensor:
-        """Of those that count, counted from the last one: on the right of it is no padding, and a
-        text that is padded on the left has a label more, that of its first token."""
+        """[B, n] of those that count, counted from the last one: on the right of it is no padding,
+        and a text that is padded on the left has a label more, that of its first token."""
         counted = (self._counts() != 0).flatten(1)  # [B, n]
         return counted.sum(1, keepdim=True) - counted.cumsum(1)
 
@@ -238,6 +244,9 @@ def likelihood(predict: Predict) -> LikelihoodLoss:
 
     It returns one loss per example, [B], and knows the model's outputs, so that `sampled`,
     `gauss_newton` and `influence(fisher=)` can take it.
+
+    Args:
+        predict: (model, batch) -> the likelihood of the batch's B examples.
     """
     return LikelihoodLoss(predict)
 

@@ -13,7 +13,10 @@ def refuse_packed(batch: Any) -> None:
 
     A loss of each example could not be told there.
 
-        dropinf.losses.refuse_packed({"input_ids": ids})  # raises a ValueError, or returns
+        dropinf.losses.refuse_packed({"input_ids": ids})
+
+    Raises:
+        ValueError: position_ids [B, T] begin anew within a row, or the batch has what packs it.
     """
     if not isinstance(batch, Mapping):
         return

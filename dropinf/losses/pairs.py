@@ -80,6 +80,9 @@ def reward_loss(model: Any, batch: Any) -> Bernoulli:
         model: gives one number a text, [2 B, 1].
         batch: a mapping with what the model takes, of chosen and then rejected texts, and maybe
             margin [B]; or a pair (chosen, rejected) of inputs, for which the model is called twice.
+
+    Raises:
+        ValueError: the batch is neither, or its texts are no pairs.
     """
     if isinstance(batch, Mapping):
         rewards = logits_of(model(**without(batch, "margin", "labels")))

@@ -47,9 +47,11 @@ def classification_loss(model: Any, batch: Any) -> Categorical:
 def multilabel_loss(model: Any, batch: Any) -> Bernoulli:
     """[B] means over the C labels of binary cross entropies, as of torch.nn.BCEWithLogitsLoss.
 
-    Labels [B, C] are in [0, 1]; one label an example may be [B].
-
         losses = dropinf.losses.multilabel_loss(model, (x, targets))  # [B]
+
+    Args:
+        model: gives logits [B, C].
+        batch: with labels [B, C] in [0, 1]; one label an example may be [B].
     """
     logits, labels = outputs_and_target(model, batch)
     return Bernoulli(logits, labels, 1 / logits[0].numel())
@@ -59,9 +61,11 @@ def multilabel_loss(model: Any, batch: Any) -> Bernoulli:
 def regression_loss(model: Any, batch: Any) -> SquaredError:
     """[B] means over the C outputs of (f - y)², as of torch.nn.MSELoss.
 
-    Labels are [B, C], or [B] of one output [B, 1] or [B].
-
         losses = dropinf.losses.regression_loss(model, (x, targets))  # [B]
+
+    Args:
+        model: gives outputs f [B, C], or [B] of one output.
+        batch: with labels y [B, C], or [B] of one output.
     """
     outputs, labels = outputs_and_target(model, batch)
     outputs = outputs[:, None] if outputs.dim() == 1 else outputs

@@ -198,7 +198,8 @@ def kernel(
 def is_native(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether calls with a float32 `out` go to the op of the extension, as C++ calls it.
 
-    So capture knows whether it may call the op from C++.
+    So capture knows whether it may call the op from C++, for arguments of that dtype and device;
+    `backend` is a name, or None for the default.
 
         dropinf.ops.is_native("sampled_outer", None, torch.device("cpu"), torch.float32)
     """

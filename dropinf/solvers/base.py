@@ -121,7 +121,7 @@ class Solver(ABC):
         return self.solve_within(rows, self.room("solve"))
 
     def solve_within(self, rows: Tensor, room: Room) -> Tensor:
-        """`solve` with a share of the memory, for who keeps something beside it."""
+        """`solve` of rows [m, R] with a share of the memory, for who keeps something beside it."""
         return self._checked("solve", rows, self._solve, room)
 
     def scale(self, rows: Tensor) -> Tensor | None:
@@ -174,7 +174,7 @@ class Solver(ABC):
     def check_scores(
         self, op: str, found: Tensor, valid: Sequence[Tensor], at: Callable[..., Sequence[Tensor]]
     ) -> None:
-        """Raise if a score is beyond the range of its dtype: see `number_range.check_scores`."""
+        """Raise if a score [..., m, n] is beyond its dtype: see `number_range.check_scores`."""
         check_scores(op, self.plan, found, valid, at)
 
     def check_plans(
@@ -183,6 +183,10 @@ class Solver(ABC):
         """Raise unless this, queries and store (None: that of the fit) are of one plan.
 
         And of one model's weights, as far as these are known, unless `weights` is "any".
+
+        Raises:
+            ValueError: they are not.
+            RuntimeError: this was not fitted.
         """
         if weights not in ("same", "any"):
             raise ValueError(f"{op}: weights must be 'same' or 'any', got {weights!r}")

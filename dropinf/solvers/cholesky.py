@@ -56,6 +56,9 @@ class Cholesky(Solver):
 
     Attributes:
         layers: a `Layer` for each (name, r, form, λ, failed_pivots, retries); after fit.
+
+    Raises:
+        ValueError: a damping, the dtype or max_bytes is out of range.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -192,7 +195,11 @@ class Cholesky(Solver):
         return self.decomposed("sweep").sweep(dampings, queries, store, weights)
 
     def decomposed(self, call: str = "decomposed") -> Eigen:
-        """The eigen-decomposition of each layer, made at the first call and kept."""
+        """The eigen-decomposition of each layer, made at the first call and kept.
+
+        Raises:
+            ValueError: it was loaded without the rows of the fit.
+        """
         self._need_fit(call)
         if self.store is None:
             name = type(self).__name__

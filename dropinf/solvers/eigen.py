@@ -65,6 +65,9 @@ class Eigen(Solver):
         rank: eigenpairs to keep of each layer; None is all.
         max_bytes: bound of the memory, see `Solver`. Eigenvectors that are more than a quarter of
             it are in a temporary file, and read a layer at a time.
+
+    Raises:
+        ValueError: a damping, the rank or max_bytes is out of range.
     """
 
     _takes_part = True
@@ -178,7 +181,7 @@ class Eigen(Solver):
         self._solve_with(self._damping, rows, solved, room)
 
     def solve_at(self, rows: Tensor, damping: float | Mapping[str, float]) -> Tensor:
-        """`solve` with another damping, from the same decomposition.
+        """`solve` of rows [m, R] with another damping, from the same decomposition.
 
         Raises:
             ValueError: a layer is singular at that damping.

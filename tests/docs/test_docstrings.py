@@ -1,7 +1,9 @@
-"""Every public name has an example in its docstring, and the examples run."""
+"""Docstrings of public names: an example, which runs; arguments, shapes and errors."""
 
+import ast
 import inspect
 import re
+import textwrap
 import types
 
 import pytest
@@ -15,12 +17,42 @@ SECTION = re.compile(r"^(?:Args|Attributes|Returns|Raises):$", re.M)
 
 
 def public():
-    """(name, docstring) of what can be called."""
-    for module in MODULES:
-        for name in module.__all__:
-            found = getattr(module, name)
-            if callable(found) and not isinstance(found, types.ModuleType):
-                yield f"{module.__name__}.{name}", inspect.getdoc(found) or ""
+    """name -> what can be called."""
+    found = {f"{m.__name__}.{name}": getattr(m, name) for m in MODULES for name in m.__all__}
+    return {
+        name: each
+        for name, each in found.items()
+        if callable(each) and not isinstance(each, types.ModuleType)
+    }
+
+
+def code_of(found):
+    """The functions behind a name: of a class, what makes one."""
+    if not inspect.isclass(found):
+        return [inspect.unwrap(found)]
+    made = (vars(found).get(name) for name in ("__init__", "__post_init__"))
+    return [f for f in made if f and f.__code__.co_filename != "<string>"]  # dataclass's own
+
+
+def written():
+    """(name, what it names, all that is written of it), methods of the public classes too.
+
+    Of a class that is its own docstring and that of what makes one; of a method that of those
+    that it overrides too; of any, the docstrings of public names to which its own refers.
+    """
+    by_name = {name.rpartition(".")[2]: inspect.getdoc(each) for name, each in public().items()}
+
+    def text(*told):
+        own = "\n".join(inspect.getdoc(each) or "" for each in told)
+        return "\n".join([own, *(by_name.get(name) or "" for name in re.findall(r"`(\w+)`", own))])
+
+    for name, found in public().items():
+        yield name, found, text(found, *code_of(found))
+        for own in vars(found) if inspect.isclass(found) else ():
+            over = [vars(base)[own] for base in found.__mro__ if own in vars(base)]
+            over = [getattr(each, "__func__", getattr(each, "fget", each)) for each in over]
+            if not own.startswith("_") and inspect.isfunction(over[0]):
+                yield f"{name}.{own}", over[0], text(*over)
 
 
 def examples(docstring):
@@ -142,15 +174,51 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name, docstring", [pytest.param(*p, id=p[0]) for p in public()])
-def test_examples(name, docstring, shared, tmp_path, monkeypatch):
-    found = examples(docstring)
+@pytest.mark.parametrize("name", public())
+def test_examples(name, shared, tmp_path, monkeypatch):
+    found = examples(inspect.getdoc(public()[name]) or "")
     assert found, f"{name} has no example"
     monkeypatch.chdir(tmp_path)
     of_ops = name.startswith("dropinf.ops.") or name.endswith("BackendError")
     others = OTHERS.get(name, of_layers if of_ops else dict)
     for code in found:
         exec(compile(code, name, "exec"), {**shared, **others()})
+
+
+def missing(found, text):
+    """What a docstring should say and does not."""
+    if inspect.isclass(found) and issubclass(found, BaseException):
+        return []
+    signature = inspect.signature(found)
+    parameters = signature.parameters.values()
+    wanted = {}
+    annotations = [signature.return_annotation, *(p.annotation for p in parameters)]
+    if any("Tensor" in str(each) for each in annotations):
+        wanted["a shape"] = r"\[[^\]]*\]"
+    sources = [textwrap.dedent(inspect.getsource(each)) for each in code_of(found)]
+    raised = [x for source in sources for x in ast.walk(ast.parse(source)) if type(x) is ast.Raise]
+    if any(x.exc is not None and "NotImplemented" not in ast.dump(x.exc) for x in raised):
+        wanted["Raises:"] = r"^Raises:$"
+    if found in public().values():
+        named = (p.name for p in parameters if not str(p).startswith("*"))
+        wanted |= {name: rf"(?<!\w){name}(?!\w)" for name in named}
+    return [what for what, pattern in wanted.items() if not re.search(pattern, text, re.M)]
+
+
+@pytest.mark.parametrize("name, found, text", [pytest.param(*p, id=p[0]) for p in written()])
+def test_shapes_arguments_and_errors(name, found, text):
+    assert not missing(found, text)
+
+
+def test_what_is_missing_is_found():
+    def twice(x: torch.Tensor, times) -> torch.Tensor:
+        if times < 0:
+            raise ValueError("times must be positive")
+        return x * times
+
+    assert missing(twice, "Times a number, of x.") == ["a shape", "Raises:"]
+    assert missing(twice, "[B].\n\nRaises:\n    ValueError: times is negative.") == []
+    assert "r" in missing(dropinf.Dropout, "[R]")
 
 
 def test_an_example_that_fails_is_found():

@@ -1,5 +1,9 @@
 """Every page runs as pasted, and gives what it says: its Python, in order, in one namespace."""
 
+import os
+import re
+import subprocess
+import sys
 import warnings
 
 import manual_pages
@@ -19,14 +23,29 @@ WITH_CODE = [page for page in manual_pages.pages() if manual_pages.blocks(page)]
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=shown)
 def test_page(page, tmp_path, monkeypatch, capsys):
-    if any("torchrun" in block for block in manual_pages.blocks(page)):
-        pytest.skip("it is of several processes, as tests/rows/test_ranks.py")
+    if command := re.match(r"# torchrun (\S+) job.py\n", manual_pages.blocks(page)[0]):
+        return run_by_ranks(page, command[1], tmp_path)
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="choose_damping: .* end of the dampings")
         names = manual_pages.run(page)
     if check := CHECKS.get(shown(page)):
         check(names, tmp_path, capsys.readouterr().out)
+
+
+def run_by_ranks(page, option, folder):
+    """As its first line says. Queries are the first five examples, which help themselves most."""
+    (job,) = manual_pages.blocks(page)
+    (folder / "job.py").write_text(job)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", option, "job.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"\[ *(\d+),", done.stdout) == list("01234")
 
 
 def readme(names, folder, printed):

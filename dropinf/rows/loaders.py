@@ -41,14 +41,16 @@ def refuse_dataset(op: str, loader: Any) -> None:
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
     data: Any = loader.dataset if isinstance(loader, DataLoader) else None
-    if _of_datasets(data) != "Dataset" or loader.collate_fn is not default_collate:
+    kind = _of_datasets(data)
+    if kind not in ("Dataset", "IterableDataset") or loader.collate_fn is not default_collate:
         return
     package = sys.modules["datasets"]
     single = (package.Value, package.ClassLabel)
-    others = [name for name, kind in data.features.items() if not isinstance(kind, single)]
-    if others and data.format["type"] is None:
+    features = data.features or {}  # a stream may not know them
+    others = [name for name, kind in features.items() if not isinstance(kind, single)]
+    if others and not _has_format(data):
         raise TypeError(
-            f"{op}: column {others[0]!r} of this datasets.Dataset gives lists or objects of "
+            f"{op}: column {others[0]!r} of this datasets.{kind} gives lists or objects of "
             f"Python; give the DataLoader dataset.{_FORMATTED}, or a collate_fn"
         )
 
@@ -61,6 +63,13 @@ def _of_datasets(given: Any) -> str | None:
         if isinstance(kind, type) and isinstance(given, kind):
             return name
     return None
+
+
+def _has_format(data: Any) -> bool:
+    """Whether it gives arrays; a stream says that in no public way."""
+    if hasattr(data, "format"):
+        return data.format["type"] is not None
+    return getattr(data, "_formatting", True) is not None
 
 
 def refuse_shuffling(op: str, name: str, loader: Any) -> None:

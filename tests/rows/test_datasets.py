@@ -104,6 +104,10 @@ def test_split():
         ),
         (lambda: datasets.DatasetDict(train=dataset()), "a datasets.DatasetDict holds several"),
         (lambda: DataLoader(dataset(), 4), "column 'x' of this datasets.Dataset gives lists"),
+        (
+            lambda: DataLoader(dataset().to_iterable_dataset(), 4),
+            "column 'x' of this datasets.IterableDataset gives lists",
+        ),
     ],
 )
 def test_what_is_no_loader(given, words):

@@ -192,7 +192,7 @@ def _parquet(path: Path) -> DataFile:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
+        raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'dropinf[arrow]'") from None
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:

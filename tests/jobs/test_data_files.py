@@ -43,7 +43,7 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="Parquet needs pyarrow; pip install pyarrow"):
+    with pytest.raises(ValueError, match=r"Parquet needs pyarrow: pip install 'dropinf\[arrow\]'"):
         read_data(written(tmp_path, "x.parquet", "nothing"))
 
 

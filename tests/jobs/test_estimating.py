@@ -1,5 +1,6 @@
 """Estimates beside what collections took, and beside arithmetic by hand."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,16 @@ import estimate_cases
 import pytest
 import torch
 from estimate_cases import CASES, case_of, pair_loss
+from gpu import whole_model
 from live_bytes import measured
+from places import ROOT
 from torch import nn
 
 from dropinf import Dropout, Plan, collect
 from dropinf.jobs import CARDS, estimate, largest_batch, token_batch
 from dropinf.jobs.estimating import CONTEXT_BYTES, UTILISATION
 from dropinf.losses import causal_lm_loss
+from dropinf.ops.dispatch import VERIFIED
 from dropinf.solvers import Cholesky
 from dropinf.tools.measuring import MALLOC
 
@@ -75,6 +79,25 @@ def test_peak_of_live_tensors(num):
     call()  # makes what is kept
     took = measured(call).peak
     assert abs((found.peak - found.weights - batches[0].nbytes) / took - 1) < 0.1
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("name", whole_model.MODELS)
+def test_beside_a_gpu(name):
+    """The whole models that an H200 ran: peak within 1 %, and its time or somewhat more."""
+    record = ROOT / "bench" / "results" / VERIFIED["cuda", "sampled_outer"]
+    r = whole_model.QUICK[name]
+    rows = json.loads(record.read_text())["rows"]
+    (there,) = [row for row in rows if row["contestant"] == f"capture, r={r}"]
+    sizes = whole_model.MODELS[name]
+    with torch.device("meta"):
+        model = whole_model.NeoX(sizes).bfloat16()
+    ids = torch.zeros(sizes.B, sizes.T, dtype=torch.int64)
+    plan = Plan.make(model, Dropout(r=r))
+    found = estimate(model, plan, lambda model, ids: whole_model.losses(model(ids), ids), ids)
+    assert found.peak - found.weights == pytest.approx(there["peak_bytes"], rel=0.01)
+    over = found.seconds(sizes.B, CARDS["H200 SXM 141 GB"]) / (1e-6 * there["us"]["median"])
+    assert 1 < over < 1.35
 
 
 def test_kinds_add_up():

@@ -53,7 +53,10 @@ def test_no_page_says_what_another_says():
 
 def test_a_repetition_is_found():
     sentence = "The damping that is best\ngrows with [r](x.md), as one task shows."
-    title, code = "# A title of eight words that several pages have\n\n", "x = 1  # of eight words, too"
+    title, code = (
+        "# A title of eight words that several pages have\n\n",
+        "x = 1  # eight words, too",
+    )
     once = f"{title}Said here.\n\n```python\n{code}, as the title is\n```\n"
     rows = {"a": "| MLP | .589 | 0.599 | .613 |", "b": "| of it | 0.589 | .599 | 0.1 | .613 |"}
     assert said_twice(rows) == {".589 .599 .613": ["a", "b"]}

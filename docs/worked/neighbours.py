@@ -6,8 +6,8 @@ Needs dropinf[demo,faiss]. Some seconds on two cores.
 
 Scores are q (F + λ)⁻¹ g. Rows times (F + λ)^(-1/2), on both sides, have them as inner products, so
 that any index of inner products finds the training examples of largest score. A flat one looks at
-all of them; one with inverted lists (IVF) at those of the `nprobe` lists nearest to the query. Rows
-as they are and solved queries have the same products, and other lists.
+all of them, one with inverted lists (IVF) at those of the `nprobe` lists nearest to the query. Rows
+as they are have the same products with solved queries, but stand in other lists.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def train(data: TensorDataset) -> nn.Module:
 
 
 def add_rows(index: faiss.Index, store: dropinf.RowStore, of: Callable[[Tensor], Tensor]) -> None:
-    """of(rows) of the valid rows of a store, by their positions, some MB of it at a time."""
+    """Add of(rows) of the valid rows of a store, by their positions, some MB at a time."""
     for first, rows in store.chunks():
         valid = store.valid[first : first + len(rows)].nonzero().flatten()
         index.add_with_ids(of(rows[valid]).numpy(), (first + valid).numpy())
 
 
 def inverted_lists(rows: Tensor) -> faiss.IndexIVFFlat:
-    """Trained on such rows, without one in it; of a large store some thousands are enough."""
+    """An index trained on rows, empty; of a large store some thousands of rows are enough."""
     width = rows.shape[1]
     quantizer = faiss.IndexFlatIP(width)
     index = faiss.IndexIVFFlat(quantizer, width, LISTS, faiss.METRIC_INNER_PRODUCT)

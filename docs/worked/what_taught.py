@@ -5,9 +5,9 @@
 Needs dropinf[transformers]. Two minutes on two cores.
 
 A small GPT-2 knows Python's documentation of some topics and is fine-tuned on others. Which texts
-taught it what it knows about mail? If scores are right, training without the highest raises the
-loss on texts about mail more than training without as many others does, and without the lowest
-it does not.
+taught it what it knows about mail? If scores are right, training without the texts of highest score
+raises the loss on texts about mail more than training without as many others does, and training
+without the texts of lowest score does not.
 """
 
 from __future__ import annotations

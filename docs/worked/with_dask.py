@@ -7,8 +7,8 @@ Needs dropinf[demo,dask]. Half a minute on two cores.
 Each process collects the rows of a share of the training examples into a store of its own. The
 solver is fitted on all of them, joined without a copy, and saved. Then each process scores the
 stores that it is handed: scores stand side by side, and the largest k are the largest of each
-store's largest k. On a cluster only the address that the client is given changes, and that all
-processes see the directory.
+store's largest k. On a cluster only the address that the client is given changes, and all processes
+must see the directory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def ids_of(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Of all examples: a share's own positions would begin at 0 in each."""
+    """Each example's number among all; positions in a share would begin at 0 in each."""
     return batch[2]
 
 

@@ -52,7 +52,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def suspicion(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """[n] self-influence of the training examples: large for what few others explain."""
+    """[n] self-influence of the training examples: large where no other explains an example."""
     loader = DataLoader(TensorDataset(images, labels), batch_size=256)
     energies = dropinf.energies(model, loader, loss_fn)
     plan = dropinf.Plan.make(model, dropinf.Dropout(r=512, energies=energies))

@@ -191,8 +191,11 @@ class ActivationsTap(Tap):
         """Keep how each parameter was captured, and say once what costs a pass for each loss."""
         self.plan.paths.update(reading.paths)
         self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
-        if reading.shared - self._kept.shared:
-            self._kept.share_out(reading.shared)
+        # Left to autograd for nothing, as after a loss that mixed the examples: back again.
+        helped = {key for key in self._kept.shared if reading.passes.keys().isdisjoint(key[1:])}
+        shared = helped | reading.shared
+        if shared != self._kept.shared:
+            self._kept.share_out(shared)
             self._closing.hints = replace(self._closing.hints, shared=self._kept.shared)
         if reading.passes and not self._warned and B > 1:
             self._warned = True

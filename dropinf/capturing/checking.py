@@ -116,8 +116,13 @@ def check_examples(
                     "check=False says you know"
                 )
                 return False
-            if mode.met:  # the batch once more, without its dropout
-                row = row_of(batch, b)
+            if mode.met:
+                warn_user(
+                    "collect: dropout is on, so that each row is of a random part of the model, "
+                    "another one each time; call model.eval() first, unless you mean it "
+                    "(check=False)"
+                )
+                row = row_of(batch, b)  # once more, without dropout
         block = _differing(alone, row, plan, mode.eps)
         if block is None:
             return True

@@ -89,9 +89,9 @@ class Kept:
             return None
         return CPP.Site(site, self._kinds.setdefault(site.kind, len(self._kinds)), site.reads)
 
-    def share_out(self, shared: set[tuple]) -> None:
-        """Leave calls to autograd whose results turned out to be shared by examples."""
-        self.shared |= shared
+    def share_out(self, shared: set[tuple] | frozenset[tuple]) -> None:
+        """Leave these calls to autograd, whose results turned out to be shared by examples."""
+        self.shared = frozenset(shared)
         if self.table is not None:
             self.table.clear()
 

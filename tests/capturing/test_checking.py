@@ -31,6 +31,7 @@ x, label = torch.randn(6, 5), torch.randint(3, (6,))
 def gather(model, batch=(x, label), loss_fn=cross_entropy, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "collect: dropout is on")
         plan = Plan.make(model, Full())
         return collect(model, [batch], loss_fn, plan, progress=False, **options)
 
@@ -198,6 +199,17 @@ def test_random_models_are_said_not_to_be_checked():
         collect(Noisy(5, 3), [(x, label)], cross_entropy, Plan.make(Noisy(5, 3), Full()),
                 progress=False)  # fmt: skip
     gather(Noisy(5, 3), check=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_said_to_be_on(training):
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train(training)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warned(model)
+        warned(model, check=False)
+    found = [str(each.message).startswith("collect: dropout is on") for each in said]
+    assert found == [True] * training
 
 
 def test_a_model_that_does_not_take_one_example():

@@ -305,3 +305,22 @@ def test_a_parameter_that_leads_to_its_model_does_not_hold_it(what):
     for _ in range(2):
         gc.collect()
     assert gone() is None and plan.width
+
+
+def test_a_loss_that_mixed_is_not_remembered():
+    """A mean makes every layer's result shared by examples; the next right loss is closed."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    plan = Plan.make(model, Full())
+    x = torch.randn(4, 6)
+
+    def right():
+        return squares(model, (x,))
+
+    def mean():
+        return right().mean().expand(len(x))
+
+    for loss_fn in (right, mean, mean, mean, right, right):
+        with capture(model, plan) as tap:
+            rows = tap.rows(loss_fn())
+        assert_exact(rows, model, plan, loss_fn)
+    assert set(plan.paths.values()) == {"closed form"}

@@ -187,6 +187,7 @@ ROOMS = [
     ["cli"],
 ]
 LEAVES = (
+    "argument_kinds",
     "extras",
     "manifest",
     "processes",

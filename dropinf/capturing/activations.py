@@ -25,7 +25,7 @@ from dropinf.capturing.closing import Closing
 from dropinf.capturing.entries import Entries
 from dropinf.capturing.kept import kept_of
 from dropinf.capturing.passes import Used, only_these_require_grad
-from dropinf.capturing.reading import Reading
+from dropinf.capturing.reading import A_PASS, Reading
 from dropinf.capturing.rowmap import RowMap
 from dropinf.capturing.rules import opened
 from dropinf.capturing.segments import segments, tokens
@@ -189,7 +189,10 @@ class ActivationsTap(Tap):
 
     def _note_paths(self, reading: Reading, entries: Entries, B: int) -> None:
         """Keep how each parameter was captured, and say once what costs a pass for each loss."""
-        self.plan.paths.update(reading.paths)
+        for name, path in reading.paths.items():
+            # Of a batch of one, which does not show why.
+            if path != A_PASS or not self.plan.paths.get(name, "").startswith(f"{A_PASS}: "):
+                self.plan.paths[name] = path
         self.plan.paths.update(dict.fromkeys(entries.formed, "gradient formed"))
         # Left to autograd for nothing, as after a loss that mixed the examples: back again.
         helped = {key for key in self._kept.shared if reading.passes.keys().isdisjoint(key[1:])}

@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 from torch import nn
 
+from dropinf.argument_kinds import need
 from dropinf.capturing.activations import ActivationsTap
 from dropinf.capturing.gradients import GradsTap
 from dropinf.compression import Plan
@@ -73,9 +74,11 @@ def capture(
     The model is left as it was: requires_grad flags, hooks, gradients, also after an exception.
 
     Raises:
+        TypeError: the plan is none, but a compression for example.
         ValueError: the mode is unknown, or the plan does not fit the model.
         RuntimeError: the model is in another capture that is open.
     """
+    need("capture", "plan", plan, Plan, "make one: dropinf.Plan.make(model, compression)")
     if mode not in ("activations", "grads"):
         raise ValueError(f"capture: mode must be 'activations' or 'grads', got {mode!r}")
     if per not in ("example", "token", "segment"):

@@ -46,10 +46,11 @@ def target_of(batch: Any, name: str = "labels") -> Tensor:
         return batch[name]
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[1]
-    size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+    kinds = [type(each).__name__ for each in batch] if isinstance(batch, Sequence) else []
+    of = f" of {', '.join(kinds[:4])}" if kinds else ""
     raise ValueError(
-        f"loss_fn: the batch must be a mapping with {name!r} or a pair (x, {name}), got a "
-        f"{type(batch).__name__}{size}; write a loss function of your own with "
+        f"loss_fn: the batch must be a mapping with {name!r} or a pair (x, {name}) of tensors, got "
+        f"a {type(batch).__name__}{of}; write a loss function of your own with "
         "dropinf.losses.likelihood"
     )
 

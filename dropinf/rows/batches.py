@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from dropinf.argument_kinds import need_loss_fn
 from dropinf.capturing import (
     ActivationsTap,
     GradsTap,
@@ -62,6 +63,7 @@ class Batches:
         op: str = "collect",
     ) -> None:
         """`op` is what people called."""
+        need_loss_fn(op, loss_fn)
         self.model, self.loss_fn, self.plan = model, loss_fn, plan
         self.per: str = options.get("per", "example")
         self._mode, self._options = mode, options

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from dropinf.argument_kinds import need, need_loss_fn
 from dropinf.compression import Plan
 from dropinf.progress import progress_bar
 from dropinf.rows.batches import CaptureOptions, LossFn
@@ -22,6 +23,7 @@ from dropinf.rows.shared_writing import written_by_ranks
 from dropinf.rows.shares import num_examples, share_of
 from dropinf.rows.stopping import Sigterm
 from dropinf.rows.store import RowStore
+from dropinf.user_warning import warn_user
 from dropinf.world import World, in_group
 
 
@@ -99,7 +101,8 @@ def collect(
         A store of n rows; `RowStore.ids` says whose they are.
 
     Raises:
-        TypeError: a Dataset was given for a loader.
+        TypeError: a data set or a single batch was given for a loader, a compression for a plan,
+            or a loss of torch.nn for a loss function.
         ValueError: the loader is empty, the losses are not one per example, or not finite; or
             `updates` is not known, is sharded, or has no state of a parameter.
         RuntimeError: gradients are disabled.
@@ -110,6 +113,8 @@ def collect(
             another number of ranks.
     """
     refuse_dataset("collect", loader)
+    need("collect", "plan", plan, Plan, "make one: dropinf.Plan.make(model, compression)")
+    need_loss_fn("collect", loss_fn)
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
     expected = size if options.get("per", "example") == "example" else 0
     with (
@@ -142,8 +147,23 @@ def collect(
                 collection.add(batch, source=source)
             bar.update(batches.num_examples)
         if not batches.seen and world is None:
-            raise ValueError("collect: the loader is empty; it gave no batch")
-        return collection.finish()
+            raise ValueError(
+                "collect: the loader is empty; it gave no batch (a generator gives them once)"
+            )
+        store = collection.finish()
+    if ids is not None and options.get("per", "example") == "example":
+        _warn_of_equal_ids(store)
+    return store
+
+
+def _warn_of_equal_ids(store: RowStore) -> None:
+    ids = store.ids
+    others = len(ids.unique() if isinstance(ids, Tensor) else set(ids))
+    if others < len(store):
+        warn_user(
+            f"collect: {len(store):,} rows have {others:,} different ids; ids= must give each "
+            "example its own in the whole data set, not in the batch, unless you mean it"
+        )
 
 
 def _world(path: Any, resume: bool, timeout: float) -> Any:

@@ -37,7 +37,8 @@ def as_ids(op: str, given: Any) -> Ids:
         numbers = [int(one) for one in given]
         if all(-(2**63) <= number < 2**63 for number in numbers):
             return torch.tensor(numbers, dtype=torch.int64)
-    raise ValueError(f"{op}: ids must be integers of 64 bits, or strings, got {given[:3]!r}")
+    by = "; for rows by position take store.rows" if isinstance(given[0], slice) else ""
+    raise ValueError(f"{op}: ids must be integers of 64 bits, or strings, got {given[:3]!r}{by}")
 
 
 def ids_of_batch(ids: GivenIds, batch: Any, num_examples: int) -> Ids:

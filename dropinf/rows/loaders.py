@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -19,11 +21,17 @@ _FORMATTED = "select_columns([...]).with_format('torch')"
 
 
 def refuse_dataset(op: str, loader: Any) -> None:
-    """Refuse a data set, of torch or of `datasets`, which would give an example for a batch.
+    """Refuse a data set, of torch or of `datasets`, which would give an example for a batch; and a
+    batch, which would give its tensors.
 
     And a DataLoader of a `datasets.Dataset` that gives lists: torch's own collate_fn makes of B
     lists of k numbers k tensors [B].
     """
+    if _is_a_batch(loader):
+        raise TypeError(
+            f"{op}: a {type(loader).__name__} of tensors is one batch; give a list of batches, "
+            "[batch], or a DataLoader"
+        )
     kind = _of_datasets(loader)
     if kind in ("Dataset", "IterableDataset"):
         raise TypeError(
@@ -53,6 +61,18 @@ def refuse_dataset(op: str, loader: Any) -> None:
             f"{op}: column {others[0]!r} of this datasets.{kind} gives lists or objects of "
             f"Python; give the DataLoader dataset.{_FORMATTED}, or a collate_fn"
         )
+
+
+def _is_a_batch(given: Any) -> bool:
+    """Whether it is what a loader gives: a tensor, a mapping, or tensors that differ in kind.
+
+    Tensors of one kind may be batches that are one tensor each.
+    """
+    if isinstance(given, Tensor | Mapping):
+        return True
+    if not isinstance(given, tuple | list) or not all(isinstance(one, Tensor) for one in given):
+        return False
+    return len({(one.dtype, one.dim()) for one in given}) > 1
 
 
 def _of_datasets(given: Any) -> str | None:

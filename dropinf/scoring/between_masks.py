@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from dropinf.ranks import standard_ranks
 from dropinf.rows import Ids, RowStore
 from dropinf.rows import ids as id_lists
 from dropinf.scoring.query_scores import scores
-from dropinf.solvers import Solver
-from dropinf.text_table import printable
+from dropinf.solvers import Solver, triples
 
 
 class Agreement(NamedTuple):
@@ -54,7 +53,7 @@ def agreement(
         raise ValueError(f"agreement: k must be positive, got {k!r}")
     plans, found = set(), []
     ids: list[list[Ids]] = []  # of queries and of examples
-    for queries, store, solver in _triples(parts):
+    for queries, store, solver in triples("agreement", parts):
         if store.plan.fingerprint in plans:
             raise ValueError(
                 "agreement: two parts have the same plan, so they agree at any r; collect them "
@@ -74,23 +73,6 @@ def agreement(
         raise ValueError(f"agreement: the parts differ in queries or examples: {shapes}")
     found = [_as_first(each, own, ids[0]) for each, own in zip(found, ids, strict=True)]
     return _agreement(torch.stack(found), k)
-
-
-def _triples(parts: Any) -> Iterator[tuple[RowStore, RowStore, Solver]]:
-    """The parts, each looked at.
-
-    Raises:
-        TypeError: they are something else.
-    """
-    kinds = (RowStore, RowStore, Solver)
-    for part in parts if isinstance(parts, Iterable) else [parts]:
-        whole = isinstance(part, tuple | list) and len(part) == len(kinds)
-        if not whole or not all(map(isinstance, part, kinds)):
-            raise TypeError(
-                "agreement: parts must be (queries, store, solver) of each mask, two stores and a "
-                f"fitted solver; got {printable(repr(part))[:200]}"
-            )
-        yield tuple(part)
 
 
 def _as_first(found: Tensor, own: list[Ids], first: list[Ids]) -> Tensor:

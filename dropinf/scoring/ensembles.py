@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dropinf.rows import RowStore, digest_of_ids
 from dropinf.scoring.query_scores import scores
-from dropinf.solvers import Solver
+from dropinf.solvers import Solver, triples
 
 
 class Ensemble(NamedTuple):
@@ -49,6 +49,7 @@ def ensemble(
         or training row is invalid in any part. Both are where the scores of the first part are.
 
     Raises:
+        TypeError: a part is something else.
         ValueError: there are no parts, they differ in m, n or ids, or weights are not one positive
             number for each.
     """
@@ -57,7 +58,7 @@ def ensemble(
     count, mean, squares, linear = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     ids: list[bytes] = []  # a digest of the first part's queries, and one of its examples
     total = total_squares = 0.0
-    for queries, store, solver in parts:
+    for queries, store, solver in triples("ensemble", parts):
         if given is not None and count == len(given):
             raise ValueError(f"ensemble: there are more parts than the {count} weights")
         w = 1.0 if given is None else given[count]

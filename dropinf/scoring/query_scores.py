@@ -23,7 +23,7 @@ from dropinf.rows import (
     valid_rows,
 )
 from dropinf.scoring.by_layer import layer_products
-from dropinf.solvers import Solver
+from dropinf.solvers import Solver, need_solver
 
 _NOWHERE = torch.iinfo(torch.int64).max  # an index that is an error everywhere
 
@@ -74,6 +74,7 @@ def scores(
             f"scores: by must be 'layer' or None, got {by!r}; scores of tokens are of rows that "
             "were collected with per='token'"
         )
+    need_solver("scores", solver)
     solver.check_plans("scores", queries, store, weights)
     _refuse_updates("scores", queries)
     ranks, own = _shared("scores", store, solver, queries, relative=relative, by=by)
@@ -122,6 +123,7 @@ def topk(
     Raises:
         ValueError: as in `scores`, or k is out of range.
     """
+    need_solver("topk", solver)
     solver.check_plans("topk", queries, store, weights)
     _refuse_updates("topk", queries)
     num_valid = int(store.valid.sum())
@@ -196,6 +198,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
         ValueError: store and solver were not made under the same plan, a self-influence is
             beyond the range of the rows' dtype, or a row takes more than `max_bytes`.
     """
+    need_solver("self_influence", solver)
     solver.check_plans("self_influence", store, store, weights)
     ranks, own = _shared("self_influence", store, solver)
     found = _own_influence(own, solver)

@@ -10,6 +10,10 @@ from dropinf.solvers.eigen import Eigen
 from dropinf.solvers.identity import Identity
 from dropinf.solvers.lissa import LiSSA
 
+# For the rooms above, not for users.
+from dropinf.solvers.triples import need_solver as need_solver
+from dropinf.solvers.triples import triples as triples
+
 __all__ = [
     "CG",
     "Cholesky",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dropinf.argument_kinds import need
 from dropinf.compression import LayerPlan, Plan
 from dropinf.rows import RowStore, finite_rows, identity_of, ranks_together
 from dropinf.solvers.number_range import check_scores
@@ -76,9 +77,11 @@ class Solver(ABC):
         empirical Fisher matrix. Inside of `over_ranks` all ranks fit together.
 
         Raises:
+            TypeError: it is no store.
             ValueError: the store holds no valid row, a layer cannot be inverted, or does not fit
                 into `max_bytes`; or ranks cannot fit this together.
         """
+        _need_store(f"{type(self).__name__}.fit", "store", store)
         self._agree_to_fit(store)
         n = int(store.valid.sum())
         if n == 0:
@@ -185,9 +188,13 @@ class Solver(ABC):
         And of one model's weights, as far as these are known, unless `weights` is "any".
 
         Raises:
+            TypeError: they are no stores.
             ValueError: they are not.
             RuntimeError: this was not fitted.
         """
+        _need_store(op, "queries", queries)
+        if store is not None:
+            _need_store(op, "store", store)
         if weights not in ("same", "any"):
             raise ValueError(f"{op}: weights must be 'same' or 'any', got {weights!r}")
         if self.plan is None:
@@ -228,6 +235,10 @@ class Solver(ABC):
     @abstractmethod
     def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
         """Write into `solved`, which holds zeros."""
+
+
+def _need_store(op: str, name: str, given: Any) -> None:
+    need(op, name, given, RowStore, "collect makes one, and RowStore(rows, plan) of rows [n, R]")
 
 
 class Joint(Solver):

@@ -15,6 +15,7 @@ from dropinf.rows import RowStore, mean_squares
 from dropinf.solvers.cholesky import Cholesky
 from dropinf.solvers.damping import Damping
 from dropinf.solvers.eigen import Eigen
+from dropinf.solvers.triples import triples
 from dropinf.text_table import Table
 from dropinf.user_warning import warn_user
 
@@ -113,6 +114,7 @@ def choose_damping(
         A metric and "agreement" hold k x m x n scores of every part at once.
 
     Raises:
+        TypeError: a part is something else.
         ValueError: no damping, an unknown metric, no part, fewer than two masks for "agreement",
             parts that differ, or no row to go by.
     """
@@ -123,6 +125,7 @@ def choose_damping(
             f"choose_damping: metric must be a function of scores or one of "
             f"{', '.join(map(repr, _WORTH))}, got {metric!r}"
         )
+    parts = list(triples("choose_damping", parts))
     needed = 2 if metric == "agreement" else 1
     if len(parts) < needed:
         raise ValueError(

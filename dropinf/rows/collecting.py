@@ -22,7 +22,7 @@ from dropinf.rows.shared_writing import written_by_ranks
 from dropinf.rows.shares import num_examples, share_of
 from dropinf.rows.stopping import Sigterm
 from dropinf.rows.store import RowStore
-from dropinf.world import World, in_group
+from dropinf.world import World, in_group, refuse_timeout
 
 
 def collect(
@@ -110,6 +110,7 @@ def collect(
             another number of ranks.
     """
     refuse_dataset("collect", loader)
+    refuse_timeout("collect", timeout)
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
     expected = size if options.get("per", "example") == "example" else 0
     with (

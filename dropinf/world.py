@@ -7,8 +7,10 @@ backend and takes no device. Who waits for others looks whether they are alive m
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -25,6 +27,7 @@ _BEAT_SECONDS = 1.0  # between two signs of life
 _LINGERING = 2.0  # seconds that rank 0 gives others to hear of an error
 
 _calls = count()  # of this process; all ranks make the same ones
+_last_who: tuple[Any, list[list[Any]]] = None, []  # the group's store, and who met there last
 
 
 class RankError(RuntimeError):
@@ -43,8 +46,10 @@ class World:
         it, here and later.
 
         Raises:
+            ValueError: timeout is not a positive number.
             RankError: one does not come, or is gone.
         """
+        refuse_timeout(op, timeout)
         self.op, self._timeout = op, timeout
         self.rank, self.size = 0, 1
         self._met, self._beats, self._beaten = 0, 0, time.monotonic()
@@ -53,8 +58,12 @@ class World:
             self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
             store = distributed.distributed_c10d._get_default_store()
             self._store = distributed.PrefixStore(f"dropinf/{next(_calls)}", store)
+            global _last_who
             pid = os.getpid()
+            if _last_who[0] is not None and _last_who[0]() is store:
+                self._who = _last_who[1]
             self._who = self.meet("begin", [processes.host(), pid, processes.started(pid)])
+            _last_who = weakref.ref(store), self._who  # or the store would outlive the group
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +209,12 @@ class World:
                 f"{self.op}: the ranks do not reach each other any more; that which holds the "
                 f"store of the process group, often rank 0, is gone ({type(error).__name__})"
             ) from None
+
+
+def refuse_timeout(op: str, timeout: object) -> None:
+    """Refuse what is no time to wait for another rank."""
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise ValueError(f"{op}: timeout must be a positive number, got {timeout!r}")
 
 
 def in_group() -> bool:

@@ -102,7 +102,7 @@ def run(directory: Path, processes: int) -> None:
 
     # What fails in a task is raised here; logs are of workers that take their time to end.
     quiet = {"dashboard_address": None, "silence_logs": "CRITICAL"}
-    cluster = LocalCluster(processes, threads_per_worker=1, **quiet)
+    cluster = LocalCluster(n_workers=processes, threads_per_worker=1, **quiet)
     with cluster, Client(cluster) as client:
         workers = list(client.ncores())
         tasks = [

@@ -47,8 +47,11 @@ class ScoreTable:
             queries: the m query rows, whose ids name the columns; or m names.
 
         Raises:
+            TypeError: scores are no tensor.
             ValueError: the shape or dtype is another one, or two columns have one name.
         """
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"ScoreTable: scores must be a tensor, got {type(scores).__name__}")
         if scores.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"ScoreTable: scores must be float32 or float64, got {scores.dtype}")
         if isinstance(queries, RowStore):
@@ -129,13 +132,20 @@ class ScoreTable:
 
         Raises:
             TypeError: it is no Dataset.
-            ValueError: an id is not in it, or is that of two examples or two rows.
+            ValueError: an id is not in it, or is that of two examples or two rows; or it has a
+                column of such a name already.
         """
         datasets = optional("datasets", "arrow", "ScoreTable.add_to")
         if not isinstance(data, datasets.Dataset):
             raise TypeError(
                 f"ScoreTable.add_to: takes a datasets.Dataset, got {type(data).__name__}; of a "
                 "stream, map a function that looks an example's id up in to_pandas()"
+            )
+        taken = [name for name in self.names if name in data.column_names]
+        if taken:
+            raise ValueError(
+                f"ScoreTable.add_to: the data have a column {taken[0]!r} already; take it out with "
+                "remove_columns, or give other names for queries="
             )
         at = self._places(_ids_in(data, ids), ids)
         for name, numbers in zip(self.names, self._numbers, strict=True):
@@ -176,7 +186,14 @@ def _ids_in(data: Any, column: str | None) -> list[Any]:
             f"ScoreTable.add_to: the data have no column {column!r}; they have "
             f"{', '.join(map(repr, data.column_names))}"
         )
-    return list(data.with_format(None)[column])
+    found = list(data.with_format(None)[column])
+    others = [one for one in found if not isinstance(one, int | str | None)]
+    if others:
+        raise ValueError(
+            f"ScoreTable.add_to: column {column!r} has no integers or strings, which ids are, but "
+            f"{type(others[0]).__name__}"
+        )
+    return found
 
 
 def _first_twice(ids: Sequence[Any]) -> Any:

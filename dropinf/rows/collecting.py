@@ -24,7 +24,7 @@ from dropinf.rows.shares import num_examples, share_of
 from dropinf.rows.stopping import Sigterm
 from dropinf.rows.store import RowStore
 from dropinf.user_warning import warn_user
-from dropinf.world import World, in_group
+from dropinf.world import World, in_group, refuse_timeout
 
 
 def collect(
@@ -115,6 +115,7 @@ def collect(
     refuse_dataset("collect", loader)
     need("collect", "plan", plan, Plan, "make one: dropinf.Plan.make(model, compression)")
     need_loss_fn("collect", loss_fn)
+    refuse_timeout("collect", timeout)
     size, label = _num_examples(loader), progress if isinstance(progress, str) else "collect"
     expected = size if options.get("per", "example") == "example" else 0
     with (

@@ -45,9 +45,18 @@ def ids_of_batch(ids: GivenIds, batch: Any, num_examples: int) -> Ids:
     """The ids of a batch's examples, by `ids=` of `collect`.
 
     Raises:
-        ValueError: there is not one for each example.
+        ValueError: there is not one for each example, or the batch has no such key.
     """
-    found = as_ids("collect", batch[ids] if isinstance(ids, str) else ids(batch))
+    try:
+        given = batch[ids] if isinstance(ids, str) else None
+    except (KeyError, TypeError, IndexError):
+        keys = getattr(batch, "keys", None)
+        has = f"is a {type(batch).__name__}" if keys is None else f"has {sorted(map(str, keys()))}"
+        raise ValueError(
+            f"collect: ids= must be a key of the batch, or a function of it, got {ids!r}; the "
+            f"batch {has}"
+        ) from None
+    found = as_ids("collect", given if isinstance(ids, str) else ids(batch))
     if num_examples >= 0 and len(found) != num_examples:
         raise ValueError(
             f"collect: ids= must give one id for each of {num_examples} examples, got {len(found)}"

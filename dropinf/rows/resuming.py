@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from dropinf.rows.drawn import Drawn
 from dropinf.rows.ids import GivenIds, Ids, as_ids, ids_of_batch, listed
@@ -89,7 +89,7 @@ class Source:
         for number, batch in enumerate(self._loader):
             self._drawn.next()
             if not past.batches and number == 0:
-                self._first_crc32 = _checksum(batch)  # by now, since loss_fn may change it
+                self._first_crc32 = checksum(batch)  # by now, since loss_fn may change it
             if number < self._read_past:
                 if not self._cuts and number == 0:
                     self._compare_first(batch)
@@ -153,9 +153,9 @@ class Source:
 
     def _compare_first(self, batch: Any) -> None:
         past = self._past
-        if batch is None or past.first is None or _checksum(batch) == past.first["crc32"]:
+        if batch is None or past.first is None or checksum(batch) == past.first["crc32"]:
             return
-        if self._cuts and _checksum(self._first_again()) != _checksum(batch):
+        if self._cuts and checksum(self._first_again()) != checksum(batch):
             return  # drawn anew at each look, as by a collator that masks at random
         raise ValueError(
             f"collect: the first batch holds something else than when {self._where} was begun; "
@@ -188,7 +188,7 @@ class Source:
         )
 
 
-def _checksum(batch: Any) -> int:
+def checksum(batch: Any) -> int:
     """Of the tensors, numbers and strings in a batch."""
     crc = 0
     for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
@@ -204,14 +204,18 @@ def _checksum(batch: Any) -> int:
 
 def _say_dropped(loader: Iterable) -> None:
     sampler = getattr(loader, "batch_sampler", None)
-    if not getattr(sampler, "drop_last", False):
-        return
+    sampler = getattr(sampler, "whole", sampler)  # which `split` shares out
     try:
-        n, size = len(sampler.sampler), sampler.batch_size
+        n, ranks = len(sampler.sampler), 1
+        size = sampler.batch_size if getattr(sampler, "drop_last", False) else 1
+        kept = n - n % size
+        if isinstance(sampler.sampler, DistributedSampler):
+            n, ranks = len(sampler.sampler.dataset), sampler.sampler.num_replicas
     except (TypeError, AttributeError):
         return
-    if n % size:
+    left = n - kept * ranks
+    if left > 0:
         warn_user(
-            f"collect: drop_last=True leaves the last {n % size} of {n} examples without rows; "
+            f"collect: drop_last=True leaves the last {left} of {n} examples without rows; "
             "drop_last=False keeps them"
         )

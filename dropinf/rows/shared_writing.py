@@ -13,23 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from dropinf.capturing import Proof
 from dropinf.compression import Plan
 from dropinf.rows import ids as id_lists
 from dropinf.rows.about import part_name, part_paths, write_about
 from dropinf.rows.ids import GivenIds, Ids
+from dropinf.rows.journal import Header
 from dropinf.rows.lock import Lock
 from dropinf.rows.part import Part
 from dropinf.rows.part_files import new_header, read_part
 from dropinf.rows.part_writer import PartWriter, make_part
-from dropinf.rows.resuming import Past, Source
-from dropinf.rows.shares import examples_before, left_of, share_of, split
+from dropinf.rows.resuming import Source
+from dropinf.rows.shared_batches import SharedBatches
 from dropinf.rows.store import RowStore
 from dropinf.rows.writing import RowWriter
 from dropinf.whole_files import appearing
 from dropinf.world import World
+
+_KIND = "dtype of rows", "kind of ids", "kind of rows"  # what all parts of a store have in common
 
 
 def written_by_ranks(path: str | os.PathLike) -> bool:
@@ -65,10 +67,8 @@ class SharedWriter(RowWriter):
         self._writers: list[tuple[PartWriter, Lock]] = []
         self._there = False  # a store that is gone on with
         self._before: list[Part] = []
-        self._numbers: list[int] | None = None  # of the batches to come, if they have some
-        self._starts: dict[int, int] | None = {}
+        self._own = SharedBatches(world, self.path, [], self.past)
         self._batches = 0
-        self._skipped = 0  # examples that were there
 
     @property
     def goes_on(self) -> bool:
@@ -84,6 +84,7 @@ class SharedWriter(RowWriter):
             self._there = self._world.meet("store", there)[0]
             if self._there:
                 self._before = self._read()
+                self._own = SharedBatches(self._world, self.path, self._before, self.past)
         except BaseException:
             self.leave()
             raise
@@ -99,96 +100,16 @@ class SharedWriter(RowWriter):
                 lock.release()
 
     def source(self, loader: Iterable, ids: GivenIds | None, per: str, sharded: bool) -> Source:
-        """The batches of this rank that are not done; of a `sharded` model all ranks need as many.
-
-        Raises:
-            ValueError: nothing tells whose rows they are, or which of them are done.
-        """
-        found = self._source(loader, ids, per)
-        counts = self._world.meet("batches", None if self._numbers is None else len(self._numbers))
-        if sharded and (len(set(counts)) > 1 or counts[0] is None):
-            raise ValueError(
-                "collect: all ranks run each pass of a sharded model (fully_shard) together, and "
-                f"their numbers of batches are {counts}; give dropinf.split a number of batches "
-                "that the number of ranks divides"
-            )
-        return found
-
-    def _source(self, loader: Iterable, ids: GivenIds | None, per: str) -> Source:
-        if self._world.size == 1 and share_of(loader) is None:  # alone with what ranks began
-            plain = isinstance(getattr(loader, "sampler", None), SequentialSampler)
-            if isinstance(loader, list | tuple) or plain:
-                loader = split(loader, rank=0, world_size=1)
-        share = share_of(loader)
-        if share is not None:
-            return self._source_of_share(loader, ids, per)
-        sampler = getattr(loader, "sampler", None)
-        if ids is None and (
-            not isinstance(loader, DataLoader)
-            or type(sampler) in (SequentialSampler, RandomSampler)
-        ):
-            raise ValueError(
-                "collect: several processes write one store, and this loader does not tell which "
-                "of the examples are this one's; give dropinf.split(loader), one with a "
-                "DistributedSampler, or ids="
-            )
-        if per != "example":
-            raise ValueError(
-                f"collect: rows of per={per!r} in several processes say the number of an example "
-                "in the order of all batches; give dropinf.split(loader)"
-            )
-        if ids is not None and self.past.batches:
-            raise ValueError(
-                f"collect: which batches are done in {self.path} is not known by ids=; give "
-                "dropinf.split(loader), or another path"
-            )
-        most = None
-        if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-            most = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
-        done = Past(ids=self.past.ids)
-        return Source(loader, ids, done, self.path, shared=True, most=most)
-
-    def _source_of_share(self, loader: Any, ids: GivenIds | None, per: str) -> Source:
-        done, number = set(), 0
-        for part in self._before:
-            if part.header.batch < 0 and part.extent.batches:
-                raise ValueError(
-                    f"collect: the rows in {self.path} are not of dropinf.split; go on with a "
-                    "DistributedSampler as before, or give another path"
-                )
-            # Of one process, parts that it made one after the other.
-            first = part.header.batch if part.header.rank >= 0 else number
-            number = first + part.extent.batches
-            done.update(range(first, number))
-        if ids is None and isinstance(loader, DataLoader) and isinstance(self.past.ids, Tensor):
-            self._check_done(loader, done)
-        loader = left_of(loader, done)
-        self._numbers = list(share_of(loader).numbers)
-        if per != "example":
-            self._starts = examples_before(loader)
-            if self._starts is None:
-                raise ValueError(
-                    f"collect: rows of per={per!r} in several processes need the number of the "
-                    "examples before a batch; give dropinf.split a DataLoader"
-                )
-        return Source(loader, ids, Past(), self.path)
-
-    def _check_done(self, loader: DataLoader, done: set[int]) -> None:
-        """The batches that count as done must be those whose rows are there."""
-        mine, there = done.intersection(share_of(loader).numbers), set(self.past.ids.tolist())
-        for number, indices in enumerate(loader.batch_sampler.whole):
-            if number in mine and not there.issuperset(indices):
-                raise ValueError(
-                    f"collect: batch {number} counts as done in {self.path}, and holds other "
-                    "examples; give the data, order and batch size of then, or another path"
-                )
+        """See `SharedBatches.source`."""
+        return self._own.source(loader, ids, per, sharded)
 
     def next_start(self) -> int | None:
         """Examples of all batches before the next one, where rows say the number of their own."""
-        return self._starts[self._numbers[self._batches]] if self._starts else None
+        own = self._own
+        return own.starts[own.numbers[self._batches]] if own.starts else None
 
     def append(self, rows: Tensor, valid: Tensor, *rest: Any, **named: Any) -> None:
-        numbers, at = self._numbers, self._batches
+        numbers, at = self._own.numbers, self._batches
         if numbers is not None and at and numbers[at] != numbers[at - 1] + 1:
             self._part = None  # another one follows
         super().append(rows, valid, *rest, **named)
@@ -196,21 +117,21 @@ class SharedWriter(RowWriter):
         self._world.beat()
 
     def _begin(self, origin: Tensor | None, ids: Ids | None) -> None:
-        batch = -1 if self._numbers is None else self._numbers[self._batches]
+        numbers = self._own.numbers
+        batch = -1 if numbers is None else numbers[self._batches]
         header = new_header(self._packing, ids, origin, self._world.rank, batch)
-        about = replace(self.about, first=None)
+        about = replace(self.about, first=self._own.first)
+        own = {"plan": self._plan.fingerprint, **asdict(about), **_kind(header)}
         if not self._there and not self._writers:
             if self._world.first("store"):
                 self._make_store(about)
-                self._world.say("about", asdict(about))
+                self._world.say("about", own)
             else:
-                self._compare(asdict(about), self._world.heard("about"))
+                self._compare(own, self._world.heard("about"))
+        elif self._before:
+            self._compare(own, own | _kind(self._before[0].header))
         path = self.path
-        if not os.path.lexists(path / "store.json"):
-            raise ValueError(
-                f"collect: rank {self._world.rank} does not see {path}, which another rank made; "
-                "give a path in a file system that all of them share"
-            )
+        self._refuse_unseen(path / "store.json")
         number = len(part_paths(path))
         while True:
             # A name that another rank took meanwhile is passed over, so that none is missing.
@@ -245,12 +166,19 @@ class SharedWriter(RowWriter):
             raise
 
     def _compare(self, mine: dict[str, Any], made: dict[str, Any]) -> None:
-        for what in ("weights", "passing", "options"):
+        for what in ("plan", "weights", "passing", "options", *_KIND):
             if json.loads(json.dumps(mine[what])) != made[what]:
                 raise ValueError(
                     f"collect: rank {self._world.rank} has other {what} than the rank that began "
                     f"{self.path} ({mine[what]!r}, not {made[what]!r}); give all ranks the same"
                 )
+
+    def _refuse_unseen(self, path: Path) -> None:
+        if not os.path.lexists(path):
+            raise ValueError(
+                f"collect: rank {self._world.rank} does not see {path}, which another rank made; "
+                "give a path in a file system that all of them share"
+            )
 
     def unmet_by_all(self, unmet: set[str]) -> set[str]:
         """Of the parameters that no example of this rank had a gradient for, those of no rank."""
@@ -261,9 +189,18 @@ class SharedWriter(RowWriter):
         """The store of all ranks' rows, once all are there."""
         for part, _ in self._writers:
             part.flush()
-        counts = self._world.meet("rows", [self.num_rows, self._batches])
-        if not any(rows for rows, _ in counts):
+        made = [lock.directory.name for _, lock in self._writers]
+        said = self._world.meet("rows", [self.num_rows, made])
+        if not any(rows for rows, _ in said):
             raise ValueError("collect: the loaders of all ranks are empty; they gave no batch")
+        names = [name for _, made in said for name in made]
+        for name in ("store.json", *names):
+            self._refuse_unseen(self.path / name)
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"collect: two ranks wrote {self.path / id_lists.first_twice(names)}; give a path "
+                "in a file system that all of them share"
+            )
         if self._world.rank == 0:
             if self._distinct:
                 self._check_distinct()
@@ -319,3 +256,9 @@ class SharedWriter(RowWriter):
         for part, lock in self._writers:
             part.close()
             lock.release()
+
+
+def _kind(header: Header) -> dict[str, str]:
+    """What `Parts.open` wants to be the same in all parts."""
+    rows = "of parts of examples" if header.origin else "of examples"
+    return dict(zip(_KIND, (header.dtype, header.ids or "none", rows), strict=True))

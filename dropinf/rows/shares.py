@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 from torch.utils.data import (
     BatchSampler,
@@ -24,19 +25,21 @@ T = TypeVar("T", DataLoader, list)
 
 @dataclass(frozen=True)
 class Share:
-    """The batches of these numbers, out of all; they follow each other where none is done."""
+    """The batches of these numbers, out of `total`; they follow each other where none is done."""
 
     numbers: tuple[int, ...]
+    total: int
 
     @classmethod
     def of(cls, num_batches: int, rank: int, world_size: int) -> Share:
         """Those of a rank: as many as others have, or one more or fewer."""
         first, last = (-(-num_batches * r // world_size) for r in (rank, rank + 1))
-        return cls(tuple(range(first, last)))
+        return cls(tuple(range(first, last)), num_batches)
 
     def without(self, done: Collection[int]) -> Share:
         """What is left of it."""
-        return Share(tuple(number for number in self.numbers if number not in done))
+        left = tuple(number for number in self.numbers if number not in done)
+        return Share(left, self.total)
 
 
 def split(batches: T, *, rank: int | None = None, world_size: int | None = None) -> T:
@@ -92,6 +95,21 @@ def share_of(batches: Any) -> Share | None:
     """Of what `split` gave; None of anything else."""
     given = batches if isinstance(batches, _List) else getattr(batches, "batch_sampler", None)
     return given.share if isinstance(given, _List | _Batches) else None
+
+
+def all_of(batches: Any) -> list[Any] | None:
+    """The list that `split` was given; None of a DataLoader."""
+    return batches.whole if isinstance(batches, _List) else None
+
+
+def batch_of(batches: Any, number: int) -> Any:
+    """One of all batches, of what `split` gave."""
+    if isinstance(batches, _List):
+        return batches.whole[number]
+    sampler = batches.batch_sampler
+    one = _Batches(sampler.whole, Share((number,), sampler.share.total))
+    with torch.random.fork_rng(devices=[]):
+        return next(iter(_drawing(batches, one)))
 
 
 def left_of(batches: T, done: Collection[int]) -> T:

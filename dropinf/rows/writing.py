@@ -125,7 +125,7 @@ class RowWriter:
         self.past = Past(
             sum(part.extent.examples for part in collected),
             sum(part.extent.batches for part in collected),
-            id_lists.joined([_of_examples(part) for part in collected]),
+            id_lists.joined([of_examples(part) for part in collected]),
             self.about.first,
         )
         ids = self.past.ids
@@ -283,7 +283,7 @@ class RowWriter:
         self._finished = True
 
 
-def _of_examples(part: Part) -> Ids | None:
+def of_examples(part: Part) -> Ids | None:
     """The ids of its examples, of which each may have many rows."""
     if part.ids is None or part.origin is None:
         return part.ids

@@ -124,16 +124,27 @@ def test_columns_of_a_dataset_by_a_column(format_):
         ([0, 9], {}, "id 9 is not among its positions; give ids=, the column"),
         (["a", "b"], {}, "id 'a' is not among its positions"),
         (["a", "z"], {"ids": "key"}, "id 'z' is not among its column 'key'"),
-        (["a", "b"], {"ids": "none"}, "the data have no column 'none'; they have 'key', 'twice'"),
+        (["a", "b"], {"ids": "none"}, "the data have no column 'none'; they have 'key', 'twice', "),
         (["u", "v"], {"ids": "twice"}, "the data have two rows of id 'u'"),
+        (["u", "v"], {"ids": "many"}, "column 'many' has no integers or strings, .* but list"),
         ([1, 1], {}, "the table has two rows of id 1; of tokens, add scores up"),
     ],
 )
 def test_ids_that_are_not_those_of_the_data(ids, options, words):
     datasets = pytest.importorskip("datasets", reason="pip install 'dropinf[arrow]'")
-    data = datasets.Dataset.from_dict({"key": ["a", "b", "c"], "twice": ["u", "u", "v"]})
+    columns = {"key": ["a", "b", "c"], "twice": ["u", "u", "v"], "many": [[1], [2], [3]]}
+    data = datasets.Dataset.from_dict(columns)
     with pytest.raises(ValueError, match=f"ScoreTable.add_to: {words}"):
         ScoreTable(torch.zeros(2), store_of(2, ids), "own").add_to(data, **options)
+
+
+def test_a_column_that_is_there():
+    datasets = pytest.importorskip("datasets", reason="pip install 'dropinf[arrow]'")
+    data = datasets.Dataset.from_dict({"key": ["a", "b"]})
+    table = ScoreTable(torch.zeros(2), store_of(2), "own")
+    with pytest.raises(ValueError, match="a column 'own' already; take it out with remove_columns"):
+        table.add_to(table.add_to(data))
+    assert table.add_to(table.add_to(data).remove_columns("own")).column_names == ["key", "own"]
 
 
 def test_no_dataset():
@@ -161,6 +172,8 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=f"ScoreTable: .*{words}"):
             ScoreTable(numbers, store, queries)
+    with pytest.raises(TypeError, match="scores must be a tensor, got ndarray"):
+        ScoreTable(torch.zeros(6).numpy(), store, "own")
     tokens = RowStore(
         asked.rows, PLAN, origin=torch.tensor([[0, 0], [0, 1], [1, 0]]), ids=[4, 4, 5]
     )

@@ -17,7 +17,7 @@ from survival_cases import tensors
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from dropinf import Dropout, Plan, RowStore, collect, split
@@ -146,6 +146,73 @@ def check_refused(rank, world, path):
         gather(split(loader), f"{path}-there")
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(tensors())
+
+
+def check_unlike(rank, world, path):
+    """Ranks that do not give the same: one at least says so, and no store looks finished."""
+    other = rank == world - 1
+    loader, model = DataLoader(tensors(12), batch_size=2), net()
+    batches = list(loader)
+
+    def named(batch):
+        return [f"e{i}" for i in batch[1].tolist()] if other else batch[1]
+
+    def collected(name, given, words, **options):
+        with refused((ValueError, RankError), words):
+            gather(given, f"{path}-{name}", **options)
+        dist.barrier()
+        assert not [*Path(f"{path}-{name}").glob("*/part.json")]
+
+    with refused((ValueError, RankError), "other plan", "give all ranks the same"):
+        plan = Plan.make(model, Dropout(r=6, seed=int(other)))
+        collect(model, split(loader), losses, plan, f"{path}-plan", progress=False)
+    dist.barrier()
+    collected("ids", split(batches), "other kind of ids", ids=named)
+    collected("few", split(batches[: 4 if other else 6]), "same batches, in the same order")
+    collected("turned", split(batches[:: -1 if other else 1]), "same batches, in the same order")
+    collected("some", split(loader) if other else batches, "other batches", ids=lambda b: b[1])
+    collected("stream", DataLoader(Stream(), batch_size=2), "does not tell which")
+    if other:
+        os.mkdir(f"{path}-own")
+    place = f"{path}-own/rows" if other else f"{path}-rows"  # as of a disk of its own
+    with refused((ValueError, RankError), "does not see", "all of them share"):
+        gather(split(batches[:1]), place)
+    assert not [*Path(place).glob("*/part.json")]
+
+
+def check_other_batches(rank, world, path):
+    """What was begun is not gone on with in batches of another size, or with fewer."""
+    part_writer._FLUSH_SECONDS = 0
+
+    def failing(model, batch):
+        if 18 in batch[1]:
+            raise OSError("the data set is gone")
+        return losses(model, batch)
+
+    def loader(size, n=20):
+        return DataLoader(tensors(n), batch_size=size)
+
+    options = {"ids": lambda batch: batch[1]}
+    for name, given, options, cases in (
+        ("list", list, {}, [(3, 40, "the first batch holds something else")]),
+        ("ids", lambda made: made, options, [(3, 40, "other ids")]),
+        ("few", lambda made: made, {}, [(2, 8, "counts as done"), (3, 40, "other examples")]),
+    ):
+        with refused((OSError, RankError), "gone"):
+            gather(split(given(loader(2))), f"{path}-{name}", failing, **options)
+        dist.barrier()
+        options = options | {"resume": True, "check": False}
+        for size, n, words in cases:
+            with refused((ValueError, RankError), words):
+                gather(split(given(loader(size, n))), f"{path}-{name}", **options)
+            dist.barrier()
+        store = gather(split(given(loader(2))), f"{path}-{name}", **options)
+        assert torch.equal(store.rows, gather(loader(2)).rows)
+
+
 def check_failed(rank, world, path):
     """A rank that fails ends the others; what is there is gone on with, to the same bits."""
     part_writer._FLUSH_SECONDS = 0
@@ -187,11 +254,12 @@ def check_failed(rank, world, path):
 @pytest.mark.filterwarnings("ignore:RowStore.load", "ignore:collect")
 def test_ranks_beside_one(tmp_path):
     """Two, and three, and what three began is completed by two and by one."""
-    checks = (check_same, check_tokens, check_sampler, check_refused, check_wrapped, check_failed)
+    checks = (check_same, check_tokens, check_sampler, check_refused, check_wrapped)
+    checks += check_unlike, check_other_batches, check_failed
     for world in (3, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        mp.spawn(run_rank, (world, folder, checks[:: 1 if world == 2 else 5]), nprocs=world)
+        mp.spawn(run_rank, (world, folder, checks[:: 1 if world == 2 else 7]), nprocs=world)
     loader = DataLoader(tensors(17), batch_size=2)
     whole = gather(loader)
     begun = tmp_path / "3" / "check_failed-begun"

@@ -469,6 +469,17 @@ def test_ids_that_are_given(tmp_path, strings, stream):
         collect(net, loader(), losses, plan, progress=False, ids=lambda batch: batch["id"][:2])
     with pytest.raises(ValueError, match="ids must be integers of 64 bits, or strings"):
         collect(net, loader(), losses, plan, progress=False, ids=lambda batch: batch["x"][:, 0])
+    with pytest.raises(ValueError, match=r"a key of the batch, .* got 'key'; the batch has \['id'"):
+        collect(net, loader(), losses, plan, progress=False, ids="key")
+    with pytest.raises(ValueError, match="got 'key'; the batch is a list"):
+        collect(
+            net,
+            [[torch.zeros(1)]],
+            lambda net, batch: losses(net, {"x": torch.zeros(1, 5)}),
+            plan,
+            progress=False,
+            ids="key",
+        )
 
 
 def test_ids_of_tokens(tmp_path):

@@ -56,6 +56,32 @@ def test_options_of_the_loader_stay():
     assert len(loader) == 3  # as it was
 
 
+def test_what_is_dropped_is_said():
+    """Beside one process, too, of a share; and of a sampler that gives all ranks as many."""
+
+    def dropping(sampler):
+        return DataLoader(tensors(11), batch_size=3, sampler=sampler, drop_last=True)
+
+    net = nn.Linear(5, 2)
+    plan = Plan.make(net, Dropout(r=6))
+    share = split(DataLoader(tensors(11), batch_size=4, drop_last=True), rank=0, world_size=2)
+    whole = DataLoader(tensors(11), sampler=DistributedSampler(tensors(11), 3, 0, drop_last=True))
+    both = dropping(DistributedSampler(tensors(11), 2, 0, drop_last=True))
+    for loader, left in ((share, 3), (whole, 2), (both, 5)):
+        with pytest.warns(UserWarning, match=f"leaves the last {left} of 11 examples"):
+            collect(net, loader, losses, plan, progress=False)
+    even = DataLoader(tensors(11), batch_size=4, sampler=DistributedSampler(tensors(11), 3, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(net, even, losses, plan, progress=False)
+
+
+def test_a_time_that_is_none():
+    for timeout in (0, -1, float("nan"), None):
+        with pytest.raises(ValueError, match="collect: timeout must be a positive number, got"):
+            collect(None, [], losses, None, timeout=timeout)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(tensors())

@@ -316,6 +316,23 @@ def killed_in_topk(rank, world, path):
     lost_in(rank, world, "topk")
 
 
+def killed_between(rank, world, path):
+    """Found at once by the next call, before the last rank could come to it."""
+    with over_ranks():
+        pass
+    if rank == world - 1:
+        die()
+    start = time.monotonic()
+    with refused(RankError, f"rank {world - 1}", "is gone"), over_ranks():
+        pass
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.more
+def test_killed_between_two_calls(tmp_path):
+    assert run_alone([killed_between], 3, tmp_path) == [0, 0, -signal.SIGKILL]
+
+
 RESULTS = check_results, check_ties, check_hard_layers, check_models
 
 

@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # a plugin may have imported it before
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []
 BACKENDS = ["cpu", "cpu-portable", "cuda-host", *ON_A_GPU, "triton", "reference"]
-# Kernels run by threads of the host or by Triton's interpreter, a thousand times slower.
+# Kernels run thread after thread on the host, or by Triton's interpreter: a thousand times slower.
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 EMULATED = ["cuda-host", *INTERPRETED]
 
@@ -113,7 +113,7 @@ def load_on_the_host():
 
 
 def on_the_host(request, monkeypatch):
-    """Backend "cuda" for CPU tensors: the same kernels, run by threads of the host."""
+    """Backend "cuda" for CPU tensors: the same kernels, run on the host."""
     load_on_the_host()
     for op, kernels in dispatch.KERNELS.items():
         if "cuda" in kernels:

@@ -35,6 +35,16 @@ def test_cpu_passes(op):
     assert selftest.mismatch(op, dispatch.KERNELS[op]["cpu"], CPU) is None
 
 
+@pytest.mark.more  # interpreted, it takes long
+def test_triton_passes():
+    """Also those cases of sampled_outer that other tests leave out, see conftest.py."""
+    if dropinf.backends()["triton"] != "available":
+        pytest.skip(dropinf.backends()["triton"])
+    device = torch.device(dispatch._DEVICES["triton"])
+    kernel = dispatch.KERNELS["sampled_outer"]["triton"]
+    assert selftest.mismatch.__wrapped__("sampled_outer", kernel, device) is None
+
+
 def spoilt(op, how, *args):
     """`reference`, and then one of its results spoilt."""
     getattr(reference, op)(*args)

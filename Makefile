@@ -23,15 +23,15 @@ demo: .venv/installed
 # Two processes, each of which takes whole files: what a file makes for all its tests is made once.
 pytest := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: .venv/installed $(OLD_TRITON) lint
+test: .venv/installed lint
 	$(pytest)
 
 # The manual, into build/site; a warning is an error. The variable silences the theme's advertisement of its successor.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# Tests of what measures: slow, and seldom concerned by a change.
-test-more: .venv/installed
+# The tests that take long and that few changes concern; of each feature `make test` has a quick one.
+test-more: .venv/installed $(OLD_TRITON)
 	$(pytest) -m more
 
 # All of bench/experiments in tiny sizes, each in about a minute; without --quick they make bench/results/.

@@ -89,11 +89,13 @@ def test_extension_that_was_not_wanted(tmp_path):
     assert build(tmp_path, DROPINF_EXTENSION="0").startswith("DROPINF_EXTENSION=0 was set")
 
 
+@pytest.mark.more
 def test_extension_that_was_asked_for_is_an_error(tmp_path):
     with pytest.raises(AssertionError, match=r"DROPINF_EXTENSION|compile|nowhere"):
         build(tmp_path, **NO_COMPILER, DROPINF_EXTENSION="1")
 
 
+@pytest.mark.more
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
 def test_cuda_kernels_that_were_asked_for_are_an_error(tmp_path):
     with pytest.raises(AssertionError, match=r"DROPINF_CUDA=1, but torch .* is not a CUDA build"):
@@ -141,7 +143,8 @@ def test_doctor(command):
 
 def test_doctor_finds_a_wrong_backend(command, monkeypatch):
     """It prints what is wrong, and ends with 1."""
-    monkeypatch.setitem(dispatch.KERNELS["gram"], "cpu", lambda *args: None)
+    kernels = {**dispatch.KERNELS["gram"], "cpu": lambda *args: None}
+    monkeypatch.setattr(dispatch, "KERNELS", {"gram": kernels})
     status, printed = command("doctor")
     assert status == 1 and "FAILS with torch.float32, off by" in printed
 

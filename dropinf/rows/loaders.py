@@ -68,7 +68,7 @@ def _is_a_batch(given: Any) -> bool:
 
     Tensors of one kind may be batches that are one tensor each.
     """
-    if isinstance(given, Tensor | Mapping):
+    if isinstance(given, Tensor) or (isinstance(given, Mapping) and _of_datasets(given) is None):
         return True
     if not isinstance(given, tuple | list) or not all(isinstance(one, Tensor) for one in given):
         return False

@@ -80,6 +80,7 @@ def test_suspicion_of_both_ways(small):
     )
 
 
+@pytest.mark.more
 def test_suspicion_by_autograd(small):
     """Dot product and self-influence against gradients one by one, in float64."""
     model, task = small.model, small.task

@@ -110,7 +110,13 @@ def check_case(case, sizes, inner=aot_eager, dtype=torch.float64):
     assert backend.compiled <= 2  # the second for any number of examples
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.name, marks=[pytest.mark.more] * c.name.startswith("GPT"))
+        for c in CASES
+    ],
+)
 def test_models(case):
     check_case(case, [5, 3, 5] if case.name in ("mlp", "transformer") else [5])
 

@@ -148,6 +148,7 @@ def test_quiet_leaves_notes_out(dropinf_, tmp_path):
     assert dropinf_("topk", run, "-q")[2] == ""
 
 
+@pytest.mark.more
 def test_no_colours_beside_a_terminal():
     """As a pipe, and where NO_COLOR is set on a terminal, as far as there are boxes at all."""
     environment = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"}
@@ -160,6 +161,7 @@ def test_no_colours_beside_a_terminal():
         assert done.returncode == 0 and b"\x1b" not in done.stdout and b"topk" in done.stdout
 
 
+@pytest.mark.more
 def test_a_pipe_that_closes(tmp_path):
     """`dropinf backends | true`: no traceback."""
     process = started("backends")
@@ -167,6 +169,7 @@ def test_a_pipe_that_closes(tmp_path):
     assert process.stderr.read() == "" and process.wait() in (0, 1)
 
 
+@pytest.mark.more
 def test_a_full_stdout():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -179,6 +182,7 @@ def test_a_full_stdout():
     assert one_sentence("dropinf backends", done.stderr).startswith("No space left on device")
 
 
+@pytest.mark.more
 def test_completion():
     """What a shell asks for is answered."""
     done = subprocess.run(
@@ -195,7 +199,7 @@ def test_completion():
     assert done.stdout.split() == ["topk"], done.stderr
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("missing", ["typer", pytest.param("rich", marks=pytest.mark.more)])
 def test_without_the_extra(missing):
     """One sentence says what to install."""
     code = f"import sys; sys.modules[{missing!r}] = None; import dropinf.__main__ as m; m.main()"

@@ -195,6 +195,7 @@ def test_a_report_of_another_damping(ok, here):
         assert f"Cholesky(damping={float(damping)}" in page, name
 
 
+@pytest.mark.more
 def test_a_report_of_an_unfinished_run_saves_no_solver(dropinf_, slow, tmp_path):
     """Which the rows that follow would not fit."""
     process = started(*JOB, "--out", "run", "--quiet")
@@ -385,7 +386,11 @@ def assert_same(run, whole):
 
 @pytest.mark.parametrize(
     "number, code, queries",
-    [(signal.SIGINT, 130, False), (signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)],
+    [
+        (signal.SIGINT, 130, False),
+        pytest.param(signal.SIGINT, 130, True, marks=pytest.mark.more),
+        pytest.param(signal.SIGTERM, 143, False, marks=pytest.mark.more),
+    ],
 )
 def test_signals(slow, whole, tmp_path, number, code, queries):
     """They leave rows that --resume goes on with, to the same bytes; nothing else is left."""
@@ -431,6 +436,7 @@ def on_a_terminal(*arguments):
     return out, told.decode()
 
 
+@pytest.mark.more
 def test_progress_is_on_a_terminal(slow):
     """On stderr, with the time that is left; beside one, or with --quiet, there is none."""
     out, err = on_a_terminal(*JOB, "--out", "run", "--json")
@@ -441,6 +447,7 @@ def test_progress_is_on_a_terminal(slow):
     assert "%" not in process.communicate()[1]
 
 
+@pytest.mark.more
 def test_a_full_disk(slow, whole, tmp_path):
     """Code 1, one sentence last, and what is there can be gone on with."""
     disk = tmp_path / "disk"

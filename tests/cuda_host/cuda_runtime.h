@@ -1,14 +1,11 @@
 // CUDA on the host, for tests: compiles .cu files as C++ and runs their kernels, one block after
-// the other, with every thread of the block a real one. AddressSanitizer then sees accesses out of
-// range, and ThreadSanitizer missing barriers.
+// the other. The threads of a block take turns on one thread of the host. For a sanitizer every one
+// is real: AddressSanitizer then sees accesses out of range, and ThreadSanitizer missing barriers.
 //
-// Barriers are pthread barriers, which put a waiting thread to sleep: 256 threads share few cores.
 // Shared memory starts as NaN in every block. Copies are made when they are waited for, so that a
 // missing wait is seen. What kernels must not use is not here: atomics, static shared memory.
 
 #pragma once
-
-#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -24,7 +21,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -51,7 +47,14 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace host_execution {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of a block
+
+}  // namespace host_execution
+
+#include "block_threads.h"
+
+namespace host_execution {
+
 // Of a block, as on sm_80; sm_90 and sm_100 have 227 KB, sm_86 and sm_89 99. It is the device's
 // number too: with another limit it is another device.
 inline std::atomic<int> max_shared_bytes{163 * 1024};
@@ -66,26 +69,6 @@ inline int allowed_shared(const void* kernel) {
   const auto found = allowed_bytes.find({kernel, max_shared_bytes});
   return found == allowed_bytes.end() ? kPlainSharedBytes : found->second;
 }
-
-// Two in turn. A thread that leaves a barrier late would otherwise meet there what others did
-// since, on their way to the next one, and ThreadSanitizer would take that for order.
-class Barrier {
- public:
-  explicit Barrier(int threads) {
-    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_init(&barrier, nullptr, threads);
-  }
-  ~Barrier() {
-    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_destroy(&barrier);
-  }
-  Barrier(const Barrier&) = delete;
-  // `turn` counts the calling thread's waits.
-  void wait(int& turn) { pthread_barrier_wait(&barriers_[turn++ % 2]); }
-
- private:
-  pthread_barrier_t barriers_[2];
-};
-
-inline thread_local int block_turn, warp_turn;
 
 struct Warp {
   explicit Warp(int threads) : barrier(threads) {}
@@ -119,7 +102,16 @@ struct Copy {
 };
 
 inline thread_local Block* block = nullptr;
-inline thread_local std::deque<std::vector<Copy>> copies;  // groups; the last one is open
+inline thread_local std::deque<std::vector<Copy>>* copies;  // groups; the last one is open
+
+// What others may change of this thread while it waits, where they take turns.
+inline void wait_at(Barrier& barrier) {
+  const dim3 mine = threadIdx;
+  auto* const own = copies;
+  barrier.wait();
+  threadIdx = mine;
+  copies = own;
+}
 
 inline void* shared_memory() { return block->start; }
 
@@ -135,15 +127,15 @@ inline void check_aligned(const void* address, size_t num_bytes) {
 inline void copy_async(void* to, const void* from, size_t num_bytes) {
   check_aligned(to, num_bytes);
   check_aligned(from, num_bytes);
-  copies.back().push_back({to, from, num_bytes});
+  copies->back().push_back({to, from, num_bytes});
 }
 
-inline void end_copy_group() { copies.emplace_back(); }
+inline void end_copy_group() { copies->emplace_back(); }
 
 inline void wait_for_copies(size_t pending) {
-  while (copies.size() > pending + 1) {
-    for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.num_bytes);
-    copies.pop_front();
+  while (copies->size() > pending + 1) {
+    for (const Copy& copy : copies->front()) std::memcpy(copy.to, copy.from, copy.num_bytes);
+    copies->pop_front();
   }
 }
 
@@ -157,8 +149,9 @@ cudaError_t run(const void* kernel, dim3 grid, int threads, int64_t shared_bytes
   if (!fits) return cudaErrorInvalidValue;
   Block shared_block(threads, shared_bytes);
   const auto work = [&](unsigned thread) {
+    std::deque<std::vector<Copy>> own;
+    copies = &own;
     block = &shared_block;
-    block_turn = warp_turn = 0;
     threadIdx = dim3(thread, 0, 0);
     blockDim = dim3(threads);
     gridDim = grid;
@@ -166,19 +159,16 @@ cudaError_t run(const void* kernel, dim3 grid, int threads, int64_t shared_bytes
       for (unsigned y = 0; y < grid.y; ++y) {
         for (unsigned x = 0; x < grid.x; ++x) {
           blockIdx = dim3(x, y, z);
-          copies.assign(1, {});
+          own.assign(1, {});
           if (thread == 0) shared_block.clear();
-          shared_block.barrier.wait(block_turn);
+          wait_at(shared_block.barrier);
           body();
-          shared_block.barrier.wait(block_turn);
+          wait_at(shared_block.barrier);
         }
       }
     }
   };
-  std::vector<std::thread> team;
-  for (int thread = 1; thread < threads; ++thread) team.emplace_back(work, thread);
-  work(0);
-  for (std::thread& thread : team) thread.join();
+  run_threads(threads, work);
   return cudaSuccess;
 }
 
@@ -188,10 +178,10 @@ T exchange(T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Warp& mine = warp();
   std::memcpy(&mine.slots[threadIdx.x % kWarp], &value, sizeof value);
-  mine.barrier.wait(warp_turn);
+  wait_at(mine.barrier);
   T result = value;
   if (from >= 0 && from < kWarp) std::memcpy(&result, &mine.slots[from], sizeof result);
-  mine.barrier.wait(warp_turn);
+  wait_at(mine.barrier);
   return result;
 }
 
@@ -263,10 +253,8 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t first, cudaEvent_
   return cudaSuccess;
 }
 
-inline void __syncthreads() { host_execution::block->barrier.wait(host_execution::block_turn); }
-inline void __syncwarp(unsigned = ~0u) {
-  host_execution::warp().barrier.wait(host_execution::warp_turn);
-}
+inline void __syncthreads() { host_execution::wait_at(host_execution::block->barrier); }
+inline void __syncwarp(unsigned = ~0u) { host_execution::wait_at(host_execution::warp().barrier); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -287,10 +275,10 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
 inline unsigned __ballot_sync(unsigned, int predicate) {
   host_execution::Warp& mine = host_execution::warp();
   mine.slots[threadIdx.x % 32] = predicate != 0;
-  mine.barrier.wait(host_execution::warp_turn);
+  host_execution::wait_at(mine.barrier);
   unsigned result = 0;
   for (int lane = 0; lane < 32; ++lane) result |= unsigned(mine.slots[lane]) << lane;
-  mine.barrier.wait(host_execution::warp_turn);
+  host_execution::wait_at(mine.barrier);
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }

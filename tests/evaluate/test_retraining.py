@@ -150,7 +150,9 @@ evaluate.retrain(train, evaluate.halves(12, 40), sys.argv[1], progress=False)
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.more)]
+)
 def test_a_kill_loses_the_training_in_flight_alone(tmp_path, sent):
     command = [sys.executable, "-c", CHILD, str(tmp_path / "runs")]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -75,7 +75,16 @@ def parse(report):
     return kernels
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source",
+    [
+        # The smallest shows that they compile at all; the host runs all of them.
+        pytest.param(
+            source, id=source.stem, marks=[pytest.mark.more] * (source.stem != "gather_grads")
+        )
+        for source in SOURCES
+    ],
+)
 def test_resources(source):
     """The report of `pytest -s`: registers within the launch bounds, nothing in local memory."""
     kernels = compiled(source)
@@ -106,6 +115,7 @@ __global__ void __launch_bounds__(1024, 2) many(float* data, int n) {
 """
 
 
+@pytest.mark.more
 def test_a_spill_is_seen(tmp_path):
     source = tmp_path / "spilling.cu"
     source.write_text(SPILLING)

@@ -10,6 +10,7 @@ from cuda_host import build
 KERNELS = """
 #include <cassert>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "cuda/common.cuh"
@@ -41,9 +42,49 @@ __global__ void copy(const float* from, float* to, bool waits) {
   to[threadIdx.x] = shared[threadIdx.x];
 }
 
-int main() {
+// Each thread reads what another wrote: a later one, and one that is before it.
+__global__ void neighbours(const float* from, float* to, int n, bool waits) {
+  float* shared = shared_memory<float>();
+  shared[threadIdx.x] = from[threadIdx.x];
+  if (waits) __syncthreads();
+  const int at = 2 * (blockIdx.x * n + threadIdx.x);
+  to[at] = shared[(threadIdx.x + 1) % n];
+  to[at + 1] = shared[(threadIdx.x + n - 1) % n];
+}
+
+__global__ void half_waits() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+
+// How many numbers `neighbours` read right, of those above the first and below the last thread.
+void count(bool waits, int* later, int* before) {
+  constexpr int kBlocks = 16, kThreads = 64;
+  static float from[kThreads], to[kBlocks * kThreads * 2];
+  for (int k = 0; k < kThreads; ++k) from[k] = k;
+  const int bytes = 4 * kThreads;
+  assert(launch(neighbours, grid_of(kBlocks), kThreads, bytes, nullptr, (const float*)from, to,
+                kThreads, waits) == 0);
+  *later = *before = 0;
+  for (int k = 0; k < kBlocks * kThreads; ++k) {
+    const int thread = k % kThreads;
+    *later += thread < kThreads - 1 && to[2 * k] == thread + 1;
+    *before += thread > 0 && to[2 * k + 1] == thread - 1;
+  }
+}
+
+int main(int argc, char** argv) {
   alignas(16) float from[192], to[192];
   for (int k = 0; k < 192; ++k) from[k] = k;
+  if (argc > 1 && std::strcmp(argv[1], "not aligned") == 0) {
+    return launch(copy, grid_of(1), 32, 128, nullptr, (const float*)from + 1, to, true);
+  }
+  if (argc > 1) return launch(half_waits, grid_of(1), 64, 0, nullptr);
+  int later, before;
+  count(true, &later, &before);
+  assert(later == 16 * 63 && before == 16 * 63);
+  // Without the barrier either is wrong in some of the blocks.
+  count(false, &later, &before);
+  assert(later < 16 * 63 && before < 16 * 63);
   assert(launch(reverse, grid_of(2), 96, 96 * 4, nullptr, (const float*)from, to, 96) == 0);
   for (int k = 0; k < 192; ++k) assert(to[k] == k / 96 * 96 + 95 - k % 96);
   assert(launch(sum, grid_of(1), 64, 0, nullptr, (const float*)from, to) == 0);
@@ -77,19 +118,28 @@ int main() {
 """
 
 
-def compiled(tmp_path, source):
-    file = tmp_path / "kernels.cpp"
-    file.write_text(source)
-    compiler = os.environ.get("CXX", "c++")
+def compiler(source, *options):
+    """What it is asked to do with a file."""
+    found = os.environ.get("CXX", "c++")
     flags = ["-std=c++20", "-pthread", f"-I{build.HERE}", f"-I{build.SOURCES}"]
-    command = [compiler, *flags, str(file), "-o", str(tmp_path / "kernels")]
+    command = [found, *flags, str(source), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_as_a_device(tmp_path):
-    done = compiled(tmp_path, KERNELS)
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """program("not aligned"): what that run of KERNELS prints, and how it ends."""
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "kernels.cpp").write_text(KERNELS)
+    done = compiler(folder / "kernels.cpp", "-o", folder / "kernels")
     assert done.returncode == 0, done.stderr
-    run = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True)
+    return lambda *arguments: subprocess.run(
+        [folder / "kernels", *arguments], capture_output=True, text=True
+    )
+
+
+def test_as_a_device(program):
+    run = program()
     assert run.stdout == "as a device\n", run.stderr
 
 
@@ -102,15 +152,19 @@ def test_as_a_device(tmp_path):
 )
 def test_refused(tmp_path, line, name):
     kernel = f'#include "cuda/common.cuh"\n__global__ void kernel() {{ {line} }}\nint main() {{}}\n'
-    done = compiled(tmp_path, kernel)
+    (tmp_path / "kernel.cpp").write_text(kernel)
+    done = compiler(tmp_path / "kernel.cpp", "-fsyntax-only")
     assert done.returncode != 0 and name in done.stderr
 
 
-def test_an_access_that_is_not_aligned_ends_it(tmp_path):
-    kernel = KERNELS.replace("from + 4 * threadIdx.x", "from + 4 * threadIdx.x + 1")
-    assert compiled(tmp_path, kernel).returncode == 0
-    run = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True)
+def test_an_access_that_is_not_aligned_ends_it(program):
+    run = program("not aligned")
     assert run.returncode != 0 and "is not aligned" in run.stderr
+
+
+def test_a_barrier_that_some_never_reach_ends_it(program):
+    run = program("half waits")
+    assert run.returncode != 0 and "a barrier that others never reach" in run.stderr
 
 
 def test_objects_depend_on_all_that_they_include():

@@ -372,6 +372,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("backend", ["default"])
 def test_after_a_fork(backend):
     """Neither the import nor a capture on the CPU sets CUDA up, which no fork survives."""

@@ -15,6 +15,7 @@ OUTER = ROOT / "csrc" / "cuda" / "sampled_outer.cu"
 BUFFER = 48 * 8
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "element", ["NS_8BFloat16E", "NS_7Float16E", "f"], ids=["bf16", "fp16", "fp32"]
 )
@@ -31,6 +32,7 @@ def test_staged_outer(element, coordinates):
     assert function.registers <= 80  # 2 * 384 threads of 65536 registers
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("element", ["NS_8BFloat16E", "NS_7Float16E"], ids=["bf16", "fp16"])
 def test_columns_of_outer(element):
     """The loop over buffers but for the one within it, which stages what overlaps with no steps."""

@@ -30,8 +30,11 @@ def run(code_or_options):
     )
 
 
-def test_rows_there():
-    options = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", CHOSEN]
+@pytest.mark.parametrize(
+    "chosen", ["where_scores", pytest.param(CHOSEN, marks=pytest.mark.more)], ids=["one", "all"]
+)
+def test_rows_there(chosen):
+    options = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", chosen]
     done = run([*options, str(TESTS / "kernels/test_gpu_rows.py")])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " skipped" not in done.stdout

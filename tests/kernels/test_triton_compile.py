@@ -17,35 +17,41 @@ SCRIPT = ROOT / "tests" / "kernels" / "triton_resources.py"
 BUILD = ROOT / "build" / "triton"
 
 
-@pytest.fixture(scope="module", params=["installed", "3.6.0"])
+ALL = 0
+EVERY = [pytest.param((version, ALL), marks=pytest.mark.more) for version in ("installed", "3.6.0")]
+
+
+@pytest.fixture(scope="module", params=[("installed", 1), *EVERY], ids=str)
 def kernels(request):
-    """What each uses when compiled by the Triton that is installed, or by the one in build/.
+    """What the first or each uses when compiled by the Triton that is installed, or by the one in
+    build/.
 
     Kept in build/ until a kernel, the script or Triton's version changes.
     """
+    which, most = request.param
     pytest.importorskip("triton")
     if sys.platform != "linux":
         pytest.skip("the triton package has cuobjdump on Linux only")
     version, folder = importlib.metadata.version("triton"), None
-    if request.param != "installed":
-        version = request.param
+    if which != "installed":
+        version = which
         folder = ROOT / "build" / f"triton-{version}"
         if not folder.exists():
             pytest.skip(f"Triton {version} is not there; make build/{folder.name} gets it")
-    digest = hashlib.sha256(repr((version, CAPABILITIES)).encode())
+    digest = hashlib.sha256(repr((version, CAPABILITIES, most)).encode())
     for file in [SCRIPT, *sorted((ROOT / "triton_kernels").glob("*.py"))]:
         digest.update(file.read_bytes())
     report = BUILD / f"{version}-{digest.hexdigest()[:16]}.json"
     if not report.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        compile_all(folder, report)
+        compile_all(folder, most, report)
     found = json.loads(report.read_text())
     assert {k["triton"] for k in found} == {version}
     return found
 
 
-def compile_all(folder, report):
-    """Write the report, by the Triton in `folder`; whole from the first moment."""
+def compile_all(folder, most, report):
+    """Write the report of so many or all, by the Triton in `folder`; whole at once."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if folder:
         paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -53,8 +59,8 @@ def compile_all(folder, report):
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
         environment["TRITON_CACHE_DIR"] = temporary
         runs = []
-        for capability in CAPABILITIES:  # at the same time
-            command = [sys.executable, "-W", "error", str(SCRIPT), capability]
+        for capability in CAPABILITIES[: most or None]:  # at the same time
+            command = [sys.executable, "-W", "error", str(SCRIPT), str(most), capability]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             runs.append(subprocess.Popen(command, env=environment, **pipes))
         found = []
@@ -84,6 +90,7 @@ def test_resources(kernels):
             assert k["registers"] <= 64, k
 
 
+@pytest.mark.parametrize("kernels", EVERY, indirect=True, ids=str)
 def test_every_kernel_is_compiled(kernels):
     written = {
         line.split("(")[0].removeprefix("def ")

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import triton
@@ -106,10 +107,10 @@ def resources(kernel, types, constants, options, capability):
     }
 
 
-if __name__ == "__main__":
-    found = []
-    for capability in map(int, sys.argv[1:]):
-        for name, kernel, types, constants, options in variants():
+if __name__ == "__main__":  # for the architectures that are named, so many or all
+    found, most = [], int(sys.argv[1]) or None
+    for capability in map(int, sys.argv[2:]):
+        for name, kernel, types, constants, options in islice(variants(), most):
             used = resources(kernel, types, constants, options, capability)
             label = f"{kernel.__name__} {name}".strip()
             about = {"triton": triton.__version__, "kernel": label, "sm": capability}

@@ -81,8 +81,13 @@ def run(*parts):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_not_at_import_nor_on_the_cpu():
-    done = run(PREPARE, IMPORT, CALL)
+@pytest.mark.parametrize(
+    "imported",
+    ["import dropinf\n", pytest.param(IMPORT, marks=pytest.mark.more)],
+    ids=["dropinf", "every module"],
+)
+def test_not_at_import_nor_on_the_cpu(imported):
+    done = run(PREPARE, imported, CALL)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import load_on_the_host
 from cuda_host import build
 from kernel_faults import FAULTS
 from outer_cases import good
@@ -33,6 +34,16 @@ def test_cpu_passes(op):
     if "cpu" not in dispatch.KERNELS[op]:
         pytest.skip(f"{op} is not written for backend 'cpu'")
     assert selftest.mismatch(op, dispatch.KERNELS[op]["cpu"], CPU) is None
+
+
+@pytest.mark.more  # interpreted, it takes long
+def test_triton_passes():
+    """Also those cases of sampled_outer that other tests leave out, see conftest.py."""
+    if dropinf.backends()["triton"] != "available":
+        pytest.skip(dropinf.backends()["triton"])
+    device = torch.device(dispatch._DEVICES["triton"])
+    kernel = dispatch.KERNELS["sampled_outer"]["triton"]
+    assert selftest.mismatch.__wrapped__("sampled_outer", kernel, device) is None
 
 
 def spoilt(op, how, *args):
@@ -85,16 +96,17 @@ print(selftest.mismatch(op, kernel, torch.device("cpu")))
 """
 
 
-@pytest.mark.parametrize("op", FAULTS)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.more] * (op != "sampled_outer")) for op in FAULTS]
+)
 def test_a_fault_in_a_kernel_is_found(op, tmp_path):
     """Built for the host, the kernels are right, and wrong after a fault is planted."""
-    found = []
-    for sources in (build.SOURCES, build.planted(tmp_path, *FAULTS[op])):
-        library = build.library(sources, "")
-        command = [sys.executable, "-c", ON_THE_HOST, op, str(library)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found.append(done.stdout.strip() or done.stderr)
-    assert found[0] == "None" and found[1].startswith("with torch.float32, off by"), found
+    load_on_the_host()
+    assert selftest.mismatch(op, getattr(torch.ops.dropinf_host, op).default, CPU) is None
+    library = build.library(build.planted(tmp_path, *FAULTS[op]), "")
+    command = [sys.executable, "-c", ON_THE_HOST, op, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("with torch.float32, off by"), done.stdout + done.stderr
 
 
 def test_a_backend_that_fails_is_refused(monkeypatch):

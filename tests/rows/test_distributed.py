@@ -152,9 +152,16 @@ def check_fsdp(rank, world, path):
     check_capture(rank, model, fully_shard(copy.deepcopy(model)))
 
 
-def test_rows_equal_plain(tmp_path):
-    """Under DistributedDataParallel and fully_shard, in one pair of processes."""
-    checks = [check_ddp, check_fsdp, check_collections, check_energies]
+@pytest.mark.parametrize(
+    "checks",
+    [
+        [check_ddp],
+        pytest.param([check_fsdp, check_collections, check_energies], marks=pytest.mark.more),
+    ],
+    ids=["DistributedDataParallel", "others"],
+)
+def test_rows_equal_plain(tmp_path, checks):
+    """Under DistributedDataParallel, and the others, in a pair of processes each."""
     mp.spawn(run_rank, (RANKS, tmp_path, checks), nprocs=RANKS)
 
 

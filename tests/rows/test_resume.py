@@ -102,7 +102,7 @@ def rows_there(path):
 
 
 # A flush a batch, one now and then, and one that is never due again.
-@pytest.mark.parametrize("flush, number", [(0.0, 5), (0.05, 2), (5.0, 2)])
+@pytest.mark.parametrize("flush, number", [(0.0, 2), (0.05, 2), (5.0, 2)])
 def test_kills(processes, whole, tmp_path, flush, number):
     assert at_random_moments(processes, whole, tmp_path, number, flush) >= number // 2
 

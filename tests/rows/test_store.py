@@ -351,8 +351,9 @@ def assert_one_sentence(error, folder):
     assert text.count("\n") == 0 and len(text.replace(str(folder), "")) < 350, text
 
 
-def test_every_bit(saved, tmp_path):
-    """Of manifests all bits, of other files some, and whole files cut short."""
+@pytest.mark.parametrize("share", [5, pytest.param(1, marks=pytest.mark.more)], ids=["few", "all"])
+def test_every_bit(saved, tmp_path, share):
+    """Some bits of every file, and whole files cut short; the next test has all of manifests."""
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
     truth = content(folder)
@@ -363,7 +364,7 @@ def test_every_bit(saved, tmp_path):
             whole = file.read_bytes()
             every = range(8 * len(whole))
             small = file.suffix in (".json", ".jsonl")
-            sampled = chosen.sample(every, min(len(every), 150 if small else 60))
+            sampled = chosen.sample(every, min(len(every), (150 if small else 60) // share))
             flips = [bytearray(whole) for _ in sampled]
             for flipped, bit in zip(flips, sampled, strict=True):
                 flipped[bit // 8] ^= 1 << bit % 8
@@ -458,7 +459,8 @@ def hostile(file):
         yield head + b', "crc32": %d}' % zlib.crc32(head)
 
 
-def test_hostile_manifests(saved, tmp_path):
+@pytest.mark.parametrize("number", [40, pytest.param(200, marks=pytest.mark.more)])
+def test_hostile_manifests(saved, tmp_path, number):
     """Anything but ValueError ends the test; each takes less than a second and 100 MB."""
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
@@ -471,7 +473,7 @@ def test_hostile_manifests(saved, tmp_path):
             seal_again = file.parent / "part.json" if file.suffix == ".jsonl" else None
             part = None if seal_again is None else seal_again.read_bytes()
             texts = list(hostile(file))
-            for text in chosen.sample(texts, min(len(texts), 200)):
+            for text in chosen.sample(texts, min(len(texts), number)):
                 file.write_bytes(text)
                 if part is not None:
                     told = json.loads(part)

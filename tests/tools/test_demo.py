@@ -66,6 +66,7 @@ def test_digits():
     assert int(digits.flipped.sum()) == 240 and len(digits.queries) == 200
 
 
+@pytest.mark.more
 def test_text(tmp_path, capsys, monkeypatch):
     """A few sentences of each topic: above chance, and a report with shaded words."""
     monkeypatch.setattr(demo_text, "EACH", 60)

@@ -3,8 +3,8 @@
 PYTHON ?= python3
 comma := ,
 BIN := .venv/bin
-# nvcc from the package index where there is none.
-EXTRAS := demo,docs,test,arrow,dask,faiss$(if $(shell command -v nvcc),,$(comma)nvcc)
+# Of pyproject.toml, beside the demo's; nvcc from the package index where there is none.
+EXTRAS := docs,test,arrow,dask,faiss$(if $(shell command -v nvcc),,$(comma)nvcc)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # The oldest Triton that pyproject.toml allows, which is torch 2.11's; like there, on Linux.
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0)
@@ -17,7 +17,7 @@ PART ?=
 
 .PHONY: demo docs test test-more experiments bench bench-check gpu peers sanitize lint format wheel clean
 
-demo: .venv/installed
+demo: .venv/built
 	$(BIN)/python -m dropinf demo
 
 # Two processes, each of which takes whole files: what a file makes for all its tests is made once.
@@ -109,8 +109,15 @@ clean:
 	    dropinf/triton_kernels
 
 # Without build isolation, so that the extension is built against the torch that is installed.
-.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+.venv/built: pyproject.toml setup.py constraints.txt $(SOURCES)
+	@echo "Some minutes: torch and the demo's packages go into .venv, and the kernels are built."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade -c constraints.txt setuptools wheel ninja pybind11 torch numpy
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	touch $@
+
+# What all but the demo needs. dropinf is there by now: pip adds the packages of its extras, and builds nothing again.
+.venv/installed: .venv/built
+	@echo "Some minutes: the packages of tests, manual and worked examples go into .venv."
+	$(BIN)/python -m pip install -q -c constraints.txt 'dropinf[$(EXTRAS)]'
 	touch $@

@@ -36,7 +36,12 @@ class Run:
         queries: Path | None = None,
         solver: Path | None = None,
     ) -> Run:
-        """Those that are named, and else those of the directory."""
+        """Those that are named, and else those of the directory.
+
+        Raises:
+            NotADirectoryError: it is a job's file.
+        """
+        refuse_job_file(path)
         return cls(
             path, train or path / "train", queries or path / "queries", solver or path / "solver"
         )
@@ -80,6 +85,19 @@ class Run:
     def query_rows(self) -> RowStore | None:
         """None if there are none."""
         return RowStore.load(self.queries) if self.queries.exists() else None
+
+
+def refuse_job_file(path: Path) -> None:
+    """Refuse a job's file where a run is asked for, of which it names the directory.
+
+    Raises:
+        NotADirectoryError: it is one.
+        ValueError: it has the name of one, and cannot be read.
+    """
+    if path.suffix == ".toml" and path.is_file():
+        raise NotADirectoryError(
+            f"{path} is a job's file; give the directory of its run, {Job.load(path).out}"
+        )
 
 
 def refuse_another_job(run: Run, job: Job, way_out: str, free: Collection[str] = ()) -> None:

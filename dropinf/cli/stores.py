@@ -9,7 +9,7 @@ import typer
 
 from dropinf.cli.app import command
 from dropinf.cli.matrix_file import Matrix, ending_of
-from dropinf.cli.run_directory import Run, load_solver, solver_facts
+from dropinf.cli.run_directory import Run, load_solver, refuse_job_file, solver_facts
 from dropinf.cli.terminal import Terminal
 from dropinf.compression import Plan
 from dropinf.rows import RowStore
@@ -93,12 +93,13 @@ def _things_at(path: Path) -> list[tuple[str, Path]]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is something else.
+        NotADirectoryError, ValueError: it is something else.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if path.is_file():
         if not _is_sealed(path):
+            refuse_job_file(path)
             raise ValueError(
                 f"{path} is a file, and no plan; info and verify take the directory of a run, a "
                 "store or a solver, or a plan's file"

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
+_EXTRAS = {"traker": "trak"}  # of dropinf, where one is not called as the package is
+
 
 @contextmanager
 def tested(package: str, series: str, release: str | None = None) -> Iterator[None]:
@@ -28,7 +30,8 @@ def tested(package: str, series: str, release: str | None = None) -> Iterator[No
         found = version(package)
     except PackageNotFoundError as error:
         raise ImportError(
-            f"dropinf.integrations: {package} is not installed; pip install '{package}=={series}.*'"
+            f"dropinf.integrations needs {package}: "
+            f"pip install 'dropinf[{_EXTRAS.get(package, package)}]'"
         ) from error
     wanted = series.split(".")
     if found.split(".")[: len(wanted)] != wanted:

@@ -4,11 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from cli_runs import make_run, one_object, one_sentence, started
-from places import PACKAGE
+from places import PACKAGE, ROOT
 
 import dropinf
 
@@ -16,6 +17,7 @@ typer = pytest.importorskip("typer")
 
 from dropinf.cli import errors  # noqa: E402
 from dropinf.cli.app import app, command  # noqa: E402
+from dropinf.jobs import Job  # noqa: E402
 
 PARAMETERS = typer.main.get_command(app).commands
 
@@ -215,6 +217,19 @@ def test_nothing_heavy_before_a_command_runs():
     code = f"import sys, dropinf.cli; sys.exit(str(set({heavy}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "set()\n"
+
+
+def test_the_page_names_every_command():
+    """And the options of a job that are not called as its key is."""
+    page = (ROOT / "docs" / "commands.md").read_text()
+    table = page[page.index("## Which command") : page.index("## What a command says")]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == set(PARAMETERS)
+    keys = {one.name: (one.metadata["section"], one.metadata["name"]) for one in fields(Job)}
+    said = re.findall(r"`\[(\w+)\]\s(\w+)`\sis\s`--([\w-]+)`", page)
+    assert {name.replace("-", "_"): (section, key) for section, key, name in said} == {
+        name: (section, key) for name, (section, key) in keys.items() if name not in (key, "model")
+    }
 
 
 def test_every_command_is_a_file_of_commands():

@@ -17,6 +17,7 @@ pytest.importorskip("typer")
 import dropinf
 from dropinf import RowStore
 from dropinf.cli import terminal
+from dropinf.jobs import Job
 from dropinf.rows import passes_watched
 
 
@@ -366,6 +367,21 @@ def test_files_that_are_no_stores(dropinf_, run, tmp_path):
     (tmp_path / "a plan").write_bytes(whole[:9] + b"x" + whole[10:])
     code, _, err = dropinf_("info", tmp_path / "a plan")
     assert code == 1 and "is damaged" in one_sentence("dropinf info", err)
+
+
+def test_the_file_of_a_job_is_no_run(dropinf_, run, tmp_path):
+    """But it names the directory of its run."""
+    job = tmp_path / "job.toml"
+    Job.of(train="train.jsonl", out=str(run)).save(job)
+    for command, *options in (
+        *(["fit"], ["score", "--to", tmp_path / "to.csv"], ["topk"], ["self"]),
+        *(["info"], ["verify"]),
+    ):
+        code, out, err = dropinf_(command, job, *options)
+        assert code == 2 and out == ""
+        said = f"{job} is a job's file; give the directory of its run, {run}"
+        assert one_sentence(f"dropinf {command}", err) == said
+    assert not (tmp_path / "to.csv").exists() and not (run / "solver").exists()
 
 
 def test_a_directory_that_is_not_there(dropinf_, run, tmp_path):

@@ -238,7 +238,10 @@ def test_losses_refuse():
     for call, said in (
         (lambda: loss_fn(Given(), {"logits": x}), r"no 'labels', only \['logits'\]; use a data"),
         (lambda: loss_fn(model, x), "must be a mapping with 'labels' or a pair .* got a Tensor"),
-        (lambda: loss_fn(model, (x, y, y)), "got a tuple of Tensor, Tensor, Tensor; write a loss function of your own"),
+        (
+            lambda: loss_fn(model, (x, y, y)),
+            "a tuple of Tensor, Tensor, Tensor; write a loss function",
+        ),
         (lambda: loss_fn(model, (x, y[:3])), r"labels \[3\] do not belong to logits \[4, 2\]"),
         (lambda: loss_fn(model, (x, torch.rand(4))), r"or \[4, 2\] probabilities"),
         (lambda: loss_fn(lambda x: x.sum(1), (x, y)), r"must be \[B, \.\.\., C\], got \[4\]"),

@@ -304,5 +304,5 @@ def test_influence_refuses_a_loader_that_shuffles(task, which):
 
 def test_agreement_refuses_other_things(task):
     for parts, said in ((5, "got 5"), ([(1, 2)], r"got \(1, 2\)"), ([("a", "b", "c")], "got")):
-        with pytest.raises(TypeError, match=r"agreement: parts must be a list of \(queries, st.*" + said):
+        with pytest.raises(TypeError, match=r"agreement: parts must be a list of \(q.*" + said):
             dropinf.agreement(parts)

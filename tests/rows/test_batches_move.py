@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from dropinf.compression import Full, Plan
+from dropinf.losses import classification_loss
 from dropinf.rows.batches import Batches
 
 
 def drawn(model):
-    batches = Batches(model, None, Plan.make(model, Full()), "activations", {}, None, 1.0, "raise")
+    plan = Plan.make(model, Full())
+    batches = Batches(model, classification_loss, plan, "activations", {}, None, 1.0, "raise")
     with batches.opened():
         return list(batches.drawn([(torch.ones(2, 3), "a")]))
 

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_tasks() -> list[Task]:
-    patients = next(task for task in quality_tasks.make_tasks() if task.name == "diabetes")
+    patients = next(task for task in quality_tasks.small_tasks() if task.name == "diabetes")
     return [replace(patients, halves=HALVES), policy_task()]
 
 

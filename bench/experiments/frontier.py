@@ -47,7 +47,7 @@ def wide_mlp() -> nn.Module:
 
 
 def the_task(quick: bool) -> Task:
-    digits = next(task for task in quality_tasks.make_tasks() if task.name == "digits-mlp")
+    digits = next(task for task in quality_tasks.small_tasks() if task.name == "digits-mlp")
     about = "scikit-learn's digits, a fifth of the labels wrong; an MLP 64-256-128-10"
     task = replace(digits, name="digits-wide", about=about, make=wide_mlp)
     return task.tiny() if quick else task

@@ -117,11 +117,12 @@ def loader(data: TensorDataset) -> DataLoader:
     return DataLoader(data, batch_size=200)
 
 
-def make_tasks() -> list[Task]:
+def small_tasks() -> list[Task]:
+    """Those that take no package beyond the demo's."""
     digits = demo.load_digits()
     of_digits = digits.train, TensorDataset(*digits.queries[:100]), digits.flipped
     windows, questions, garbled = text_windows(n=800, m=100)
-    tasks = [
+    return [
         Task(
             "digits-mlp",
             "scikit-learn's digits, a fifth of the labels wrong; an MLP 64-128-64-10",
@@ -167,6 +168,11 @@ def make_tasks() -> list[Task]:
             losses=squared_losses,
         ),
     ]
+
+
+def make_tasks() -> list[Task]:
+    """All of them, or without the one whose packages are missing."""
+    tasks = small_tasks()
     missing = quality_minilm.missing_packages()
     if missing:
         print(f"minilm-lora is left out: no {', '.join(missing)}; see docs/developing/measuring.md")

@@ -125,7 +125,7 @@ def make_tasks(quick: bool = False) -> list[Task]:
 
 def digits() -> Task:
     """Groups are queries of their own, evenly over the test set."""
-    known = next(task for task in quality_tasks.make_tasks() if task.name == "digits-cnn")
+    known = next(task for task in quality_tasks.small_tasks() if task.name == "digits-cnn")
     return Task(
         "digits-cnn",
         "scikit-learn's digits, a fifth of the labels wrong; three convolutions and two linear "

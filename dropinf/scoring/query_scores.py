@@ -66,6 +66,7 @@ def scores(
         the GPU where rows of the queries or of the store are, which makes them, or on the CPU.
 
     Raises:
+        TypeError: an argument is of another kind, as where two were swapped.
         ValueError: the three were not made under the same plan or weights, a self-influence is
             negative, or a score is beyond the range of the rows' dtype.
     """
@@ -121,6 +122,7 @@ def topk(
         Values and indices are where `scores` would be; ids are on the CPU.
 
     Raises:
+        TypeError: an argument is of another kind, as where two were swapped.
         ValueError: as in `scores`, or k is out of range.
     """
     need_solver("topk", solver)
@@ -195,6 +197,7 @@ def self_influence(store: RowStore, solver: Solver, *, weights: str = "same") ->
         [n] in the rows' dtype, on their device; NaN where the row is invalid.
 
     Raises:
+        TypeError: an argument is of another kind, as where two were swapped.
         ValueError: store and solver were not made under the same plan, a self-influence is
             beyond the range of the rows' dtype, or a row takes more than `max_bytes`.
     """

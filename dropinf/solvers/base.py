@@ -188,8 +188,8 @@ class Solver(ABC):
         And of one model's weights, as far as these are known, unless `weights` is "any".
 
         Raises:
-            TypeError: they are no stores.
-            ValueError: they are not.
+            TypeError: queries or store are no stores.
+            ValueError: the plans or the weights differ.
             RuntimeError: this was not fitted.
         """
         _need_store(op, "queries", queries)
@@ -235,6 +235,11 @@ class Solver(ABC):
     @abstractmethod
     def _solve(self, rows: Tensor, solved: Tensor, room: Room) -> None:
         """Write into `solved`, which holds zeros."""
+
+
+def need_solver(op: str, given: Any) -> None:
+    """Raise TypeError unless it is a solver."""
+    need(op, "solver", given, Solver, "fit one, as dropinf.solvers.Cholesky().fit(store)")
 
 
 def _need_store(op: str, name: str, given: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dropinf.argument_kinds import need
 from dropinf.rows import RowStore
 from dropinf.solvers.base import Solver
 from dropinf.text_table import printable
@@ -26,8 +25,3 @@ def triples(op: str, parts: Any) -> Iterator[tuple[RowStore, RowStore, Solver]]:
                 f"solver of each mask; got {printable(repr(part))[:200]}"
             )
         yield tuple(part)
-
-
-def need_solver(op: str, given: Any) -> None:
-    """Raise TypeError unless it is a solver."""
-    need(op, "solver", given, Solver, "fit one, as dropinf.solvers.Cholesky().fit(store)")

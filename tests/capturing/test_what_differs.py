@@ -324,3 +324,15 @@ def test_a_loss_that_mixed_is_not_remembered():
             rows = tap.rows(loss_fn())
         assert_exact(rows, model, plan, loss_fn)
     assert set(plan.paths.values()) == {"closed form"}
+
+
+def test_a_batch_of_one_does_not_hide_why():
+    """Why a parameter takes a pass for each loss, which a single example cannot show."""
+    model = Calling(lambda x, w: torch.einsum("btd,bte,def->btf", x, x, w), (6, 6, 3))
+    plan = Plan.make(model, Full())
+    paths = []
+    for B in (4, 1):
+        with capture(model, plan) as tap:
+            tap.rows(squares(model, (torch.randn(B, 2, 6),)))
+        paths.append(dict(plan.paths))
+    assert paths[0] == paths[1] == {"weights.0": "a pass for each loss: Bmm, which mixes examples"}

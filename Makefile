@@ -30,7 +30,7 @@ test: .venv/installed lint
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# The tests that take long and that few changes concern; of each feature `make test` has a quick one.
+# The tests that take long and that few changes concern; of nearly every feature `make test` has a quick one.
 test-more: .venv/installed $(OLD_TRITON)
 	$(pytest) -m more
 

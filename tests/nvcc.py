@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -25,6 +26,12 @@ def nvcc() -> str:
     if found is None:
         pytest.skip("nvcc is not here: pip install 'dropinf[nvcc]', or put CUDA's bin on the PATH")
     return found
+
+
+def release() -> str:
+    """Such as 13.0.88."""
+    said = output_of(nvcc(), "--version")
+    return re.search(r"V(\d+\.\d+\.\d+)", said)[1]
 
 
 def kept(source: Path, ending: str, make: Callable[[Path, Path], str]) -> str:

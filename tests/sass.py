@@ -46,7 +46,8 @@ def cuobjdump():
 def sass_of(source, folder):
     cubin = folder / "out.cubin"
     code = "-gencode=arch=compute_90,code=sm_90"
-    output_of(nvcc(), *OPTIONS, code, "-cubin", source, "-o", cubin)
+    beside = f"-I{source.parent.parent}"  # where the source's own headers are, of whatever commit
+    output_of(nvcc(), beside, *OPTIONS, code, "-cubin", source, "-o", cubin)
     return output_of(cuobjdump(), "-sass", cubin) + output_of(cuobjdump(), "-res-usage", cubin)
 
 
@@ -62,10 +63,21 @@ def function(source, part):
     return functions(source)[name]
 
 
+def short(name):
+    """A mangled name without its namespaces and arguments."""
+    name = re.sub(r"^_ZN7dropinf4cuda(\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8}|4wide)?\d\d", "", name)
+    return re.split(r"E+(?:v|N)", name)[0]
+
+
+def bodies(sass):
+    """[(mangled name, lines of code), ...]"""
+    return re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL)
+
+
 def parse(sass):
     registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", sass))
     found = {}
-    for name, body in re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.DOTALL):
+    for name, body in bodies(sass):
         lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", body)
         at = {int(address, 16): n for n, (address, *_) in enumerate(lines)}
         loops = []

@@ -87,14 +87,18 @@ class Results:
         return [entry for entry in self.data[key] if entry["part"] == part]
 
 
-def sources() -> dict[str, str]:
-    """op -> sha256 of its CUDA kernel and what that includes, comments and white space aside."""
-    folder, found = ROOT / "csrc", {}
-    files = {op: folder / "cuda" / f"{op}.cu" for op in dispatch.KERNELS}
-    files |= dict.fromkeys(("damped_cholesky", "cholesky_solve"), folder / "cuda" / "cholesky.cu")
-    for op, file in files.items():
-        if not file.exists():
-            continue
+def kernel_files(root: Path = ROOT) -> dict[str, Path]:
+    """op -> the file that has its CUDA kernels, of those that have some."""
+    folder = root / "csrc" / "cuda"
+    files = {op: folder / f"{op}.cu" for op in dispatch.KERNELS}
+    files |= dict.fromkeys(("damped_cholesky", "cholesky_solve"), folder / "cholesky.cu")
+    return {op: file for op, file in files.items() if file.exists()}
+
+
+def sources(root: Path = ROOT) -> dict[str, str]:
+    """op -> sha256 of its CUDA kernels and what they include, comments and white space aside."""
+    folder, found = root / "csrc", {}
+    for op, file in kernel_files(root).items():
         waiting, seen = [file], {}
         while waiting:
             path = waiting.pop()

@@ -43,12 +43,11 @@
 #include "cuda/cholesky_substitution.cuh"
 #include "cuda/cholesky_wide.cuh"
 #include "cuda/common.cuh"
+#include "cuda/layer_table.cuh"
 
 namespace dropinf {
 namespace cuda {
 namespace {
-
-constexpr int kMaxLayers = 1280;  // 31 KB of arguments, see gather_grads.cu
 
 // A layer takes a block of the first that it is not wider than: a thread a row, and the warps that
 // work ahead. Narrow ones have small blocks, so that many are on an SM at a time.
@@ -64,8 +63,7 @@ constexpr int kLeastRows = 6, kMostRows = 64;
 // More right-hand sides than this are solved for by several blocks a layer, after the factors.
 constexpr int64_t kFusedRows = 128;
 
-struct Cholesky {
-  Layer layers[kMaxLayers];
+struct Cholesky : LayerTable<Layer, kMostLayers<Layer>> {
   const float* matrices;
   float* factors;
   const float* shift;
@@ -75,8 +73,6 @@ struct Cholesky {
   int64_t m, rows_stride, solved_stride;
   int num_slots;  // right-hand sides in shared memory at a time
 };
-
-static_assert(sizeof(Cholesky) <= 32764);
 
 constexpr int kRows = 4;  // of a warp at a time, so that it does not wait for each of them
 
@@ -218,15 +214,15 @@ int bucket_of(int64_t width) {
   return bucket;
 }
 
-// Launches all.layers, of which the first is the widest.
-cudaError_t launch_layers(Cholesky* all, int count, int64_t limit, cudaStream_t stream) {
+// Launches the layers of the table, of which the first is the widest.
+cudaError_t launch_layers(Cholesky* all, int64_t limit, cudaStream_t stream) {
   const int widest = all->layers[0].width, N = padded(widest);
   const int64_t slots = std::min<int64_t>(all->m, kMostRows);
   const int64_t free = limit - shared_bytes(N, 0), slot = shared_bytes(N, 1) - shared_bytes(N, 0);
   all->num_slots = static_cast<int>(std::min(slots, free / slot));
   int64_t parts = 1;
   if (!all->info) parts = std::min<int64_t>(ceil_div<int64_t>(all->m, all->num_slots), 65535);
-  return launch(cholesky_kernel, dim3(count, static_cast<unsigned>(parts)),
+  return launch(cholesky_kernel, dim3(all->count, static_cast<unsigned>(parts)),
                 kBuckets[bucket_of(widest)].threads, shared_bytes(N, all->num_slots), stream, *all);
 }
 
@@ -262,15 +258,14 @@ cudaError_t cholesky_narrow(const CholeskyArgs& args, const Layer* layers, int64
   all.m = args.m;
   all.rows_stride = args.rows_stride;
   all.solved_stride = args.solved_stride;
-  int count = 0;
   for (int64_t k = 0; k < num_layers; ++k) {
-    all.layers[count++] = layers[k];
-    const bool last = k + 1 == num_layers || count == kMaxLayers ||
+    all.add(layers[k]);
+    const bool last = k + 1 == num_layers || all.full() ||
                       bucket_of(layers[k + 1].width) != bucket_of(layers[k].width);
     if (!last) continue;
-    const cudaError_t error = launch_layers(&all, count, limit, stream);
+    const cudaError_t error = launch_layers(&all, limit, stream);
     if (error != cudaSuccess) return error;
-    count = 0;
+    all.count = 0;
   }
   return cudaSuccess;
 }

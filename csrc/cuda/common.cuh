@@ -5,8 +5,8 @@
 // reads at an index out of range: its entry becomes NaN, since a kernel cannot raise without a
 // wait.
 //
-// Compiled by nvcc, and as C++ for the tests, which then have a <cuda_runtime.h> of their own that
-// runs every thread of a block as a real one. Whatever the two spell differently is in this file.
+// Compiled by nvcc, and as C++ for the tests, which then have a <cuda_runtime.h> of their own.
+// Whatever the two spell differently is in this file.
 //
 // Kernels use dynamic shared memory only, leave no barrier out by returning early, and use no
 // atomics.
@@ -28,6 +28,7 @@ namespace dropinf {
 namespace cuda {
 
 constexpr int kWarp = 32;
+constexpr size_t kMaxArgumentBytes = 32764;  // of a kernel, with CUDA 12.1 or later
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>
@@ -246,6 +247,7 @@ inline cudaError_t allow_shared(const void* kernel) {
 template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
                    cudaStream_t stream, Params... params) {
+  static_assert((sizeof(Params) + ... + 0) <= kMaxArgumentBytes, "too many arguments");
   const auto address = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kPlainSharedBytes) {
     const cudaError_t error = allow_shared(address);

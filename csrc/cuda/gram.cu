@@ -13,6 +13,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/gram.cuh"
+#include "cuda/layer_table.cuh"
 
 namespace dropinf {
 namespace cuda {
@@ -27,28 +28,24 @@ constexpr int kLoads = kDepth * kTile / kThreads;
 constexpr int kMaxChunks = 32;
 constexpr int64_t kMinChunk = 512;
 constexpr int64_t kFewTiles = 256;  // two for each SM
-constexpr int kMaxLayers = 1280;    // 31 KB of arguments, see gather_grads.cu
 
 static_assert(kThreads * kHeight * kWidth == kTile * kTile && kThreads % kTile == 0);
 
 struct Layer {
   int64_t column, matrix;  // where it starts in the rows and in the output
   int32_t width;
-  int32_t first_tile;  // that of the layers it shares a tile with, too
+  int32_t first;  // its first tile, which is that of the layers it shares a tile with, too
 };
 
-struct Gram {
-  Layer layers[kMaxLayers];
+struct Gram : LayerTable<Layer, kMostLayers<Layer>> {
   const float* rows;
   float* out;
   float* scratch;  // [chunks, tiles, kHeight * kWidth, kThreads], or null: one block, all chunks
   int64_t n, rows_stride, chunk;
-  int count, num_tiles;
+  int num_tiles;
   float scale;
   bool accumulate;
 };
-
-static_assert(sizeof(Gram) <= 32764);
 
 // Tile `index` of layer `last`, or the tile of layers `first` to `last`: rows from `i` and columns
 // from `j` of a strip of `width` columns from `column`.
@@ -58,25 +55,14 @@ struct Tile {
 };
 
 __device__ Tile tile_of(const Gram& all, int index) {
-  int low = 0, high = all.count - 1;  // the last layer with first_tile <= index
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (all.layers[middle].first_tile <= index) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
+  const Layer* const layers = all.layers;
   Tile tile;
-  tile.first = tile.last = low;
-  while (tile.first > 0 &&
-         all.layers[tile.first - 1].first_tile == all.layers[tile.last].first_tile) {
-    --tile.first;
-  }
-  const Layer& last = all.layers[tile.last];
-  tile.column = all.layers[tile.first].column;
+  tile.first = tile.last = all.last_from(index);
+  while (tile.first > 0 && layers[tile.first - 1].first == layers[tile.last].first) --tile.first;
+  const Layer& last = layers[tile.last];
+  tile.column = layers[tile.first].column;
   tile.width = last.column + last.width - tile.column;
-  int64_t row = 0, left = index - last.first_tile;
+  int64_t row = 0, left = index - last.first;
   while (left > row) left -= ++row;
   tile.i = row * kTile;
   tile.j = left * kTile;
@@ -239,14 +225,12 @@ __global__ void __launch_bounds__(kThreads, 3) gram_finish_kernel(const Gram all
 int64_t append(const GramArgs& args, int64_t l, int64_t* matrix, Gram* all) {
   all->count = all->num_tiles = 0;
   int64_t shared_from = 0;  // the first column of the tile that the last layer is in
-  for (; l < args.L && all->count < kMaxLayers; ++l) {
+  for (; l < args.L && !all->full(); ++l) {
     const int64_t column = args.offsets[l], width = args.offsets[l + 1] - column;
     if (width == 0) continue;
-    Layer& layer = all->layers[all->count++];
-    layer = {column, *matrix, static_cast<int32_t>(width), all->num_tiles};
-    if (all->count > 1 && column + width - shared_from <= kTile) {
-      --layer.first_tile;
-    } else {
+    const bool shares = all->count > 0 && column + width - shared_from <= kTile;
+    all->add({column, *matrix, static_cast<int32_t>(width), all->num_tiles - shares});
+    if (!shares) {
       const int64_t across = ceil_div<int64_t>(width, kTile);
       all->num_tiles += static_cast<int>(across * (across + 1) / 2);
       shared_from = column;

@@ -83,29 +83,10 @@ __device__ E at_byte(const E* from, uint32_t offset) {
   return *reinterpret_cast<const E*>(reinterpret_cast<const char*>(from) + offset);
 }
 
-// blockIdx.x counts (b, chunk, pass), the passes fastest: they read the same x.
+// Reads this thread's coordinates, as offsets in bytes, of dy in the upper half; no sums yet.
 template <typename E, int kCoordinates>
-__global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
-    staged_kernel(const StagedCall call) {
-  const int64_t item = blockIdx.x / call.num_passes;
-  const Pass& pass = call.passes[blockIdx.x % call.num_passes];
-  const int64_t c = item % call.num_chunks, b = item / call.num_chunks;
-  const int I = static_cast<int>(call.I), O = pass.o1 - pass.o0;
-  const int64_t begin = c * call.chunk;
-  const int64_t left = call.T - begin;
-  const int count = static_cast<int>(left < call.chunk ? left : call.chunk);
-  const int num_buffers = ceil_div(count, call.positions);
-  const E* x = static_cast<const E*>(call.x.data) + b * call.x.stride_b + begin * call.x.stride_t;
-  const E* dy = static_cast<const E*>(call.dy.data) + b * call.dy.stride_b +
-                begin * call.dy.stride_t + pass.o0;
-
-  // Two buffers, each of `positions` rows of x and then as many of dy.
-  E* const shared = shared_memory<E>();
-  const int x_size = call.positions * call.x_pitch;
-  const int buffer_size = x_size + call.positions * call.dy_pitch;
-
-  uint32_t offsets[kCoordinates];  // in bytes, of dy in the upper half
-  float sums[kCoordinates];
+__device__ void begin_sums(const StagedCall& call, const Pass& pass,
+                           uint32_t (&offsets)[kCoordinates], float (&sums)[kCoordinates]) {
 #pragma unroll
   for (int k = 0; k < kCoordinates; ++k) {
     const int slot = k * kStagedThreads + threadIdx.x;
@@ -114,49 +95,33 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
     offsets[k] = static_cast<uint32_t>(packed) * static_cast<uint32_t>(sizeof(E));
     sums[k] = 0.0f;
   }
-  if (call.bias) {  // no copy writes there
-    for (int p = threadIdx.x; p < 2 * call.positions; p += kStagedThreads) {
-      shared[p / call.positions * buffer_size + p % call.positions * call.x_pitch + I] = one<E>();
-    }
-  }
+}
 
-  // Turn n starts the copies of buffer n and works on buffer n - 1.
-  for (int n = 0; n <= num_buffers; ++n) {
-    if (n < num_buffers) {
-      E* const to = shared + n % 2 * buffer_size;
+// Adds the products of a buffer to this thread's sums.
+template <typename E, int kCoordinates>
+__device__ void add_products(const StagedCall& call, const E* x_rows, const E* dy_rows,
+                             uint32_t (&offsets)[kCoordinates], float (&sums)[kCoordinates]) {
 #pragma unroll 1
-      for (int p = 0; p < call.positions; ++p) {
-        const bool there = n * call.positions + p < count;
-        stage_row(to + p * call.x_pitch, x, I, there, call.aligned);
-        stage_row(to + x_size + p * call.dy_pitch, dy, O, there, call.aligned);
-        x += call.x.stride_t;
-        dy += call.dy.stride_t;
+  for (int p = 0; p < call.positions; p += kUnroll) {
+#pragma unroll
+    for (int k = 0; k < kCoordinates; ++k) {
+      make_opaque(offsets[k]);  // or o and i are kept for every k, and registers spill
+      const uint32_t o = offsets[k] >> 16, i = offsets[k] & 0xffff;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        sums[k] += widen(at_byte(x_rows + u * call.x_pitch, i)) *
+                   widen(at_byte(dy_rows + u * call.dy_pitch, o));
       }
     }
-    end_copy_group();
-    if (n == 0) continue;
-    wait_for_copies<1>();
-    __syncthreads();
-    const E* x_rows = shared + (n - 1) % 2 * buffer_size;
-    const E* dy_rows = x_rows + x_size;
-#pragma unroll 1
-    for (int p = 0; p < call.positions; p += kUnroll) {
-#pragma unroll
-      for (int k = 0; k < kCoordinates; ++k) {
-        make_opaque(offsets[k]);  // or o and i are kept for every k, and registers spill
-        const uint32_t o = offsets[k] >> 16, i = offsets[k] & 0xffff;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          sums[k] += widen(at_byte(x_rows + u * call.x_pitch, i)) *
-                     widen(at_byte(dy_rows + u * call.dy_pitch, o));
-        }
-      }
-      x_rows += kUnroll * call.x_pitch;
-      dy_rows += kUnroll * call.dy_pitch;
-    }
-    __syncthreads();
+    x_rows += kUnroll * call.x_pitch;
+    dy_rows += kUnroll * call.dy_pitch;
   }
+}
 
+// Writes the entries of chunk c of example b, from the sums of all threads.
+template <int kCoordinates>
+__device__ void write_entries(const StagedCall& call, const Pass& pass, int64_t c, int64_t b,
+                              const float (&sums)[kCoordinates]) {
   float* const placed = shared_memory<float>();  // [k1 - k0, s], over the buffers
 #pragma unroll
   for (int k = 0; k < kCoordinates; ++k) {
@@ -176,6 +141,62 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
     }
     to[k * call.stride_k] = weighted(call.entry_weights, k, total);
   }
+}
+
+// blockIdx.x counts (b, chunk, pass), the passes fastest: they read the same x.
+template <typename E, int kCoordinates>
+__global__ void __launch_bounds__(kStagedThreads, kStagedBlocksPerSM)
+    staged_kernel(const StagedCall call) {
+  const int64_t item = blockIdx.x / call.num_passes;
+  const Pass& pass = call.passes[blockIdx.x % call.num_passes];
+  const int64_t c = item % call.num_chunks, b = item / call.num_chunks;
+  const int I = static_cast<int>(call.I), O = pass.o1 - pass.o0;
+  const int64_t begin = c * call.chunk;
+  const int64_t left = call.T - begin;
+  const int count = static_cast<int>(left < call.chunk ? left : call.chunk);
+  const int num_buffers = ceil_div(count, call.positions);
+  const E* x = static_cast<const E*>(call.x.data) + b * call.x.stride_b + begin * call.x.stride_t;
+  const E* dy = static_cast<const E*>(call.dy.data) + b * call.dy.stride_b +
+                begin * call.dy.stride_t + pass.o0;
+
+  E* const shared = shared_memory<E>();  // two buffers
+  const int x_size = call.positions * call.x_pitch;
+  const int buffer_size = x_size + call.positions * call.dy_pitch;
+  uint32_t offsets[kCoordinates];
+  float sums[kCoordinates];
+  begin_sums<E>(call, pass, offsets, sums);
+  if (call.bias) {  // no copy writes there
+    for (int p = threadIdx.x; p < 2 * call.positions; p += kStagedThreads) {
+      shared[p / call.positions * buffer_size + p % call.positions * call.x_pitch + I] = one<E>();
+    }
+  }
+
+  // Starts the copies of buffer n. What loads it in another way, such as bulk copies, takes its
+  // place.
+  const auto start_copies = [&](int n) {
+    E* const to = shared + n % 2 * buffer_size;
+#pragma unroll 1
+    for (int p = 0; p < call.positions; ++p) {
+      const bool there = n * call.positions + p < count;
+      stage_row(to + p * call.x_pitch, x, I, there, call.aligned);
+      stage_row(to + x_size + p * call.dy_pitch, dy, O, there, call.aligned);
+      x += call.x.stride_t;
+      dy += call.dy.stride_t;
+    }
+  };
+
+  // Turn n starts the copies of buffer n and works on buffer n - 1.
+  for (int n = 0; n <= num_buffers; ++n) {
+    if (n < num_buffers) start_copies(n);
+    end_copy_group();
+    if (n == 0) continue;
+    wait_for_copies<1>();
+    __syncthreads();
+    const E* const x_rows = shared + (n - 1) % 2 * buffer_size;
+    add_products(call, x_rows, x_rows + x_size, offsets, sums);
+    __syncthreads();
+  }
+  write_entries(call, pass, c, b, sums);
 }
 
 }  // namespace cuda

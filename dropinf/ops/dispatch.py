@@ -41,6 +41,8 @@ VERIFIED: dict[tuple[str, str], str] = {
     ("cuda", "cholesky_solve"): _H200,
     ("cuda", "score_topk"): _H200,
 }
+# Kernels that no GPU has run yet, of ops that VERIFIED names: no default takes them.
+UNRUN: frozenset[str] = frozenset()
 
 
 class BackendError(RuntimeError):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 from nvcc import OPTIONS, kept, nvcc, output_of
 from places import ROOT
+from sass import short
 
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "bench" / "gpu" / "kernels.cu"]
 ARCHITECTURES = ("80", "90", "100")
@@ -63,7 +64,7 @@ def parse(report):
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels.append(
             Kernel(
-                re.sub(r"^_ZN7dropinf4cuda(\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8})?\d\d", "", name),
+                short(name),
                 architecture,
                 int(registers),
                 int(stack),

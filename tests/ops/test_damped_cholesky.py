@@ -86,6 +86,20 @@ def test_each_layer_has_its_own_shift(backend):
         np.testing.assert_allclose(L, np.sqrt(s) * np.eye(len(L)), rtol=2 * EPS32)
 
 
+def test_more_layers_than_a_launch_takes(backend):
+    """Of each layer one number: r = 1, so what is solved is rows / (matrices + shift)."""
+    sizes = [1] * 1400
+    matrices, shift = 1 + torch.arange(1400.0), torch.linspace(0.1, 2.0, 1400)
+    rows = random_rows(3, 1400)
+    factors, info, solved = ops.damped_cholesky(
+        matrices, bounds(sizes), shift, rows=rows, backend=backend.name
+    )
+    exact = matrices.double() + shift.double()
+    assert not info.any()
+    torch.testing.assert_close(factors.double(), exact.sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(solved.double(), rows.double() / exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("sizes", [(5, 8, 9, 8, 4), (70, 129), (9,), (5, 333, 333)], ids=str)
 def test_a_bad_pivot_is_reported_and_fills_its_layer(backend, sizes):
     bad, r = len(sizes) - 1, sizes[-1]

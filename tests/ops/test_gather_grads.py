@@ -260,9 +260,10 @@ def test_bad_input(grads, indices, message):
         ops.gather_grads(grads, indices)
 
 
-def test_many_layers(backend):
-    """More than one CUDA launch takes."""
-    grads = list(torch.randn(1500, 7, generator=torch.Generator().manual_seed(0)))
+@pytest.mark.parametrize("L", [63, 64, 65, 582, 583, 1500])
+def test_many_layers(backend, L):
+    """Around what the tables of CUDA launches hold, and more than one takes."""
+    grads = list(torch.randn(L, 7, generator=torch.Generator().manual_seed(0)))
     indices = [torch.tensor([l % 7, 3]) for l in range(len(grads))]
     grads[5] = None
     out = ops.gather_grads(grads, indices, backend=backend.name)

@@ -106,6 +106,15 @@ def test_bits_of_long_sums_depend_on_the_layer_alone(backend):
     assert torch.equal(out[1400 * 1400 :], alone)
 
 
+@pytest.mark.backends("reference", "cpu", "cuda")  # a minute in Triton's interpreter
+def test_more_layers_than_a_launch_takes(backend):
+    """Small ones, which share tiles up to the end of a CUDA launch's table."""
+    sizes = (3, *[1] * 1400, 2, 70)
+    rows = random_rows(5, sum(sizes))
+    out = ops.gram(rows, bounds(sizes), backend=backend.name)
+    assert_gram(out, rows, sizes)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

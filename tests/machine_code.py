@@ -1,0 +1,69 @@
+"""The machine code of CUDA kernels as digests, so that a change that keeps it keeps its record.
+
+It is the code of sm_90 without the places of arguments in constant memory. These are numbered in
+the order in which they are met, so that a table among the arguments may have another size. That no
+two are mixed up is for the tests of the host execution to show.
+
+`python tests/machine_code.py COMMIT RECORD` adds the digests of a commit to a record of
+bench/results/ that was made of it.
+"""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import sass
+from gpu.results import kernel_files, sources
+from nvcc import kept, release
+
+
+def digests(text):
+    """digest -> the name of a kernel and what it is a template of, of what cuobjdump prints."""
+    return {digest(body): sass.short(name) for name, body in sass.bodies(text)}
+
+
+def digest(body):
+    places = {}
+
+    def place(match):
+        return f"{match[1]}argument {places.setdefault(match[2], len(places))}]"
+
+    lines = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", body)
+    code = re.sub(r"(c\[0x0\]\[(?:R\d+\+)?)(-?0x[0-9a-f]+)\]", place, "\n".join(lines))
+    return hashlib.sha256(code.encode()).hexdigest()[:20]
+
+
+def of_file(file):
+    """digests(...) of a .cu file here."""
+    return digests(kept(file, "sass", sass.sass_of))
+
+
+def of_commit(commit, record):
+    """op -> digests(...) of the sources that the record is of, which must be those of a commit."""
+    archive = subprocess.run(["git", "archive", commit, "csrc"], capture_output=True, check=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar,
+    ):
+        tar.extractall(folder, filter="data")
+        files = kernel_files(Path(folder))
+        if sources(Path(folder)) != record["sources"]:
+            raise SystemExit(f"the record is not of {commit}")
+        made = {file: digests(sass.sass_of(file, Path(folder))) for file in set(files.values())}
+        return {op: made[file] for op, file in files.items()}
+
+
+def main(commit, path):
+    record = json.loads(Path(path).read_text())
+    record["machine_code"] = {"nvcc": release(), "kernels": of_commit(commit, record)}
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

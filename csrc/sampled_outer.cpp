@@ -148,8 +148,11 @@ cuda::StagedOrder staged_order(const char* op, at::TensorList order, const Sampl
 cuda::ColumnOrder column_order(const char* op, at::TensorList order, const SampledOuterArgs& args,
                                const at::Tensor& out) {
   const at::Tensor& passes = order[0];
-  TORCH_CHECK_VALUE(args.s == 1 && size_of(args.dtype) == 2, op,
-                    ": an order of columns is for coordinates [r] and elements of two bytes");
+  TORCH_CHECK_VALUE(size_of(args.dtype) == 2, op,
+                    ": an order of columns is for elements of two bytes");
+  TORCH_CHECK_VALUE(args.r <= INT32_MAX / args.s, op,
+                    ": an order of columns is for fewer than 2^31 coordinates, got ", args.r, " * ",
+                    args.s);
   TORCH_CHECK_VALUE(passes.device().is_cpu() && passes.scalar_type() == at::kLong &&
                         passes.dim() == 2 && passes.size(1) == 5 && passes.is_contiguous() &&
                         passes.size(0) <= cuda::kMaxColumnPasses,

@@ -41,6 +41,8 @@ VERIFIED: dict[tuple[str, str], str] = {
     ("cuda", "cholesky_solve"): _H200,
     ("cuda", "score_topk"): _H200,
 }
+# Kernels that no GPU has run yet: no default takes them.
+UNRUN: frozenset[str] = frozenset({"column_entries_kernel"})
 
 
 class BackendError(RuntimeError):

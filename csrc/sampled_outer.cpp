@@ -150,13 +150,14 @@ cuda::ColumnOrder column_order(const char* op, at::TensorList order, const Sampl
   const at::Tensor& passes = order[0];
   TORCH_CHECK_VALUE(size_of(args.dtype) == 2, op,
                     ": an order of columns is for elements of two bytes");
-  TORCH_CHECK_VALUE(args.r <= INT32_MAX / args.s, op,
-                    ": an order of columns is for fewer than 2^31 coordinates, got ", args.r, " * ",
-                    args.s);
   TORCH_CHECK_VALUE(passes.device().is_cpu() && passes.scalar_type() == at::kLong &&
                         passes.dim() == 2 && passes.size(1) == 5 && passes.is_contiguous() &&
                         passes.size(0) <= cuda::kMaxColumnPasses,
                     op, ": passes must be int64 [num_passes, 5] on the CPU");
+  const int64_t num_slots = passes.size(0) * kLaneSteps * kColumnLanes;  // far below 2^31
+  TORCH_CHECK_VALUE(args.r <= num_slots / args.s, op, ": the order has ", num_slots,
+                    " slots, too few for coordinates [", args.r, ", ", args.s,
+                    "]; make it of these coordinates");
   const int64_t rows[] = {kLaneSteps / 2, kLanePieces, kLaneSteps};
   for (int n = 0; n < 3; ++n) {
     const at::Tensor& tensor = order[1 + n];

@@ -30,7 +30,8 @@ struct ColumnOrder {
   const int32_t* columns;  // [num_passes, kLanePieces, kColumnLanes] bytes of a cell of x
   const int32_t* target;   // [num_passes, kLaneSteps, kColumnLanes] k * s + j, or -1 for padding
 };
-// Elements of two bytes, r * s < 2^31. Direct where the device has less than 192 KB for a block.
+// Elements of two bytes; each coordinate has a slot. Direct where the device has less than 192 KB
+// for a block.
 int64_t sampled_outer_scratch(const SampledOuterArgs& args, const ColumnOrder& order);
 cudaError_t sampled_outer(const SampledOuterArgs& args, const ColumnOrder& order, float* scratch,
                           cudaStream_t stream);

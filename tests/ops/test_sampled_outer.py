@@ -377,6 +377,11 @@ def test_orders_that_do_not_fit(backend):
             order._replace(target=order.target[:, 1:]),
             "must be int32",
         ),
+        (
+            (x, dy, o_idx, i_idx),
+            order._replace(passes=order.passes[:0]),
+            r"has 0 slots, too few for coordinates \[100, 1\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ops.sampled_outer(*call, order=order, backend=backend.name)

@@ -31,7 +31,8 @@ _KEPT_BYTES = _KB
 SECTOR_BYTES = 32  # direct is as fast as one read of x and dy where each coordinate costs this much
 MANY = 9600  # columns need more coordinates than one pass of the staged kernel has,
 COLUMN_COORDINATES = 7  # and so many of each column of x in a window of outputs
-MOST_SLOTS = 2  # staged needs no more slots than this for a coordinate
+# Not measured: of a staged order no more than half may be padding.
+MOST_SLOTS = 2  # for a coordinate
 
 # What the staged kernel does (run_staged in csrc/cuda/sampled_outer.cu): two buffers of 2 to 16
 # positions, more than 2 only if both take no more than 80 KB.
@@ -92,10 +93,12 @@ def order_if_faster(
 
 
 def block_bytes(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on a device; 0 where torch does not say, as of
-    ROCm, so that calls there are direct.
+    """Bytes of shared memory that a block may have on a device.
 
-    dropinf.ops.outer_ways.block_bytes(torch.device("cpu"))  # 232448
+    Those of sm_90 for a device that is not CUDA; 0 where torch does not say, as of ROCm, so that
+    calls there are direct.
+
+        outer_ways.block_bytes(torch.device("cpu"))  # 232448
     """
     if device.type != "cuda":
         return BLOCK_BYTES[_DEFAULT_CHIP]

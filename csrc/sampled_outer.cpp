@@ -148,12 +148,16 @@ cuda::StagedOrder staged_order(const char* op, at::TensorList order, const Sampl
 cuda::ColumnOrder column_order(const char* op, at::TensorList order, const SampledOuterArgs& args,
                                const at::Tensor& out) {
   const at::Tensor& passes = order[0];
-  TORCH_CHECK_VALUE(args.s == 1 && size_of(args.dtype) == 2, op,
-                    ": an order of columns is for coordinates [r] and elements of two bytes");
+  TORCH_CHECK_VALUE(size_of(args.dtype) == 2, op,
+                    ": an order of columns is for elements of two bytes");
   TORCH_CHECK_VALUE(passes.device().is_cpu() && passes.scalar_type() == at::kLong &&
                         passes.dim() == 2 && passes.size(1) == 5 && passes.is_contiguous() &&
                         passes.size(0) <= cuda::kMaxColumnPasses,
                     op, ": passes must be int64 [num_passes, 5] on the CPU");
+  const int64_t num_slots = passes.size(0) * kLaneSteps * kColumnLanes;  // far below 2^31
+  TORCH_CHECK_VALUE(args.r <= num_slots / args.s, op, ": the order has ", num_slots,
+                    " slots, too few for coordinates [", args.r, ", ", args.s,
+                    "]; make it of these coordinates");
   const int64_t rows[] = {kLaneSteps / 2, kLanePieces, kLaneSteps};
   for (int n = 0; n < 3; ++n) {
     const at::Tensor& tensor = order[1 + n];

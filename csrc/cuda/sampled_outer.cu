@@ -1,5 +1,5 @@
 // sampled_outer on CUDA, in three ways; which one is for the caller to say, by the order that it
-// gives (order_if_faster in dropinf/ops/bank_schedule.py).
+// gives (order_if_faster in dropinf/ops/outer_ways.py).
 //
 // Direct: a lane an entry reads x and dy where they lie. Takes any call. Best where few of the
 // 32-byte sectors hold a wanted element: r up to about (I + O) * element_size / 32.
@@ -8,8 +8,8 @@
 // works on the ones before; each thread keeps up to kCoordinates coordinates and their float32 sums
 // in registers. The coordinates come in an order in which the lanes of a warp read different banks
 // (dropinf/ops/bank_schedule.py), and return to their places at the end. A block holds four
-// positions or more; where the device has no room for those, the call is direct. sm_86 and sm_89
-// have 99 KB, so there a position may take 24.7 KB instead of 40.
+// positions or more; an order for a device with more shared memory is not taken: the call is
+// direct.
 //
 // Columns: for many coordinates; see sampled_outer_columns.cuh.
 //
@@ -257,7 +257,7 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
 }
 
 int64_t sampled_outer_scratch(const SampledOuterArgs& args, const ColumnOrder& order) {
-  return std::max(args.B * column_chunks(args) * column_slots(order), sampled_outer_scratch(args));
+  return std::max(lane_sums(args, order) + coordinate_sums(args), sampled_outer_scratch(args));
 }
 
 cudaError_t sampled_outer(const SampledOuterArgs& args, const ColumnOrder& order, float* scratch,

@@ -26,7 +26,8 @@ struct OuterCall {  // what both kernels have
 
 // Staged. Two blocks an SM, so that one computes while the other waits: 80 registers a thread, of
 // which a coordinate takes two, and 80 KB each of sm_80's 164 KB (sm_90 has 228; the 100 KB of
-// sm_86 and sm_89 hold one). A position of more than 20 KB gets one block an SM; it has at most 40.
+// sm_86 and sm_89 hold one). A position of more than 28 KB, on sm_80 20, gets one block an SM; it
+// has at most a fourth of what a block may have.
 constexpr int kStagedThreads = 384;
 constexpr int kMostCoordinates = 25;  // of a thread: r=8192 with its padding is mostly one pass
 constexpr int kStagedBlocksPerSM = 2;

@@ -17,7 +17,7 @@ from dropinf import ops
 from dropinf.capturing.rules import Role, norm_sums, outer
 from dropinf.capturing.sources import Source, View
 from dropinf.compression import DenseProjection, Kron, SignedSums, by_entry
-from dropinf.ops import bank_schedule
+from dropinf.ops import bank_schedule, outer_ways
 
 # Products of x and dy, which take sums of coordinates, orders, and a grid as one product ->
 # whether a bias is an input of theirs.
@@ -59,7 +59,7 @@ class Coordinates(NamedTuple):
     i_idx: Tensor
     weights: Tensor | None
     grid: Grid | None
-    orders: dict[Any, bank_schedule.Order | None] | None
+    orders: dict[Any, outer_ways.Order | None] | None
 
 
 def runs(targets: Sequence[tuple[Source, Role]]) -> Iterator[list[tuple[Source, Role]]]:
@@ -256,7 +256,7 @@ def order(
     element_size: int,
     device: torch.device,
     backend: str | None,
-) -> bank_schedule.Order | None:
+) -> outer_ways.Order | None:
     """In which order a CUDA kernel sums the coordinates; made when first asked for, then kept."""
     if not _on_cuda(device) or op not in _PRODUCTS or backend not in (None, "cuda"):
         return None
@@ -264,7 +264,7 @@ def order(
         return None
     key = (op, I, O, element_size)
     if key not in coordinates.orders:
-        coordinates.orders[key] = bank_schedule.order_if_faster(
+        coordinates.orders[key] = outer_ways.order_if_faster(
             coordinates.o_idx, coordinates.i_idx, *key[1:], bias=_PRODUCTS[op]
         )
     return coordinates.orders[key]

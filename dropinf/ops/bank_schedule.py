@@ -25,9 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf.ops import column_schedule
-from dropinf.ops.column_schedule import ColumnOrder
-
 try:
     _C = importlib.import_module("dropinf._C")
 except ImportError:
@@ -36,15 +33,10 @@ except ImportError:
 AVAILABLE = _C is not None
 WARP = 32  # lanes; and banks of shared memory
 _BANK_BYTES = 4
-_SECTOR_BYTES = 32  # what a GPU reads of memory at least
 _COPY_BYTES = 16  # what the kernel stages at once; windows of dy are aligned to it
-_MAX_INDEX = 1 << 16  # a packed index has 16 bits
+_MAX_BYTES = 1 << 16  # of x or of a window: the kernel has 16 bits for an offset in bytes
 # More passes than one sorted range of outputs needs; a layer's weight and bias are two ranges.
 _MAX_RANGES = 4
-# What the columns kernel is for: more than three passes of the staged one, and so many of each
-# column.
-_MANY = 9600
-_COLUMN_COORDINATES = 7
 
 
 class StagedOrder(NamedTuple):
@@ -57,12 +49,14 @@ class StagedOrder(NamedTuple):
         target: [num_slots] int32: the place of this slot's sum among those of the pass,
             (k - k0) * s + j for coordinate j of entry k; -1 if the lane only repeats another.
         element_size: bytes of an element of x and dy, which says what shares a bank.
+        s: of the coordinates [r, s]; 1 where they are [r].
     """
 
     passes: Tensor
     packed: Tensor
     target: Tensor
     element_size: int
+    s: int
 
     @property
     def num_entries(self) -> int:
@@ -73,9 +67,6 @@ class StagedOrder(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """What the op takes."""
         return self[:3]
-
-
-Order = StagedOrder | ColumnOrder
 
 
 def staged_order(
@@ -105,7 +96,8 @@ def staged_order(
             the default, kMaxStagedSlots.
         max_bytes: of the shared memory for one position; x and the window of dy are each padded to
             a multiple of 16. The kernel holds four positions or more, so with the default 160 KB,
-            of the 163 that a block can have on sm_80.
+            of the 163 that a block can have on sm_80; an order that a device has no room for is
+            not taken, and the call is direct.
         device: of the order; None is that of o_idx.
 
     Returns:
@@ -134,9 +126,9 @@ def staged_order(
             )
     device = o_idx.device if device is None else device
     align = _COPY_BYTES // element_size
-    room = (max_bytes - _padded(width * element_size)) // _COPY_BYTES * align  # elements of dy
-    max_outputs = min(room, _MAX_INDEX)
-    if width > _MAX_INDEX or max_outputs <= 0:
+    room = (max_bytes - padded(width * element_size)) // _COPY_BYTES * align  # elements of dy
+    max_outputs = min(room, _MAX_BYTES // element_size)
+    if width * element_size > _MAX_BYTES or max_outputs <= 0:
         return None
     # Cuts help coordinates that rise with o, but for a few places where another range of outputs
     # begins: those of a layer's weight, and then of its bias.
@@ -164,44 +156,8 @@ def staged_order(
         torch.from_numpy(np.concatenate(packed)).to(device),
         torch.from_numpy(np.concatenate(target)).to(device),
         element_size,
+        o.shape[1],
     )
-
-
-def order_if_faster(
-    o_idx: Tensor, i_idx: Tensor, I: int, O: int, element_size: int, *, bias: bool = False
-) -> Order | None:
-    """The order of the kernel that should be fastest, or None for the direct one, which needs none.
-
-    Direct: for few coordinates. Both others read x and dy whole, so most of their 32-byte sectors
-    must hold a coordinate.
-    Columns: for many in elements of two bytes, where the staged kernel takes more than three
-    passes of some 70 us: of 4096 x 4096 it takes 230 us for 8192 coordinates and 300 for 65536.
-    Staged: else. Its sums take a time in proportion to the slots, so few of them may be padding:
-    coordinates in many words of few banks (of every 64th column) have a warp for each.
-
-    Measured on an H200 at r = 64, 1024, 8192, 16384 and 65536 (docs/gpu.md), B=8, T=2048.
-    """
-    r = o_idx.numel()
-    if r * _SECTOR_BYTES < (I + O) * element_size:
-        return None
-    windows = -(-O // column_schedule.OUTPUTS)
-    many = r >= max(_MANY, _COLUMN_COORDINATES * I * windows)
-    if many and element_size == 2 and o_idx.dim() == 1 and _room_for_columns(o_idx.device):
-        columns = column_schedule.column_order(o_idx, i_idx, I, O, bias=bias)
-        if columns is not None:
-            return columns
-    order = staged_order(o_idx, i_idx, I, O, element_size, bias=bias)
-    crowded = order is not None and len(order.packed) > 2 * r
-    return None if crowded else order
-
-
-def _room_for_columns(device: torch.device) -> bool:
-    """Whether a block can have the shared memory; on sm_80 and its like it cannot."""
-    if device.type != "cuda":
-        return True
-    properties = torch.cuda.get_device_properties(device)
-    room = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm has no such number
-    return room >= column_schedule.SHARED_BYTES
 
 
 def _slots(x_word: np.ndarray, dy_word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +182,8 @@ def _word(index: np.ndarray, element_size: int) -> np.ndarray:
     return index * element_size // _BANK_BYTES
 
 
-def _padded(num_bytes: int) -> int:
+def padded(num_bytes: int) -> int:
+    """What a row of that many bytes takes in shared memory."""
     return -(-num_bytes // _COPY_BYTES) * _COPY_BYTES
 
 

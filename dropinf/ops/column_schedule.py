@@ -43,9 +43,9 @@ class ColumnOrder(NamedTuple):
         packed: [num_passes, 24, 512] int32: where the cells of dy of two steps are, in bytes of a
             buffer, as two unsigned halves, the first step's below.
         columns: [num_passes, 8, 512] int32: where the cell of x of a piece is.
-        target: [num_passes, 48, 512] int32: the entry that a step sums; -1 if it only repeats what
-            another lane reads.
-        num_entries: r of the coordinates.
+        target: [num_passes, 48, 512] int32: the coordinate that a step sums, k * s + j for
+            coordinate j of entry k; -1 if it only repeats what another lane reads.
+        num_entries, s: of the coordinates [r, s]; s is 1 where they are [r].
     """
 
     passes: Tensor
@@ -53,6 +53,7 @@ class ColumnOrder(NamedTuple):
     columns: Tensor
     target: Tensor
     num_entries: int
+    s: int
 
     @property
     def element_size(self) -> int:
@@ -77,7 +78,8 @@ def column_order(
     """The order of a layer's coordinates for elements of two bytes, cut into passes.
 
     Args:
-        o_idx, i_idx: [r] int32.
+        o_idx, i_idx: [r] int32; or [r, s], whose r * s coordinates are summed as if each were an
+            entry.
         I, O: widths of x and dy.
         bias: i_idx = I names a virtual input.
         device: of the order; None is that of o_idx.
@@ -91,13 +93,14 @@ def column_order(
     """
     if _C is None:
         raise RuntimeError("column_order: needs the C++ extension dropinf._C, which is not here")
-    if o_idx.dtype != torch.int32 or o_idx.dim() != 1 or o_idx.shape != i_idx.shape:
+    good = o_idx.dtype == i_idx.dtype == torch.int32 and o_idx.shape == i_idx.shape
+    if not good or o_idx.dim() not in (1, 2):
         raise ValueError(
-            f"column_order: o_idx and i_idx must be int32 [r], got {o_idx.dtype} "
-            f"{tuple(o_idx.shape)} and {tuple(i_idx.shape)}"
+            "column_order: o_idx and i_idx must be int32, both [r] or both [r, s], got "
+            f"{o_idx.dtype} {tuple(o_idx.shape)} and {i_idx.dtype} {tuple(i_idx.shape)}"
         )
     device = o_idx.device if device is None else device
-    o, i = o_idx.cpu().numpy(), i_idx.cpu().numpy()
+    o, i = (index.cpu().flatten().numpy() for index in (o_idx, i_idx))
     for name, index, size in (("o_idx", o, O), ("i_idx", i, I + bias)):
         if index.size and not 0 <= index.min() <= index.max() < size:
             raise ValueError(
@@ -122,7 +125,8 @@ def column_order(
             torch.from_numpy(np.array(parts, np.int32).reshape(-1, rows, LANES)).to(device)
             for parts, rows in ((packed, STEPS // 2), (columns, 8), (target, STEPS))
         ),
-        len(o),
+        len(o_idx),
+        o_idx.shape[1] if o_idx.dim() == 2 else 1,
     )
 
 

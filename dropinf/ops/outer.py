@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dropinf.ops import bank_schedule, column_schedule
-from dropinf.ops.bank_schedule import Order
 from dropinf.ops.checks import (
     check_activations,
     check_coordinates,
@@ -19,6 +18,7 @@ from dropinf.ops.checks import (
     unit_stride,
 )
 from dropinf.ops.dispatch import add_op, kernel
+from dropinf.ops.outer_ways import Order
 from dropinf.ops.selftest import Case, Inputs
 
 
@@ -54,8 +54,8 @@ def sampled_outer(
             out, also where that is not finite, as for entries of fewer than s; its index must
             still be in range.
         bias: let i_idx = I name the layer's bias, a virtual input column of ones.
-        order: of these coordinates, from `bank_schedule.staged_order` or, for [r] in elements of
-            two bytes, `column_schedule.column_order`. Backends other than cuda ignore it; it
+        order: of these coordinates, from `bank_schedule.staged_order` or, in elements of two
+            bytes, `column_schedule.column_order`. Backends other than cuda ignore it; it
             changes rounding nowhere but on cuda.
         out: [B, r] floating point to write into; any strides, so a slice of a packed row will do.
         backend: a name from `dropinf.backends()`; None takes the first available.
@@ -73,7 +73,7 @@ def sampled_outer(
     check_coordinates(op, o_idx, i_idx, x.device, summed=True)
     weights = checked_weights(op, weights, o_idx.shape, x.dtype, x.device)
     if order is not None:
-        _check_order(op, order, o_idx.shape[0], x)
+        _check_order(op, order, o_idx, x)
     out = output_of(op, out, (x.shape[0], o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
     call(
@@ -89,11 +89,14 @@ def sampled_outer(
     return out
 
 
-def _check_order(op: str, order: Order, r: int, x: Tensor) -> None:
-    wanted = (r, x.element_size(), x.device)
-    given = (order.num_entries, order.element_size, order.packed.device)
+def _check_order(op: str, order: Order, o_idx: Tensor, x: Tensor) -> None:
+    r, s = o_idx.shape if o_idx.dim() == 2 else (len(o_idx), 1)
+    wanted = (r, s, x.element_size(), x.device)
+    given = (order.num_entries, order.s, order.element_size, order.packed.device)
     if given != wanted:
-        described = ["{} entries of {}-byte elements on {}".format(*t) for t in (wanted, given)]
+        described = [
+            "[{}, {}] coordinates in {}-byte elements on {}".format(*t) for t in (wanted, given)
+        ]
         raise ValueError(f"{op}: order must be for {described[0]}, got one for {described[1]}")
 
 
@@ -130,6 +133,11 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         o_idx, i_idx = new.indices(O, r), new.indices(I + bias, r)
         columns = _columns(x, dy, o_idx, i_idx, bias)
         yield (x, dy, o_idx, i_idx, new.weights(r), bias, columns), (new.out(1, r),)
+    B, T, I, O, r, s = 2, 37, 41, 63, 300, 3
+    x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
+    o_idx, i_idx = new.indices(O, r, s), new.indices(I + 1, r, s)
+    columns = _columns(x, dy, o_idx, i_idx, True)
+    yield (x, dy, o_idx, i_idx, new.weights(r, s), True, columns), (new.out(B, r),)
 
 
 def _staged(

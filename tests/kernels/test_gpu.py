@@ -97,6 +97,20 @@ def sampled_outer_staged_columns():
     return Call([x, dy], run, B)
 
 
+def sampled_outer_columns_of_sums():
+    """The columns kernel again, whose coordinates another kernel then adds."""
+    B, T, I, O, r, s = 5, POSITIONS, 96, 80, 500, 4
+    x, dy = random(B, T, I, dtype=torch.bfloat16), random(B, T, O, dtype=torch.bfloat16)
+    at = [index.reshape(r, s) for index in coordinates(O, I, r * s)]
+    order, weights = column_order(*at, I, O), random(r, s)
+
+    def run(backend, examples=slice(None)):
+        given = {"weights": weights, "order": order, "backend": backend}
+        return (ops.sampled_outer(x[examples], dy[examples], *at, **given),)
+
+    return Call([x, dy], run, B)
+
+
 def sampled_embedding():
     ids = torch.arange(5 * POSITIONS).reshape(5, POSITIONS).to(DEVICE) % 37
     dy = random(5, POSITIONS, 24)
@@ -203,6 +217,7 @@ CALLS = {
     "sampled_outer-staged": sampled_outer_staged,
     "sampled_outer-staged, two passes": sampled_outer_staged_two_passes,
     "sampled_outer-staged columns": sampled_outer_staged_columns,
+    "sampled_outer-columns of sums": sampled_outer_columns_of_sums,
     "sampled_embedding": sampled_embedding,
     "sampled_conv": sampled_conv,
     "sampled_norm": sampled_norm,

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -10,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from outer_cases import coordinates, drawn_by_energy
 from torch import nn
 
 import dropinf
 from dropinf import Dropout, Plan, capture, ops
 from dropinf.capturing import runs
-from dropinf.compression.energy import ParamEnergy
-from dropinf.compression.energy_draw import draw_by_energy
-from dropinf.ops import bank_schedule, outer
+from dropinf.ops import bank_schedule, outer, outer_ways
 from dropinf.ops.bank_schedule import staged_order
 
 pytestmark = pytest.mark.skipif(
@@ -52,14 +52,6 @@ LAYERS = [  # each here for a reason
     Layer(1, 3000, 200, bias=True),  # one feature
     Layer(3000, 1, 200),  # one output
 ]
-
-
-def coordinates(layer, seed=0):
-    """r distinct sorted coordinates (o, i), [r] int32 each."""
-    width = layer.I + layer.bias
-    at = np.random.default_rng(seed).choice(layer.O * width, layer.r, replace=False)
-    at = torch.from_numpy(np.sort(at))
-    return (at // width).int(), (at % width).int()
 
 
 def order_of(layer, o_idx, i_idx, **options):
@@ -205,8 +197,14 @@ def test_weight_and_bias():
 
 def test_what_does_not_fit():
     o_idx, i_idx = (torch.tensor(v, dtype=torch.int32) for v in ([1, 2], [0, 3]))
-    assert staged_order(o_idx, i_idx, 65536, 8, 2, max_bytes=1 << 20) is not None
-    assert staged_order(o_idx, i_idx, 65536, 8, 2, bias=True, max_bytes=1 << 20) is None
+    # An offset in bytes has 16 bits, whatever room there is.
+    for width, element_size in ((32768, 2), (16384, 4)):
+        wide = (o_idx, i_idx, width, 8, element_size)
+        assert staged_order(*wide, max_bytes=1 << 20) is not None
+        assert staged_order(*wide, bias=True, max_bytes=1 << 20) is None
+        tall = (torch.arange(40000).int(), torch.arange(40000).int() % 2, 2, 40000, element_size)
+        windows = staged_order(*tall, max_bytes=1 << 20, max_slots=1 << 20).passes
+        assert ((windows[:, 3] - windows[:, 2]) * element_size <= 65536).all()
     assert staged_order(o_idx, i_idx, 20472, 8, 2) is not None  # with a window of 16 bytes
     assert staged_order(o_idx, i_idx, 20473, 8, 2) is None
     assert staged_order(o_idx, i_idx, 10240, 8, 4) is None
@@ -237,21 +235,6 @@ def test_errors(monkeypatch):
     monkeypatch.setattr(bank_schedule, "_C", None)
     with pytest.raises(RuntimeError, match="staged_order: needs the C"):
         staged_order(one, one, 2, 2, 2)
-
-
-def heavy(n, generator):
-    """E g^2 of rows or columns over eight orders of magnitude, with three far above."""
-    energies = np.exp(2 * generator.normal(size=n))
-    energies[:3] *= 1e4
-    return energies
-
-
-def drawn_by_energy(layer, seed=0):
-    generator = np.random.default_rng(seed)
-    energies = (heavy(n, generator) for n in (layer.O, layer.I))
-    param = ParamEnergy.of((layer.O, layer.I), *energies)
-    at = torch.from_numpy(draw_by_energy([param], layer.r, 0, 0)[0])
-    return (at // layer.I).int(), (at % layer.I).int()
 
 
 @pytest.mark.parametrize("draw", [coordinates, drawn_by_energy])
@@ -340,29 +323,16 @@ def test_sampled_outer_checks_it():
     order = order_of(layer, o_idx, i_idx)
     without = ops.sampled_outer(x, dy, o_idx, i_idx)
     assert torch.equal(ops.sampled_outer(x, dy, o_idx, i_idx, order=order), without)
-    message = "sampled_outer: order must be for {} entries of {}-byte elements on cpu, got one for "
+    pair = [torch.stack([index, index], 1) for index in (o_idx, i_idx)]
+    message = "sampled_outer: order must be for {} in {}-byte elements on cpu, got one for {}"
     for arguments, wanted in (
-        ((x.float(), dy.float(), o_idx, i_idx), (400, 4)),
-        ((x, dy, o_idx[1:], i_idx[1:]), (399, 2)),
+        ((x.float(), dy.float(), o_idx, i_idx), ("[400, 1] coordinates", 4)),
+        ((x, dy, o_idx[1:], i_idx[1:]), ("[399, 1] coordinates", 2)),
+        ((x, dy, *pair), ("[400, 2] coordinates", 2)),
     ):
-        with pytest.raises(ValueError, match=message.format(*wanted)):
+        whole = re.escape(message.format(*wanted, "[400, 1] coordinates in 2-byte elements on cpu"))
+        with pytest.raises(ValueError, match=whole):
             ops.sampled_outer(*arguments, order=order)
-
-
-def test_only_where_it_pays():
-    """Not for few coordinates, which leave most sectors unread, nor where they are in one bank."""
-
-    def order(layer):
-        arguments = (*coordinates(layer), layer.I, layer.O, layer.element_size)
-        return bank_schedule.order_if_faster(*arguments, bias=layer.bias)
-
-    assert order(Layer(4096, 4096, 64, 2)) is None
-    assert order(Layer(4096, 4096, 511, 2)) is None
-    assert order(Layer(4096, 4096, 1024, 2)) is not None
-    assert order(Layer(768, 8, 1024, 2)) is not None  # LoRA: 8 outputs are 4 words, read by all
-    o_idx = torch.arange(0, 4096, dtype=torch.int32)
-    assert bank_schedule.order_if_faster(o_idx, o_idx * 64 % 16384, 16384, 4096, 2) is None
-    assert order(Layer(30000, 4096, 9000, 2)) is None  # x does not fit
 
 
 def test_kept_by_the_plan(monkeypatch):
@@ -386,12 +356,12 @@ def test_kept_by_the_plan(monkeypatch):
         made.append(staged_order(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(bank_schedule, "order_if_faster", make)
+    monkeypatch.setattr(outer_ways, "order_if_faster", make)
     # On CUDA tensors they are made; here the CPU stands in for it.
     monkeypatch.setattr(runs, "_on_cuda", lambda device: True)
     for module in ("closing", "kept"):  # sites in Python, whose checks are seen
         monkeypatch.setattr(f"dropinf.capturing.{module}.CPP", None)
-    monkeypatch.setattr(outer, "_check_order", lambda op, order, r, x: used.append(order))
+    monkeypatch.setattr(outer, "_check_order", lambda op, order, o_idx, x: used.append(order))
     for a, b in zip(twice(), without, strict=True):
         assert torch.equal(a, b)
     assert len(made) == 3 and {id(order) for order in used} == {id(order) for order in made}

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from outer_cases import coordinates
 
 import dropinf
-from dropinf.ops import bank_schedule, column_schedule
+from dropinf.ops import column_schedule
 from dropinf.ops.column_schedule import column_order
 
 pytestmark = pytest.mark.skipif(
@@ -36,13 +37,6 @@ LAYERS = [  # each here for a reason
     Layer(8192, 512, 30000, bias=True),  # more columns than a pass has
     Layer(1, 4096, 4096, bias=True),  # one column
 ]
-
-
-def coordinates(layer, seed=0):
-    width = layer.I + layer.bias
-    at = np.random.default_rng(seed).choice(layer.O * width, layer.r, replace=False)
-    at = torch.from_numpy(np.sort(at))
-    return (at // width).int(), (at % width).int()
 
 
 def piece_of(step):
@@ -111,6 +105,24 @@ def test_order(layer):
     assert all(torch.equal(a, b) for a, b in zip(order.tensors, again.tensors, strict=True))
 
 
+@pytest.mark.parametrize("s", [1, 3])
+def test_sums(s):
+    """Coordinates [r, s] have the order of r * s coordinates, in whatever places they stand."""
+    layer = Layer(64, 48, 900, bias=True)
+    mixed = torch.randperm(layer.r, generator=torch.Generator().manual_seed(0))
+    flat = [index[mixed] for index in coordinates(layer)]
+    order = column_order(*flat, layer.I, layer.O, bias=True)
+    # As columns of a [s, r], so that they are not contiguous.
+    sums = [index.reshape(-1, s).T.contiguous().T for index in flat]
+    of_sums = column_order(*sums, layer.I, layer.O, bias=True)
+    check(of_sums._replace(num_entries=layer.r), layer, *flat)
+    assert all(torch.equal(a, b) for a, b in zip(order.tensors, of_sums.tensors, strict=True))
+    assert (order.num_entries, order.s) == (900, 1)
+    assert (of_sums.num_entries, of_sums.s) == (900 // s, s)
+    none = torch.empty(5, 0, dtype=torch.int32)
+    assert column_order(none, none, 3, 4)[0].shape == (0, 5)
+
+
 def crowded(layer, seed=0):
     """As draws by energy: many coordinates in few rows and columns."""
     rng = np.random.default_rng(seed)
@@ -164,30 +176,12 @@ def test_errors(monkeypatch):
         ((one, one, 2, 1), r"o_idx must be in \[0, 1\), got 1 to 1"),
         ((one, one[:0], 2, 2), "must be int32"),
         ((one.long(), one, 2, 2), "must be int32"),
-        ((one[:, None], one[:, None], 2, 2), "must be int32"),
+        ((one, one.long(), 2, 2), "must be int32"),
+        ((one[:, None], one, 2, 2), "must be int32"),
+        ((one[:, None, None], one[:, None, None], 2, 2), "must be int32"),
     ):
         with pytest.raises(ValueError, match=f"^column_order: .*{message}"):
             column_order(*arguments)
     monkeypatch.setattr(column_schedule, "_C", None)
     with pytest.raises(RuntimeError, match="column_order: needs the C"):
         column_order(one, one, 2, 2)
-
-
-def test_choice():
-    """Which kernel a layer has, by r and shape."""
-
-    def chosen(layer, element_size=2, s=None):
-        o_idx, i_idx = coordinates(layer)
-        if s:
-            o_idx, i_idx = o_idx.reshape(-1, s), i_idx.reshape(-1, s)
-        return bank_schedule.order_if_faster(o_idx, i_idx, layer.I, layer.O, element_size)
-
-    staged, columns = bank_schedule.StagedOrder, column_schedule.ColumnOrder
-    assert chosen(Layer(4096, 4096, 64)) is None
-    assert isinstance(chosen(Layer(4096, 4096, 8192)), staged)
-    assert isinstance(chosen(Layer(4096, 4096, 16384)), staged)
-    assert isinstance(chosen(Layer(4096, 4096, 32768)), columns)
-    assert isinstance(chosen(Layer(4096, 4096, 32768), element_size=4), staged)
-    assert isinstance(chosen(Layer(1024, 1024, 16384), s=2), staged)
-    assert isinstance(chosen(Layer(4096, 8192, 16384)), staged)  # two of each column in a window
-    assert isinstance(chosen(Layer(512, 512, 9000)), staged)  # one pass of the staged kernel

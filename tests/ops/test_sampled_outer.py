@@ -264,6 +264,86 @@ def test_columns_of_views(backend):
     assert torch.equal(out[:, mixed], of_columns(backend, x, dy, o_idx[mixed], i_idx[mixed]))
 
 
+SUMS = {  # B, T, I, O, r, s: one for each turn that the kernel which adds coordinates takes
+    "one entry": (1, 5, 8, 12, 1, 4),
+    "a block of entries, and a part of one": (3, 9, 32, 48, 100, 2),
+    "two chunks, rows that no read of 8 bytes fits": (2, 203, 17, 11, 40, 3),
+    "more coordinates than a pass has": (1, 3, 64, 96, 5000, 5),
+    "no position": (2, 0, 3, 3, 5, 2),
+    "no coordinate": (2, 5, 3, 3, 5, 0),
+}
+
+
+def sums(B, T, I, O, r, s, dtype, bias):
+    """x, dy, coordinates [r, s] that may repeat, in any order, and weights, a third of them 0."""
+    x, dy, _, _ = inputs(B, T, I, O, 0, dtype)
+    generator = torch.Generator().manual_seed(1)
+    o_idx = torch.randint(O, (r, s), generator=generator).int()
+    i_idx = torch.randint(I + bias, (r, s), generator=generator).int()
+    weights = torch.randn(r, s, generator=generator)
+    return x, dy, o_idx, i_idx, weights * (torch.rand(r, s, generator=generator) > 1 / 3)
+
+
+def assert_sums(out, x, dy, o_idx, i_idx, weights, bias):
+    """Within the bound of a float32 sum of T terms, its weight, and a sum of s."""
+    weights = torch.ones(o_idx.shape) if weights is None else weights
+    truth = (exact(x, dy, o_idx, i_idx, bias) * weights.double()).sum(-1)
+    sizes = (exact(x.abs(), dy.abs(), o_idx, i_idx, bias) * weights.abs().double()).sum(-1)
+    assert_within(out, truth, (x.shape[1] + o_idx.shape[1] + 1) * EPS32 * sizes)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("shape", SUMS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
+@pytest.mark.usefixtures("room_for_columns")
+def test_columns_of_sums(backend, shape, dtype, weighted):
+    """[r, s] coordinates, with and without the bias in turn, into a row with any strides."""
+    B, r, bias = SUMS[shape][0], SUMS[shape][4], list(SUMS).index(shape) % 2 == 1
+    x, dy, o_idx, i_idx, weights = sums(*SUMS[shape], dtype, bias)
+    given = weights if weighted else None
+    row = torch.full((r + 9, 2 * B), torch.nan).T[::2]
+    out = of_columns(backend, x, dy, o_idx, i_idx, bias, weights=given, out=row[:, 4 : 4 + r])
+    assert_sums(out, x, dy, o_idx, i_idx, given, bias)
+    assert row[:, :4].isnan().all() and row[:, 4 + r :].isnan().all()
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.usefixtures("room_for_columns")
+def test_columns_add_sums_in_order(backend):
+    """The bits are those of r * s entries, added from j = 0 on; of s = 1 those of [r]."""
+    x, dy, o_idx, i_idx, weights = sums(2, 20, 24, 32, 70, 3, torch.bfloat16, True)
+    flat = [t.flatten() for t in (o_idx, i_idx, weights)]
+    each = of_columns(backend, x, dy, *flat[:2], True, weights=flat[2])
+    of_one = [t[:, None] for t in flat]
+    one = of_columns(backend, x, dy, *of_one[:2], True, weights=of_one[2])
+    assert torch.equal(one, each)
+    first, second, third = each.reshape(2, 70, 3).unbind(2)
+    assert not torch.equal(first + second + third, first + (second + third))
+    out = of_columns(backend, x, dy, o_idx, i_idx, True, weights=weights)
+    assert torch.equal(out, first + second + third)
+    assert torch.equal(
+        out[1:], of_columns(backend, x[1:], dy[1:], o_idx, i_idx, True, weights=weights)
+    )
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.usefixtures("room_for_columns")
+def test_columns_leave_out_of_sums(backend, bias):
+    """What has a weight of 0, also where it is not finite; an entry of such alone is 0."""
+    x, dy, o_idx, i_idx, weights = sums(2, 35, 24, 32, 200, 3, torch.bfloat16, bias)
+    o_idx[o_idx == 0], weights[0] = 1, 0
+    o_idx[weights == 0] = 0  # a column that only these have
+    finite = dy.clone()
+    finite[..., 0] = 0
+    dy[..., 0] = torch.tensor([torch.inf, torch.nan])[torch.arange(35) % 2]
+    out = of_columns(backend, x, dy, o_idx, i_idx, bias, weights=weights)
+    assert_sums(out, x, finite, o_idx, i_idx, weights, bias)
+    assert (out[:, 0] == 0).all() and out[:, 1:].any(1).all()
+    assert of_columns(backend, x, dy, o_idx, i_idx, bias)[:, 0].isnan().all()
+
+
 @pytest.mark.backends("cuda-host")
 @pytest.mark.usefixtures("room_for_columns")
 def test_columns_without_room(backend):
@@ -271,8 +351,11 @@ def test_columns_without_room(backend):
     x, dy, o_idx, i_idx = inputs(1, 40, 30, 50, 60, torch.bfloat16)
     direct = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend.name)
     assert not torch.equal(of_columns(backend, x, dy, o_idx, i_idx), direct)
+    pairs = [index.reshape(-1, 2) for index in (o_idx, i_idx)]
+    direct_sums = ops.sampled_outer(x, dy, *pairs, backend=backend.name)
     torch.ops.dropinf_host.set_max_shared_bytes(163 * 1024)
     assert torch.equal(of_columns(backend, x, dy, o_idx, i_idx), direct)
+    assert torch.equal(of_columns(backend, x, dy, *pairs), direct_sums)
 
 
 @pytest.mark.backends("cuda")
@@ -281,17 +364,23 @@ def test_orders_that_do_not_fit(backend):
     order = column_schedule.column_order(o_idx, i_idx, 24, 32)
     for call, order, message in (
         ((x.float(), dy.float(), o_idx, i_idx), order, "2-byte"),
-        ((x, dy, o_idx[:50].reshape(-1, 1), i_idx[:50].reshape(-1, 1)), order, "50 entries"),
+        ((x, dy, o_idx[:50].reshape(-1, 1), i_idx[:50].reshape(-1, 1)), order, r"\[50, 1\]"),
+        ((x, dy, o_idx.reshape(-1, 2), i_idx.reshape(-1, 2)), order, r"\[50, 2\].*\[100, 1\]"),
         (
             (x, dy, o_idx.reshape(-1, 1).repeat(1, 2), i_idx.reshape(-1, 1).repeat(1, 2)),
             order,
-            r"for coordinates \[r\]",
+            r"\[100, 2\] coordinates .* got one for \[100, 1\]",
         ),
         ((x[..., :20], dy, o_idx, i_idx), order, "pass 0 of the order is not of this call"),
         (
             (x, dy, o_idx, i_idx),
             order._replace(target=order.target[:, 1:]),
             "must be int32",
+        ),
+        (
+            (x, dy, o_idx, i_idx),
+            order._replace(passes=order.passes[:0]),
+            r"has 0 slots, too few for coordinates \[100, 1\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -166,3 +166,5 @@ def test_column_cases(dtype):
     assert aligned == {True, False} == {args[5] for args in cases}
     assert all(args[0].shape[1] % 8 for args in cases)
     assert max(args[0].shape[1] for args in cases) > 192  # positions of a chunk
+    sums = [args for args in cases if args[2].dim() == 2]
+    assert any(len(args[0]) > 1 and (args[4] == 0).any() for args in sums)

@@ -21,11 +21,14 @@ DENSE = "dense product + gather"
 COMPILED = "torch.compile of the products"
 SIZES = (64, 1024, 8192, 65536)
 SECTOR = 32  # bytes that memory gives at least
+# Layers of an MLP of 4096 x 16384, and KB of room for a position, of which outer_ways.py chooses
+# by a prediction: with more of it there are fewer passes, and one block on an SM instead of two.
+WIDE, ROOMS = ((4096, 16384), (16384, 4096)), (28, 56)
 MAX_PRODUCTS = 20e9  # bytes of [B, T, r] that plain torch forms, three times over
 
 
-def name_of(dtype: str, r: int) -> str:
-    return f"sampled_outer, {dtype}, r={r}"
+def name_of(dtype: str, r: int, shape: str = "") -> str:
+    return f"sampled_outer, {dtype}, r={r}{shape}"
 
 
 LM_HEAD = "sampled_outer, bfloat16, r=65536, LM head"
@@ -58,20 +61,26 @@ TARGETS = [
 
 
 def cases() -> list[Case]:
-    def case(name: str, dtype: torch.dtype, r: int, quick: bool, O: int = 4096) -> Case:
-        return Case(name, partial(make, dtype=dtype, r=r, O=O), GROUP, quick)
+    def case(
+        name: str, dtype: torch.dtype, r: int, quick: bool, I: int = 4096, O: int = 4096
+    ) -> Case:
+        return Case(name, partial(make, dtype=dtype, r=r, I=I, O=O), GROUP, quick)
 
     made = [case(name_of("bfloat16", r), torch.bfloat16, r, True) for r in SIZES]
+    for I, O in WIDE:
+        name = name_of("bfloat16", 8192, f", I={I}, O={O}")
+        made.append(case(name, torch.bfloat16, 8192, True, I, O))
     made.append(case(LM_HEAD, torch.bfloat16, 65536, False, O=128256))
     return made + [case(name_of("float32", r), torch.float32, r, False) for r in SIZES]
 
 
-def make(bench: Bench, dtype: torch.dtype, r: int, O: int) -> Setup:
-    B, T, I = 8, 2048, 4096
+def make(bench: Bench, dtype: torch.dtype, r: int, I: int, O: int) -> Setup:
+    B, T = 8, 2048
+    wide = (I, O) in WIDE
     by_columns = dtype != torch.float32 and r >= 8192 and O <= 4096  # one window of outputs
-    compiles = not (bench.quick and r in (SIZES[0], SIZES[-1]))  # where it says least
+    compiles = not wide and not (bench.quick and r in (SIZES[0], SIZES[-1]))  # it says least there
     if bench.rehearsal:
-        B, T, I, O, r = 2, 16, 64, O // 64, max(16, r // 64)
+        B, T, I, O, r = 2, 16, I // 64, O // 64, max(16, r // 64)
     size = torch.finfo(dtype).bits // 8
     o_long, i_long = coordinates(O, I, r, bench.device)
     o_idx, i_idx = o_long.int(), i_long.int()
@@ -108,6 +117,8 @@ def make(bench: Bench, dtype: torch.dtype, r: int, O: int) -> Setup:
         orders = {"ordered": partial(staged_order, size=size)}
         if by_columns:
             orders["columns"] = column_order
+        for room in ROOMS if wide else ():
+            orders[f"{room} KB"] = partial(staged_order, size=size, max_bytes=room * 1024)
         for name, order in orders.items():
             try:
                 made = order(o_idx, i_idx, I, O)
@@ -170,9 +181,9 @@ def sectors(index: Tensor, width: int, size: int) -> int:
     return min(len((index.long() * size // SECTOR).unique()), -(-width * size // SECTOR))
 
 
-def staged_order(o_idx: Tensor, i_idx: Tensor, I: int, O: int, size: int) -> Any:
+def staged_order(o_idx: Tensor, i_idx: Tensor, I: int, O: int, size: int, **options: int) -> Any:
     order = importlib.import_module("dropinf.ops.bank_schedule").staged_order(
-        o_idx, i_idx, I, O, size
+        o_idx, i_idx, I, O, size, **options
     )
     if order is None:
         raise ValueError("these coordinates have no staged order")

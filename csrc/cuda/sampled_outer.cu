@@ -32,7 +32,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/sampled_outer.cuh"
-#include "cuda/sampled_outer_columns.cuh"
+#include "cuda/sampled_outer_column_sums.cuh"
 #include "cuda/sampled_outer_staged.cuh"
 
 namespace dropinf {

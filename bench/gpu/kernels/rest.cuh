@@ -205,7 +205,7 @@ inline Case topk(const Pool<float>& pool, int64_t m, int64_t c, int64_t k) {
   const Device<float> scratch(cuda::score_topk_scratch(args, num_parts));
 
   Case it;
-  it.name = label("score_topk, m=%d, %d scores, k=%d", m, c, k);
+  it.name = label("score_topk, m=%d, %d scores, k=%d", m, c, k) + label(", parts: %d", num_parts);
   it.num_bytes = 4 * m * c;
   it.run = [=, &pool](int64_t turn) {
     ScoreTopkArgs call = args;

@@ -11,7 +11,7 @@
 //
 // An H200 took 569 us for 16 queries of 262,144 scores, k=100, at commit 2706d70, where a block had
 // all scores of a query: 2,000 cycles a tile of 512, in which it mostly waited. By that rate one
-// query of 4,194,304 took 9.2 ms. Predicted now, at 1.8 GHz, where nothing is kept yet:
+// query of 4,194,304 takes 9.2 ms. Predicted now, at 1.8 GHz, where nothing is kept yet:
 // - A tile of 2,048 that nothing enters is 64 instructions of a thread, 128 cycles of an SM, behind
 //   some 900 for its loads, of which two blocks have 16 KB on their way; 1,200 more where some
 //   enter. A step of a sort is 47 instructions and 160 cycles, for it waits for shared memory.
@@ -308,7 +308,8 @@ int64_t score_topk_scratch(const ScoreTopkArgs& args, int64_t num_parts) {
 cudaError_t score_topk(const ScoreTopkArgs& args, int64_t num_parts, float* scratch,
                        cudaStream_t stream) {
   Call call{args, num_parts, args.c, kMinSorted, args.values, args.indices};
-  // With room for 3 k, each sort is of four times as many scores as the one before it.
+  // With room for 3 k, four times as many scores are behind each sort as behind the one before it;
+  // for the largest k there is room for k.
   while (call.sorted < 4 * args.k && call.sorted < kMaxSorted) call.sorted *= 2;
   const int64_t blocks = args.m * num_parts;
   if (num_parts > 1) {

@@ -65,9 +65,11 @@ void score_topk_cuda(const at::Tensor& scores, int64_t first, const at::Tensor& 
   TORCH_CHECK_VALUE(args.k <= cuda::kMaxTopk, op, ": backend 'cuda' takes k up to ", cuda::kMaxTopk,
                     ", got ", args.k, "; backend='reference' takes any");
   if (values.numel() == 0 || scores.numel() == 0) return;
-  check_launch(op,
-               cuda::score_topk(args.scores, args.m, args.c, args.scores_stride, first, args.values,
-                                args.indices, args.k, c10::cuda::getCurrentCUDAStream()));
+  int64_t num_parts = 1;
+  check_launch(op, cuda::score_topk_parts(args, &num_parts));
+  const at::Tensor kept = scratch(values, cuda::score_topk_scratch(args, num_parts));
+  check_launch(op, cuda::score_topk(args, num_parts, kept.mutable_data_ptr<float>(),
+                                    c10::cuda::getCurrentCUDAStream()));
 }
 
 TORCH_LIBRARY_IMPL(DROPINF_LIBRARY, DROPINF_CUDA_KEY, m) { m.impl("score_topk", &score_topk_cuda); }

@@ -1,4 +1,4 @@
-// score_topk as its kernel for CPUs sees it: raw pointers, sizes and strides in elements, no torch.
+// score_topk as its kernels see it: raw pointers, sizes and strides in elements, no torch.
 
 #pragma once
 

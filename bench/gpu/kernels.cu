@@ -33,7 +33,8 @@ std::vector<Case> cases(const Pools& pools, bool small) {
             gram(pools, 600, 2, 33),
             cholesky(pools, 3, 33, 2),
             topk(pools.scores, 2, 900, 7),
-            topk(pools.floats, 3, 700, 5)};
+            topk(pools.floats, 3, 700, 5),
+            topk(pools.floats, 1, 20000, 5)};
   }
   const int64_t B = 8, T = 2048, I = 4096, O = 4096;
   return {outer(pools, B, T, I, O, 64, 0),
@@ -51,7 +52,8 @@ std::vector<Case> cases(const Pools& pools, bool small) {
           cholesky(pools, 64, 128, 16),
           cholesky(pools, 64, 256, 16),
           cholesky(pools, 50, 512, 16),
-          topk(pools.scores, 16, 1 << 18, 100)};
+          topk(pools.scores, 16, 1 << 18, 100),
+          topk(pools.scores, 1, 1 << 22, 10)};
 }
 
 // Whether all are right; a line of each.

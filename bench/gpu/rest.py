@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropinf import ops
 from dropinf.compression.parts import draw
+from dropinf.ops import dispatch
 from dropinf.ops.bank_schedule import AVAILABLE, staged_order
 from gpu.outer import coordinates
 from gpu.ratios import Case, Contestant, Setup, Target, backends_of
@@ -20,6 +21,10 @@ GATHER, OTHERS, SCORES = "gather_grads", "embedding and convolution", "scores"
 INDEX_CAT, LAUNCHES = "index + cat", "launches"
 GATHER_1024 = "gather_grads, 200 layers, r=1024"
 TOPK = "score_topk, m=64, n=100,000, R=8192, k=10"
+MERGES = {  # m, c, k
+    "score_topk, the merge, m=1, 4,194,304 scores, k=10": (1, 1 << 22, 10),
+    "score_topk, the merge, m=16, 262,144 scores, k=100": (16, 1 << 18, 100),
+}
 PRODUCT = "torch.mm"
 NORM = "sampled_norm, B=8, T=1024, I=2048, r=1024"
 
@@ -39,6 +44,7 @@ def cases() -> list[Case]:
     return [
         *gathers,
         Case(TOPK, topk, SCORES),
+        *(Case(name, partial(merge, sizes=sizes), SCORES) for name, sizes in MERGES.items()),
         Case("sampled_embedding, V=50304, O=4096, r=8192", embedding, OTHERS),
         Case(NORM, norm, OTHERS),
         Case("sampled_conv, 128 to 128 channels of 28 x 28, 3 x 3, r=1024", conv, OTHERS),
@@ -127,6 +133,35 @@ def topk(bench: Bench) -> Setup:
     contestants["torch.mm + topk"] = Contestant(
         lambda i: torch.mm(queries, rows.T).topk(k).values, error
     )
+    return Setup(contestants)
+
+
+def merge(bench: Bench, sizes: tuple[int, int, int]) -> Setup:
+    """Scores that are there into nothing yet: of a pass over a store, the dearest call."""
+    m, c, k = sizes
+    if bench.rehearsal:
+        c, k = c >> 8, k // 5
+    device, dtype = torch.device(bench.device), torch.float32
+    count = bench.num_sets(4 * m * c, most=8)
+    sets = [torch.randn(m, c, device=device) for _ in range(count)]
+    values = torch.empty(m, k, device=device)
+    indices = torch.empty(m, k, device=device, dtype=torch.int64)
+    truth = sets[0].double().topk(k).values
+
+    def error(out: Tensor) -> float:
+        return relative_error(out, truth)
+
+    def ours(backend: str) -> Contestant:
+        into = dispatch.kernel("score_topk", backend, device, (dtype,), dtype)
+
+        def call(i: int) -> Tensor:
+            into(sets[i % count], 0, values.fill_(-torch.inf), indices.fill_(-1))
+            return values
+
+        return Contestant(call, error, ours=backend != "reference", num_bytes=4 * m * c)
+
+    contestants = {b: ours(b) for b in backends_of("score_topk", bench.device)}
+    contestants["torch.topk"] = Contestant(lambda i: sets[i % count].topk(k).values, error)
     return Setup(contestants)
 
 

@@ -78,7 +78,7 @@ def test_structure(rehearsed):
             assert row["share_of_copy"] == pytest.approx(rate / data["ceilings"]["copy_gb_per_s"])
     ours = {row["case"] for row in timed if row["ours"]}
     here = {row["case"] for row in timed}
-    assert here - ours <= {rest.TOPK, rest.NORM}  # which have no kernel for the CPU
+    assert here - ours <= {rest.TOPK, *rest.MERGES, rest.NORM}  # which have no kernel for the CPU
     assert all(row["tokens_per_s"] > 0 for row in timed if row["part"] == "model")
 
 
@@ -453,6 +453,7 @@ QUICK = {
         *(f"damped_cholesky, r={r}, and solve" for r in (64, 128, 256, 512, 1024, "8 to 512")),
         *(f"gram, r={r}" for r in (64, 256, 1024)),
         rest.TOPK,
+        *rest.MERGES,
         "sampled_embedding, V=50304, O=4096, r=8192",
         rest.NORM,
         "sampled_conv, 128 to 128 channels of 28 x 28, 3 x 3, r=1024",

@@ -59,6 +59,8 @@ namespace host_execution {
 // number too: with another limit it is another device.
 inline std::atomic<int> max_shared_bytes{163 * 1024};
 
+inline std::atomic<int> num_sms{1};
+
 // What cudaFuncSetAttribute allowed a kernel on a device; 48 KB need no such call.
 constexpr int kPlainSharedBytes = 48 * 1024;
 inline std::mutex allowed_mutex;
@@ -74,6 +76,7 @@ struct Warp {
   explicit Warp(int threads) : barrier(threads) {}
   Barrier barrier;
   uint64_t slots[kWarp] = {};
+  int vote = 0;  // in __syncthreads_or
 };
 
 struct Block {
@@ -187,13 +190,14 @@ T exchange(T value, int from) {
 
 }  // namespace host_execution
 
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = host_execution::max_shared_bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  *value = device;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const bool sms = attribute == cudaDevAttrMultiProcessorCount;
+  *value = sms ? host_execution::num_sms.load() : device;
   return cudaSuccess;
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -230,7 +234,7 @@ struct cudaDeviceProp {
   int multiProcessorCount;
 };
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {"host", 1};
+  *properties = {"host", host_execution::num_sms};
   return cudaSuccess;
 }
 
@@ -282,6 +286,17 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline int __syncthreads_or(int predicate) {
+  host_execution::Block& mine = *host_execution::block;
+  const int any = __any_sync(~0u, predicate);
+  if (threadIdx.x % 32 == 0) host_execution::warp().vote = any;
+  host_execution::wait_at(mine.barrier);
+  int result = 0;
+  for (const auto& warp : mine.warps) result |= warp->vote;
+  host_execution::wait_at(mine.barrier);
+  return result;
+}
 
 inline int __popc(unsigned value) { return std::popcount(value); }
 

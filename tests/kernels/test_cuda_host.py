@@ -33,6 +33,14 @@ __global__ void sum(const float* from, float* to) {
   to[threadIdx.x] = total + last + below + (odd == 0xaaaaaaaau);
 }
 
+// Whether any is larger; and a barrier.
+__global__ void vote(const float* from, float* to, float than) {
+  float* shared = shared_memory<float>();
+  shared[threadIdx.x] = from[threadIdx.x];
+  const bool any = __syncthreads_or(from[threadIdx.x] > than);
+  to[threadIdx.x] = any ? shared[95 - threadIdx.x] : -1;
+}
+
 __global__ void copy(const float* from, float* to, bool waits) {
   float* shared = shared_memory<float>();
   if (threadIdx.x < 8) copy_16_async(shared + 4 * threadIdx.x, from + 4 * threadIdx.x);
@@ -90,6 +98,10 @@ int main(int argc, char** argv) {
   assert(launch(sum, grid_of(1), 64, 0, nullptr, (const float*)from, to) == 0);
   assert(to[1] == 496 + 31 + 0 + 1 && to[0] == 496 + 31 + 0 + 1);
   assert(to[33] == 1520 + 63 + 32 + 1);
+  for (const float than : {94.0f, 95.0f}) {  // the last thread's alone; none
+    assert(launch(vote, grid_of(1), 96, 96 * 4, nullptr, (const float*)from, to, than) == 0);
+    for (int k = 0; k < 96; ++k) assert(to[k] == (than < 95 ? 95 - k : -1));
+  }
   assert(launch(copy, grid_of(1), 32, 128, nullptr, (const float*)from, to, true) == 0);
   for (int k = 0; k < 32; ++k) assert(to[k] == k);
   assert(launch(copy, grid_of(1), 32, 128, nullptr, (const float*)from, to, false) == 0);

@@ -211,6 +211,18 @@ def score_topk():
     return Call([queries, rows], run)
 
 
+def score_topk_parts():
+    """So few queries share several blocks; their products are exact."""
+    queries, rows = random(1, 8).round(), random(20_000, 8).round()
+
+    def run(backend, examples=slice(None)):
+        values, indices = torch.full((1, 9), -torch.inf), torch.full((1, 9), -1)
+        kept = values.to(DEVICE), indices.to(DEVICE)
+        return tuple(ops.score_topk(queries, rows, *kept, backend=backend))
+
+    return Call([queries, rows], run)
+
+
 # An op, and behind a dash what of it this call reaches.
 CALLS = {
     "sampled_outer": sampled_outer,
@@ -230,6 +242,7 @@ CALLS = {
     "cholesky_solve": cholesky_solve,
     "cholesky_solve-wide": cholesky_solve_wide,
     "score_topk": score_topk,
+    "score_topk-parts": score_topk_parts,
 }
 
 

@@ -47,6 +47,26 @@ def test_columns_of_outer(element):
     assert each <= 3.2
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("kernel", ["part_kernel", "finish_kernel"])
+def test_tiles_of_topk(kernel):
+    """What a tile costs of which nothing enters, and a step of a sort."""
+    function = sass.function(ROOT / "csrc" / "cuda" / "score_topk.cu", kernel)
+    (tiles,) = (a for a in function.loops if any("BAR.RED" in code for code in function.inside(a)))
+    vote = next(n for n in tiles if "BAR.RED" in function.code[n])
+    left = next(n for n in tiles if n > vote and function.code[n] == "BRA")
+    rest = max(n for n in tiles[:-1] if function.code[n] == "BRA")
+    tile = function.code[tiles[0] : left + 1] + function.code[rest + 1 : tiles[-1] + 1]
+    steps = [a for a in function.loops if function.code[a[0] : a[-1]].count("STS.64") == 2]
+    step = max(len(a) for a in steps if "BAR.SYNC" in "".join(function.code[a[0] : a[-1]]))
+    print(f"\n{len(tile)} instructions a tile, {function.registers} registers, {step} a step")
+    kinds = Counter(code.partition(".")[0] for code in tile)
+    assert kinds["LDG"] == kinds["FSETP"] == 8 and kinds["BAR"] == 1
+    assert kinds["LDS"] == kinds["STS"] == 0
+    assert len(tile) <= 72 and step <= 60
+    assert function.registers <= 80  # three blocks of an SM
+
+
 LISTING = """
     Function : two
     /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;

@@ -204,6 +204,130 @@ def test_whatever_the_number_of_threads(backend):
         assert all(map(torch.equal, first, other))
 
 
+def special(kind, n):
+    """n scores of a kind, in float32."""
+    generator = torch.Generator().manual_seed(n)
+    infinite = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3e38, -1e-44])
+    return {
+        "real": torch.randn(n, generator=generator),
+        "ties": torch.randint(-9, 9, (n,), generator=generator).float(),
+        "zeros": torch.zeros(n).copysign(torch.randn(n, generator=generator)),
+        "rising": torch.where(torch.arange(n) % 16 == 0, torch.arange(n).float(), -torch.inf),
+        "not finite": infinite[torch.randint(len(infinite), (n,), generator=generator)],
+        "few": torch.where(torch.arange(n) % 9001 == 9000, 1.0, -torch.inf),
+        "NaN": torch.full((n,), torch.nan),
+    }[kind]
+
+
+def best(scores, first, values, indices):
+    """What `truth` gives for scores [m, c] and what is kept, of many scores: by numpy's sorts."""
+    scores, kept = scores.double().numpy(), values.double().numpy()
+    m, c = scores.shape
+    everything = np.concatenate([kept, scores], 1)
+    rows = np.concatenate([indices.numpy(), np.tile(first + np.arange(c), (m, 1))], 1)
+    order = np.lexsort(
+        (rows, -np.nan_to_num(everything, posinf=1e39, neginf=-1e39), ~np.isnan(everything))
+    )[:, : kept.shape[1]]
+    found = np.take_along_axis(everything, order, 1)
+    return found, np.where(found == -np.inf, -1, np.take_along_axis(rows, order, 1))
+
+
+@pytest.fixture
+def merge(backend):
+    """The merge of a backend on tensors of the CPU; on the host of a device of `sms` SMs."""
+    if backend.name == "cuda" and backend.device == "cpu":
+        set_num_sms = torch.ops.dropinf_host.set_num_sms
+    else:
+        set_num_sms = int
+
+    def run(scores, first, values, indices, sms=1):
+        set_num_sms(sms)
+        there = [t.to(backend.device) for t in (values.clone(), indices.clone())]
+        dispatch.KERNELS["score_topk"][backend.name](scores.to(backend.device), first, *there)
+        return tuple(t.cpu() for t in there)
+
+    yield run
+    set_num_sms(1)
+
+
+def same_bits(one, other):
+    return all(torch.equal(a.view(b), c.view(b)) for a, c, b in zip(one, other, BITS))
+
+
+BITS = (torch.int32, torch.int64)
+KINDS = ("real", "ties", "zeros", "rising", "not finite", "few", "NaN")
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_the_number_of_parts(merge, kind):
+    """Of a few SMs and of many, with nothing kept and with kept rows below and above."""
+    c, first = 25_001, 2**33
+    scores = special(kind, c)[None]
+    below_and_above = torch.tensor([[5, first + 2 * c, 9, first + 3 * c]])
+    for k, kept in ((4, [torch.nan, 7.0, 7.0, 0.0]), (4, [1.0, 0.0, 0.0, -1.0]), (70, None)):
+        values, indices = nothing(1, k)
+        if kept:
+            values, indices = torch.tensor([kept]), below_and_above
+        one, *others = (merge(scores, first, values, indices, sms) for sms in (0, 1, 132))
+        assert_equal(one, best(scores, first, values, indices))
+        assert all(same_bits(one, other) for other in others)
+
+
+@pytest.mark.backends("cuda")
+def test_parts_in_any_order_of_calls(merge):
+    """Ties within a part, across parts and across calls: the lower row comes first."""
+    cuts = [(0, 20_000), (20_000, 20_003), (20_003, 37_000)]
+    scores = special("ties", 37_000)[None]
+    wanted = best(scores, 0, *nothing(1, 50))
+    for calls in itertools.permutations(cuts):
+        kept = nothing(1, 50)
+        for sms, (start, stop) in zip((1, 132, 3), calls, strict=True):
+            kept = merge(scores[:, start:stop], start, *kept, sms)
+        assert_equal(kept, wanted)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("c", [3, 2048, 2049, 16_415])
+@pytest.mark.parametrize("k", [1, 64, 65, 1024])
+def test_sizes_about_tiles_and_parts(merge, c, k):
+    scores, kept = special("real", c)[None], nothing(1, k)
+    assert_equal(merge(scores, 5, *kept, 132), best(scores, 5, *kept))
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("m", [2, 5])
+def test_parts_of_many_queries(merge, m):
+    """Rows of scores with a stride, each with what it keeps."""
+    wide = special("real", m * 17_000).view(m, 17_000)
+    wide[:, :100] = wide[:, 16_900:] = torch.inf  # beside the scores
+    scores = wide[:, 100:16_900]
+    values = torch.linspace(3, -3, m * 9).view(m, 9)
+    indices = 10**6 + torch.arange(m * 9).view(m, 9)
+    assert_equal(merge(scores, 0, values, indices, 132), best(scores, 0, values, indices))
+
+
+@pytest.mark.backends("cuda-host")
+def test_number_of_parts(backend):
+    """Two blocks for each SM, and no more parts than pay."""
+    parts, set_num_sms = torch.ops.dropinf_host.score_topk_parts, torch.ops.dropinf_host.set_num_sms
+    set_num_sms(132)
+    wanted = {
+        (1, 1 << 22, 10): 264,
+        (16, 1 << 18, 100): 17,
+        (64, 65_536, 10): 5,
+        (264, 1 << 22, 10): 1,
+        (1, 1 << 22, 1024): 64,  # the second launch has as many candidates as a part has scores
+        (1, 16_383, 1): 1,
+        (1, 16_384, 1): 2,
+        (1, 1, 1024): 1,
+        (1 << 40, 1 << 40, 1): 1,
+    }
+    assert {sizes: parts(*sizes) for sizes in wanted} == wanted
+    set_num_sms(1)
+    assert parts(1, 1 << 22, 10) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_rows_as_a_store_keeps_them(backend, dtype):
     """In few bits, with scales; float64 queries widen them."""

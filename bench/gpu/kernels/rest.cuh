@@ -197,12 +197,21 @@ inline Case topk(const Pool<float>& pool, int64_t m, int64_t c, int64_t k) {
   const Device<float> values(std::vector<float>(static_cast<size_t>(m * k), -INFINITY));
   const Device<int64_t> indices(std::vector<int64_t>(static_cast<size_t>(m * k), -1));
 
+  ScoreTopkArgs args{};
+  args.m = m, args.c = c, args.scores_stride = c, args.k = k;
+  args.values = values.data(), args.indices = indices.data();
+  int64_t num_parts = 1;
+  check(cuda::score_topk_parts(args, &num_parts), "score_topk_parts");
+  const Device<float> scratch(cuda::score_topk_scratch(args, num_parts));
+
   Case it;
-  it.name = label("score_topk, m=%d, %d scores, k=%d", m, c, k);
+  it.name = label("score_topk, m=%d, %d scores, k=%d", m, c, k) + label(", parts: %d", num_parts);
   it.num_bytes = 4 * m * c;
   it.run = [=, &pool](int64_t turn) {
-    const float* const scores = pool.data() + pool.at(turn, m * c);
-    return cuda::score_topk(scores, m, c, c, turn * c, values.data(), indices.data(), k, nullptr);
+    ScoreTopkArgs call = args;
+    call.scores = pool.data() + pool.at(turn, m * c);
+    call.first = turn * c;
+    return cuda::score_topk(call, num_parts, scratch.data(), nullptr);
   };
   it.wrong = [=, &pool] {
     const auto all_values = values.on_host();

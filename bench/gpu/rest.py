@@ -38,8 +38,8 @@ TARGETS = [
 
 def cases() -> list[Case]:
     gathers = [
-        Case(f"gather_grads, 200 layers, r={r}", partial(gather, r=r), GATHER, quick=r == 1024)
-        for r in (1024, 256, 4096)
+        Case(f"gather_grads, {L} layers, r={r}", partial(gather, L=L, r=r), GATHER, quick=r == 1024)
+        for L, r in ((200, 1024), (24, 1024), (200, 256), (200, 4096))  # 24: the small table
     ]
     return [
         *gathers,
@@ -51,11 +51,11 @@ def cases() -> list[Case]:
     ]
 
 
-def gather(bench: Bench, r: int) -> Setup:
+def gather(bench: Bench, L: int, r: int) -> Setup:
     """The gradients are views of one buffer, so that one index call over it can compete too."""
-    L, side = 200, 512
+    side = 512
     if bench.rehearsal:
-        L, side, r = 20, 32, r // 16
+        L, side, r = L // 8, 32, r // 16
     touched = L * r * 32  # bytes of sectors
     count = bench.num_sets(touched, most=8)
     buffers = [torch.randn(L * side * side, device=bench.device) for _ in range(count)]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import processes, ratios, report, rest, run, suite
+from gpu import outer, processes, ratios, report, rest, run, suite
 from gpu.ratios import Case, Contestant, Setup, Target
 from gpu.results import Deadline, Results, default_path, environment
 from gpu.timing import Bench, ceilings
@@ -447,8 +447,9 @@ def test_sanitizer_that_is_missing(tmp_path, monkeypatch):
 
 QUICK = {
     "bench": {
-        "gather_grads, 200 layers, r=1024",
+        *(f"gather_grads, {L} layers, r=1024" for L in (200, 24)),
         *(f"sampled_outer, bfloat16, r={r}" for r in (64, 1024, 8192, 65536)),
+        *(f"sampled_outer, bfloat16, r=8192, I={I}, O={O}" for I, O in outer.WIDE),
         *(f"damped_cholesky, r={r}" for r in (64, 128, 256, 512, 1024, "8 to 512")),
         *(f"damped_cholesky, r={r}, and solve" for r in (64, 128, 256, 512, 1024, "8 to 512")),
         *(f"gram, r={r}" for r in (64, 256, 1024)),

@@ -133,7 +133,7 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         o_idx, i_idx = new.indices(O, r), new.indices(I + bias, r)
         columns = _columns(x, dy, o_idx, i_idx, bias)
         yield (x, dy, o_idx, i_idx, new.weights(r), bias, columns), (new.out(1, r),)
-    if device.type == "cuda" and "column_entries_kernel" in dispatch.UNRUN:
+    if "column_entries_kernel" in dispatch.UNRUN:
         return  # no default takes it, so it must not fail the test of what defaults take
     B, T, I, O, r, s = 2, 37, 41, 63, 300, 3
     x, dy = new.numbers(B, T, I), new.numbers(B, T, O)

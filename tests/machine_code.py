@@ -5,8 +5,8 @@ the order in which they are met, so that a table among the arguments may have an
 two are mixed up is for the tests of the host execution to show. These run what launches kernels
 too, but for the lines that nvcc alone sees, such as the launch itself: those have a digest more.
 
-`python tests/machine_code.py COMMIT RECORD` adds the digests of a commit to a record of
-bench/results/ that was made of it.
+`PYTHONPATH=.:bench python tests/machine_code.py COMMIT RECORD` adds the digests of a commit to a
+record of bench/results/ that was made of it.
 """
 
 import hashlib

@@ -1,5 +1,7 @@
 """Which way `sampled_outer` takes on CUDA: by r, the shape and the chip, and as measured."""
 
+import math
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -7,12 +9,13 @@ import pytest
 import torch
 from conftest import EPS32, assert_within
 from outer_cases import coordinates, drawn_by_energy
+from places import ROOT
 from properties import given, settings, st
 
 import dropinf
 from dropinf import ops
 from dropinf.capturing import runs
-from dropinf.ops import dispatch, outer_ways, reference
+from dropinf.ops import column_schedule, dispatch, outer_ways, reference
 from dropinf.ops.bank_schedule import StagedOrder, staged_order
 from dropinf.ops.column_schedule import ColumnOrder, column_order
 
@@ -83,6 +86,22 @@ def described(order):
 )
 def test_ways(layer, ways):
     assert tuple(described(chosen(layer, chip)) for chip in CHIPS) == ways
+
+
+def test_what_the_kernels_have():
+    """The rule and csrc/cuda have the same numbers."""
+    files = ("sampled_outer", "sampled_outer_staged", "sampled_outer_columns")
+    text = "".join((ROOT / "csrc" / "cuda" / f"{name}.cuh").read_text() for name in files)
+    named = dict(re.findall(r"(k\w+) = ([\d *]+)[;,]", text))
+    value = {name: math.prod(map(int, product.split("*"))) for name, product in named.items()}
+    assert value["kUnroll"] == outer_ways._LEAST_POSITIONS
+    assert value["kMaxPositions"] == outer_ways._MOST_POSITIONS
+    assert value["kStagedBytes"] == outer_ways._BUFFER_BYTES
+    assert value["kMostCoordinates"] * value["kStagedThreads"] == outer_ways.MANY
+    assert value["kColumnOutputs"] == column_schedule.OUTPUTS
+    assert value["kColumnInputs"] == column_schedule.INPUTS
+    cells = column_schedule.OUTPUTS + column_schedule.INPUTS + 1
+    assert 2 * cells * value["kCellBytes"] == column_schedule.SHARED_BYTES
 
 
 @pytest.mark.parametrize("layer", [Layer(4096, 4096, r) for r in (1024, 8192, 16384)], ids=str)

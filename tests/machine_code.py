@@ -2,10 +2,11 @@
 
 It is the code of sm_90 without the places of arguments in constant memory. These are numbered in
 the order in which they are met, so that a table among the arguments may have another size. That no
-two are mixed up is for the tests of the host execution to show.
+two are mixed up is for the tests of the host execution to show. These run what launches kernels
+too, but for the lines that nvcc alone sees, such as the launch itself: those have a digest more.
 
-`python tests/machine_code.py COMMIT RECORD` adds the digests of a commit to a record of
-bench/results/ that was made of it.
+`PYTHONPATH=.:bench python tests/machine_code.py COMMIT RECORD` adds the digests of a commit to a
+record of bench/results/ that was made of it.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from pathlib import Path
 import sass
 from gpu.results import kernel_files, sources
 from nvcc import kept, release
+from places import ROOT
 
 
 def digests(text):
@@ -44,8 +46,15 @@ def of_file(file):
     return digests(kept(file, "sass", sass.sass_of))
 
 
+def only_nvcc(root=ROOT):
+    """A digest of the lines that the host execution has others for."""
+    text = (root / "csrc" / "cuda" / "common.cuh").read_text()
+    lines = re.findall(r"^#ifdef __CUDACC__\n(.*?)^#(?:else|endif)", text, re.DOTALL | re.MULTILINE)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:20]
+
+
 def of_commit(commit, record):
-    """op -> digests(...) of the sources that the record is of, which must be those of a commit."""
+    """What a record has of its commit: op -> digests(...), and only_nvcc(...)."""
     archive = subprocess.run(["git", "archive", commit, "csrc"], capture_output=True, check=True)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -56,12 +65,13 @@ def of_commit(commit, record):
         if sources(Path(folder)) != record["sources"]:
             raise SystemExit(f"the record is not of {commit}")
         made = {file: digests(sass.sass_of(file, Path(folder))) for file in set(files.values())}
-        return {op: made[file] for op, file in files.items()}
+        kernels = {op: made[file] for op, file in files.items()}
+        return {"kernels": kernels, "only_nvcc": only_nvcc(Path(folder))}
 
 
 def main(commit, path):
     record = json.loads(Path(path).read_text())
-    record["machine_code"] = {"nvcc": release(), "kernels": of_commit(commit, record)}
+    record["machine_code"] = {"nvcc": release(), **of_commit(commit, record)}
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 

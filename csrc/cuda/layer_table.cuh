@@ -8,7 +8,7 @@
 namespace dropinf {
 namespace cuda {
 
-// What a layer may take of a kernel's arguments, less what stands beside the table.
+// How many layers a kernel's arguments have room for, with 128 bytes beside the table.
 template <typename Layer>
 constexpr int kMostLayers = static_cast<int>((kMaxArgumentBytes - 128) / sizeof(Layer));
 

@@ -15,7 +15,7 @@ from dropinf.ops.selftest import Case, Inputs
 # Bounds the temporaries of score_topk: this many scores at a time, or as many as it keeps.
 _MAX_SCORES = 1 << 22
 
-# The kernels for GPUs keep k scores in registers; the others take any k.
+# Of the kernels for GPUs; the others take any k.
 _MERGE_MAX_K = 1024
 
 

@@ -34,6 +34,8 @@ def unproven(backend, op, record, kernels=None):
         return "a sanitizer found something, or did not end"
     if record["sources"].get(op) == sources()[op]:
         return None
+    if record["machine_code"]["only_nvcc"] != machine_code.only_nvcc():
+        return "what only nvcc sees of common.cuh was changed: empty VERIFIED, or run `make gpu`"
     ran = record["machine_code"]["kernels"].get(op, {})
     new = [name for code, name in (kernels or {"": "all of it"}).items() if code not in ran]
     new = [name for name in new if not name.startswith(tuple(dispatch.UNRUN))]
@@ -76,7 +78,10 @@ def test_what_proves_nothing():
         "verified": {"cuda/gram": counts},
         "sanitizers": {tool: {"state": "clean"} for tool in TOOLS},
         "sources": sources(),
-        "machine_code": {"kernels": {"gram": {"c0de": "gram_kernel"}}},
+        "machine_code": {
+            "kernels": {"gram": {"c0de": "gram_kernel"}},
+            "only_nvcc": machine_code.only_nvcc(),
+        },
     }
     assert unproven("cuda", "gram", record) is None
     for change in (
@@ -100,13 +105,38 @@ def test_what_machine_code_proves(monkeypatch):
         "verified": {"cuda/gram": counts},
         "sanitizers": {tool: {"state": "clean"} for tool in TOOLS},
         "sources": {"gram": "other"},
-        "machine_code": {"kernels": {"gram": {"c0de": "gram_kernel", "beef": "gone_kernel"}}},
+        "machine_code": {
+            "kernels": {"gram": {"c0de": "gram_kernel", "beef": "gone_kernel"}},
+            "only_nvcc": machine_code.only_nvcc(),
+        },
     }
     monkeypatch.setattr(dispatch, "UNRUN", frozenset({"new_kernel"}))
     assert unproven("cuda", "gram", record, {"c0de": "renamed_kernelIf"}) is None
     assert unproven("cuda", "gram", record, {"c0de": "gram_kernel", "d00d": "new_kernelIf"}) is None
     assert "gram_kernel" in unproven("cuda", "gram", record, {"d00d": "gram_kernel"})
     assert unproven("cuda", "gram", record)
+    record["machine_code"]["only_nvcc"] = "other"
+    assert "common.cuh" in unproven("cuda", "gram", record, {"c0de": "gram_kernel"})
+
+
+def test_what_only_nvcc_sees():
+    """Of VERIFIED it is what ran, and it is in one file; how a kernel is launched is part of it."""
+    for backend, op in dispatch.VERIFIED:
+        record = record_of(backend, op)
+        if record["sources"].get(op) != sources()[op]:
+            assert record["machine_code"]["only_nvcc"] == machine_code.only_nvcc()
+    files = (ROOT / "csrc").rglob("*.*")
+    assert {f.name for f in files if "__CUDACC__" in f.read_text()} == {"common.cuh"}
+
+
+def test_a_launch_on_another_stream_shows(tmp_path):
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    text = (ROOT / "csrc" / "cuda" / "common.cuh").read_text()
+    for old, new in (("(shared_bytes), stream>>>", "(shared_bytes)>>>"), ("(void)stream;", "")):
+        assert old in text
+        (tmp_path / "csrc" / "cuda" / "common.cuh").write_text(text.replace(old, new))
+        same = machine_code.only_nvcc(tmp_path) == machine_code.only_nvcc()
+        assert same == (old == "(void)stream;")
 
 
 BODY = """

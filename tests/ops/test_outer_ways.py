@@ -1,5 +1,7 @@
 """Which way `sampled_outer` takes on CUDA: by r, the shape and the chip, and as measured."""
 
+import math
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -7,14 +9,15 @@ import pytest
 import torch
 from conftest import EPS32, assert_within
 from outer_cases import coordinates, drawn_by_energy
+from places import ROOT
 from properties import given, settings, st
 
 import dropinf
 from dropinf import ops
 from dropinf.capturing import runs
-from dropinf.ops import dispatch, outer_ways
+from dropinf.ops import column_schedule, dispatch, outer_ways, reference
 from dropinf.ops.bank_schedule import StagedOrder, staged_order
-from dropinf.ops.column_schedule import ColumnOrder
+from dropinf.ops.column_schedule import ColumnOrder, column_order
 
 OPS = ("sampled_outer",)
 
@@ -85,6 +88,22 @@ def test_ways(layer, ways):
     assert tuple(described(chosen(layer, chip)) for chip in CHIPS) == ways
 
 
+def test_what_the_kernels_have():
+    """The rule and csrc/cuda have the same numbers."""
+    files = ("sampled_outer", "sampled_outer_staged", "sampled_outer_columns")
+    text = "".join((ROOT / "csrc" / "cuda" / f"{name}.cuh").read_text() for name in files)
+    named = dict(re.findall(r"(k\w+) = ([\d *]+)[;,]", text))
+    value = {name: math.prod(map(int, product.split("*"))) for name, product in named.items()}
+    assert value["kUnroll"] == outer_ways._LEAST_POSITIONS
+    assert value["kMaxPositions"] == outer_ways._MOST_POSITIONS
+    assert value["kStagedBytes"] == outer_ways._BUFFER_BYTES
+    assert value["kMostCoordinates"] * value["kStagedThreads"] == outer_ways.MANY
+    assert value["kColumnOutputs"] == column_schedule.OUTPUTS
+    assert value["kColumnInputs"] == column_schedule.INPUTS
+    cells = column_schedule.OUTPUTS + column_schedule.INPUTS + 1
+    assert 2 * cells * value["kCellBytes"] == column_schedule.SHARED_BYTES
+
+
 @pytest.mark.parametrize("layer", [Layer(4096, 4096, r) for r in (1024, 8192, 16384)], ids=str)
 def test_the_measured_order_is_taken(layer):
     """That of positions of 40 KB, whatever room a chip has."""
@@ -136,6 +155,28 @@ def test_sums_take_no_kernel_that_has_not_run(monkeypatch):
     order = chosen(layer, s=2)
     assert described(order) == "columns 1" and (order.num_entries, order.s) == (8192, 2)
     assert described(chosen(layer, "sm_80", s=2)) == "staged 2"
+
+
+def test_an_order_that_is_given_takes_none_either(monkeypatch):
+    """Unless the backend is named; backends that ignore orders take it."""
+    layer = Layer(64, 64, 900)
+    at = [index.reshape(-1, 2) for index in coordinates(layer)]
+    x, dy = torch.ones(1, 3, 64).bfloat16(), torch.ones(1, 3, 64).bfloat16()
+    given = {"order": column_order(*at, layer.I, layer.O)}
+    there = ops.sampled_outer(x, dy, *at, **given)
+    monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", reference.sampled_outer)
+    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
+    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(dispatch, "_self_test", lambda *_: None)
+    monkeypatch.setattr(dispatch, "UNRUN", frozenset({"column_entries_kernel"}))
+    dispatch.kernel.cache_clear()
+    with pytest.raises(dropinf.BackendError, match="a kernel that no GPU has run yet"):
+        ops.sampled_outer(x, dy, *at, **given)
+    assert torch.equal(ops.sampled_outer(x, dy, *at, **given, backend="cuda"), there)
+    assert torch.equal(ops.sampled_outer(x, dy, *at), there)
+    monkeypatch.setattr(dispatch, "UNRUN", frozenset())
+    assert torch.equal(ops.sampled_outer(x, dy, *at, **given), there)
+    dispatch.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -308,6 +308,13 @@ def test_parts_of_many_queries(merge, m):
 
 
 @pytest.mark.backends("cuda-host")
+def test_a_last_part_without_scores(merge):
+    """264 parts of whole sectors may be more than there are: 263 of 8,224 are 2,162,912."""
+    scores, kept = special("real", 264 * 8192 + 1)[None], nothing(1, 1)
+    assert_equal(merge(scores, 5, *kept, 132), best(scores, 5, *kept))
+
+
+@pytest.mark.backends("cuda-host")
 def test_number_of_parts(backend):
     """Two blocks for each SM, and no more parts than pay."""
     parts, set_num_sms = torch.ops.dropinf_host.score_topk_parts, torch.ops.dropinf_host.set_num_sms

@@ -12,6 +12,7 @@ from cuda_host import build
 from kernel_faults import FAULTS
 from outer_cases import good
 from places import ROOT
+from torch.overrides import TorchFunctionMode
 
 import dropinf
 from dropinf import ops
@@ -25,6 +26,26 @@ OPS = sorted(dispatch.KERNELS)
 @pytest.mark.parametrize("op", OPS)
 def test_reference_passes(op):
     assert selftest.mismatch(op, getattr(reference, op), CPU) is None
+
+
+class OnTheCpu(TorchFunctionMode):
+    """What asks for any other device gets the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def here(arg):
+            return CPU if isinstance(arg, torch.device) else arg
+
+        kwargs = {name: here(arg) for name, arg in (kwargs or {}).items()}
+        return function(*map(here, args), **kwargs)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("unrun", [dispatch.UNRUN, frozenset()], ids=["", "all ran"])
+def test_a_gpu_has_the_cases_of_the_truth(monkeypatch, op, unrun):
+    """Cases that turned on the device would fail there and nowhere else."""
+    monkeypatch.setattr(dispatch, "UNRUN", unrun)
+    with OnTheCpu():
+        assert selftest.mismatch(op, getattr(reference, op), torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -155,12 +176,13 @@ def test_default_only_if_verified(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_column_cases(dtype):
+def test_column_cases(monkeypatch, dtype):
     """The self-test runs the columns kernel by rows that are aligned and others with a bias, in
     chunks whose last buffer is not full."""
     if not bank_schedule.AVAILABLE:
         pytest.skip("the C++ extension makes the orders")
     make = selftest.SELF_TESTS["sampled_outer"][0]
+    monkeypatch.setattr(dispatch, "UNRUN", frozenset())
     cases = [args for args, _ in make(dtype, CPU) if len(args[6]) == 4]
     aligned = {args[0].shape[2] % 4 == 0 == args[1].shape[2] % 4 for args in cases}
     assert aligned == {True, False} == {args[5] for args in cases}

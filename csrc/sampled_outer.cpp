@@ -179,6 +179,28 @@ cuda::ColumnOrder column_order(const char* op, at::TensorList order, const Sampl
           order[2].const_data_ptr<int32_t>(), order[3].const_data_ptr<int32_t>()};
 }
 
+// Coordinates [r, s] are those of a call with r * s entries, of which torch adds the s of each: a
+// launch each, always in the same order.
+void sampled_outer_columns(const char* op, SampledOuterArgs args, at::TensorList order,
+                           const at::Tensor& out, cudaStream_t stream) {
+  const cuda::ColumnOrder columns = column_order(op, order, args, out);
+  const int64_t s = args.s;
+  at::Tensor summands;
+  if (s > 1) {
+    summands = scratch(out, args.B * args.r * s).view({args.B, args.r, s});
+    args.r *= s;
+    args.s = 1;
+    args.out = summands.mutable_data_ptr<float>();
+    args.out_stride_b = args.r;
+    args.out_stride_k = 1;
+  }
+  const at::Tensor sums = scratch(out, cuda::sampled_outer_scratch(args, columns));
+  check_launch(op, cuda::sampled_outer(args, columns, sums.mutable_data_ptr<float>(), stream));
+  if (s == 1) return;
+  out.copy_(summands.select(2, 0));
+  for (int64_t j = 1; j < s; ++j) out.add_(summands.select(2, j));
+}
+
 void sampled_outer_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& o_idx,
                         const at::Tensor& i_idx, const std::optional<at::Tensor>& weights,
                         bool bias, at::TensorList order, const at::Tensor& out) {
@@ -193,9 +215,7 @@ void sampled_outer_cuda(const at::Tensor& x, const at::Tensor& dy, const at::Ten
   }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   if (order.size() == 4) {
-    const cuda::ColumnOrder columns = column_order(op, order, args, out);
-    const at::Tensor sums = scratch(out, cuda::sampled_outer_scratch(args, columns));
-    check_launch(op, cuda::sampled_outer(args, columns, sums.mutable_data_ptr<float>(), stream));
+    sampled_outer_columns(op, args, order, out, stream);
     return;
   }
   TORCH_CHECK_VALUE(order.empty() || order.size() == 3, op,

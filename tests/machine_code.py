@@ -6,7 +6,7 @@ two are mixed up is for the tests of the host execution to show. These run what 
 too, but for the lines that nvcc alone sees, such as the launch itself: those have a digest more.
 
 `PYTHONPATH=.:bench python tests/machine_code.py COMMIT RECORD` adds the digests of a commit to a
-record of bench/results/ that was made of it.
+record of bench/results/ that was made of it, and which ops have the same machine code here.
 """
 
 import hashlib
@@ -69,10 +69,25 @@ def of_commit(commit, record):
         return {"kernels": kernels, "only_nvcc": only_nvcc(Path(folder))}
 
 
+def changed(op, record):
+    """What is not as it ran: the kernels here that did not, or what nvcc alone sees."""
+    made = record["machine_code"]
+    new = {
+        name
+        for code, name in of_file(kernel_files()[op]).items()
+        if code not in made["kernels"].get(op, {})
+    }
+    return new | ({"what nvcc alone sees"} if only_nvcc() != made["only_nvcc"] else set())
+
+
 def main(commit, path):
     record = json.loads(Path(path).read_text())
-    record["machine_code"] = {"nvcc": release(), **of_commit(commit, record)}
+    made = record["machine_code"] = {"nvcc": release(), **of_commit(commit, record)}
+    found = {op: changed(op, record) for op in made["kernels"] if op in sources()}
+    made["same_in"] = {op: sources()[op] for op, new in found.items() if not new}
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+    for op, new in found.items():
+        print(f"{op}: {', '.join(sorted(new)) or 'the same'}")
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ cudaError_t sampled_outer(const SampledOuterArgs& args, const StagedOrder* order
 }
 
 int64_t sampled_outer_scratch(const SampledOuterArgs& args, const ColumnOrder& order) {
-  return std::max(lane_sums(args, order) + coordinate_sums(args), sampled_outer_scratch(args));
+  return std::max(args.B * column_chunks(args) * column_slots(order), sampled_outer_scratch(args));
 }
 
 cudaError_t sampled_outer(const SampledOuterArgs& args, const ColumnOrder& order, float* scratch,

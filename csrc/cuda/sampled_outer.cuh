@@ -28,10 +28,9 @@ struct ColumnOrder {
   int64_t num_passes;
   const int32_t* packed;   // [num_passes, kLaneSteps / 2, kColumnLanes] bytes of cells of two steps
   const int32_t* columns;  // [num_passes, kLanePieces, kColumnLanes] bytes of a cell of x
-  const int32_t* target;   // [num_passes, kLaneSteps, kColumnLanes] k * s + j, or -1 for padding
+  const int32_t* target;   // [num_passes, kLaneSteps, kColumnLanes] entry, or -1 for padding
 };
-// Elements of two bytes; each coordinate has a slot. Direct where the device has less than 192 KB
-// for a block.
+// Elements of two bytes, s = 1. Direct where the device has less than 192 KB for a block.
 int64_t sampled_outer_scratch(const SampledOuterArgs& args, const ColumnOrder& order);
 cudaError_t sampled_outer(const SampledOuterArgs& args, const ColumnOrder& order, float* scratch,
                           cudaStream_t stream);

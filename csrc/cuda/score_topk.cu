@@ -9,9 +9,10 @@
 // The order is total: the larger score first, NaN the largest, and of equal scores the lower row.
 // So no result depends on how the rows are cut into calls, parts or tiles.
 //
-// An H200 took 569 us for 16 queries of 262,144 scores, k=100, at commit 2706d70, where a block had
-// all scores of a query: 2,000 cycles a tile of 512, in which it mostly waited. By that rate one
-// query of 4,194,304 takes 9.1 ms. Predicted now, at 1.8 GHz, where nothing is kept yet:
+// An H200 took 569 us (timed by hand) for 16 queries of 262,144 scores, k=100, at commit 2706d70,
+// where a block had all scores of a query: 2,000 cycles a tile of 512, in which it mostly waited.
+// By that rate one query of 4,194,304 takes 9.1 ms. Predicted now, at 1.8 GHz, where nothing is
+// kept yet:
 // - A tile of 2,048 that nothing enters is 64 instructions of a thread, 128 cycles of an SM, behind
 //   some 900 for its loads, of which two blocks have 16 KB on their way; 1,200 more where some
 //   enter. A step of a sort is 47 instructions and 160 cycles, for it waits for shared memory.

@@ -40,8 +40,6 @@ VERIFIED: dict[tuple[str, str], str] = {
     ("cuda", "damped_cholesky"): _H200,
     ("cuda", "cholesky_solve"): _H200,
 }
-# Kernels that no GPU has run yet, of ops that VERIFIED names: no default takes them.
-UNRUN: frozenset[str] = frozenset({"column_entries_kernel"})
 
 
 class BackendError(RuntimeError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.ops import bank_schedule, column_schedule, dispatch
+from dropinf.ops import bank_schedule, column_schedule
 from dropinf.ops.checks import (
     check_activations,
     check_coordinates,
@@ -17,7 +17,6 @@ from dropinf.ops.checks import (
     output_of,
     unit_stride,
 )
-from dropinf.ops.column_schedule import ColumnOrder
 from dropinf.ops.dispatch import add_op, kernel
 from dropinf.ops.outer_ways import Order
 from dropinf.ops.selftest import Case, Inputs
@@ -67,8 +66,7 @@ def sampled_outer(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or an input requires grad.
         IndexError: an index is out of range.
-        BackendError: the named backend cannot take this call; or none is named, and no GPU has run
-            what the order needs.
+        BackendError: the named backend cannot take this call.
     """
     op = "sampled_outer"
     check_activations(op, x, dy)
@@ -78,8 +76,6 @@ def sampled_outer(
         _check_order(op, order, o_idx, x)
     out = output_of(op, out, (x.shape[0], o_idx.shape[0]), x.dtype, x.device)
     call = kernel(op, backend, x.device, (x.dtype,), out.dtype)
-    if backend is None and isinstance(order, ColumnOrder) and order.s > 1:
-        _check_that_it_ran(op, x.device, x.dtype, out.dtype)
     call(
         unit_stride(x),
         unit_stride(dy),
@@ -102,17 +98,6 @@ def _check_order(op: str, order: Order, o_idx: Tensor, x: Tensor) -> None:
             "[{}, {}] coordinates in {}-byte elements on {}".format(*t) for t in (wanted, given)
         ]
         raise ValueError(f"{op}: order must be for {described[0]}, got one for {described[1]}")
-
-
-def _check_that_it_ran(
-    op: str, device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype
-) -> None:
-    unrun = "column_entries_kernel" in dispatch.UNRUN
-    if unrun and dispatch.default(op, device, (dtype,), out_dtype) == "cuda":
-        raise dispatch.BackendError(
-            f"{op}: an order of columns for [r, s] ends in a kernel that no GPU has run yet; give "
-            "no order, or name backend='cuda'"
-        )
 
 
 def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -148,8 +133,6 @@ def _outer_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         o_idx, i_idx = new.indices(O, r), new.indices(I + bias, r)
         columns = _columns(x, dy, o_idx, i_idx, bias)
         yield (x, dy, o_idx, i_idx, new.weights(r), bias, columns), (new.out(1, r),)
-    if "column_entries_kernel" in dispatch.UNRUN:
-        return  # no default takes it, so it must not fail the test of what defaults take
     B, T, I, O, r, s = 2, 37, 41, 63, 300, 3
     x, dy = new.numbers(B, T, I), new.numbers(B, T, O)
     o_idx, i_idx = new.indices(O, r, s), new.indices(I + 1, r, s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dropinf.ops import column_schedule, dispatch
+from dropinf.ops import column_schedule
 from dropinf.ops.bank_schedule import StagedOrder, padded, staged_order
 from dropinf.ops.column_schedule import ColumnOrder
 
@@ -27,10 +27,12 @@ BLOCK_BYTES = {
 _DEFAULT_CHIP = "sm_90"  # of tensors that are not on CUDA: the chip of the measurements
 _KEPT_BYTES = _KB
 
-# What was measured, on an H200 with B=8, T=2048, I=O=4096 (docs/gpu.md).
 SECTOR_BYTES = 32  # direct is as fast as one read of x and dy where each coordinate costs this much
-MANY = 9600  # columns need more coordinates than one pass of the staged kernel has,
-COLUMN_COORDINATES = 7  # and so many of each column of x in a window of outputs
+# Columns take as long as three passes of the staged kernel: on an H200, with B=8, T=2048, I=O=4096,
+# 156 us in 2 passes at r=16384, where columns take more than 233, and 535 in 8 at 65536, where they
+# take 303. So they need more coordinates than one pass has, and so many of each column of x, in
+# each window of outputs: 28672 there.
+MANY, COLUMN_COORDINATES = 9600, 7
 # Not measured: of a staged order no more than half may be padding.
 MOST_SLOTS = 2  # for a coordinate
 
@@ -53,8 +55,6 @@ def order_if_faster(
     sectors that they read must hold a coordinate.
     Columns: for many in elements of two bytes, where the staged kernel takes more than three
     passes of some 70 us: of 4096 x 4096 it takes 230 us for 8192 coordinates and 300 for 65536.
-    Coordinates [r, s] with s > 1 take another kernel at the end, and this way only once that ran on
-    a GPU (`dispatch.UNRUN`).
     Staged: else. Its sums take a time in proportion to the slots, so few of them may be padding:
     coordinates in many words of few banks (of every 64th column) have a warp for each.
 
@@ -81,8 +81,7 @@ def order_if_faster(
     room = block_bytes(o_idx.device)
     windows = -(-O // column_schedule.OUTPUTS)
     many = r >= max(MANY, COLUMN_COORDINATES * I * windows)
-    unrun = r > len(o_idx) and "column_entries_kernel" in dispatch.UNRUN
-    if many and not unrun and element_size == 2 and room >= column_schedule.SHARED_BYTES:
+    if many and element_size == 2 and room >= column_schedule.SHARED_BYTES:
         columns = column_schedule.column_order(o_idx, i_idx, I, O, bias=bias)
         if columns is not None:
             return columns

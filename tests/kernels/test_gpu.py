@@ -98,7 +98,7 @@ def sampled_outer_staged_columns():
 
 
 def sampled_outer_columns_of_sums():
-    """The columns kernel again, whose coordinates another kernel then adds."""
+    """The columns kernel again, whose coordinates torch then adds."""
     B, T, I, O, r, s = 5, POSITIONS, 96, 80, 500, 4
     x, dy = random(B, T, I, dtype=torch.bfloat16), random(B, T, O, dtype=torch.bfloat16)
     at = [index.reshape(r, s) for index in coordinates(O, I, r * s)]

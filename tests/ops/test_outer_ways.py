@@ -15,9 +15,9 @@ from properties import given, settings, st
 import dropinf
 from dropinf import ops
 from dropinf.capturing import runs
-from dropinf.ops import column_schedule, dispatch, outer_ways, reference
+from dropinf.ops import column_schedule, outer_ways
 from dropinf.ops.bank_schedule import StagedOrder, staged_order
-from dropinf.ops.column_schedule import ColumnOrder, column_order
+from dropinf.ops.column_schedule import ColumnOrder
 
 OPS = ("sampled_outer",)
 
@@ -145,38 +145,13 @@ def test_room_is_asked_of_the_device(monkeypatch):
     assert outer_ways.order_if_faster(*coordinates(Layer(64, 64, 900)), 64, 64, 2) is None
 
 
-def test_sums_take_no_kernel_that_has_not_run(monkeypatch):
-    """Coordinates [r, s] with s > 1 end in a kernel of their own."""
+def test_sums():
+    """Coordinates [r, s] take the ways of r * s others."""
     layer = Layer(1024, 1024, 16384)
     assert described(chosen(layer)) == described(chosen(layer, s=1)) == "columns 1"
-    assert "column_entries_kernel" in dispatch.UNRUN
-    assert described(chosen(layer, s=2)) == "staged 2"
-    monkeypatch.setattr(dispatch, "UNRUN", frozenset())
     order = chosen(layer, s=2)
     assert described(order) == "columns 1" and (order.num_entries, order.s) == (8192, 2)
     assert described(chosen(layer, "sm_80", s=2)) == "staged 2"
-
-
-def test_an_order_that_is_given_takes_none_either(monkeypatch):
-    """Unless the backend is named; backends that ignore orders take it."""
-    layer = Layer(64, 64, 900)
-    at = [index.reshape(-1, 2) for index in coordinates(layer)]
-    x, dy = torch.ones(1, 3, 64).bfloat16(), torch.ones(1, 3, 64).bfloat16()
-    given = {"order": column_order(*at, layer.I, layer.O)}
-    there = ops.sampled_outer(x, dy, *at, **given)
-    monkeypatch.setitem(dispatch.KERNELS["sampled_outer"], "cuda", reference.sampled_outer)
-    monkeypatch.setitem(dispatch._STATES, "cuda", "available")
-    monkeypatch.setitem(dispatch._DEVICES, "cuda", "cpu")
-    monkeypatch.setattr(dispatch, "_self_test", lambda *_: None)
-    monkeypatch.setattr(dispatch, "UNRUN", frozenset({"column_entries_kernel"}))
-    dispatch.kernel.cache_clear()
-    with pytest.raises(dropinf.BackendError, match="a kernel that no GPU has run yet"):
-        ops.sampled_outer(x, dy, *at, **given)
-    assert torch.equal(ops.sampled_outer(x, dy, *at, **given, backend="cuda"), there)
-    assert torch.equal(ops.sampled_outer(x, dy, *at), there)
-    monkeypatch.setattr(dispatch, "UNRUN", frozenset())
-    assert torch.equal(ops.sampled_outer(x, dy, *at, **given), there)
-    dispatch.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -40,10 +40,8 @@ class OnTheCpu(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("unrun", [dispatch.UNRUN, frozenset()], ids=["", "all ran"])
-def test_a_gpu_has_the_cases_of_the_truth(monkeypatch, op, unrun):
+def test_a_gpu_has_the_cases_of_the_truth(op):
     """Cases that turned on the device would fail there and nowhere else."""
-    monkeypatch.setattr(dispatch, "UNRUN", unrun)
     with OnTheCpu():
         assert selftest.mismatch(op, getattr(reference, op), torch.device("cuda")) is None
 
@@ -176,13 +174,12 @@ def test_default_only_if_verified(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_column_cases(monkeypatch, dtype):
+def test_column_cases(dtype):
     """The self-test runs the columns kernel by rows that are aligned and others with a bias, in
     chunks whose last buffer is not full."""
     if not bank_schedule.AVAILABLE:
         pytest.skip("the C++ extension makes the orders")
     make = selftest.SELF_TESTS["sampled_outer"][0]
-    monkeypatch.setattr(dispatch, "UNRUN", frozenset())
     cases = [args for args, _ in make(dtype, CPU) if len(args[6]) == 4]
     aligned = {args[0].shape[2] % 4 == 0 == args[1].shape[2] % 4 for args in cases}
     assert aligned == {True, False} == {args[5] for args in cases}

@@ -352,10 +352,9 @@ def test_columns_without_room(backend):
     direct = ops.sampled_outer(x, dy, o_idx, i_idx, backend=backend.name)
     assert not torch.equal(of_columns(backend, x, dy, o_idx, i_idx), direct)
     pairs = [index.reshape(-1, 2) for index in (o_idx, i_idx)]
-    direct_sums = ops.sampled_outer(x, dy, *pairs, backend=backend.name)
     torch.ops.dropinf_host.set_max_shared_bytes(163 * 1024)
     assert torch.equal(of_columns(backend, x, dy, o_idx, i_idx), direct)
-    assert torch.equal(of_columns(backend, x, dy, *pairs), direct_sums)
+    assert torch.equal(of_columns(backend, x, dy, *pairs), direct[:, ::2] + direct[:, 1::2])
 
 
 @pytest.mark.backends("cuda")

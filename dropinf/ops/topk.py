@@ -116,8 +116,11 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     indices = torch.full((m, k), -1, device=device)
     yield (new.numbers(m, 300), 5), (values, indices)  # ties: 17 numbers for 300 scores
     yield (new.numbers(m, 4), 305), (values, indices)
-    # So many scores of one query are shared by several blocks of a GPU.
-    yield (new.numbers(1, 20_000), 400), (values[:1], indices[:1])
+    # So many scores of few queries are shared by several blocks of a GPU, which all have some of
+    # the largest.
+    for m in (1, 2):
+        scores = new.indices(1 << 20, m, 20_000, dtype=dtype)
+        yield (scores, 400), (values[:m], indices[:m])
 
 
 add_op("score_topk", ["cuda", "triton", "cpu"], _cases, dtypes=(torch.float32,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import lru_cache, wraps
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ import dropinf
 from dropinf.ops import dispatch, selftest
 
 torch.set_num_threads(1)  # a plugin may have imported it before
+# What a script runs in the background ignores it, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EPS32 = 2.0**-24  # largest relative error of one float32 rounding
 ON_A_GPU = ["cuda"] if torch.cuda.is_available() else []

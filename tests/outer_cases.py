@@ -1,4 +1,6 @@
-"""A call of `sampled_outer` that every backend takes; coordinates of a layer, drawn in two ways."""
+"""A call of `sampled_outer` that every backend takes; layers, and coordinates drawn in two ways."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +16,16 @@ good = {
 }
 
 
+class Layer(NamedTuple):
+    I: int
+    O: int
+    r: int
+    element_size: int = 2
+    bias: bool = False
+
+
 def coordinates(layer, seed=0):
-    """r distinct sorted coordinates (o, i) of a layer with I, O, r and a bias or none; [r] int32
-    each."""
+    """r distinct sorted coordinates (o, i) of a layer; [r] int32 each."""
     width = layer.I + layer.bias
     at = np.random.default_rng(seed).choice(layer.O * width, layer.r, replace=False)
     at = torch.from_numpy(np.sort(at))

@@ -4,14 +4,13 @@ import copy
 import math
 import pickle
 import re
-from typing import NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from outer_cases import coordinates, drawn_by_energy
+from outer_cases import Layer, coordinates, drawn_by_energy
 from torch import nn
 
 import dropinf
@@ -23,14 +22,6 @@ from dropinf.ops.bank_schedule import staged_order
 pytestmark = pytest.mark.skipif(
     dropinf.backends()["cpu"] != "available", reason=dropinf.backends()["cpu"]
 )
-
-
-class Layer(NamedTuple):
-    I: int
-    O: int
-    r: int
-    element_size: int = 2
-    bias: bool = False
 
 
 LAYERS = [  # each here for a reason

@@ -1,11 +1,9 @@
 """The order of the columns kernel: nothing is lost, lanes that read together read other banks."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
-from outer_cases import coordinates
+from outer_cases import Layer, coordinates
 
 import dropinf
 from dropinf.ops import column_schedule
@@ -16,13 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 LONG = 4  # pieces of 8 steps, which come first; then as many of 4
-
-
-class Layer(NamedTuple):
-    I: int
-    O: int
-    r: int
-    bias: bool = False
 
 
 LAYERS = [  # each here for a reason

@@ -3,12 +3,11 @@
 import math
 import re
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import EPS32, assert_within
-from outer_cases import coordinates, drawn_by_energy
+from outer_cases import Layer, coordinates, drawn_by_energy
 from places import ROOT
 from properties import given, settings, st
 
@@ -26,14 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 CHIPS = ("sm_80", "sm_86", "sm_90")
-
-
-class Layer(NamedTuple):
-    I: int
-    O: int
-    r: int
-    element_size: int = 2
-    bias: bool = False
 
 
 def chosen(layer, chip="sm_90", draw=coordinates, s=None):
